@@ -1,0 +1,353 @@
+"""Run configuration: frozen dataclasses, their locked ConfigDict form for recipes, and every check that needs no device.
+
+Imports no jax, so that a misspelled key is answered before anything slow is loaded.  A recipe in `configs/` builds a `Config` and
+returns `to_config_dict(config)`; `from_config_dict` turns the (possibly overridden) ConfigDict back into the frozen form and
+`validate`s it.  From there on each function receives the smallest piece it needs.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+Dispatch = Literal["recycle", "drop", "dropless"]
+Remat = Literal["none", "dots", "full"]
+RopeType = Literal["plain", "alpha", "linear"]
+Dtype = Literal["float32", "bfloat16"]
+ScheduleName = Literal["three_phase", "cosine_with_min_lr"]
+
+
+class ConfigError(ValueError):
+    """Something the user must change: the message holds the value, the rule and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Mixture of experts; `num_experts == 1` is the dense model (specification section 2)."""
+
+    num_experts: int = 1
+    top_k: int = 1
+    num_shared_experts: int = 0  # one fused MLP of this many times intermediate_size, always on, weight 1
+    dispatch: Dispatch = "dropless"
+    capacity_factor: float = 1.0
+    min_capacity: int = 1
+    group_size: int = 0  # tokens that share one capacity budget; 0 = one sequence
+    aux_loss_weight: float = 0.0
+    z_loss_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and how it is computed; numbers of released models live in presets.py."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float = 1e-5
+    rope_type: RopeType = "alpha"
+    rope_theta: float = 10_000.0
+    rope_alpha: float = 1_000.0  # rope_type "alpha" only
+    rope_factor: float = 1.0  # rope_type "linear" only
+    cla_share_factor: int = 1  # layers that share one K/V; 1 = no cross-layer attention
+    use_qk_norm: bool = True
+    attention_bias: bool = False
+    tie_embeddings: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    init_std: float = 0.02
+    pad_token_id: int = -1  # this row of the embedding gets no gradient from the lookup; -1 = none
+    bos_token_id: int = -1
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: Dtype = "float32"  # activations and matmuls; parameters are float32 masters
+    remat: Remat = "none"
+    moe: MoeConfig = MoeConfig()
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers hold routed experts."""
+        return self.moe.num_experts > 1
+
+    @property
+    def num_groups(self) -> int:
+        """Number of CLA groups: the scan length and the number of KV cache entries."""
+        return self.num_layers // self.cla_share_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, 'what is left'."""
+
+    replica: int = 1
+    data: int = -1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text source and tokenizer."""
+
+    source: str = "stdlib"  # "stdlib", or a folder, file or glob of .txt, .py, .md, .jsonl
+    tokenizer: str = "byte"  # "byte" or the path of a tiktoken ranks file
+    text_field: str = "text"  # the field of a .jsonl row that holds the text
+    validation_fraction: float = 0.02  # share of the documents held out
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with parameter groups."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only: norms, biases and embeddings are not decayed
+    max_grad_norm: float = 1.0
+    expert_lr_ratio: float = 0.31  # specialised experts against everything else, paper section 3.2
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run (reference/papers.md 1.7; specification section 8)."""
+
+    name: ScheduleName = "three_phase"
+    peak_lr: float = 3e-4
+    warmup_steps: int = 100
+    decay_ratio: float = 0.3  # three_phase: share of the peak where the long decay ends
+    anneal_fraction: float = 0.05  # three_phase: last share of the run
+    anneal_ratio: float = 0.1  # three_phase: share of the peak reached at the end
+    min_lr: float = 0.0  # cosine_with_min_lr: absolute
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 1000
+    batch_size: int = 8  # sequences a step over all hosts
+    seq_len: int = 256
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every: int = 100
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """The locked ConfigDict of a recipe; every field can be overridden, none can be added."""
+    return ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of any config dataclass, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(config: Mapping[str, Any]) -> Config:
+    """Strict conversion to the frozen form.
+
+    Raises:
+      ConfigError: unknown key (naming the nearest), wrong type, or a combination `validate` refuses.
+    """
+    return validate(from_dict(Config, config))
+
+
+def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Builds the dataclass `cls` from a nested mapping; unknown keys and wrong types are errors."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(unknown_key_message(prefix + key, [prefix + name for name in fields]))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config.{prefix}{key} = {value!r} must be a section of fields.")
+            kwargs[key] = from_dict(hint, value, f"{prefix}{key}.")
+        else:
+            kwargs[key] = _checked(prefix + key, value, hint)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"config.{prefix}{missing[0]} is missing; it has no default. Set it in the recipe.")
+    return cls(**kwargs)
+
+
+def unknown_key_message(key: str, known: list[str]) -> str:
+    """One line for an unknown config key, with the nearest known one."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"config.{key} does not exist. Did you mean config.{nearest[0]}?"
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """All leaf field paths, such as 'model.moe.top_k'."""
+    names = []
+    for f in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[f.name]
+        names += field_names(hint, f"{prefix}{f.name}.") if dataclasses.is_dataclass(hint) else [prefix + f.name]
+    return names
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type; int is accepted for float and a list for a tuple, nothing else is converted."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"config.{name} = {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}.")
+        return value
+    if origin is tuple and isinstance(value, tuple | list):
+        return tuple(_checked(name, v, typing.get_args(hint)[0]) for v in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    expected = origin or hint
+    if isinstance(expected, types.UnionType) or type(value) is not expected:
+        raise ConfigError(f"config.{name} = {value!r} is a {type(value).__name__}; it must be a {expected.__name__}.")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"config.{name} = {value} must be finite.")
+    return value
+
+
+def validate(config: Config) -> Config:
+    """Returns `config` unchanged, or raises ConfigError for what no machine could run."""
+    validate_model(config.model)
+    _validate_mesh(config)
+    _validate_run(config)
+    return config
+
+
+def validate_model(m: ModelConfig) -> ModelConfig:
+    """Checks the architecture alone (used for model folders too)."""
+    for name in (
+        "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor".split()
+    ):
+        _require(getattr(m, name) >= 1, f"config.model.{name} = {getattr(m, name)} must be at least 1.")
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        f"config.model.num_heads = {m.num_heads} is not divisible by num_kv_heads = {m.num_kv_heads}; "
+        f"each K/V head serves an equal share of the query heads. Use num_kv_heads from {_divisors(m.num_heads)}.",
+    )
+    _require(m.head_dim % 2 == 0, f"config.model.head_dim = {m.head_dim} must be even: RoPE rotates it in halves.")
+    _require(
+        m.num_layers % m.cla_share_factor == 0,
+        f"config.model.num_layers = {m.num_layers} is not divisible by cla_share_factor = {m.cla_share_factor}; "
+        f"layers share K/V in whole groups. Use a share factor from {_divisors(m.num_layers)}.",
+    )
+    if m.rope_type == "alpha":
+        _require(m.rope_alpha > 0, f"config.model.rope_alpha = {m.rope_alpha} must be positive (1.0 leaves the base as it is).")
+        _require(m.head_dim > 2, f"config.model.head_dim = {m.head_dim} must be above 2 for rope_type 'alpha'.")
+    if m.rope_type == "linear":
+        _require(m.rope_factor > 0, f"config.model.rope_factor = {m.rope_factor} must be positive.")
+    for name in ("attention_dropout", "hidden_dropout"):
+        _require(0 <= getattr(m, name) < 1, f"config.model.{name} = {getattr(m, name)} must be in [0, 1).")
+    _require(-1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}.")
+    _validate_moe(m.moe)
+    return m
+
+
+def _validate_moe(moe: MoeConfig) -> None:
+    _require(moe.num_experts >= 1, f"config.model.moe.num_experts = {moe.num_experts} must be at least 1 (1 = dense).")
+    _require(
+        1 <= moe.top_k <= moe.num_experts,
+        f"config.model.moe.top_k = {moe.top_k} must be between 1 and num_experts = {moe.num_experts}.",
+    )
+    _require(moe.num_shared_experts >= 0, f"config.model.moe.num_shared_experts = {moe.num_shared_experts} must not be negative.")
+    _require(
+        moe.num_experts > 1 or moe.num_shared_experts == 0,
+        f"config.model.moe.num_shared_experts = {moe.num_shared_experts} needs num_experts > 1; the dense model has one MLP.",
+    )
+    _require(moe.capacity_factor > 0, f"config.model.moe.capacity_factor = {moe.capacity_factor} must be positive.")
+    _require(moe.min_capacity >= 1, f"config.model.moe.min_capacity = {moe.min_capacity} must be at least 1.")
+    _require(moe.group_size >= 0, f"config.model.moe.group_size = {moe.group_size} must be a token count, or 0 for one sequence.")
+    for name in ("aux_loss_weight", "z_loss_weight"):
+        _require(getattr(moe, name) >= 0, f"config.model.moe.{name} = {getattr(moe, name)} must not be negative.")
+
+
+def _validate_mesh(config: Config) -> None:
+    sizes = dataclasses.asdict(config.mesh)
+    for name, size in sizes.items():
+        _require(size >= 1 or size == -1, f"config.mesh.{name} = {size} must be at least 1, or -1 for what is left.")
+    left = [name for name, size in sizes.items() if size == -1]
+    _require(len(left) <= 1, f"config.mesh has -1 ('what is left') for {' and '.join(left)}; only one axis may take it.")
+
+
+def _validate_run(config: Config) -> None:
+    train, schedule, moe = config.train, config.schedule, config.model.moe
+    for section, names in {
+        "train": "num_steps batch_size seq_len log_every eval_every eval_batches",
+        "checkpoint": "every keep",
+    }.items():
+        for name in names.split():
+            value = getattr(getattr(config, section), name)
+            _require(value >= 1, f"config.{section}.{name} = {value} must be at least 1.")
+    _require(
+        train.seq_len <= config.model.max_position,
+        f"config.train.seq_len = {train.seq_len} is above config.model.max_position = {config.model.max_position}.",
+    )
+    if config.model.is_moe and moe.group_size:
+        tokens = train.batch_size * train.seq_len
+        _require(
+            train.seq_len % moe.group_size == 0 or moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0,
+            f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len = {train.seq_len}, "
+            f"or be a multiple of it that divides the {tokens} tokens of a batch.",
+        )
+    _require(schedule.peak_lr > 0, f"config.schedule.peak_lr = {schedule.peak_lr} must be positive.")
+    _require(
+        0 <= schedule.warmup_steps <= train.num_steps,
+        f"config.schedule.warmup_steps = {schedule.warmup_steps} must be between 0 and config.train.num_steps = {train.num_steps}.",
+    )
+    if schedule.name == "three_phase":
+        for name in ("decay_ratio", "anneal_fraction", "anneal_ratio"):
+            _require(0 <= getattr(schedule, name) <= 1, f"config.schedule.{name} = {getattr(schedule, name)} must be between 0 and 1.")
+    _require(
+        0 <= schedule.min_lr <= schedule.peak_lr,
+        f"config.schedule.min_lr = {schedule.min_lr} must be between 0 and peak_lr = {schedule.peak_lr}; it is absolute, not a ratio.",
+    )
+    for name in ("expert_lr_ratio", "max_grad_norm", "eps"):
+        value = getattr(config.optimizer, name)
+        _require(value > 0, f"config.optimizer.{name} = {value} must be positive.")
+    _require(
+        0 <= config.data.validation_fraction < 1,
+        f"config.data.validation_fraction = {config.data.validation_fraction} must be in [0, 1).",
+    )
+
+
+def _require(is_ok: bool, message: str) -> None:
+    if not is_ok:
+        raise ConfigError(message)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,88 @@
+"""The one table between official tensor names and our parameter paths (specification section 2).
+
+Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and that torch linears are [out, in].
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hunyuan_jax.config import ModelConfig
+
+
+class Entry(NamedTuple):
+    """One official tensor.
+
+    name, shape: as in the checkpoint.
+    path: '/'-joined path of our parameter; index: position of the tensor in its leading (stacked) dims.
+    is_transposed: whether ours is [in, out] (with `in` or `out` split into heads).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    index: tuple[int, ...]
+    is_transposed: bool
+
+
+def entries(cfg: ModelConfig) -> list[Entry]:
+    """Every tensor of the official checkpoint, in the order the official module declares them."""
+    D, V = cfg.hidden_size, cfg.vocab_size
+    table = [Entry("model.embed_tokens.weight", (V, D), "embed/embedding_VD", (), False)]
+    for layer in range(cfg.num_layers):
+        table += _layer(cfg, layer)
+    table.append(Entry("model.norm.weight", (D,), "final_norm/scale_D", (), False))
+    if not cfg.tie_embeddings:
+        table.append(Entry("lm_head.weight", (V, D), "head/w_VD", (), False))
+    return table
+
+
+def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
+    """The official tensor in our layout; `shape` is that of our parameter without its stacked dims."""
+    return (tensor.T if entry.is_transposed else tensor).reshape(shape)
+
+
+def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """Inverse of `to_ours`: our array (without stacked dims) as the official tensor, contiguous."""
+    if not entry.is_transposed:
+        return np.ascontiguousarray(array.reshape(entry.shape))
+    return np.ascontiguousarray(array.reshape(entry.shape[::-1]).T)
+
+
+def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
+    D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    group, i = divmod(layer, cfg.cla_share_factor)
+    official, ours = f"model.layers.{layer}.", f"groups/layer_{i}/"
+    table = []
+
+    def add(name, shape, path, index=(), *, is_transposed=False):
+        table.append(Entry(official + name, shape, ours + path, (group, *index), is_transposed))
+
+    projections = [("q", N * H, D), ("k", K * H, D), ("v", K * H, D), ("o", D, N * H)]
+    our_weights = {"q": "wq_DNH", "k": "wk_DKH", "v": "wv_DKH", "o": "wo_NHD"}
+    our_biases = {"q": "bq_NH", "k": "bk_KH", "v": "bv_KH", "o": "bo_D"}
+    for letter, num_out, num_in in projections:
+        if i > 0 and letter in "kv":
+            continue  # cross layers use the K/V of their group's first layer
+        add(f"self_attn.{letter}_proj.weight", (num_out, num_in), f"attn/{our_weights[letter]}", is_transposed=True)
+        if cfg.attention_bias:
+            add(f"self_attn.{letter}_proj.bias", (num_out,), f"attn/{our_biases[letter]}")
+    if cfg.use_qk_norm:
+        add("self_attn.query_layernorm.weight", (H,), "attn/q_norm_H")
+        add("self_attn.key_layernorm.weight", (H,), "attn/k_norm_H")
+
+    def add_mlp(name, path, suffix, width, index=()):
+        for projection, shape, letters in (("gate", (width, D), "DF"), ("up", (width, D), "DF"), ("down", (D, width), "FD")):
+            add(f"{name}{projection}_proj.weight", shape, f"{path}w_{projection}_{suffix}{letters}", index, is_transposed=True)
+
+    if cfg.is_moe:
+        if cfg.moe.num_shared_experts:
+            add_mlp("mlp.shared_mlp.", "moe/shared/", "", cfg.intermediate_size * cfg.moe.num_shared_experts)
+        add("mlp.gate.wg.weight", (cfg.moe.num_experts, D), "moe/router_DE", is_transposed=True)
+        for expert in range(cfg.moe.num_experts):
+            add_mlp(f"mlp.experts.{expert}.", "moe/experts/", "E", cfg.intermediate_size, (expert,))
+    else:
+        add_mlp("mlp.", "mlp/", "", cfg.intermediate_size)
+    add("input_layernorm.weight", (D,), "attn_norm/scale_D")
+    add("post_attention_layernorm.weight", (D,), "mlp_norm/scale_D")
+    return table

@@ -1,0 +1,220 @@
+"""Reading and writing official model folders: safetensors or .bin shards <-> a nested dict of numpy arrays."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from safetensors import safe_open
+
+from hunyuan_jax.config import ConfigError, ModelConfig
+from hunyuan_jax.convert import hf_config, table
+
+_MAX_SHARD_BYTES = 5_000_000_000
+_NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Source(NamedTuple):
+    """What a loaded folder must remember to be written again byte for byte.
+
+    texts: config.json and, of a sharded folder, its index, verbatim by file name; files: official tensor name -> shard file;
+    router_dtype: of mlp.gate.wg.weight in the files (it is float32 in memory whatever the files hold), or "" without experts.
+    """
+
+    texts: dict[str, str]
+    files: dict[str, str]
+    router_dtype: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return json.loads(self.texts["config.json"])
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+      ConfigError: no such file, or not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path} is not valid JSON: {e}.") from e
+
+
+def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any], Source]:
+    """Loads a folder: (config, params as a nested dict of numpy arrays, source).
+
+    Args:
+      folder: config.json beside *.safetensors or pytorch_model*.bin.
+      dtype: of parameters and activations; None keeps torch_dtype of config.json.  The router is float32 always.
+
+    Raises:
+      ConfigError: missing, unexpected or misshapen tensors, by name.
+    """
+    hf = read_config(folder)
+    cfg = hf_config.from_hf(hf if dtype is None else {**hf, "torch_dtype": dtype})
+    wanted = {entry.name: entry for entry in table.entries(cfg)}
+    params: dict[str, Any] = {}
+    files, router_dtype = {}, ""
+    tied_head = None
+    for name, tensor, file in _tensors(Path(folder)):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a buffer old saves hold; it is computed from the config
+        if name == "lm_head.weight" and cfg.tie_embeddings:
+            tied_head = tensor  # .bin saves hold a copy of the embedding
+            continue
+        if name not in wanted:
+            raise ConfigError(f"{Path(folder) / file} holds the tensor {name!r}, which a model of this config.json does not have.")
+        entry = wanted.pop(name)
+        if tensor.shape != entry.shape:
+            raise ConfigError(f"{Path(folder) / file}: {name} has shape {tensor.shape}; config.json asks for {entry.shape}.")
+        files[name] = file
+        if entry.path.endswith("router_DE"):
+            router_dtype = str(tensor.dtype)
+        _store(params, entry, tensor, cfg)
+    if wanted:
+        raise ConfigError(f"{folder} lacks {len(wanted)} tensors that its config.json asks for, the first one {next(iter(wanted))}.")
+    if tied_head is not None and not np.array_equal(_bits(tied_head.astype(_NUMPY_DTYPES[cfg.dtype])), _bits(params["embed"]["embedding_VD"])):
+        raise ConfigError(
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight although config.json says tie_word_embeddings; "
+            "set it to false to keep both."
+        )
+    texts = {
+        name: (Path(folder) / name).read_text(encoding="utf-8")
+        for name in ("config.json", "model.safetensors.index.json")
+        if (Path(folder) / name).is_file()
+    }
+    return cfg, params, Source(texts, files, router_dtype)
+
+
+def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], source: Source | None) -> None:
+    """Writes config.json and safetensors shards under the official names; with `source`, in its files and dtypes.
+
+    Args:
+      params: nested dict of arrays, as `read_model` gives.
+      source: of the folder the model came from; None for a model trained here.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    all_entries = table.entries(cfg)
+    is_same_dtype = source is not None and source.config.get("torch_dtype", "float32") == cfg.dtype
+
+    def tensor_dtype(entry):
+        if not entry.path.endswith("router_DE"):
+            return _NUMPY_DTYPES[cfg.dtype]
+        return np.dtype(source.router_dtype) if is_same_dtype else np.dtype(np.float32)
+
+    is_same_layout = is_same_dtype and all(file.endswith(".safetensors") for file in source.files.values())
+    files = source.files if is_same_layout else _shards(all_entries, tensor_dtype)
+    for file in dict.fromkeys(files.values()):
+        tensors = {e.name: table.to_official(_lookup(params, e), e).astype(tensor_dtype(e)) for e in all_entries if files[e.name] == file}
+        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    texts = dict(source.texts) if is_same_layout else {}
+    if not is_same_layout:
+        texts["config.json"] = _json({**source.config, "torch_dtype": cfg.dtype} if source else hf_config.to_hf(cfg))
+        if len(set(files.values())) > 1:
+            total_size = sum(int(np.prod(e.shape)) * tensor_dtype(e).itemsize for e in all_entries)
+            texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total_size}, "weight_map": files})
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(name, array, file name) of every tensor, one in memory at a time for safetensors."""
+    shards = _shard_files(folder)
+    for shard in shards:
+        if shard.suffix == ".bin":
+            yield from ((name, array, shard.name) for name, array in _read_bin(shard))
+            continue
+        with safe_open(shard, "np") as f:
+            for name in f.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+                yield name, f.get_tensor(name), shard.name
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: those its index names, or the single file; safetensors before .bin."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            shards = [folder / file for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            missing = [shard.name for shard in shards if not shard.is_file()]
+            if missing:
+                raise ConfigError(f"{index} names {len(shards)} shards, but {', '.join(missing)} is not there; copy the whole folder.")
+            return shards
+        if (folder / single).is_file():
+            return [folder / single]
+    raise ConfigError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards.")
+
+
+def _read_bin(shard: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        import torch
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"{shard} is a PyTorch pickle; reading it needs torch: pip install 'hunyuan_jax[torch]'.") from e
+    for name, tensor in torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items():
+        if tensor.dtype == torch.bfloat16:
+            yield name, tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            yield name, tensor.numpy()
+
+
+def _store(params: dict[str, Any], entry: table.Entry, tensor: np.ndarray, cfg: ModelConfig) -> None:
+    """Puts one official tensor in its place, creating the (stacked) parameter when its first piece comes."""
+    *parents, leaf = entry.path.split("/")
+    node = params
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    stacked = {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[len(entry.index)]
+    shape = _our_shape(entry, cfg)
+    if leaf not in node:
+        dtype = np.dtype(np.float32) if leaf == "router_DE" else _NUMPY_DTYPES[cfg.dtype]
+        node[leaf] = np.empty((*stacked, *shape), dtype)
+    node[leaf][entry.index] = table.to_ours(tensor, entry, shape)
+
+
+def _our_shape(entry: table.Entry, cfg: ModelConfig) -> tuple[int, ...]:
+    """Our shape of one tensor: heads are split out of the official [out, in]."""
+    leaf = entry.path.rsplit("/", 1)[1]
+    letters = leaf.rsplit("_", 1)[1]
+    sizes = {"N": cfg.num_heads, "K": cfg.num_kv_heads, "H": cfg.head_dim}
+    if not set(letters) & set("NK"):
+        return entry.shape[::-1] if entry.is_transposed else entry.shape
+    return tuple(sizes.get(letter, cfg.hidden_size) for letter in letters)
+
+
+def _lookup(params: dict[str, Any], entry: table.Entry) -> np.ndarray:
+    for name in entry.path.split("/"):
+        params = params[name]
+    return np.asarray(params[entry.index] if entry.index else params)
+
+
+def _shards(all_entries: list[table.Entry], tensor_dtype: Any) -> dict[str, str]:
+    """Tensor name -> file: as many files as needed to stay below _MAX_SHARD_BYTES each, tensors in order."""
+    numbers, number, size = {}, 1, 0
+    for entry in all_entries:
+        num_bytes = int(np.prod(entry.shape)) * tensor_dtype(entry).itemsize
+        if size and size + num_bytes > _MAX_SHARD_BYTES:
+            number, size = number + 1, 0
+        numbers[entry.name] = number
+        size += num_bytes
+    if number == 1:
+        return dict.fromkeys(numbers, "model.safetensors")
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint8)
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

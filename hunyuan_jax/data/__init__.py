@@ -1,0 +1,1 @@
+"""Text to training batches: documents and their split (source.py), packed and resumable batches (loader.py)."""

@@ -1,0 +1,1 @@
+"""Running a model: logits, sampling, generation with the one-entry-per-group cache."""

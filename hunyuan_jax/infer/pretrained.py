@@ -1,0 +1,169 @@
+"""`from_pretrained`: a model folder or a training checkpoint as one object for notebooks."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ConfigError, ModelConfig
+from hunyuan_jax.convert import torch_io
+from hunyuan_jax.infer.engine import Engine
+from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.model import loss as loss_lib
+from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.parallel.mesh import single_device_mesh
+
+
+class Pretrained:
+    """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S] integers.
+
+    config: ModelConfig; params: nested dict of arrays; routing is dropless.
+    """
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any], source: torch_io.Source | None = None, mesh: Mesh | None = None):
+        self.config = dataclasses.replace(config, remat="none", moe=dataclasses.replace(config.moe, dispatch="dropless"))
+        self.params = jax.tree.map(jnp.asarray, params)
+        self._source = source
+        mesh = single_device_mesh() if mesh is None else mesh
+        graph_def = nnx.split(nnx.eval_shape(lambda: Transformer(self.config, mesh, jax.random.key(0))))[0]
+        self._engine = Engine(graph_def, self.params)
+        self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
+        self._loss = jax.jit(lambda params, ids, labels, mask: _loss(_logits(graph_def, params, ids, mask, _arange(ids)), labels))
+
+    def logits(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> jax.Array:
+        """float32 [B, S, V].  Positions default to 0 .. S-1 whatever the mask, as the official forward does."""
+        ids = self._ids("input_ids", input_ids)
+        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
+        return self._logits(self.params, ids, mask, _like("position_ids", position_ids, ids, _arange(ids)))
+
+    def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> float:
+        """Mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats; label -100 is ignored."""
+        ids = self._ids("input_ids", input_ids)
+        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
+        return float(self._loss(self.params, ids, _like("labels", labels, ids, None), mask))
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """int32 [B, S + max_new_tokens]: the prompts and what follows; temperature 0 is greedy.
+
+        Prompts of unequal length are padded on the left and masked.  A row ends with its first eos_token_id (default: the
+        config's) and is filled with the padding id.
+        """
+        ids = self._ids("input_ids", input_ids)
+        steps = list(self.stream(ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_token_id, seed))
+        new = np.full((ids.shape[0], max_new_tokens), self._fill_id(), np.int32)
+        if steps:
+            new[:, : len(steps)] = np.stack(steps, axis=1)
+        return np.concatenate([ids, new], axis=1)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """As `generate`, yielding int32 [B] tokens as they come; ends when every row has ended."""
+        ids = self._ids("input_ids", input_ids)
+        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
+        if not mask[:, -1].all():
+            raise ValueError("attention_mask ends in 0: generation continues the last token, so pad prompts on the left.")
+        _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        total = ids.shape[1] + max_new_tokens
+        if total > self.config.max_position:
+            raise ValueError(
+                f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the model's {self.config.max_position} positions; "
+                "shorten the prompt or ask for fewer tokens."
+            )
+        eos = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        sampling = Sampling(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
+        return self._engine.stream(ids, mask, max_new_tokens, sampling, tuple(eos), self._fill_id(), seed)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes a model folder with the official names; one that was loaded unchanged comes out byte for byte the same."""
+        torch_io.write_model(folder, self.config, jax.tree.map(np.asarray, self.params), self._source)
+
+    def _fill_id(self) -> int:
+        return max(self.config.pad_token_id, 0)
+
+    def _ids(self, name: str, value: Any) -> np.ndarray:
+        ids = np.asarray(value)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+            raise ValueError(f"{name} has shape {ids.shape} and dtype {ids.dtype}; it must be a non-empty [batch, length] of integers.")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(f"{name} holds the id {ids.min() if ids.min() < 0 else ids.max()}; ids are 0 to {self.config.vocab_size - 1}.")
+        return ids.astype(np.int32)
+
+
+def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretrained:
+    """Loads a model folder with the official names, or the newest checkpoint of a training run.
+
+    Args:
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, or the --workdir of a run.
+      dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
+
+    Raises:
+      ConfigError: not such a folder, or tensors that do not fit its config.json.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
+    if (Path(path) / "checkpoints").is_dir():
+        from hunyuan_jax.checkpoint import store
+
+        return Pretrained(*store.load_for_inference(path, dtype))
+    return Pretrained(*torch_io.read_model(path, dtype))
+
+
+def _logits(graph_def, params, ids_BS, mask_BS, positions_BS):
+    model = nnx.merge(graph_def, params)
+    return model.logits(model(ids_BS, positions_BS, mask_BS).hidden_BTD)
+
+
+def _loss(logits_BSV, labels_BS):
+    targets_BT = labels_BS[:, 1:]
+    return loss_lib.cross_entropy(logits_BSV[:, :-1], jnp.maximum(targets_BT, 0), (targets_BT != -100).astype(jnp.float32))
+
+
+def _arange(ids_BS):
+    return np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
+
+
+def _like(name: str, value: Any, ids_BS: np.ndarray, default: np.ndarray | None) -> np.ndarray:
+    array = default if value is None else np.asarray(value)
+    if array.shape != ids_BS.shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must match input_ids, {ids_BS.shape}.")
+    return array.astype(np.int32)
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    for is_ok, message in (
+        (max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens} must be at least 1."),
+        (temperature >= 0, f"temperature = {temperature} must not be negative; 0 is greedy."),
+        (top_k >= 0, f"top_k = {top_k} must not be negative; 0 is off."),
+        (0 < top_p <= 1, f"top_p = {top_p} must be in (0, 1]; 1 is off."),
+        (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be positive; 1 is off."),
+    ):
+        if not is_ok:
+            raise ValueError(message)

@@ -1,0 +1,1 @@
+"""The model: pure functions of arrays, and flax modules that declare the parameters they use."""

@@ -1,0 +1,33 @@
+"""The KV cache: one entry per CLA group (specification section 6; the official code stores one per layer)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hunyuan_jax.config import ModelConfig
+
+
+class KvCache(NamedTuple):
+    """Keys and values of the slots filled so far; slots are filled in order, the same ones for every row of the batch.
+
+    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group.
+    segment_BS: int32, 1 where a slot holds a token, 0 where it is padding or empty.
+    num_filled: int32 scalar.
+    """
+
+    k_PBSKH: jax.Array
+    v_PBSKH: jax.Array
+    segment_BS: jax.Array
+    num_filled: jax.Array
+
+
+def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KvCache:
+    """A cache in the model's compute dtype for num_slots tokens a row."""
+    shape = (cfg.num_groups, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
+    return KvCache(
+        jnp.zeros(shape, cfg.dtype),
+        jnp.zeros(shape, cfg.dtype),
+        jnp.zeros((batch_size, num_slots), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )

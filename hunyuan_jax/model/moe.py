@@ -1,0 +1,138 @@
+"""The mixture-of-experts layer: router, shared expert, and the island in which tokens meet their routed experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ModelConfig, MoeConfig
+from hunyuan_jax.model import dispatch, experts, params, routing
+from hunyuan_jax.model.mlp import Mlp
+from hunyuan_jax.parallel import island
+
+_WEIGHT_NAMES = {
+    "w_gate": ("experts", "expert_embed", "ffn"),
+    "w_up": ("experts", "expert_embed", "ffn"),
+    "w_down": ("experts", "ffn", "expert_embed"),
+}
+
+
+class Experts(nnx.Module):
+    """Weights of the E routed experts."""
+
+    def __init__(self, cfg: ModelConfig, key: jax.Array):
+        E, D, F, std = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size, cfg.init_std
+        gate, up, down = jax.random.split(key, 3)
+        self.w_gate_EDF = params.normal(gate, (E, D, F), _WEIGHT_NAMES["w_gate"], std)
+        self.w_up_EDF = params.normal(up, (E, D, F), _WEIGHT_NAMES["w_up"], std)
+        self.w_down_EFD = params.normal(down, (E, F, D), _WEIGHT_NAMES["w_down"], std)
+
+    def weights(self) -> dict[str, jax.Array]:
+        """The three tensors by name."""
+        return {"w_gate": self.w_gate_EDF[...], "w_up": self.w_up_EDF[...], "w_down": self.w_down_EFD[...]}
+
+
+class Moe(nnx.Module):
+    """shared(x) + sum of w_e * expert_e(x) over the token's experts (specification section 5)."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+        router_key, experts_key, shared_key = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.mesh = mesh
+        self.router_DE = params.normal(router_key, (cfg.hidden_size, cfg.moe.num_experts), ("embed", "router_experts"), cfg.init_std)
+        self.experts = Experts(cfg, experts_key)
+        if cfg.moe.num_shared_experts:
+            self.shared = Mlp(cfg.hidden_size, cfg.intermediate_size * cfg.moe.num_shared_experts, cfg.init_std, shared_key)
+
+    def router_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, E], whatever the activations' dtype."""
+        # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route differently there.
+        return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router_DE[...], precision="highest")
+
+    def __call__(
+        self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Output [B, T, D] and the layer's router figures, each averaged over the routing groups.
+
+        Args:
+          x_BTD: normalised activations.
+          is_valid_BT: false for padding, which takes no capacity and reaches only the shared expert.
+          routing_key: typed key of this (seed, step, layer); needed for dispatch "recycle" only.
+        """
+        moe = self.cfg.moe
+        if moe.dispatch == "recycle" and routing_key is None:
+            raise ValueError("dispatch = 'recycle' draws free slots at random and needs a key; pass one, or use 'dropless' for inference.")
+        fn = functools.partial(route_and_serve, cfg=moe, group_size=routing.group_size(moe, *x_BTD.shape[:2]))
+        key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
+        y_BTD, stats_g = island.island(
+            fn,
+            self.mesh,
+            in_logical=(("batch", "seq", "act_embed"), ("batch", "seq", "router_experts"), ("batch", "seq"), (), _WEIGHT_NAMES),
+            out_logical=(("batch", "seq", "act_embed"), ("batch",)),
+        )(x_BTD, self.router_logits(x_BTD), is_valid_BT, key_data, self.experts.weights())
+        if moe.num_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, jax.tree.map(lambda a: a.mean(0), stats_g)
+
+
+def route_and_serve(
+    x_BTD: jax.Array,
+    logits_BTE: jax.Array,
+    is_valid_BT: jax.Array,
+    key_data: jax.Array,
+    weights: dict[str, jax.Array],
+    *,
+    cfg: MoeConfig,
+    group_size: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside the island.
+
+    Returns the routed output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the two auxiliary losses.
+    """
+    B, T, D = x_BTD.shape
+    if B * T % group_size:
+        shards = island.num_shards("batch")
+        raise ValueError(
+            f"A routing group of {group_size} tokens would be split over chips: each of the {shards} batch shards holds {B} sequences of "
+            f"{T}. Use a config.model.moe.group_size that divides {B * T}, or fewer batch shards."
+        )
+    num_groups = B * T // group_size
+    x_gTD, logits_gTE, is_valid_gT = (a.reshape(num_groups, group_size, *a.shape[2:]) for a in (x_BTD, logits_BTE, is_valid_BT))
+
+    # The key depends on the global index of the group, so a run routes the same on every mesh.
+    group_g = island.shard_index("batch") * num_groups + jnp.arange(num_groups)
+    key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key_data), group_g)
+    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
+    assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+
+    y_gTD = serve(x_gTD, assignment, weights, cfg)
+    stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
+    stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
+    stats_g["z_loss"] = jax.vmap(routing.z_loss)(logits_gTE, is_valid_gT)
+    return y_gTD.reshape(B, T, D), stats_g
+
+
+def serve(x_gTD: jax.Array, assignment: routing.Assignment, weights: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
+    """The weighted outputs [g, T, D] of the experts `assignment` names; `weights` are this shard's.  Runs inside the island."""
+    # FSDP: each weight is gathered once, in the compute dtype; the gradient comes back as a reduce-scatter.
+    gate_eDF, up_eDF, down_eFD = (
+        island.gather(weights[name].astype(x_gTD.dtype), "expert_embed", dim=_WEIGHT_NAMES[name].index("expert_embed"))
+        for name in ("w_gate", "w_up", "w_down")
+    )
+    if cfg.dispatch == "dropless":
+
+        def tiles(x_nbD, tile_expert_n, num_tiles):
+            return experts.swiglu_tiles(x_nbD, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD)
+
+        y_gTD = dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
+    else:
+
+        def buffers(x_eRD, count_es):
+            del count_es  # rows beyond the counts are zero and cost nothing extra here
+            return experts.swiglu_buffers(x_eRD, gate_eDF, up_eDF, down_eFD)
+
+        y_gTD = dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)
+    # Each tensor shard has summed over its own part of F.
+    return island.reduce_sum(y_gTD, "ffn")

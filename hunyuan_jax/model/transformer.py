@@ -1,0 +1,122 @@
+"""The whole model: embedding, scanned CLA groups, final norm, head.
+
+Letters: B batch, T tokens, D model, V vocabulary, P CLA groups, F layers of a group.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.model import params, rope
+from hunyuan_jax.model.attention import causal_mask
+from hunyuan_jax.model.block import ClaGroup, Sequence
+from hunyuan_jax.model.cache import KvCache
+from hunyuan_jax.model.norm import RmsNorm
+from hunyuan_jax.parallel.rules import constrain
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Output(NamedTuple):
+    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, F, ...] (empty if dense)."""
+
+    hidden_BTD: jax.Array
+    cache: KvCache | None
+    stats: dict[str, jax.Array]
+
+
+class Embedding(nnx.Module):
+    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification section 8)."""
+
+    def __init__(self, cfg: ModelConfig, key: jax.Array):
+        self.pad_token_id = cfg.pad_token_id
+        self.embedding_VD = params.normal(key, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg.init_std)
+        if cfg.pad_token_id >= 0:
+            self.embedding_VD[...] = self.embedding_VD[...].at[cfg.pad_token_id].set(0.0)
+
+    def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+        """[B, T, D] in dtype."""
+        x_BTD = self.embedding_VD[...][tokens_BT].astype(dtype)
+        is_pad_BT = tokens_BT == self.pad_token_id
+        return jnp.where(is_pad_BT[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
+
+
+class Head(nnx.Module):
+    """The output projection of an untied model."""
+
+    def __init__(self, cfg: ModelConfig, key: jax.Array):
+        self.w_VD = params.normal(key, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg.init_std)
+
+
+class Transformer(nnx.Module):
+    """Hunyuan-Large.  Holds parameters; `__call__` and `logits` are functions of them and change nothing."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+        embed_key, groups_key, head_key = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.mesh = mesh
+        self.embed = Embedding(cfg, embed_key)
+        self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(jax.random.split(groups_key, cfg.num_groups))
+        self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        if not cfg.tie_embeddings:
+            self.head = Head(cfg, head_key)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        is_training: bool = False,
+        cache: KvCache | None = None,
+    ) -> Output:
+        """Runs all layers.
+
+        Args:
+          tokens_BT: int32.
+          positions_BT: int32 RoPE positions.
+          segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.  With a cache, 1 or 0.
+          key: typed key of this (seed, step), for recycle routing and dropout.
+          is_training: whether dropout acts; needs `key`.
+          cache: continues it: the tokens take the next T slots.
+        """
+        cfg = self.cfg
+        if is_training and key is None and (cfg.attention_dropout or cfg.hidden_dropout):
+            raise ValueError("is_training with dropout needs a key; pass key=, or is_training=False.")
+        x_BTD = constrain(self.embed(tokens_BT, cfg.dtype), self.mesh, ("batch", "seq", "act_embed"))
+        first_slot, key_segment_BS, cached_kv = 0, segment_ids_BT, None
+        if cache is not None:
+            first_slot = cache.num_filled
+            key_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_ids_BT, first_slot, axis=1)
+            cached_kv = (cache.k_PBSKH, cache.v_PBSKH)
+        slot_T = first_slot + jnp.arange(tokens_BT.shape[1])
+        mask_BTS = causal_mask(slot_T, key_segment_BS.shape[1], segment_ids_BT, key_segment_BS)
+        sequence = Sequence(rope.cos_sin(positions_BT, cfg), mask_BTS, segment_ids_BT > 0)
+        group_def, group_params_P = nnx.split(self.groups)
+
+        def one_group(x_BTD, per_group):
+            group_params, group_index, group_kv = per_group
+            group_key = None if key is None else jax.random.fold_in(key, group_index)
+            group = nnx.merge(group_def, group_params)
+            x_BTD, kv, stats = group(x_BTD, sequence, group_key, is_training, group_kv, first_slot)
+            return constrain(x_BTD, self.mesh, ("batch", "seq", "act_embed")), (kv if cache is not None else None, stats)
+
+        if cfg.remat != "none":
+            one_group = jax.checkpoint(one_group, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        x_BTD, (kv_P, stats_PF) = jax.lax.scan(one_group, x_BTD, (group_params_P, jnp.arange(cfg.num_groups), cached_kv))
+        if cache is not None:
+            cache = KvCache(*kv_P, key_segment_BS, first_slot + tokens_BT.shape[1])
+        return Output(self.final_norm(x_BTD), cache, stats_PF)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]."""
+        w_VD = self.embed.embedding_VD[...] if self.cfg.tie_embeddings else self.head.w_VD[...]
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,94 @@
+"""Architecture numbers of the released models and of the small ones used here; they live in this file only.
+
+Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B).
+"""
+
+import dataclasses
+
+from hunyuan_jax.config import ModelConfig, MoeConfig
+
+
+def a52b() -> ModelConfig:
+    """Hunyuan-Large as pre-trained: 256K context, alpha 1e5 (an effective RoPE base of 1.34e9)."""
+    return ModelConfig(
+        vocab_size=128_512,
+        hidden_size=6400,
+        intermediate_size=18_304,
+        num_layers=64,
+        num_heads=80,
+        num_kv_heads=8,
+        head_dim=80,
+        max_position=262_144,
+        rope_alpha=100_000.0,
+        cla_share_factor=2,
+        dtype="bfloat16",
+        remat="full",
+        pad_token_id=127_961,
+        bos_token_id=127_958,
+        eos_token_ids=(127_960, 127_967),
+        moe=MoeConfig(num_experts=16, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0),
+    )
+
+
+def a52b_instruct() -> ModelConfig:
+    """Hunyuan-Large-Instruct: a larger padded vocabulary, 128K context, alpha 1e3."""
+    return dataclasses.replace(a52b(), vocab_size=129_024, max_position=131_072, rope_alpha=1_000.0)
+
+
+def a13b() -> ModelConfig:
+    """Hunyuan-A13B: 64 experts, top-8, one shared, no cross-layer attention."""
+    return ModelConfig(
+        vocab_size=128_167,
+        hidden_size=4096,
+        intermediate_size=3072,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position=32_768,
+        dtype="bfloat16",
+        remat="full",
+        pad_token_id=127_961,
+        bos_token_id=1,
+        eos_token_ids=(127_960,),
+        moe=MoeConfig(num_experts=64, top_k=8, num_shared_experts=1, dispatch="dropless"),
+    )
+
+
+def tiny() -> ModelConfig:
+    """The a52b shape at 6 M parameters: CLA pairs, GQA, one shared and eight recycled experts, bytes as tokens."""
+    return ModelConfig(
+        vocab_size=320,  # 256 bytes and three specials, padded
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position=2048,
+        rope_alpha=1.0,
+        cla_share_factor=2,
+        pad_token_id=258,
+        bos_token_id=256,
+        eos_token_ids=(257,),
+        moe=MoeConfig(
+            num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0, aux_loss_weight=0.01
+        ),
+    )
+
+
+def bench() -> ModelConfig:
+    """15.3 M parameters: the size at which training speed is compared with other libraries (docs/benchmarks.md)."""
+    return ModelConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position=2048,
+        tie_embeddings=False,
+        moe=MoeConfig(num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0),
+    )
+

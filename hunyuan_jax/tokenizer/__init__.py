@@ -1,0 +1,61 @@
+"""Text to token ids and back."""
+
+import codecs
+import pathlib
+from collections.abc import Iterable
+from typing import Protocol
+
+from hunyuan_jax.tokenizer.byte import ByteTokenizer
+from hunyuan_jax.tokenizer.hy import HyTokenizer
+
+__all__ = ["ByteTokenizer", "HyTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """What data, generation and chats need; `ByteTokenizer` and `HyTokenizer` provide it."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included; the model's table may be larger."""
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Return the ids of `text`, no bos or eos added; names of special tokens are text unless `parse_special`."""
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 character become U+FFFD."""
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+        """Return the bytes of `ids`, which may begin or end inside a character."""
+
+    def special_id(self, name: str) -> int:
+        """Return the id of the special token called `name`, e.g. "<|eos|>"; ValueError if there is none."""
+
+
+class StreamDecoder:
+    """Text of ids that arrive one by one; the pushed texts and the finish together are `tokenizer.decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that `token_id` completes: possibly "", never part of a character."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special))
+
+    def finish(self) -> str:
+        """Return U+FFFD if the ids ended inside a character, else ""; the decoder is then ready for a new text."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
+    """Return the byte tokenizer for "byte", else the Hunyuan tokenizer of that ranks file; no network is used.
+
+    Raises ValueError when the path is no file or holds no ranks (`hy.read_ranks`).
+    """
+    return ByteTokenizer() if name_or_path == "byte" else HyTokenizer(name_or_path)

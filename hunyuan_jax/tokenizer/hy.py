@@ -1,0 +1,137 @@
+"""The official Hunyuan tokenizer: byte-pair encoding by tiktoken over a local ranks file (specification section 7)."""
+
+import base64
+import binascii
+import pathlib
+import re
+import unicodedata
+
+from hunyuan_jax.tokenizer.vocabulary import Vocabulary, replace_surrogates
+
+NUM_EXTRA_TOKENS = 204
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|pad|>",
+    *(f"<|extra_{index}|>" for index in range(NUM_EXTRA_TOKENS)),
+)
+
+# What is never merged across.  Unlike its ancestor cl100k, every digit stands alone.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+# `\s+(?!\S)` backtracks through the whole run of blanks and tiktoken's regex engine aborts near a million of them
+# (999,999 with tiktoken 0.14).  Longer runs, which the official class cannot encode at all, are cut first.
+MAX_BLANK_RUN = 900_000
+_BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # the engine's \s; Python's has four more
+_LONG_BLANK_RUN = re.compile(rf"(?<!{_BLANK}){_BLANK}{{{MAX_BLANK_RUN + 1},}}")
+
+_GET_AGAIN = "get the file again, it is damaged or of another kind"
+
+
+class HyTokenizer(Vocabulary):
+    """Tokenizer of Hunyuan-Large from its ranks file; `bos_id`, `eos_id` and `pad_id` are the official attributes.
+
+    eos is <|endoftext|>, the end of a pretraining document.  A chat turn ends with another token: generation stops on
+    `stop_ids`, that is <|eos|> and <|extra_5|>.  The special ids follow the last rank, so a small file works the same.
+
+    Raises ValueError for a file that is missing or is not a ranks file, see `read_ranks`.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        tokens = read_ranks(path)
+        import tiktoken  # here, so that a run on bytes neither needs nor loads it
+
+        super().__init__(tokens, SPECIAL_TOKENS)
+        self.bos_id = self.special_id("<|startoftext|>")
+        self.eos_id = self.special_id("<|endoftext|>")
+        self.pad_id = self.special_id("<|pad|>")
+        self.stop_ids = (self.special_id("<|eos|>"), self.special_id("<|extra_5|>"))
+        self._encoding = tiktoken.Encoding(
+            "hunyuan",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens=self._special_ids,
+        )
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Return the ids of NFC(`text`), no bos or eos added; lone surrogates become U+FFFD.
+
+        Names of special tokens in `text` are ordinary text, so that nobody's input can forge a turn.  The official class
+        parses them all, which `parse_special` does.
+        """
+        text = unicodedata.normalize("NFC", replace_surrogates(text))
+        ids = []
+        for piece in _cut_long_blanks(text):
+            if parse_special:
+                ids += self._encoding.encode(piece, allowed_special="all", disallowed_special=())
+            else:
+                ids += self._encoding.encode_ordinary(piece)
+        return ids
+
+
+def read_ranks(path: str | pathlib.Path) -> list[bytes]:
+    """Read a ranks file: one line "BASE64 RANK" per token; returns the bytes of rank 0, 1, ...
+
+    The rank column is ignored, the line number counts (specification section 7).  Raises ValueError naming file, line
+    and rule for a missing file, a malformed line, a repeated token, or when one of the 256 single bytes has no rank.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines 'BASE64 RANK'; "
+            "give the path of the model's hy.tiktoken"
+        )
+    rank_of = {}
+    for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        token = _parse_line(line)
+        if token is None:
+            raise ValueError(f"{path}, line {line_number}: {_shorten(line)} is not 'BASE64 RANK'; {_GET_AGAIN}")
+        if token in rank_of:
+            raise ValueError(
+                f"{path}, line {line_number}: {_shorten(line)} repeats the token of line {rank_of[token] + 1}, "
+                f"but a token has one rank; {_GET_AGAIN}"
+            )
+        rank_of[token] = line_number - 1
+    missing = [byte for byte in range(256) if bytes([byte]) not in rank_of]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank (first: {missing[0]:#04x}), "
+            f"but any text must be encodable; {_GET_AGAIN}"
+        )
+    return list(rank_of)
+
+
+def _parse_line(line: bytes) -> bytes | None:
+    """Return the token of one line, or None when the line is malformed."""
+    fields = line.split()
+    if len(fields) != 2:
+        return None
+    try:
+        return base64.b64decode(fields[0], validate=True)
+    except binascii.Error:
+        return None
+
+
+def _shorten(line: bytes) -> str:
+    text = line.decode("utf-8", errors="replace")
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _cut_long_blanks(text: str) -> list[str]:
+    """Split `text` where a run of blanks reaches MAX_BLANK_RUN; nearly always it stays whole."""
+    if len(text) <= MAX_BLANK_RUN:
+        return [text]
+    cuts = [0]
+    for run in _LONG_BLANK_RUN.finditer(text):
+        cuts += range(run.start() + MAX_BLANK_RUN, run.end(), MAX_BLANK_RUN)
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
