@@ -250,9 +250,7 @@ def validate(config: Config) -> Config:
 
 def validate_model(m: ModelConfig) -> ModelConfig:
     """Checks the architecture alone (used for model folders too)."""
-    for name in (
-        "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor".split()
-    ):
+    for name in "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor".split():
         _require(getattr(m, name) >= 1, f"config.model.{name} = {getattr(m, name)} must be at least 1.")
     _require(
         m.num_heads % m.num_kv_heads == 0,
@@ -272,7 +270,9 @@ def validate_model(m: ModelConfig) -> ModelConfig:
         _require(m.rope_factor > 0, f"config.model.rope_factor = {m.rope_factor} must be positive.")
     for name in ("attention_dropout", "hidden_dropout"):
         _require(0 <= getattr(m, name) < 1, f"config.model.{name} = {getattr(m, name)} must be in [0, 1).")
-    _require(-1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}.")
+    _require(
+        -1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}."
+    )
     _validate_moe(m.moe)
     return m
 

@@ -71,9 +71,7 @@ def tiny() -> ModelConfig:
         pad_token_id=258,
         bos_token_id=256,
         eos_token_ids=(257,),
-        moe=MoeConfig(
-            num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0, aux_loss_weight=0.01
-        ),
+        moe=MoeConfig(num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0, aux_loss_weight=0.01),
     )
 
 
@@ -91,4 +89,3 @@ def bench() -> ModelConfig:
         tie_embeddings=False,
         moe=MoeConfig(num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0),
     )
-

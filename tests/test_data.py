@@ -198,12 +198,14 @@ def test_report_is_short_and_complete():
         ("missing/*.txt", ["does not exist"]),
         ("table.csv", ["table.csv", "holds no .txt, .py, .md, .jsonl file"]),
         ("nothing", ["nothing", "holds no .txt, .py, .md, .jsonl file"]),
-        ("bad", ["bad", "2 skipped", "rows.jsonl: row 1: no field 'text', it has ['body', 'id']", "config.data.text_field"]),
+        ("blank.jsonl", ["blank.jsonl", "0 skipped: no rows"]),
+        ("bad", ["bad", "2 skipped: rows.jsonl: row 1: no field 'text', it has ['body', 'id']", "config.data.text_field"]),
     ],
 )
 def test_unusable_source_is_one_line_with_the_remedy(tmp_path, name, words):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "table.csv").write_text("a")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "rows.jsonl").write_text('{"body": "b", "id": 1}\n{}\n')
     with pytest.raises(ConfigError) as error:
@@ -305,15 +307,22 @@ def test_a_long_document_does_not_fill_a_batch_of_its_own():
             assert {ord("a"), ord("b")} <= set(batch["tokens"].flat)
 
 
-def test_order_depends_on_seed_and_epoch():
+@pytest.mark.parametrize("window", [1, 2**20])  # with 1, only the documents are shuffled
+def test_order_depends_on_seed_and_epoch(window):
     documents = make_documents([chr(97 + index) * 30 for index in range(20)])
     rows = num_rows(documents, 8)
     orders = []
     for seed in (0, 0, 1):
-        with training(documents, seed=seed) as batches:
+        with training(documents, seed=seed, window=window) as batches:
             orders.append([np.concatenate([batch["tokens"] for batch in take(batches, rows)]).tobytes() for _ in range(2)])
     assert orders[0] == orders[1]
     assert len({*orders[0], *orders[2]}) == 4
+
+
+def test_epoch_seeds_leave_room_for_the_window_number_in_32_bits():
+    seeds = {pack.epoch_seed(seed, epoch) for seed in (-1, 0, 1, 2**40) for epoch in range(20)}
+    assert len(seeds) == 80
+    assert 0 <= min(seeds) < max(seeds) < 2**31
 
 
 @settings(few_examples, max_examples=12)  # each restores at every step

@@ -83,7 +83,9 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
         _store(params, entry, tensor, cfg)
     if wanted:
         raise ConfigError(f"{folder} lacks {len(wanted)} tensors that its config.json asks for, the first one {next(iter(wanted))}.")
-    if tied_head is not None and not np.array_equal(_bits(tied_head.astype(_NUMPY_DTYPES[cfg.dtype])), _bits(params["embed"]["embedding_VD"])):
+    if tied_head is not None and not np.array_equal(
+        _bits(tied_head.astype(_NUMPY_DTYPES[cfg.dtype])), _bits(params["embed"]["embedding_VD"])
+    ):
         raise ConfigError(
             f"{folder}: lm_head.weight differs from model.embed_tokens.weight although config.json says tie_word_embeddings; "
             "set it to false to keep both."

@@ -96,10 +96,10 @@ def open_source(config: DataConfig) -> Documents:
         if reasons:
             skipped[name] = (len(reasons), reasons[0])
     if not items:
+        first = next((f"{name}: {reason}" for name, (_, reason) in skipped.items()), "no rows")
         num_skipped = sum(count for count, _ in skipped.values())
-        example = "".join(f" ({num_skipped} skipped, first {name}: {reason})" for name, (_, reason) in list(skipped.items())[:1])
         raise ConfigError(
-            f"config.data.source = {config.source!r} holds no usable document{example}; training needs UTF-8 text. "
+            f"config.data.source = {config.source!r} holds no usable document ({num_skipped} skipped: {first}); training needs UTF-8 text. "
             f"Repair the files, or set config.data.text_field (now {config.text_field!r}) to the field with the text."
         )
     return Documents(tuple(items), SourceReport(len(items), sum(len(item.utf8) for item in items), skipped))

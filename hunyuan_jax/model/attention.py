@@ -94,9 +94,7 @@ def attend(
     return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def causal_mask(
-    query_slot_T: jax.Array, num_keys: int, query_segment_BT: jax.Array, key_segment_BS: jax.Array
-) -> jax.Array:
+def causal_mask(query_slot_T: jax.Array, num_keys: int, query_segment_BT: jax.Array, key_segment_BS: jax.Array) -> jax.Array:
     """bool [B, T, S]: a query sees the keys at or before its own slot that belong to its segment; segment 0 is padding."""
     is_past_TS = jnp.arange(num_keys)[None, :] <= query_slot_T[:, None]
     is_same_BTS = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]

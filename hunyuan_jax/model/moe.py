@@ -51,9 +51,7 @@ class Moe(nnx.Module):
         # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route differently there.
         return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router_DE[...], precision="highest")
 
-    def __call__(
-        self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Output [B, T, D] and the layer's router figures, each averaged over the routing groups.
 
         Args:

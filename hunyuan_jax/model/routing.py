@@ -95,7 +95,7 @@ def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array
     expert_n = choice.expert_Tk.T.reshape(-1)  # n = choice-major (choice, token)
     is_valid_n = jnp.tile(is_valid_T | (cfg.dispatch == "dropless"), k)
 
-    wish_nE = jax.nn.one_hot(expert_n, num_experts, dtype=jnp.int32) * is_valid_n[:, None]
+    wish_nE = _one_hot(expert_n, is_valid_n, num_experts)
     slot_n = _take_expert(jnp.cumsum(wish_nE, axis=0) - 1, expert_n)
     is_kept_n = is_valid_n & (slot_n < num_slots)
     count_E = jnp.minimum(wish_nE.sum(0), num_slots)
@@ -109,7 +109,7 @@ def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array
             new_n, is_recycled_n = _recycle_distinct(expert_n, is_kept_n, is_over_n, num_slots - count_E, num_slots, T, key)
         expert_n = jnp.where(is_recycled_n, new_n, expert_n)
         # Recycled rows follow the kept ones, so that the rows in use are always the first count_E of a buffer.
-        moved_nE = jax.nn.one_hot(expert_n, num_experts, dtype=jnp.int32) * is_recycled_n[:, None]
+        moved_nE = _one_hot(expert_n, is_recycled_n, num_experts)
         slot_n = jnp.where(is_recycled_n, _take_expert(count_E + jnp.cumsum(moved_nE, axis=0) - 1, expert_n), slot_n)
         count_E = count_E + moved_nE.sum(0)
         is_kept_n = is_kept_n | is_recycled_n
@@ -148,15 +148,20 @@ def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dic
     """
     probs_TE = choice.probs_TE
     is_served_Tk = assignment.is_kept_Tk & is_valid_T[:, None]
-    count_E = (jax.nn.one_hot(assignment.expert_Tk, probs_TE.shape[1]) * is_served_Tk[..., None]).sum((0, 1))
+    count_E = _one_hot(assignment.expert_Tk, is_served_Tk, probs_TE.shape[1]).sum((0, 1)).astype(jnp.float32)
     entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), axis=-1)
-    num_choices = jnp.maximum(is_valid_T.sum() * choice.expert_Tk.shape[1], 1)
+    num_choices = jnp.maximum(is_valid_T.sum() * choice.expert_Tk.shape[1], 1).astype(jnp.float32)
     return {
-        "load_E": count_E / jnp.maximum(count_E.sum(), 1),
-        "recycled": assignment.is_recycled_Tk.sum() / num_choices,
-        "dropped": (is_valid_T[:, None] & ~assignment.is_kept_Tk).sum() / num_choices,
+        "load_E": count_E / jnp.maximum(count_E.sum(), 1.0),
+        "recycled": assignment.is_recycled_Tk.sum().astype(jnp.float32) / num_choices,
+        "dropped": (is_valid_T[:, None] & ~assignment.is_kept_Tk).sum().astype(jnp.float32) / num_choices,
         "entropy": _masked_mean(entropy_T[:, None], is_valid_T)[0],
     }
+
+
+def _one_hot(expert_n: jax.Array, is_counted_n: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [..., E]: 1 at each counted choice's expert."""
+    return jax.nn.one_hot(jnp.where(is_counted_n, expert_n, num_experts), num_experts, dtype=jnp.int32)
 
 
 def _take_expert(values_nE: jax.Array, expert_n: jax.Array) -> jax.Array:
@@ -164,7 +169,7 @@ def _take_expert(values_nE: jax.Array, expert_n: jax.Array) -> jax.Array:
 
 
 def _masked_mean(x_TX: jax.Array, is_valid_T: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(is_valid_T[:, None], x_TX, 0.0), axis=0) / jnp.maximum(is_valid_T.sum(), 1)
+    return jnp.sum(jnp.where(is_valid_T[:, None], x_TX, 0.0), axis=0) / jnp.maximum(is_valid_T.sum(), 1).astype(jnp.float32)
 
 
 def _recycle_once(is_over_n: jax.Array, free_E: jax.Array, num_slots: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -214,11 +219,11 @@ def _recycle_distinct(
         has_TE = has_TE.at[token_n[first], first_expert].set(True)
         # The others, together.
         draw_n, got_n = _recycle_once(is_left_n, free_E, num_slots, shuffle_key)
-        draw_nE = jax.nn.one_hot(draw_n, num_experts, dtype=jnp.int32) * got_n[:, None]
+        draw_nE = _one_hot(draw_n, got_n, num_experts)
         draw_kTE = draw_nE.reshape(-1, num_tokens, num_experts)
         is_first_draw_n = _take_expert((jnp.cumsum(draw_kTE, axis=0) == 1).reshape(draw_nE.shape), draw_n)
         accept_n = got_n & is_first_draw_n & ~has_TE[token_n, draw_n]
-        free_E = free_E - (draw_nE * accept_n[:, None]).sum(0)
+        free_E = free_E - _one_hot(draw_n, accept_n, num_experts).sum(0)
         has_TE = has_TE.at[token_n, draw_n].max(accept_n)
         return jnp.where(accept_n, draw_n, new_n), is_recycled_n | accept_n, is_left_n & ~accept_n, free_E, has_TE, key
 
