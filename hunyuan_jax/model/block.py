@@ -11,17 +11,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.model.attention import Attention, drop
+from hunyuan_jax.model.attention import Attention, Visibility, drop
 from hunyuan_jax.model.mlp import Mlp
 from hunyuan_jax.model.moe import Moe
 from hunyuan_jax.model.norm import RmsNorm
 
 
 class Sequence(NamedTuple):
-    """What every layer knows about the tokens: RoPE tables [B, T, H/2] each, mask bool [B, T, S], is_valid bool [B, T]."""
+    """What every layer knows about the tokens: RoPE tables [B, T, H/2] each, who sees whom, is_valid bool [B, T]."""
 
     cos_sin_BTh: tuple[jax.Array, jax.Array]
-    mask_BTS: jax.Array
+    visibility: Visibility
     is_valid_BT: jax.Array
 
 
@@ -32,7 +32,7 @@ class Layer(nnx.Module):
         attn_key, mlp_key = jax.random.split(key)
         self.cfg = cfg
         self.attn_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.attn = Attention(cfg, attn_key, is_producer=is_producer)
+        self.attn = Attention(cfg, mesh, attn_key, is_producer=is_producer)
         self.mlp_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if cfg.is_moe:
             self.moe = Moe(cfg, mesh, mlp_key)
@@ -59,7 +59,7 @@ class Layer(nnx.Module):
         """
         routing_key, *dropout_keys = [None] * 4 if key is None else jax.random.split(key, 4)
         attention_key = dropout_keys[0] if is_training and self.cfg.attention_dropout else None
-        out_BTD = self.attn(y_BTD, *kv, sequence.cos_sin_BTh, sequence.mask_BTS, attention_key)
+        out_BTD = self.attn(y_BTD, *kv, sequence.cos_sin_BTh, sequence.visibility, attention_key)
         x_BTD = x_BTD + self._hidden_drop(out_BTD, dropout_keys[1], is_training)
         y_BTD = self.mlp_norm(x_BTD)
         out_BTD, stats = self.moe(y_BTD, sequence.is_valid_BT, routing_key) if self.cfg.is_moe else (self.mlp(y_BTD), {})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.model import params, rope
-from hunyuan_jax.model.attention import causal_mask
+from hunyuan_jax.model.attention import Visibility
 from hunyuan_jax.model.block import ClaGroup, Sequence
 from hunyuan_jax.model.cache import KvCache
 from hunyuan_jax.model.norm import RmsNorm
@@ -98,8 +98,8 @@ class Transformer(nnx.Module):
             key_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_ids_BT, first_slot, axis=1)
             cached_kv = (cache.k_PBSKH, cache.v_PBSKH)
         slot_T = first_slot + jnp.arange(tokens_BT.shape[1])
-        mask_BTS = causal_mask(slot_T, key_segment_BS.shape[1], segment_ids_BT, key_segment_BS)
-        sequence = Sequence(rope.cos_sin(positions_BT, cfg), mask_BTS, segment_ids_BT > 0)
+        visibility = Visibility(slot_T, segment_ids_BT, key_segment_BS)
+        sequence = Sequence(rope.cos_sin(positions_BT, cfg), visibility, segment_ids_BT > 0)
         group_def, group_params_P = nnx.split(self.groups)
 
         def one_group(x_BTD, per_group):
