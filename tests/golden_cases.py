@@ -69,11 +69,11 @@ class Golden:
         """int32 [B, S], -100 where ignored.
 
         With left padding the recorded loss also asks a padding row for the first token of the text.  Padding rows are not defined
-        (the official back ends differ), so that target is left out here.
+        (the official back ends differ there), so that target is left out here.
         """
         labels_BS, mask_BS = self.int32("labels"), self.inputs[1]
-        is_first_BS = np.pad(mask_BS, ((0, 0), (1, 0)))[:, :-1] < mask_BS
-        return np.where(is_first_BS & (np.cumsum(mask_BS, axis=1) < np.cumsum(np.ones_like(mask_BS), axis=1)), -100, labels_BS)
+        labels_BS[:, 1:][mask_BS[:, :-1] == 0] = -100
+        return labels_BS
 
 
 def folder_of(case: str) -> Path:

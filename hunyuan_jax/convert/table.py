@@ -33,7 +33,7 @@ def entries(cfg: ModelConfig) -> list[Entry]:
         table += _layer(cfg, layer)
     table.append(Entry("model.norm.weight", (D,), "final_norm/scale_D", (), False))
     if not cfg.tie_embeddings:
-        table.append(Entry("lm_head.weight", (V, D), "head/w_VD", (), False))
+        table.append(Entry("lm_head.weight", (V, D), "lm_head/w_VD", (), False))
     return table
 
 

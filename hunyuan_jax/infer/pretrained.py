@@ -28,7 +28,7 @@ class Pretrained:
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], source: torch_io.Source | None = None, mesh: Mesh | None = None):
-        self.config = dataclasses.replace(config, remat="none", moe=dataclasses.replace(config.moe, dispatch="dropless"))
+        self.config = dropless(config)
         self.params = jax.tree.map(jnp.asarray, params)
         self._source = source
         mesh = single_device_mesh() if mesh is None else mesh
@@ -134,6 +134,11 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretra
 
         return Pretrained(*store.load_for_inference(path, dtype))
     return Pretrained(*torch_io.read_model(path, dtype))
+
+
+def dropless(cfg: ModelConfig) -> ModelConfig:
+    """The same model as inference runs it: every token reaches its first choice, and nothing is kept for a backward pass."""
+    return dataclasses.replace(cfg, remat="none", moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
 
 
 def _logits(graph_def, params, ids_BS, mask_BS, positions_BS):

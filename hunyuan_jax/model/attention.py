@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.model import params, rope
+from hunyuan_jax.model.linear import linear
 from hunyuan_jax.model.norm import rms_normalize
 from hunyuan_jax.parallel import island
 
@@ -52,8 +53,8 @@ class Attention(nnx.Module):
     def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""
         dtype = y_BTD.dtype
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, self.wk_DKH[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, self.wv_DKH[...].astype(dtype))
+        k_BTKH = linear(y_BTD, self.wk_DKH[...])
+        v_BTKH = linear(y_BTD, self.wv_DKH[...])
         if self.cfg.attention_bias:
             k_BTKH, v_BTKH = k_BTKH + self.bk_KH[...].astype(dtype), v_BTKH + self.bv_KH[...].astype(dtype)
         k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None = no attention dropout."""
         cfg, dtype = self.cfg, y_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", y_BTD, self.wq_DNH[...].astype(dtype))
+        q_BTNH = linear(y_BTD, self.wq_DNH[...])
         if cfg.attention_bias:
             q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)
         q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
@@ -78,7 +79,7 @@ class Attention(nnx.Module):
             scale_H = (self.q_norm_H[...] * self.k_norm_H[...]).astype(dtype)
             q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * scale_H
         out_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...].astype(dtype))
+        out_BTD = linear(out_BTNH, self.wo_NHD[...], num_in=2)
         return out_BTD + self.bo_D[...].astype(dtype) if cfg.attention_bias else out_BTD
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hunyuan_jax.model.linear import swiglu
+
 
 def swiglu_buffers(x_eRD: jax.Array, w_gate_eDF: jax.Array, w_up_eDF: jax.Array, w_down_eFD: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)) of every expert on its own buffer [e, R, D]; empty rows are zero and stay zero."""
-    gate_eRF = jnp.einsum("eRD,eDF->eRF", x_eRD, w_gate_eDF)
-    up_eRF = jnp.einsum("eRD,eDF->eRF", x_eRD, w_up_eDF)
-    return jnp.einsum("eRF,eFD->eRD", jax.nn.silu(gate_eRF) * up_eRF, w_down_eFD)
+    return swiglu(x_eRD, lambda x, w: jnp.einsum("eRI,eIO->eRO", x, w), w_gate_eDF, w_up_eDF, w_down_eFD)
 
 
 def swiglu_tiles(
@@ -26,9 +26,7 @@ def swiglu_tiles(
     w_down_eFD: jax.Array,
 ) -> jax.Array:
     """The same on tiles of rows, tile i by expert tile_expert_n[i]; tiles from num_tiles on are skipped and come back zero."""
-    gate_nbF = tile_matmul(x_nbD, w_gate_eDF, tile_expert_n, num_tiles)
-    up_nbF = tile_matmul(x_nbD, w_up_eDF, tile_expert_n, num_tiles)
-    return tile_matmul(jax.nn.silu(gate_nbF) * up_nbF, w_down_eFD, tile_expert_n, num_tiles)
+    return swiglu(x_nbD, lambda x, w: tile_matmul(x, w, tile_expert_n, num_tiles), w_gate_eDF, w_up_eDF, w_down_eFD)
 
 
 @jax.custom_vjp

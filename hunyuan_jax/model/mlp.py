@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from hunyuan_jax.model import params
+from hunyuan_jax.model.linear import linear, swiglu
 
 
 class Mlp(nnx.Module):
@@ -16,7 +17,4 @@ class Mlp(nnx.Module):
         self.w_down_FD = params.normal(down, (intermediate_size, hidden_size), ("ffn", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = x_BTD.dtype
-        gate_BTF = x_BTD @ self.w_gate_DF[...].astype(dtype)
-        up_BTF = x_BTD @ self.w_up_DF[...].astype(dtype)
-        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.w_down_FD[...].astype(dtype)
+        return swiglu(x_BTD, linear, self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...])

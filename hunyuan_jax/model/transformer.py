@@ -66,7 +66,7 @@ class Transformer(nnx.Module):
         self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(jax.random.split(groups_key, cfg.num_groups))
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
-            self.head = Head(cfg, head_key)
+            self.lm_head = Head(cfg, head_key)
 
     def __call__(
         self,
@@ -118,5 +118,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""
-        w_VD = self.embed.embedding_VD[...] if self.cfg.tie_embeddings else self.head.w_VD[...]
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        w_VD = self.embed.embedding_VD[...] if self.cfg.tie_embeddings else self.lm_head.w_VD[...]
+        hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        return logits_MV.reshape(*hidden_BTD.shape[:2], -1)

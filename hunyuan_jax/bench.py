@@ -1,0 +1,81 @@
+"""How fast this machine trains and prefills a configuration, on random tokens: `python -m hunyuan_jax bench`."""
+
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from hunyuan_jax.config import Config
+from hunyuan_jax.infer.engine import Engine
+from hunyuan_jax.infer.pretrained import dropless
+from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.model.count import count
+from hunyuan_jax.obs.metrics import peak_flops
+from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.state import abstract_model, build_program, init_state
+
+
+def bench(config: Config, num_steps: int) -> dict[str, Any]:
+    """Medians over `num_steps` steps of the real train step, and of prefills of the same batch.
+
+    Returns steps_per_second, tokens_per_second, prefill_tokens_per_second, compile_seconds, peak_memory_mb (of this process),
+    parameters, device, and mfu where the device's peak is known.
+    """
+    program = build_program(config, make_mesh(config.mesh))
+    state = init_state(program)
+    batch = jax.device_put(_random_batch(config), step_lib.batch_sharding(program))
+    start = time.perf_counter()
+    train_step = step_lib.make_train_step(program).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+
+    seconds = []
+    for _ in range(num_steps + 2):  # the first two warm up
+        start = time.perf_counter()
+        state, metrics = train_step(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    seconds_per_step = statistics.median(seconds[2:])
+    counts = count(config.model, config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len
+    peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+    return {
+        "device": program.mesh.devices.flat[0].device_kind,
+        "num_devices": program.mesh.size,
+        "parameters": counts.total,
+        "steps_per_second": 1 / seconds_per_step,
+        "tokens_per_second": tokens / seconds_per_step,
+        "prefill_tokens_per_second": tokens / _prefill_seconds(config, program, state.params, num_steps),
+        "compile_seconds": compile_seconds,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **({"mfu": counts.flops_per_token * tokens / seconds_per_step / (peak * program.mesh.size)} if peak else {}),
+    }
+
+
+def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -> float:
+    """Median time to run a batch of prompts into a cache and draw the first new token."""
+    model = dropless(config.model)
+    engine = Engine(abstract_model(model, program.mesh)[0], params)
+    tokens_BS = np.array(_random_batch(config)["tokens"])
+    seconds = []
+    for _ in range(num_runs + 2):
+        start = time.perf_counter()
+        next(iter(engine.stream(tokens_BS, np.ones_like(tokens_BS), 1, Sampling(), (), 0, 0)))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def _random_batch(config: Config) -> step_lib.Batch:
+    """One batch of random tokens, every sequence one document."""
+    shape = (config.train.batch_size, config.train.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "loss_weights": np.ones(shape, np.float32),
+    }

@@ -1,0 +1,124 @@
+"""`python -m hunyuan_jax COMMAND`: parse, call, print."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags as absl_flags
+
+from hunyuan_jax import flags
+from hunyuan_jax.config import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; `argv` is sys.argv.
+
+    Raises:
+      ConfigError: no such command, or what the command refuses.
+    """
+    names = ", ".join(COMMANDS)
+    if len(argv) < 2 or argv[1] in ("-h", "--help"):
+        print("usage: python -m hunyuan_jax COMMAND --option=value ...\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10s}{command.__doc__.splitlines()[0]}")
+        return 0 if len(argv) > 1 else 2
+    if argv[1] not in COMMANDS:
+        raise ConfigError(f"unknown command {argv[1]!r}; commands are {names}.")
+    return COMMANDS[argv[1]]([f"hunyuan_jax {argv[1]}", *argv[2:]])
+
+
+def count(argv: list[str]) -> int:
+    """Parameters (total, active), training FLOPs and KV cache bytes per token of --config."""
+    values = flags.parse(argv, _define(flags.define_config, _json))
+    config = flags.config_of(values)
+    from hunyuan_jax.model import count as count_lib
+
+    result = dataclasses.asdict(count_lib.count(config.model, config.train.seq_len))
+    _print_table(result, values.json)
+    return 0
+
+
+def bench(argv: list[str]) -> int:
+    """Training and prefill speed, compile time and peak memory of --config on this machine."""
+
+    def num_steps(values):
+        absl_flags.DEFINE_integer("num_steps", 20, "Timed steps.", lower_bound=1, flag_values=values)
+
+    values = flags.parse(argv, _define(flags.define_config, _json, num_steps))
+    config = flags.config_of(values)
+    from hunyuan_jax import bench as bench_lib
+
+    _print_table(bench_lib.bench(config, values.num_steps), values.json)
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Continues --prompt with the model of --checkpoint (a run's workdir or a model folder), printing as it goes."""
+
+    def options(values):
+        absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a folder with official weights.", flag_values=values)
+        absl_flags.DEFINE_string("prompt", None, "Text to continue.", flag_values=values)
+        absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
+        absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
+        absl_flags.DEFINE_float("temperature", 0.7, "0 is greedy.", flag_values=values)
+        absl_flags.DEFINE_integer("top_k", 20, "0 is off.", flag_values=values)
+        absl_flags.DEFINE_float("top_p", 0.6, "1 is off.", flag_values=values)
+        absl_flags.DEFINE_float("repetition_penalty", 1.05, "1 is off.", flag_values=values)
+        absl_flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+
+    values = flags.parse(argv, _define(options))
+    if not values.checkpoint or not values.prompt:
+        raise ConfigError("generate needs --checkpoint=DIR and a non-empty --prompt=TEXT.")
+    from hunyuan_jax.infer import text
+
+    start, num_tokens = time.perf_counter(), 0
+    try:
+        pieces = text.stream(
+            values.checkpoint,
+            values.prompt,
+            tokenizer=values.tokenizer,
+            max_new_tokens=values.max_new_tokens,
+            temperature=values.temperature,
+            top_k=values.top_k,
+            top_p=values.top_p,
+            repetition_penalty=values.repetition_penalty,
+            seed=values.seed,
+        )
+        print(values.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            num_tokens += 1
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    print()
+    print(f"({num_tokens} tokens in {time.perf_counter() - start:.1f} s with loading and compiling)", file=sys.stderr)
+    return 0
+
+
+COMMANDS = {"count": count, "bench": bench, "generate": generate}
+
+
+def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:
+    def define(values):
+        for part in parts:
+            part(values)
+
+    return define
+
+
+def _json(values: absl_flags.FlagValues) -> None:
+    absl_flags.DEFINE_boolean("json", False, "Print one JSON object.", flag_values=values)
+
+
+def _print_table(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, int | float) else value
+        print(f"{name.replace('_', ' '):32s}{shown}")

@@ -1,0 +1,45 @@
+"""Text in, text out: a tokenizer around `Pretrained.stream`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hunyuan_jax.config import ConfigError
+from hunyuan_jax.infer.pretrained import from_pretrained
+from hunyuan_jax.tokenizer import StreamDecoder, load_tokenizer
+
+
+def stream(checkpoint: str | os.PathLike, prompt: str, *, tokenizer: str | None = None, **sampling: Any) -> Iterator[str]:
+    """Pieces of text that continue `prompt`, one a token, never half a character.
+
+    Args:
+      checkpoint: as for `from_pretrained`.
+      tokenizer: "byte" or a ranks file; None takes the one the run was trained with, or hy.tiktoken of a model folder.
+      sampling: keywords of `Pretrained.stream`.
+
+    Raises:
+      ConfigError: no model there, or no tokenizer.
+    """
+    vocabulary = load_tokenizer(tokenizer or _tokenizer_of(checkpoint))
+    model = from_pretrained(checkpoint)
+    if vocabulary.vocab_size > model.config.vocab_size:
+        raise ConfigError(f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; pass the one it was trained with.")
+    prefix = [model.config.bos_token_id] if model.config.bos_token_id >= 0 else []
+    decoder = StreamDecoder(vocabulary, skip_special=True)
+    for token_B in model.stream(np.array([prefix + vocabulary.encode(prompt)]), **sampling):
+        yield decoder.push(int(token_B[0]))
+    yield decoder.finish()
+
+
+def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
+    if (Path(checkpoint) / "checkpoints").is_dir():
+        from hunyuan_jax.checkpoint import store
+
+        return store.read_config(checkpoint).data.tokenizer
+    ranks = Path(checkpoint) / "hy.tiktoken"
+    if not ranks.is_file():
+        raise ConfigError(f"{checkpoint} holds no hy.tiktoken; pass --tokenizer=FILE.")
+    return str(ranks)
