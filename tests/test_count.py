@@ -43,10 +43,8 @@ def module_sizes(cfg):
 
 def part_of(path):
     """The part of Counts that a parameter belongs to, decided by its name."""
-    for name in ("embed", "head", "experts", "shared", "router", "mlp"):
-        if f"/{name}/" in f"/{path}/" or f"/{name}_DE" in path:
-            return {"embed": "embedding"}.get(name, name)
-    return "norms" if "norm" in path else "attention"
+    owners = {"embed/": "embedding", "lm_head/": "head", "/experts/": "experts", "/shared/": "shared", "/router_DE": "router", "/mlp/": "mlp"}
+    return next((part for piece, part in owners.items() if piece in path), "norms" if "norm" in path else "attention")
 
 
 @pytest.mark.parametrize(

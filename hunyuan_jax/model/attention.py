@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
@@ -78,7 +79,7 @@ class Attention(nnx.Module):
         if cfg.use_qk_norm:
             scale_H = (self.q_norm_H[...] * self.k_norm_H[...]).astype(dtype)
             q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * scale_H
-        out_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key)
+        out_BTNH = checkpoint_name(self._attend(q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key), "attended")
         out_BTD = linear(out_BTNH, self.wo_NHD[...], num_in=2)
         return out_BTD + self.bo_D[...].astype(dtype) if cfg.attention_bias else out_BTD
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hunyuan_jax.model.routing import Assignment
 from hunyuan_jax.parallel import island
@@ -35,7 +36,7 @@ def by_capacity(
     # Each shard sends every expert's rows to the shard that holds it, and gets them back in the same order.
     x_eRD = island.exchange(x_EgCD.reshape(num_experts, num_groups * num_slots, D), "experts", split_dim=0, concat_dim=1)
     count_es = island.exchange(assignment.count_E.T, "experts", split_dim=0, concat_dim=1)
-    y_eRD = experts(x_eRD, count_es)
+    y_eRD = checkpoint_name(experts(checkpoint_name(x_eRD, "dispatched"), count_es), "served")
     y_EgCD = island.exchange(y_eRD, "experts", split_dim=1, concat_dim=0).reshape(num_experts, num_groups, num_slots, D)
 
     y_gRD = y_EgCD.swapaxes(0, 1).reshape(num_groups, num_experts * num_slots, D)

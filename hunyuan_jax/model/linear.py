@@ -15,7 +15,7 @@ def linear(x: jax.Array, w: jax.Array, num_in: int = 1) -> jax.Array:
     """
     batch, num_rows = x.shape[: x.ndim - num_in], math.prod(w.shape[:num_in])
     y = x.reshape(-1, num_rows) @ w.astype(x.dtype).reshape(num_rows, -1)
-    return y.reshape(*batch, *w.shape[num_in:])
+    return checkpoint_name(y.reshape(*batch, *w.shape[num_in:]), "product")
 
 
 def swiglu(x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
@@ -25,7 +25,7 @@ def swiglu(x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], w
     """
 
     def fn(x, w_gate, w_up, w_down):
-        gate, up = checkpoint_name(product(x, w_gate), "gate"), checkpoint_name(product(x, w_up), "up")
+        gate, up = checkpoint_name(product(x, w_gate), "product"), checkpoint_name(product(x, w_up), "product")
         return product(jax.nn.silu(gate) * up, w_down)
 
-    return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names("gate", "up"))(x, w_gate, w_up, w_down)
+    return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names("product"))(x, w_gate, w_up, w_down)

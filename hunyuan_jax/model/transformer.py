@@ -19,7 +19,7 @@ from hunyuan_jax.model.norm import RmsNorm
 from hunyuan_jax.parallel.rules import constrain
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "dispatched", "served", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
