@@ -299,6 +299,12 @@ def _validate_mesh(config: Config) -> None:
     sizes = dataclasses.asdict(config.mesh)
     for name, size in sizes.items():
         _require(size >= 1 or size == -1, f"config.mesh.{name} = {size} must be at least 1, or -1 for what is left.")
+    num_experts, expert = config.model.moe.num_experts, config.mesh.expert
+    _require(
+        expert == -1 or num_experts % expert == 0,
+        f"config.model.moe.num_experts = {num_experts} does not divide over config.mesh.expert = {expert}; "
+        f"each shard holds an equal share. Use a mesh.expert from {_divisors(num_experts)}.",
+    )
     left = [name for name, size in sizes.items() if size == -1]
     _require(len(left) <= 1, f"config.mesh has -1 ('what is left') for {' and '.join(left)}; only one axis may take it.")
 

@@ -3,6 +3,7 @@
 Imports no jax.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,9 +24,12 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values, short_name="h")
     define(values)
+    path = next((match[1] for match in (re.match(r"--?config=(.*)", argument) for argument in argv[1:]) if match), None)
+    if path is not None and not os.path.isfile(path):
+        raise ConfigError(f"--config={path}: no such file; recipes are in configs/, for example --config=configs/tiny.py.")
     try:
-        rest = values(argv, known_only=False)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as e:
         raise ConfigError(_explain(argv, e)) from e
     if values.help:
         print(values.main_module_help() or values.get_help())
@@ -72,7 +76,4 @@ def _explain(argv: list[str], error: Exception) -> str:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
         if match and match[1] not in known and not any(name.startswith(match[1] + ".") for name in known):
             return unknown_key_message(match[1], known)
-    if isinstance(error, FileNotFoundError) or "No such file" in str(error):
-        path = next((argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)), "")
-        return f"--config={path}: no such file; recipes are in configs/, for example --config=configs/tiny.py."
     return " ".join(str(error).split())

@@ -43,7 +43,14 @@ def module_sizes(cfg):
 
 def part_of(path):
     """The part of Counts that a parameter belongs to, decided by its name."""
-    owners = {"embed/": "embedding", "lm_head/": "head", "/experts/": "experts", "/shared/": "shared", "/router_DE": "router", "/mlp/": "mlp"}
+    owners = {
+        "embed/": "embedding",
+        "lm_head/": "head",
+        "/experts/": "experts",
+        "/shared/": "shared",
+        "/router_DE": "router",
+        "/mlp/": "mlp",
+    }
     return next((part for piece, part in owners.items() if piece in path), "norms" if "norm" in path else "attention")
 
 

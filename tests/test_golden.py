@@ -372,8 +372,9 @@ def test_gradient_reaches_shared_keys_and_values_through_checkpointing():
     differing = [name for name, array in lossy.items() if np.abs(array - golden[f"grad.{name}"]).max() > 1e-2 * np.abs(array).max()]
     assert {f"model.layers.{layer}.self_attn.{kv}_proj.weight" for layer in (0, 2) for kv in "kv"} <= set(differing)
     for name in differing:
-        scale = np.abs(golden[f"grad.{name}"]).max()
-        assert np.abs(ours[name] - golden[f"grad.{name}"]).max() <= 1e-4 * scale < np.abs(ours[name] - lossy[name]).max(), name
+        true, scale = golden[f"grad.{name}"], np.abs(golden[f"grad.{name}"]).max()
+        assert np.abs(ours[name] - true).max() <= 1e-4 * scale, name
+        assert np.abs(ours[name] - lossy[name]).max() > 0.05 * scale, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training
@@ -493,9 +494,13 @@ def test_sampling_processors():
 def test_bfloat16_logits():
     golden = golden_cases.load("bf16")
     assert read("bf16")[0].dtype == "bfloat16"
-    # The official bfloat16 runs (router in float32, router in bfloat16) are 0.19 and 0.17 from the official float32 one.
+    logits_BSV = run("bf16").logits_BSV
+    # The official bfloat16 runs (router in float32, router in bfloat16) are 0.19 and 0.17 from the official float32 one, relative to the
+    # norm 0.015; ours is 0.20 and 0.014 from it, and 0.17 and 0.017 from the bfloat16 ones.
     for variant in ("wg_fp32", "wg_bf16", "fp32"):
-        np.testing.assert_allclose(run("bf16").logits_BSV, golden[f"{variant}.logits"], atol=0.25, rtol=0, err_msg=variant)
+        difference_BSV = logits_BSV - golden[f"{variant}.logits"]
+        assert np.abs(difference_BSV).max() < 0.25, variant
+        assert np.linalg.norm(difference_BSV) < 0.025 * np.linalg.norm(golden[f"{variant}.logits"]), variant
 
 
 def test_bfloat16_weights_in_float32():

@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import assert_close, fast_jit, filled, mesh_of
 
-from hunyuan_jax.config import MeshConfig, ModelConfig, MoeConfig
+from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.model import dispatch, experts, loss, moe, routing
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
-from hunyuan_jax.parallel.mesh import make_mesh, single_device_mesh
-
-# Compiling is what these tests spend their time on.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from hunyuan_jax.parallel.mesh import single_device_mesh
 
 SMALL = ModelConfig(
     vocab_size=40,
@@ -40,29 +38,6 @@ BATCH, LENGTH = 8, 12
 def small(**changes):
     """SMALL with fields of the mixture changed."""
     return dataclasses.replace(SMALL, moe=dataclasses.replace(SMALL.moe, **changes))
-
-
-def mesh_of(data=1, expert=1, tensor=1):
-    return make_mesh(MeshConfig(data=data, expert=expert, tensor=tensor), jax.devices()[: data * expert * tensor])
-
-
-def filled(module_fn, seed=0, std=0.3):
-    """The module with random numbers in every parameter, scales included, drawn by numpy: compiling an initialiser takes seconds."""
-    graph_def, state = nnx.split(nnx.eval_shape(module_fn))
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        is_scale = "norm" in jax.tree_util.keystr(path)
-        return jnp.asarray(is_scale + std * rng.normal(size=leaf.shape), jnp.float32)
-
-    return nnx.merge(graph_def, jax.tree_util.tree_map_with_path(fill, state))
-
-
-def close(actual, expected, tolerance):
-    """Difference by the norm of the expected tensor."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    difference = np.linalg.norm(actual - expected)
-    assert difference <= tolerance * max(np.linalg.norm(expected), 1e-30), difference
 
 
 # The same result on every mesh
@@ -129,10 +104,10 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(way, k, sizes):
     cfg = small(dispatch=way, top_k=k)
     total, stats, grads = train_step(cfg, mesh_of(*sizes))
     total_alone, stats_alone, grads_alone = train_step_alone(cfg)
-    close(total, total_alone, 1e-6)
+    assert_close(total, total_alone, 1e-6)
     for name in stats:  # load, recycled and dropped are counts: the same assignment
-        close(stats[name], stats_alone[name], 1e-5)
-    jax.tree.map(functools.partial(close, tolerance=1e-5), grads, grads_alone)
+        assert_close(stats[name], stats_alone[name], 1e-5)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), grads, grads_alone)
     moved = {"recycle": "recycled", "drop": "dropped"}.get(way)
     assert moved is None or stats[moved].min() > 0.02
     assert (stats["recycled"] > 0).any() == (way == "recycle") and (stats["dropped"] > 0).any() == (way == "drop")
@@ -163,8 +138,7 @@ def assignments_on(mesh, cfg, x_BTD, logits_BTE, is_valid_BT, group_size):
     return jax.tree.map(np.asarray, fn(x_BTD, logits_BTE, is_valid_BT, jax.random.key_data(jax.random.key(5)), {}))
 
 
-@pytest.mark.parametrize("group_size", [6, 12, 24])
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("k", "group_size"), [(1, 6), (1, 12), (2, 24)])
 def test_the_assignment_is_the_same_bit_for_bit_on_every_mesh(k, group_size):
     cfg = small(top_k=k).moe
     rng = np.random.default_rng(1)
@@ -274,7 +248,8 @@ def test_buffers_hold_each_row_once_and_zeros_after_the_counts():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_experts", "expected"), [(4096, 8, 128), (4096, 16, 64), (65_536, 8, 128), (256, 8, 8), (1, 64, 8), (8 * 48 * 4, 8, 32)]
+    ("num_rows", "num_experts", "expected"),
+    [(4096, 8, 128), (4096, 16, 64), (65_536, 8, 128), (256, 8, 8), (1, 64, 8), (1536, 8, 32)],
 )
 def test_tile_size_is_a_power_of_two_near_a_quarter_of_the_share(num_rows, num_experts, expected):
     assert dispatch.tile_size(num_rows, num_experts) == expected
@@ -448,15 +423,15 @@ def bytes_kept(remat):
 def test_rematerialisation_changes_no_number(remat):
     total, stats, grads = train_step_alone(dataclasses.replace(SMALL, remat=remat))
     total_none, stats_none, grads_none = train_step_alone(SMALL)
-    close(total, total_none, 1e-6)
-    jax.tree.map(functools.partial(close, tolerance=1e-6), stats, stats_none)
-    jax.tree.map(functools.partial(close, tolerance=1e-5), grads, grads_none)
+    assert_close(total, total_none, 1e-6)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-6), stats, stats_none)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), grads, grads_none)
     np.testing.assert_allclose(stats["load_E"].sum(-1), np.ones((2, 1)), rtol=1e-5)
 
 
 def test_rematerialisation_keeps_less_for_the_backward_pass():
     params = sum(a.nbytes for a in jax.tree.leaves(initial_params()))
-    stream = BATCH * LENGTH * SMALL.hidden_size * 4  # the residual stream where a layer begins, and after the last
+    stream = BATCH * LENGTH * SMALL.hidden_size * 4  # the residual stream: it is all that "full" keeps of a layer
     none, dots, full = (bytes_kept(remat) - params for remat in ("none", "dots", "full"))
-    assert full < 1.2 * (SMALL.num_layers + 1) * stream
-    assert 2 * full < dots < 0.8 * none
+    assert full < (SMALL.num_layers + 4) * stream
+    assert 2 * full < dots < 0.7 * none

@@ -1,5 +1,7 @@
 """config.json of a `model_type: "hunyuan"` folder <-> ModelConfig (specification section 1)."""
 
+import math
+from types import NoneType
 from typing import Any
 
 from hunyuan_jax.config import ConfigError, ModelConfig, MoeConfig, validate_model
@@ -16,6 +18,7 @@ _DEFAULTS = {
     "max_position_embeddings": 2048,
     "moe_topk": 1,
     "num_experts": 1,
+    "num_key_value_heads": None,
     "num_shared_expert": 1,
     "pad_token_id": 0,
     "rms_norm_eps": 1e-5,
@@ -27,6 +30,17 @@ _DEFAULTS = {
     "use_mixed_mlp_moe": False,
     "use_qk_norm": False,
 }
+# The types json gives for a field, by the type of its default or by name.
+_TYPES_OF_DEFAULT = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+_TYPES = {
+    "bos_token_id": (int, NoneType),
+    "eos_token_id": (int, list, NoneType),
+    "num_key_value_heads": (int, NoneType),
+    "pad_token_id": (int, NoneType),
+    "rope_scaling": (dict, NoneType),
+}
+_JSON_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", list: "a list of integers"}
+_JSON_NAMES |= {dict: "an object", NoneType: "null"}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -42,15 +56,21 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     if missing:
         raise ConfigError(f"config.json: {missing[0]} is missing; a Hunyuan-Large config needs {', '.join(_REQUIRED)}.")
     hf = _DEFAULTS | hf
+    _check_types(hf)
     if hf["hidden_act"] != "silu":
         raise ConfigError(f"config.json: hidden_act = {hf['hidden_act']!r}; only 'silu' is implemented.")
     if hf["torch_dtype"] not in ("float32", "bfloat16"):
         raise ConfigError(f"config.json: torch_dtype = {hf['torch_dtype']!r}; only float32 and bfloat16 are implemented.")
     num_heads, hidden_size = hf["num_attention_heads"], hf["hidden_size"]
-    if hidden_size % num_heads:
+    if num_heads < 1 or hidden_size % num_heads:
         raise ConfigError(f"config.json: hidden_size = {hidden_size} is not divisible by num_attention_heads = {num_heads}.")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if hf[name] <= 0:
+            raise ConfigError(f"config.json: {name} = {hf[name]} must be positive.")
     is_moe = hf["num_experts"] > 1
     eos = hf["eos_token_id"]
+    if isinstance(eos, list) and any(type(e) is not int for e in eos):
+        raise ConfigError(f"config.json: eos_token_id = {eos} must be an integer or a list of integers.")
     return validate_model(
         ModelConfig(
             vocab_size=hf["vocab_size"],
@@ -58,7 +78,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             intermediate_size=hf["intermediate_size"],
             num_layers=hf["num_hidden_layers"],
             num_heads=num_heads,
-            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
             head_dim=hidden_size // num_heads,
             max_position=hf["max_position_embeddings"],
             rms_norm_eps=float(hf["rms_norm_eps"]),
@@ -132,13 +152,25 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _check_types(hf: dict[str, Any]) -> None:
+    """Raises ConfigError at the first value of another JSON type than its field has."""
+    for name in (*_REQUIRED, *_DEFAULTS):
+        value, types = hf[name], _TYPES.get(name) or _TYPES_OF_DEFAULT[type(_DEFAULTS.get(name, 1))]
+        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+            raise ConfigError(f"config.json: {name} = {value!r} must be {' or '.join(_JSON_NAMES[t] for t in types)}.")
+
+
 def _rope(scaling: dict[str, Any] | None) -> dict[str, Any]:
     if scaling is None:
         return {"rope_type": "plain"}
     missing = [name for name in ("type", "factor", "alpha") if name not in scaling]
     if missing:
         raise ConfigError(f"config.json: rope_scaling = {scaling} lacks {missing[0]!r}; the official class reads type, factor and alpha.")
-    if scaling["type"] == "linear":
+    for name in ("factor", "alpha"):
+        value = scaling[name]
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ConfigError(f"config.json: rope_scaling {name} = {value!r} must be a finite number.")
+    if scaling["type"] == "linear" and scaling["factor"] is not None:
         return {"rope_type": "linear", "rope_factor": float(scaling["factor"])}
     if scaling["type"] == "dynamic" and scaling["alpha"]:
         return {"rope_type": "alpha", "rope_alpha": float(scaling["alpha"])}
@@ -147,4 +179,4 @@ def _rope(scaling: dict[str, Any] | None) -> dict[str, Any]:
             f"config.json: rope_scaling = {scaling}: dynamic without alpha changes its base with the length of earlier calls, so that "
             "cached and full forward passes disagree; it is not implemented and no release uses it. Set alpha, or use type 'linear'."
         )
-    raise ConfigError(f"config.json: rope_scaling type = {scaling['type']!r} is unknown; use 'dynamic' with alpha, 'linear', or null.")
+    raise ConfigError(f"config.json: rope_scaling = {scaling} is unknown; use type 'dynamic' with alpha, 'linear' with factor, or null.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hunyuan_jax.config import ConfigError, ModelConfig
 from hunyuan_jax.convert import hf_config, table
@@ -45,9 +46,12 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{folder} is no model folder: it has no config.json.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # not JSON, or not even UTF-8
         raise ConfigError(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a JSON {type(config).__name__}; a model's config.json is an object of fields.")
+    return config
 
 
 def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any], Source]:
@@ -91,7 +95,7 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
             "set it to false to keep both."
         )
     texts = {
-        name: (Path(folder) / name).read_text(encoding="utf-8")
+        name: (Path(folder) / name).read_bytes().decode()  # read_text would change the ends of lines
         for name in ("config.json", "model.safetensors.index.json")
         if (Path(folder) / name).is_file()
     }
@@ -128,7 +132,11 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
             total_size = sum(int(np.prod(e.shape)) * tensor_dtype(e).itemsize for e in all_entries)
             texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total_size}, "weight_map": files})
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text.encode())
+    # What an earlier save left here would be read first (an index), or with this one (a shard).
+    for path in folder.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name) and path.name not in {*files.values(), *texts}:
+            path.unlink()
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
@@ -138,7 +146,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
         if shard.suffix == ".bin":
             yield from ((name, array, shard.name) for name, array in _read_bin(shard))
             continue
-        with safe_open(shard, "np") as f:
+        try:
+            handle = safe_open(shard, "np")
+        except SafetensorError as e:
+            raise ConfigError(f"{shard} is no safetensors file ({e}); was it downloaded whole, and not as a git-lfs pointer?") from e
+        with handle as f:
             for name in f.keys():  # noqa: SIM118 - a safe_open handle is not iterable
                 yield name, f.get_tensor(name), shard.name
 
@@ -164,6 +176,7 @@ def _read_bin(shard: Path) -> Iterator[tuple[str, np.ndarray]]:
     except ModuleNotFoundError as e:
         raise ConfigError(f"{shard} is a PyTorch pickle; reading it needs torch: pip install 'hunyuan_jax[torch]'.") from e
     for name, tensor in torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items():
+        tensor = tensor.detach()  # some saves hold nn.Parameters
         if tensor.dtype == torch.bfloat16:
             yield name, tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:

@@ -47,7 +47,11 @@ class Pretrained:
         """Mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats; label -100 is ignored."""
         ids = self._ids("input_ids", input_ids)
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
-        return float(self._loss(self.params, ids, _like("labels", labels, ids, None), mask))
+        labels = _like("labels", labels, ids, None)
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
+        if wrong.size:
+            raise ValueError(f"labels holds {wrong[0]}; a label is an id from 0 to {self.config.vocab_size - 1}, or -100 to ignore it.")
+        return float(self._loss(self.params, ids, labels, mask))
 
     def generate(
         self,
@@ -94,8 +98,8 @@ class Pretrained:
         total = ids.shape[1] + max_new_tokens
         if total > self.config.max_position:
             raise ValueError(
-                f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the model's {self.config.max_position} positions; "
-                "shorten the prompt or ask for fewer tokens."
+                f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the {self.config.max_position} positions of the "
+                "model; shorten the prompt or ask for fewer tokens."
             )
         eos = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         sampling = Sampling(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
@@ -138,7 +142,8 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretra
 
 def dropless(cfg: ModelConfig) -> ModelConfig:
     """The same model as inference runs it: every token reaches its first choice, and nothing is kept for a backward pass."""
-    return dataclasses.replace(cfg, remat="none", moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
+    # group_size 0: a training run's groups need not fit a prompt, and without a capacity they change nothing but the router figures.
+    return dataclasses.replace(cfg, remat="none", moe=dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0))
 
 
 def _logits(graph_def, params, ids_BS, mask_BS, positions_BS):

@@ -6,6 +6,7 @@ import pathlib
 import re
 import unicodedata
 
+from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import Vocabulary, replace_surrogates
 
 NUM_EXTRA_TOKENS = 204
@@ -87,7 +88,7 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines 'BASE64 RANK'; "
             "give the path of the model's hy.tiktoken"
         )
@@ -95,16 +96,16 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
     for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
         token = _parse_line(line)
         if token is None:
-            raise ValueError(f"{path}, line {line_number}: {_shorten(line)} is not 'BASE64 RANK'; {_GET_AGAIN}")
+            raise ConfigError(f"{path}, line {line_number}: {_shorten(line)} is not 'BASE64 RANK'; {_GET_AGAIN}")
         if token in rank_of:
-            raise ValueError(
+            raise ConfigError(
                 f"{path}, line {line_number}: {_shorten(line)} repeats the token of line {rank_of[token] + 1}, "
                 f"but a token has one rank; {_GET_AGAIN}"
             )
         rank_of[token] = line_number - 1
     missing = [byte for byte in range(256) if bytes([byte]) not in rank_of]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"{path}: {len(missing)} of the 256 single bytes have no rank (first: {missing[0]:#04x}), "
             f"but any text must be encodable; {_GET_AGAIN}"
         )

@@ -65,6 +65,8 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     progress = ProgressLine(train.num_steps, first_step)
     progress.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
     progress.print(f"data: {documents.report}")
+    if first_step >= train.num_steps:
+        progress.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
     writer = MetricsWriter(workdir, first_step)
     validation = loader.validation_batches(
         validation_documents, tokenizer, batch_size=train.batch_size, seq_len=train.seq_len, num_batches=train.eval_batches
@@ -77,14 +79,14 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         log.start(first_step)
         for step in range(first_step + 1, train.num_steps + 1):
             state, metrics = train_step(state, jax.device_put(next(batches), sharding))
-            is_last = step == train.num_steps or bool(stop)
-            if step % train.log_every == 0 or step == first_step + 1 or is_last:
+            if step % train.log_every == 0 or step in (first_step + 1, train.num_steps):
                 log.step(step, metrics)
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
                 log.validation(step, _evaluate(eval_step, state.params, validation, sharding))
-            if step % config.checkpoint.every == 0 or is_last:
+            is_stopping = bool(stop)  # read once: a signal that comes while saving waits for the next step
+            if step % config.checkpoint.every == 0 or step == train.num_steps or is_stopping:
                 store.save(step, state, {"batches": batches.get_state(), "corpus": corpus})
-            if stop:
+            if is_stopping:
                 progress.print(f"{stop[0].name}: saved step {step}; the same command continues from there.")
                 return 130 if stop[0] == signal.SIGINT else 0
     return 0

@@ -1,0 +1,42 @@
+"""What several test files need: quick compilation, modules filled with random numbers, comparison by norm."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hunyuan_jax.config import MeshConfig
+from hunyuan_jax.parallel.mesh import make_mesh
+
+# Compiling is what tests of small models spend their time on.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+def mesh_of(data: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh of the first few of the eight fake devices."""
+    return make_mesh(MeshConfig(data=data, expert=expert, tensor=tensor), jax.devices()[: data * expert * tensor])
+
+
+def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3) -> Any:
+    """The module with random numbers in every parameter, scales and biases included; drawn by numpy, which compiles nothing."""
+    graph_def, state = nnx.split(nnx.eval_shape(module_fn))
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        is_scale = "norm" in jax.tree_util.keystr(path)
+        return jnp.asarray(is_scale + std * rng.normal(size=leaf.shape), jnp.float32)
+
+    return nnx.merge(graph_def, jax.tree_util.tree_map_with_path(fill, state))
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    """The norm of the difference against the norm of `expected`."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    assert difference <= tolerance, f"relative difference {difference:.2e} is above {tolerance:.0e}"

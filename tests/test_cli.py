@@ -1,0 +1,121 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+TINY = "--config=configs/tiny.py"
+
+
+def run(*command, timeout=120):
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run([sys.executable, *command], cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def error_of(*command):
+    """The one line a user sees; fails on a traceback or another exit status than 2."""
+    result = run(*command)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((TINY, "--config.train.num_step=5"), "config.train.num_step does not exist. Did you mean config.train.num_steps?"),
+        ((TINY, "--config.modle.num_layers=5"), "config.modle.num_layers does not exist. Did you mean config.model.num_layers?"),
+        ((TINY, "--config.train.num_steps=abc"), "--config.train.num_steps=abc"),
+        ((TINY, "--config.model.moe.dispatch=recicle"), "'recicle' is not one of 'recycle', 'drop', 'dropless'"),
+        ((TINY, "--config.model.num_kv_heads=3"), "num_heads = 8 is not divisible by num_kv_heads = 3"),
+        ((TINY, "--config.mesh.expert=3"), "num_experts = 8 does not divide over config.mesh.expert = 3"),
+        ((TINY, "--config.model.hidden_size=0"), "config.model.hidden_size = 0 must be at least 1"),
+        (("--config=configs/missing.py",), "--config=configs/missing.py: no such file"),
+        ((TINY, "--wrkdir=x"), "wrkdir"),
+        ((TINY, "extra"), "unexpected argument 'extra'"),
+        ((), "--config is missing"),
+    ],
+)
+def test_bad_command_line_is_one_line(arguments, expected):
+    workdir = () if any("wrkdir" in argument for argument in arguments) else ("--workdir=unused",)
+    assert expected in error_of("train.py", *arguments, *workdir)
+    assert not (REPO / "unused").exists()
+
+
+def test_missing_workdir():
+    assert "--workdir is missing" in error_of("train.py", TINY)
+
+
+def test_misspelled_key_is_answered_quickly_and_without_jax():
+    start = time.perf_counter()
+    result = run("-X", "importtime", "train.py", TINY, "--config.train.num_step=5", "--workdir=unused")
+    assert time.perf_counter() - start < 3
+    assert result.returncode == 2
+    assert " jax\n" not in result.stderr
+
+
+def test_import_is_quick_and_loads_no_jax():
+    start = time.perf_counter()
+    result = run("-c", "import sys, hunyuan_jax; assert 'jax' not in sys.modules; hunyuan_jax.presets.a52b()")
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--config.mesh.data=3", "does not use the 1 devices exactly"),
+        ("--config.data.source=/does/not/exist", "'/does/not/exist' does not exist"),
+        ("--config.data.tokenizer=/no/ranks", "/no/ranks"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_too(tmp_path, override, expected):
+    assert expected in error_of("train.py", TINY, override, f"--workdir={tmp_path / 'run'}")
+
+
+def test_count_prints_the_exact_numbers():
+    result = run("-m", "hunyuan_jax", "count", "--config=configs/a52b.py", "--json")
+    counts = json.loads(result.stdout.splitlines()[-1])
+    assert counts["total"] == 388_698_128_640
+    assert counts["active"] == 51_318_800_640
+    assert counts["kv_bytes_per_token"] == 81_920
+    assert "388,698,128,640" in run("-m", "hunyuan_jax", "count", "--config=configs/a52b.py").stdout
+
+
+def test_unknown_command_and_help():
+    assert "unknown command 'cuont'" in error_of("-m", "hunyuan_jax", "cuont")
+    assert "generate" in run("-m", "hunyuan_jax", "--help").stdout
+    assert "--workdir" in run("train.py", "--help").stdout
+
+
+def test_train_then_generate_then_bench(tmp_path):
+    """The README's path, shortened: train, look at the workdir, generate from it."""
+    workdir = tmp_path / "run"
+    small = ("--config.model.num_layers=2", "--config.train.num_steps=2", "--config.train.batch_size=2", "--config.train.eval_batches=1")
+    result = run("train.py", TINY, *small, "--config.schedule.warmup_steps=1", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert "step 2/2  loss" in result.stderr
+    assert "validation loss" in result.stderr
+
+    generate = ("-m", "hunyuan_jax", "generate", f"--checkpoint={workdir}", "--prompt=def ", "--max_new_tokens=8")
+    first, again = run(*generate), run(*generate)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def ")
+    assert first.stdout == again.stdout
+    assert "no hy.tiktoken" in error_of("-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x")
+    assert "must not be negative" in error_of(*generate, "--temperature=-1")
+
+    result = run("-m", "hunyuan_jax", "bench", TINY, *small[::2], "--num_steps=1", "--json")
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["tokens_per_second"] == pytest.approx(figures["steps_per_second"] * 2 * 256)
+    assert figures["prefill_tokens_per_second"] > 0
+    assert figures["compile_seconds"] > 0
+    assert 100 < figures["peak_memory_mb"] < 8000

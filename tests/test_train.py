@@ -1,0 +1,251 @@
+"""The training loop on a small model and real files: learning, exact resume, what it writes, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from hunyuan_jax.checkpoint.store import Store
+from hunyuan_jax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from hunyuan_jax.train import loop
+
+MODEL = ModelConfig(
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=64,
+    cla_share_factor=2,
+    attention_dropout=0.1,
+    hidden_dropout=0.1,
+    pad_token_id=258,
+    bos_token_id=256,
+    eos_token_ids=(257,),
+    moe=MoeConfig(num_experts=4, num_shared_experts=1, dispatch="recycle", aux_loss_weight=0.01, z_loss_weight=0.001),
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: abcabcabc\n" for j in range(20)))
+    return folder
+
+
+def config_for(corpus, **train):
+    train = {"num_steps": 6, "batch_size": 2, "seq_len": 32, "log_every": 1, "eval_every": 3, "eval_batches": 2} | train
+    return Config(
+        model=MODEL,
+        mesh=MeshConfig(),
+        data=DataConfig(source=str(corpus), validation_fraction=0.1),
+        optimizer=OptimizerConfig(),
+        schedule=ScheduleConfig(peak_lr=3e-3, warmup_steps=2),
+        train=TrainConfig(**train),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """These tests are about the loop; test_moe.py is about meshes."""
+    from hunyuan_jax.parallel import mesh
+
+    monkeypatch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(workdir) if "loss" in row}
+
+
+def validation_losses(workdir):
+    return {row["step"]: row["validation_loss"] for row in rows(workdir) if "validation_loss" in row}
+
+
+def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
+    assert loop.run(config_for(corpus), tmp_path / "whole") == 0
+    # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its length.
+    config = config_for(corpus)
+    calls = []
+    original = loop._Log.step
+
+    def stop_at_three(self, step, metrics):
+        original(self, step, metrics)
+        calls.append(step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Log, "step", stop_at_three)
+        assert loop.run(config, tmp_path / "parts") == 0
+    assert calls[-1] in (3, 4)
+    assert Store(tmp_path / "parts", keep=2).latest_step() == calls[-1]
+    assert loop.run(config, tmp_path / "parts") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert validation_losses(tmp_path / "parts") == validation_losses(tmp_path / "whole")
+
+
+def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, tmp_path):
+    """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not doubled."""
+    assert loop.run(config_for(corpus), tmp_path / "whole") == 0
+    config = config_for(corpus)
+
+    def die_at_five(self, step, metrics, original=loop._Log.step):
+        original(self, step, metrics)
+        if step == 5:
+            raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Log, "step", die_at_five)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.run(config, tmp_path / "parts")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a row cut off by the crash
+    assert loop.run(config, tmp_path / "parts") == 0
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_finished_run_started_again_changes_nothing(corpus, tmp_path, capsys):
+    assert loop.run(config_for(corpus), tmp_path / "run") == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert loop.run(config_for(corpus), tmp_path / "run") == 0
+    assert "is at step 6 of 6 already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_run_writes(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    config = config_for(corpus)
+    assert loop.run(config, workdir) == 0
+    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [4, 6]
+    logged = [row for row in rows(workdir) if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    for row in logged:
+        assert set(row) >= {"loss", "learning_rate", "grad_norm", "seconds_per_step", "tokens_per_second"}
+        load = np.array(row["moe/load"])
+        assert load.shape == (4, 4)
+        np.testing.assert_allclose(load.sum(1), 1.0, atol=1e-4)
+        assert row["moe/dropped"] == 0.0
+        assert 0 <= row["moe/recycled"] < 1
+        assert 0 < row["moe/entropy"] <= np.log(4) + 1e-6
+        # At capacity 1.0 with every token valid, recycling leaves a perfect balance.
+        np.testing.assert_allclose(load, 0.25, atol=1e-4)
+    assert logged[0]["learning_rate"] == pytest.approx(1.5e-3)
+    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [3, 6]
+    assert "mfu" not in logged[0]  # a CPU's peak is not known
+
+
+def test_it_learns(corpus, tmp_path):
+    config = config_for(corpus, num_steps=60, batch_size=4, log_every=60, eval_every=60)
+    assert loop.run(config, tmp_path / "run") == 0
+    logged = losses(tmp_path / "run")
+    assert logged[1][0] > 5.0
+    assert logged[60][0] < 3.5
+    assert validation_losses(tmp_path / "run")[60] < 3.5
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2)), "config.model.num_layers = 4"),
+        (
+            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, moe=dataclasses.replace(c.model.moe, dispatch="drop"))),
+            "config.model.moe.dispatch = 'recycle'",
+        ),
+        (lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, validation_fraction=0.2)), "config.data.validation_fraction"),
+        (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "config.train.seed = 0"),
+        (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)), "config.train.batch_size = 2"),
+    ],
+)
+def test_workdir_of_another_run_is_refused(corpus, tmp_path, finished, change, name):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(ConfigError, match=name):
+        loop.claim_workdir(finished, change(Config(**{**vars(config_for(corpus)), "data": FINISHED["data"]})))
+    assert (finished / "config.json").read_text() == before
+
+
+FINISHED = {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir with a checkpoint, made once."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "corpus").mkdir()
+    for i in range(3):
+        (folder / "corpus" / f"{i}.txt").write_text(f"some text {i}\n" * 50)
+    config = config_for(folder / "corpus", num_steps=1, eval_every=1)
+    FINISHED["data"], FINISHED["config"] = config.data, config
+    with pytest.MonkeyPatch.context() as patch:
+        from hunyuan_jax.parallel import mesh
+
+        patch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
+        config = dataclasses.replace(config, schedule=ScheduleConfig(peak_lr=1e-3, warmup_steps=0))
+        FINISHED["config"] = config
+        assert loop.run(config, folder / "run") == 0
+    return folder / "run"
+
+
+def test_longer_run_of_the_same_model_is_accepted(finished):
+    config = FINISHED["config"]
+    loop.claim_workdir(finished, dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=100)))
+    assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 100
+
+
+def test_changed_text_is_refused(finished):
+    config = FINISHED["config"]
+    extra = finished.parent / "corpus" / "extra.txt"
+    extra.write_text("more")
+    try:
+        with pytest.raises(ConfigError, match="has changed since"):
+            loop.run(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2)), finished)
+    finally:
+        extra.unlink()
+
+
+def test_non_finite_loss_stops_with_a_message(corpus, tmp_path):
+    config = dataclasses.replace(config_for(corpus), schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0))
+    with pytest.raises(ConfigError, match=r"the loss is (nan|inf) at step .*lower config.schedule.peak_lr"):
+        loop.run(config, tmp_path / "run")
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus, tmp_path):
+    config = config_for(corpus)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, vocab_size=256, pad_token_id=-1))
+    with pytest.raises(ConfigError, match="vocab_size = 256 must be at least that"):
+        loop.run(config, tmp_path / "run")
+
+
+def test_second_ctrl_c_interrupts_at_once():
+    with loop._stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(5)
