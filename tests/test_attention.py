@@ -422,7 +422,7 @@ def test_plain_and_linear_round_as_the_official_code_does():
     np.testing.assert_allclose(cos_BTh[0], np.cos(np.arange(512)[:, None] * rounded.astype(np.float64)), atol=5e-5)
     cos_BTh, sin_BTh = (np.asarray(a) for a in rope.cos_sin(positions_BT, linear))
     # Positions above 256 are no longer exact in bfloat16: 512 of them have 385 values (those to 256, then every second one).
-    assert len(np.unique(np.stack([cos_BTh[0, :, 3], sin_BTh[0, :, 3]]), axis=1).T) == 385
+    assert len(np.unique(np.concatenate([cos_BTh, sin_BTh], axis=-1)[0], axis=0)) == 385
     np.testing.assert_array_equal(cos_BTh, cos_BTh.astype(ml_dtypes.bfloat16).astype(np.float32))
     assert np.abs(cos_BTh[0, :, 3] - np.cos(np.arange(512) / 4 * exact[3])).max() < 0.5
 
@@ -547,4 +547,6 @@ def test_bfloat16_runs_close_to_float32_and_keeps_float32_where_it_must():
         assert model.logits(output.hidden_BTD).dtype == jnp.float32
         assert {figure.dtype for figure in output.stats.values()} == {jnp.dtype("float32")}
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-    assert_close(run["bfloat16"].hidden_BTD.astype(jnp.float32), run["float32"].hidden_BTD, 0.05)
+    low_BTD, high_BTD = (np.asarray(run[name].hidden_BTD, np.float64) for name in ("bfloat16", "float32"))
+    difference_BT = np.linalg.norm(low_BTD - high_BTD, axis=-1) / np.linalg.norm(high_BTD, axis=-1)
+    assert 1e-3 < np.median(difference_BT) < 0.03  # a token near a tie may go to another expert; most must not

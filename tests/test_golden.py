@@ -377,6 +377,23 @@ def test_gradient_reaches_shared_keys_and_values_through_checkpointing():
         assert np.abs(ours[name] - lossy[name]).max() > 0.05 * scale, name
 
 
+def test_padding_row_gets_no_gradient_from_the_lookup():
+    """As torch's padding_idx (specification section 8); no recorded gradient has padding among its inputs."""
+    cfg, params = read("rope_plain")
+    assert cfg.tie_embeddings and cfg.pad_token_id == 0
+    untied_cfg = dataclasses.replace(cfg, tie_embeddings=False)
+    untied_params = {**params, "lm_head": {"w_VD": params["embed"]["embedding_VD"]}}
+    ids_BS = np.array([[5, 0, 7, 9, 0, 3]], np.int32)
+
+    def gradient(cfg, params):
+        return jax.jit(jax.grad(functools.partial(loss_of, graph_def(cfg))))(params, ids_BS, ids_BS)
+
+    tied_VD, untied = gradient(cfg, params)["embed"]["embedding_VD"], gradient(untied_cfg, untied_params)
+    lookup_VD, head_VD = untied["embed"]["embedding_VD"], untied["lm_head"]["w_VD"]
+    assert (lookup_VD[0] == 0).all() and all(np.abs(lookup_VD[token]).max() > 0 for token in (5, 7, 9))
+    np.testing.assert_allclose(tied_VD, lookup_VD + head_VD, atol=1e-5 * np.abs(head_VD).max(), rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 
 

@@ -20,6 +20,7 @@ from hunyuan_jax.model import dispatch, experts, loss, moe, routing
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.train.state import abstract_model
 
 SMALL = ModelConfig(
     vocab_size=40,
@@ -62,13 +63,8 @@ def initial_params():
 
 def train_step(cfg, mesh):
     """(loss, figures, gradients) of one step with parameters and batch laid out by the rules table."""
-    abstract = nnx.eval_shape(functools.partial(Transformer, cfg, mesh), jax.random.key(0))
-    graph_def, state = nnx.split(abstract)
-    shardings = {}
-    for path, leaf in nnx.to_flat_state(state):
-        logical = ("layers",) * (path[0] == "groups") + leaf.get_metadata("logical")
-        shardings[path] = rules.sharding(mesh, logical, leaf.get_value().shape, "/".join(map(str, path)))
-    params = jax.device_put(initial_params(), nnx.traversals.unflatten_mapping(shardings))
+    graph_def, _, shardings = abstract_model(cfg, mesh)
+    params = jax.device_put(initial_params(), shardings)
     data = [jax.device_put(a, rules.sharding(mesh, ("batch", "seq"), a.shape)) for a in batch()]
 
     def loss_fn(params, tokens_BT, positions_BT, segments_BT, targets_BT, key):
@@ -409,7 +405,7 @@ def test_recycling_without_a_key_is_refused():
 def bytes_kept(remat):
     """Bytes of what the forward pass hands to the backward pass, parameters included."""
     cfg = dataclasses.replace(SMALL, remat=remat)
-    graph_def, _ = nnx.split(nnx.eval_shape(functools.partial(Transformer, cfg, single_device_mesh(), jax.random.key(0))))
+    graph_def, *_ = abstract_model(cfg, single_device_mesh())
     tokens_BT, positions_BT, segments_BT, _ = batch()
 
     def hidden(params):

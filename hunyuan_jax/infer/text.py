@@ -27,9 +27,9 @@ def stream(checkpoint: str | os.PathLike, prompt: str, *, tokenizer: str | None 
     model = from_pretrained(checkpoint)
     if vocabulary.vocab_size > model.config.vocab_size:
         raise ConfigError(f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; pass the one it was trained with.")
-    prefix = [model.config.bos_token_id] if model.config.bos_token_id >= 0 else []
+    # No bos: the prompt is continued as a passage from the middle of a document, which most of the training rows are.
     decoder = StreamDecoder(vocabulary, skip_special=True)
-    for token_B in model.stream(np.array([prefix + vocabulary.encode(prompt)]), **sampling):
+    for token_B in model.stream(np.array([vocabulary.encode(prompt)]), **sampling):
         yield decoder.push(int(token_B[0]))
     yield decoder.finish()
 
