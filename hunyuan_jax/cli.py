@@ -120,5 +120,7 @@ def _print_table(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, int | float) else value
+        shown = (
+            f"{value:,.4g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, int | float) else value
+        )
         print(f"{name.replace('_', ' '):32s}{shown}")

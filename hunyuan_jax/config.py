@@ -172,13 +172,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_config_dict(config: Mapping[str, Any]) -> Config:
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Strict conversion to the frozen form.
 
     Raises:
       ConfigError: unknown key (naming the nearest), wrong type, or a combination `validate` refuses.
     """
-    return validate(from_dict(Config, config))
+    return validate(from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else config))
 
 
 def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -250,7 +250,8 @@ def validate(config: Config) -> Config:
 
 def validate_model(m: ModelConfig) -> ModelConfig:
     """Checks the architecture alone (used for model folders too)."""
-    for name in "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor".split():
+    sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor"
+    for name in sizes.split():
         _require(getattr(m, name) >= 1, f"config.model.{name} = {getattr(m, name)} must be at least 1.")
     _require(
         m.num_heads % m.num_kv_heads == 0,
@@ -325,7 +326,7 @@ def _validate_run(config: Config) -> None:
     if config.model.is_moe and moe.group_size:
         tokens = train.batch_size * train.seq_len
         _require(
-            train.seq_len % moe.group_size == 0 or moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0,
+            train.seq_len % moe.group_size == 0 or (moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0),
             f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len = {train.seq_len}, "
             f"or be a multiple of it that divides the {tokens} tokens of a batch.",
         )
@@ -337,6 +338,11 @@ def _validate_run(config: Config) -> None:
     if schedule.name == "three_phase":
         for name in ("decay_ratio", "anneal_fraction", "anneal_ratio"):
             _require(0 <= getattr(schedule, name) <= 1, f"config.schedule.{name} = {getattr(schedule, name)} must be between 0 and 1.")
+        _require(
+            schedule.anneal_fraction == 0 or schedule.anneal_ratio <= schedule.decay_ratio,
+            f"config.schedule.anneal_ratio = {schedule.anneal_ratio} is above decay_ratio = {schedule.decay_ratio}: annealing must not "
+            "raise the learning rate. Lower anneal_ratio, or set anneal_fraction = 0 for no annealing.",
+        )
     _require(
         0 <= schedule.min_lr <= schedule.peak_lr,
         f"config.schedule.min_lr = {schedule.min_lr} must be between 0 and peak_lr = {schedule.peak_lr}; it is absolute, not a ratio.",

@@ -52,8 +52,10 @@ class Golden:
         return self.arrays[key].astype(np.int32)
 
     def per_layer(self, key: str) -> list[np.ndarray]:
-        """The arrays key.0, key.1, ... of the layers; empty if the case has none."""
+        """The arrays key.0, key.1, ... of the layers; skips the test if the copy in the repository leaves them out."""
         found = [name for name in self.arrays if name.startswith(f"{key}.")]
+        if not found and self.folder.parent == COPIED:
+            pytest.skip(f"the copy of {self.name} in the repository has no {key}, and ../shared/golden is not there")
         return [self.arrays[f"{key}.{layer}"] for layer in range(len(found))]
 
     @property

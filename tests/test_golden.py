@@ -215,9 +215,9 @@ def test_from_pretrained(case):
 def test_key_value_cache(case):
     golden, ours = golden_cases.load(case), run(case)
     mask_BS = golden.inputs[1]
-    for layer, (k_BSKH, v_BSKH) in enumerate(ours.key_value):
-        assert max_difference(k_BSKH, golden[f"k_cache.{layer}"].swapaxes(1, 2), mask_BS) < ATOL, layer
-        assert max_difference(v_BSKH, golden[f"v_cache.{layer}"].swapaxes(1, 2), mask_BS) < ATOL, layer
+    for name, arrays in zip(("k_cache", "v_cache"), zip(*ours.key_value, strict=True), strict=True):
+        for layer, (ours_BSKH, golden_BKSH) in enumerate(zip(arrays, golden.per_layer(name), strict=True)):
+            assert max_difference(ours_BSKH, golden_BKSH.swapaxes(1, 2), mask_BS) < ATOL, (name, layer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- routing

@@ -107,13 +107,6 @@ def test_three_phase_of_short_runs():
     np.testing.assert_allclose(values(all_warmup, 4, range(4)), [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
 
 
-def test_annealing_may_not_raise_the_learning_rate():
-    cfg = ScheduleConfig(decay_ratio=0.05, anneal_ratio=0.1)
-    with pytest.raises(ConfigError, match="anneal_ratio = 0.1 is above decay_ratio = 0.05"):
-        build_schedule(cfg, 100)
-    build_schedule(dataclasses.replace(cfg, anneal_fraction=0.0), 100)
-
-
 @pytest.mark.parametrize("name", ["three_phase", "cosine_with_min_lr"])
 def test_schedule_jits_to_float32_under_strict_promotion(name):
     schedule = build_schedule(ScheduleConfig(name=name, warmup_steps=3), 10)

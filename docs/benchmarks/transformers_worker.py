@@ -11,6 +11,7 @@ BATCH, LENGTH, STEPS = 8, 256, 20
 
 
 def main():
+    """Prints one JSON line."""
     torch.manual_seed(0)
     config = HunYuanMoEV1Config(
         vocab_size=1024,
@@ -57,6 +58,7 @@ def main():
 
 
 def median_seconds(fn):
+    """Median wall time of STEPS calls."""
     seconds = []
     for _ in range(STEPS + 2):  # the first two warm up
         start = time.perf_counter()

@@ -90,7 +90,9 @@ def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[M
     store = Store(workdir, keep=config.checkpoint.keep)
     step = store.latest_step()
     if step is None:
-        raise ConfigError(f"{workdir} holds no finished checkpoint yet; train until config.checkpoint.every = {config.checkpoint.every} steps.")
+        raise ConfigError(
+            f"{workdir} holds no finished checkpoint yet; train until config.checkpoint.every = {config.checkpoint.every} steps."
+        )
     from hunyuan_jax.parallel.mesh import single_device_mesh
     from hunyuan_jax.train.state import abstract_state, build_program
 

@@ -26,7 +26,9 @@ def stream(checkpoint: str | os.PathLike, prompt: str, *, tokenizer: str | None 
     vocabulary = load_tokenizer(tokenizer or _tokenizer_of(checkpoint))
     model = from_pretrained(checkpoint)
     if vocabulary.vocab_size > model.config.vocab_size:
-        raise ConfigError(f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; pass the one it was trained with.")
+        raise ConfigError(
+            f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; pass the one it was trained with."
+        )
     # No bos: the prompt is continued as a passage from the middle of a document, which most of the training rows are.
     decoder = StreamDecoder(vocabulary, skip_special=True)
     for token_B in model.stream(np.array([vocabulary.encode(prompt)]), **sampling):

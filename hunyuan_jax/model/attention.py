@@ -83,7 +83,6 @@ class Attention(nnx.Module):
         out_BTD = linear(out_BTNH, self.wo_NHD[...], num_in=2)
         return out_BTD + self.bo_D[...].astype(dtype) if cfg.attention_bias else out_BTD
 
-
     def _attend(self, q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key):
         # An island, because a loop over sequences (and a kernel) must see one shard's sequences and heads only.
         heads, kv_heads = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")

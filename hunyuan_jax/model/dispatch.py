@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from hunyuan_jax.model.routing import Assignment
@@ -27,10 +28,11 @@ def by_capacity(
       num_slots: C, rows per (group, expert).
       experts: (x [e, sources * C, D], count [e, sources] of valid rows at the head of each source's C rows) -> the same shape.
     """
-    num_groups, T, D = x_gTD.shape
+    num_groups, _, D = x_gTD.shape
     num_experts = assignment.count_E.shape[-1]
     row_gTk = jnp.where(assignment.is_kept_Tk, assignment.expert_Tk * num_slots + assignment.slot_Tk, num_experts * num_slots)
-    x_EgCD = jax.vmap(_pack, in_axes=(0, 0, None))(x_gTD, row_gTk, num_experts * num_slots)
+    choice_gR = jax.vmap(_choice_of_row, in_axes=(0, None))(row_gTk, num_experts * num_slots)
+    x_EgCD = jax.vmap(_pack)(x_gTD, row_gTk, choice_gR)
     x_EgCD = x_EgCD.reshape(num_groups, num_experts, num_slots, D).swapaxes(0, 1)
 
     # Each shard sends every expert's rows to the shard that holds it, and gets them back in the same order.
@@ -40,7 +42,7 @@ def by_capacity(
     y_EgCD = island.exchange(y_eRD, "experts", split_dim=1, concat_dim=0).reshape(num_experts, num_groups, num_slots, D)
 
     y_gRD = y_EgCD.swapaxes(0, 1).reshape(num_groups, num_experts * num_slots, D)
-    return jax.vmap(_combine)(y_gRD, row_gTk, assignment.weight_Tk)
+    return jax.vmap(_combine)(y_gRD, row_gTk, choice_gR, assignment.weight_Tk)
 
 
 def dropless(
@@ -69,12 +71,13 @@ def dropless(
     local_gTk = assignment.expert_Tk - first_expert
     is_local_gTk = assignment.is_kept_Tk & (local_gTk >= 0) & (local_gTk < num_local_experts)
     first_row_gTk = jax.vmap(lambda rows_e, e_Tk: rows_e[e_Tk])(first_row_ge, jnp.clip(local_gTk, 0, num_local_experts - 1))
-    row_MTk = jnp.where(is_local_gTk, first_row_gTk + assignment.slot_Tk, num_tiles * tile).reshape(num_groups * T, k)
+    row_Mk = jnp.where(is_local_gTk, first_row_gTk + assignment.slot_Tk, num_tiles * tile).reshape(num_groups * T, k)
 
-    x_nbD = _pack(x_gTD.reshape(num_groups * T, D), row_MTk, num_tiles * tile).reshape(num_tiles, tile, D)
+    choice_R = _choice_of_row(row_Mk, num_tiles * tile)
+    x_nbD = _pack(x_gTD.reshape(num_groups * T, D), row_Mk, choice_R).reshape(num_tiles, tile, D)
     tile_expert_n = jnp.searchsorted(jnp.cumsum(tiles_e), jnp.arange(num_tiles), side="right").astype(jnp.int32)
     y_nbD = experts(x_nbD, jnp.minimum(tile_expert_n, num_local_experts - 1), tiles_e.sum())
-    y_MD = _combine(y_nbD.reshape(num_tiles * tile, D), row_MTk, assignment.weight_Tk.reshape(num_groups * T, k))
+    y_MD = _combine(y_nbD.reshape(num_tiles * tile, D), row_Mk, choice_R, assignment.weight_Tk.reshape(num_groups * T, k))
     return island.reduce_scatter(y_MD.reshape(num_groups, T, D), "experts", dim=0)
 
 
@@ -84,14 +87,44 @@ def tile_size(num_rows: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (share.bit_length() - 1)))
 
 
-def _pack(x_TD: jax.Array, row_Tk: jax.Array, num_rows: int) -> jax.Array:
-    """Rows [num_rows, D]: token t at each of its rows, zero elsewhere; a row number of num_rows means nowhere."""
-    T, k = row_Tk.shape
-    token_R = jnp.full((num_rows,), T, jnp.int32).at[row_Tk].set(jnp.arange(T, dtype=jnp.int32)[:, None], mode="drop")
-    return x_TD.at[token_R].get(mode="fill", fill_value=0)
+def _choice_of_row(row_Tk: jax.Array, num_rows: int) -> jax.Array:
+    """int32 [num_rows]: the flat index (token * k + choice) that fills each row; T * k where the row is empty.
+
+    A row number of num_rows in `row_Tk` means nowhere.
+    """
+    num_choices = row_Tk.size
+    empty_R = jnp.full((num_rows,), num_choices, jnp.int32)
+    return empty_R.at[row_Tk.reshape(-1)].set(jnp.arange(num_choices, dtype=jnp.int32), mode="drop")
 
 
-def _combine(y_RD: jax.Array, row_Tk: jax.Array, weight_Tk: jax.Array) -> jax.Array:
+def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """Rows [R, D]: token t at each of its rows, zero in empty rows."""
+    return _gather(x_TD, choice_R // row_Tk.shape[1], row_Tk)
+
+
+def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array, weight_Tk: jax.Array) -> jax.Array:
     """Each token's weighted sum of its rows [T, D], in y's dtype."""
-    y_TkD = y_RD.at[row_Tk].get(mode="fill", fill_value=0)
+    y_TkD = _gather(y_RD, row_Tk.reshape(-1), choice_R[:, None]).reshape(*row_Tk.shape, -1)
     return jnp.einsum("TkD,Tk->TD", y_TkD, weight_Tk.astype(y_RD.dtype))
+
+
+@jax.custom_vjp
+def _gather(x_AD: jax.Array, index_B: jax.Array, users_Am: jax.Array) -> jax.Array:
+    """x[index] [B, D], zero where the index is out of range; users_Am lists the positions in index_B that hold a (or len(B)).
+
+    The users make the gradient a gather too; as the transpose of a gather it would be a scatter, which is slow on TPUs.
+    """
+    return x_AD.at[index_B].get(mode="fill", fill_value=0)
+
+
+def _gather_fwd(x_AD, index_B, users_Am):
+    return _gather(x_AD, index_B, users_Am), (index_B, users_Am)
+
+
+def _gather_bwd(residuals, dy_BD):
+    index_B, users_Am = residuals
+    dx_AD = dy_BD.at[users_Am].get(mode="fill", fill_value=0).sum(1)
+    return dx_AD, np.zeros(index_B.shape, jax.dtypes.float0), np.zeros(users_Am.shape, jax.dtypes.float0)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 
@@ -18,7 +17,9 @@ def linear(x: jax.Array, w: jax.Array, num_in: int = 1) -> jax.Array:
     return checkpoint_name(y.reshape(*batch, *w.shape[num_in:]), "product")
 
 
-def swiglu(x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
+def swiglu(
+    x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)), where product(x, w) multiplies rows with weights.
 
     Only x and the two products are kept for the backward pass; the cheap rest is computed again there.

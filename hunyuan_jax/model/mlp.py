@@ -17,4 +17,5 @@ class Mlp(nnx.Module):
         self.w_down_FD = params.normal(down, (intermediate_size, hidden_size), ("ffn", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] in x's dtype."""
         return swiglu(x_BTD, linear, self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...])

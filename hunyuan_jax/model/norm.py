@@ -21,4 +21,5 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] in x's dtype."""
         return rms_normalize(x_BTD, self.eps) * self.scale_D[...].astype(x_BTD.dtype)

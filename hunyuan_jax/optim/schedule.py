@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from hunyuan_jax.config import ConfigError, ScheduleConfig
+from hunyuan_jax.config import ScheduleConfig
 
 
 def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
@@ -23,8 +23,6 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
 
     Steps after the run keep the value at which the last phase ends.
 
-    Raises:
-      ConfigError: the annealing phase of "three_phase" would raise the learning rate.
     """
     # float32 counts every step below 2**24 exactly; integer steps would need promotions that strict mode refuses.
     if cfg.name == "cosine_with_min_lr":
@@ -43,11 +41,6 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
 def _three_phase(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
     """Learning rate as a function of progress, the number of steps done once the current one is: 1 ... num_steps."""
     num_anneal_steps = max(1, round(cfg.anneal_fraction * num_steps)) if cfg.anneal_fraction > 0 else 0
-    if num_anneal_steps and cfg.anneal_ratio > cfg.decay_ratio:
-        raise ConfigError(
-            f"config.schedule.anneal_ratio = {cfg.anneal_ratio} is above decay_ratio = {cfg.decay_ratio}: annealing must not raise the "
-            "learning rate. Lower anneal_ratio, or set anneal_fraction = 0 for no annealing."
-        )
     warmup_end = max(cfg.warmup_steps, 1)
     decay_end = max(num_steps - num_anneal_steps, warmup_end)
     # Only phases that have a length: optax refuses an empty cosine and turns an empty ramp into a constant.

@@ -46,9 +46,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
 
     # --- Resume, or start.
     store = Store(workdir, config.checkpoint.keep)
-    batches = loader.train_iterator(
-        train_documents, tokenizer, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed
-    )
+    batches = loader.train_iterator(train_documents, tokenizer, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
     corpus = {"num_documents": documents.report.num_documents, "num_bytes": documents.report.num_bytes}
     first_step = store.latest_step() or 0
     if first_step:
@@ -75,7 +73,13 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     sharding = step_lib.batch_sharding(program)
-    with contextlib.closing(batches), contextlib.closing(store), contextlib.closing(writer), contextlib.closing(progress), _stop_signals() as stop:
+    with (
+        contextlib.closing(batches),
+        contextlib.closing(store),
+        contextlib.closing(writer),
+        contextlib.closing(progress),
+        _stop_signals() as stop,
+    ):
         log.start(first_step)
         for step in range(first_step + 1, train.num_steps + 1):
             state, metrics = train_step(state, jax.device_put(next(batches), sharding))
