@@ -304,6 +304,15 @@ def test_rope_tables(case):
     np.testing.assert_allclose(np.concatenate([sin_Sh, sin_Sh], axis=-1), golden["rope.sin"], atol=2e-5)
 
 
+def test_linear_rope_counts_in_bfloat16():
+    """Officially 512 positions give 385 different ones (specification section 4); the recorded case ends before they begin to merge."""
+    positions_BS = np.arange(512, dtype=np.int32)[None]
+    cos_Sh, sin_Sh = (np.asarray(a[0]) for a in rope.cos_sin(positions_BS, read("rope_linear")[0]))
+    tables = [row.tobytes() for row in np.concatenate([cos_Sh, sin_Sh], axis=-1)]
+    assert tables[257] == tables[256] != tables[258] and tables[259] == tables[260]
+    assert len(set(tables[256:])) == 128 + 1
+
+
 @pytest.mark.parametrize("case", ROPE_CASES)
 def test_rope_of_a_short_call_before_and_after_a_long_one(case):
     golden = golden_cases.load(case)

@@ -388,7 +388,8 @@ def test_the_draw_is_a_function_of_the_key(shape):
     ("capacity_factor", "k", "tokens", "num_experts", "min_capacity", "expected"),
     [
         (1.0, 1, 16, 4, 1, 4),
-        (1.1, 1, 40, 4, 1, 11),  # 11.000000000000002 in binary
+        (1.1, 1, 40, 4, 1, 11),
+        (1.12, 1, 50, 4, 1, 14),  # 14.000000000000002 in binary
         (1.0, 1, 17, 4, 1, 5),
         (1.25, 2, 16, 8, 1, 5),
         (0.1, 1, 16, 8, 1, 1),

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hunyuan_jax.infer.sampling import Sampling, next_token
-from hunyuan_jax.model.cache import KvCache, empty_cache
+from hunyuan_jax.model.cache import KvCache, empty_cache, grow_cache
 from hunyuan_jax.model.transformer import Transformer
 
 # Prompt and total lengths are rounded up to these multiples, so that a new length rarely means a new compilation.
@@ -40,8 +40,7 @@ class Engine:
 
     def __init__(self, graph_def: nnx.GraphDef, params: dict):
         self._params = params
-        self._cfg = nnx.merge(graph_def, params).cfg
-        self._prefill = jax.jit(lambda *args: _prefill(graph_def, *args), static_argnums=(5, 6, 7))
+        self._prefill = jax.jit(lambda *args: _prefill(graph_def, *args), static_argnums=(1, 5, 6, 7))
         self._decode = jax.jit(lambda *args: _decode(graph_def, *args), static_argnums=(2, 3), donate_argnums=1)
 
     def stream(
@@ -60,35 +59,31 @@ class Engine:
           tokens_BS, mask_BS: prompts padded on the left; mask 0 is padding.
           stop_ids: a row ends with the first of these it produces and is filled with fill_id from then on.
         """
-        B, S = tokens_BS.shape
+        S = tokens_BS.shape[1]
         padding = -S % _PROMPT_BUCKET
         tokens_BS = np.pad(tokens_BS, ((0, 0), (padding, 0)))
         mask_BS = np.pad(mask_BS, ((0, 0), (padding, 0)))
         num_slots = S + padding + max_new_tokens
-        cache = empty_cache(self._cfg, B, num_slots + -num_slots % _CACHE_BUCKET)
-        state = self._prefill(self._params, cache, tokens_BS, mask_BS, jax.random.key(seed), sampling, stop_ids, fill_id)
+        num_slots += -num_slots % _CACHE_BUCKET
+        state = self._prefill(self._params, num_slots, tokens_BS, mask_BS, jax.random.key(seed), sampling, stop_ids, fill_id)
         for step in range(max_new_tokens):
-            # The next step is dispatched before this token is read, so that the device does not wait for the host.
-            token_B = state.token_B
-            is_last = step == max_new_tokens - 1
-            is_done_B = state.is_done_B
-            # Copies to the host start now: the donated buffers are gone after the next dispatch.
-            token, is_done = np.asarray(token_B), bool(np.all(is_done_B))
-            if not is_last and not is_done:
-                state = self._decode(self._params, state, (sampling, stop_ids), fill_id)
-            yield token
-            if is_done:
+            token_B, is_finished = np.asarray(state.token_B), bool(np.all(state.is_done_B))
+            yield token_B
+            if is_finished:
                 return
+            if step < max_new_tokens - 1:
+                state = self._decode(self._params, state, (sampling, stop_ids), fill_id)
 
 
-def _prefill(graph_def, params, cache, tokens_BS, mask_BS, key, sampling, stop_ids, fill_id):
+def _prefill(graph_def, params, num_slots, tokens_BS, mask_BS, key, sampling, stop_ids, fill_id):
     model: Transformer = nnx.merge(graph_def, params)
     positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=-1) - 1, 0)
-    output = model(tokens_BS, positions_BS, mask_BS, cache=cache)
+    output = model(tokens_BS, positions_BS, mask_BS, cache=empty_cache(model.cfg, *tokens_BS.shape))
+    cache = grow_cache(output.cache, num_slots)
     logits_BV = model.logits(output.hidden_BTD[:, -1:])[:, 0]
     seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(tokens_BS, mask_BS)
     is_done_B = jnp.zeros(tokens_BS.shape[0], bool)
-    return _advance(logits_BV, output.cache, positions_BS[:, -1] + 1, seen_BV, is_done_B, key, (sampling, stop_ids), fill_id)
+    return _advance(logits_BV, cache, positions_BS[:, -1] + 1, seen_BV, is_done_B, key, (sampling, stop_ids), fill_id)
 
 
 def _decode(graph_def, params, state, how, fill_id):

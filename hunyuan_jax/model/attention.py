@@ -21,9 +21,9 @@ from hunyuan_jax.model.linear import linear
 from hunyuan_jax.model.norm import rms_normalize
 from hunyuan_jax.parallel import island
 
-# Sequences are attended to in turn, as many at a time as keep the float32 scores below this many elements (8 MB): they and their
+# Sequences are attended to in turn, as many at a time as keep the float32 scores below this many elements (2 MB): they and their
 # gradients then stay in a CPU's cache, and memory does not grow with the batch.
-_SCORES_AT_A_TIME = 2**21
+_SCORES_AT_A_TIME = 2**19
 _MASKED = -1e30  # swallows any score in float32, so that a row without keys comes out even and not NaN
 
 

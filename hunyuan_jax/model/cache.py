@@ -31,3 +31,13 @@ def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KvCache:
         jnp.zeros((batch_size, num_slots), jnp.int32),
         jnp.zeros((), jnp.int32),
     )
+
+
+def grow_cache(cache: KvCache, num_slots: int) -> KvCache:
+    """The same cache with room for num_slots tokens a row.
+
+    A prompt is run with a cache of its own length, so that it does not attend to slots that only later tokens will fill.
+    """
+    num_new = num_slots - cache.segment_BS.shape[1]
+    k_PBSKH, v_PBSKH = (jnp.pad(x, ((0, 0), (0, 0), (0, num_new), (0, 0), (0, 0))) for x in (cache.k_PBSKH, cache.v_PBSKH))
+    return KvCache(k_PBSKH, v_PBSKH, jnp.pad(cache.segment_BS, ((0, 0), (0, num_new))), cache.num_filled)

@@ -49,7 +49,7 @@ def capacity(cfg: MoeConfig, group_size: int) -> int:
     """
     if cfg.dispatch == "dropless":
         return group_size
-    # round() first: 1.1 * 40 / 4 is 11.000000000000002 in binary and must give 11.
+    # round() first: 1.12 * 50 / 4 is 14.000000000000002 in binary and must give 14.
     wanted = math.ceil(round(cfg.capacity_factor * cfg.top_k * group_size / cfg.num_experts, 6))
     return min(max(cfg.min_capacity, wanted), group_size)
 

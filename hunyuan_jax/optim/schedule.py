@@ -22,7 +22,6 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
     nothing, then a cosine from the peak to the absolute `min_lr`, which would be reached at step `num_steps`.
 
     Steps after the run keep the value at which the last phase ends.
-
     """
     # float32 counts every step below 2**24 exactly; integer steps would need promotions that strict mode refuses.
     if cfg.name == "cosine_with_min_lr":
