@@ -512,6 +512,11 @@ def test_sampling_processors():
     is_left_BV = np.isfinite(expected_BV)
     assert 1 < is_left_BV.sum() < 20
     np.testing.assert_allclose(ours_BV[is_left_BV], expected_BV[is_left_BV], atol=ATOL, rtol=0)
+    # The recorded row keeps likely tokens only; the penalty makes unlikely ones, with a negative logit, less likely too.
+    penalised_BV = np.asarray(sampling.process(raw_BV, seen_BV, sampling.Sampling(repetition_penalty=1.05)))
+    assert (raw_BV[seen_BV] < 0).any() and (raw_BV[seen_BV] > 0).any()
+    assert (penalised_BV[seen_BV] < raw_BV[seen_BV]).all()
+    np.testing.assert_array_equal(penalised_BV[~seen_BV], raw_BV[~seen_BV])
 
 
 # ---------------------------------------------------------------------------------------------------------------------- bfloat16
