@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         config.Config(
             model=presets.tiny(),
             schedule=config.ScheduleConfig(peak_lr=4e-3, warmup_steps=40, decay_ratio=0.2),
-            train=config.TrainConfig(num_steps=700, batch_size=8, seq_len=256, log_every=10, eval_every=200, eval_batches=16),
+            train=config.TrainConfig(num_steps=950, batch_size=8, seq_len=256, log_every=10, eval_every=200, eval_batches=16),
             checkpoint=config.CheckpointConfig(every=200, keep=2),
         )
     )

@@ -20,7 +20,7 @@ from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.model import attention, rope
 from hunyuan_jax.model.attention import Attention, Visibility, attend
 from hunyuan_jax.model.block import ClaGroup
-from hunyuan_jax.model.cache import KvCache, empty_cache
+from hunyuan_jax.model.cache import empty_cache, grow_cache
 from hunyuan_jax.model.norm import RmsNorm, rms_normalize
 from hunyuan_jax.model.transformer import Embedding, Transformer
 from hunyuan_jax.parallel import island
@@ -280,6 +280,18 @@ def test_decoding_equals_the_full_forward(chunks):
     assert not np.asarray(cache.k_PBSKH)[:, :, LENGTH:].any() and not np.asarray(cache.v_PBSKH)[:, :, LENGTH:].any()
 
 
+def test_a_cache_that_was_grown_after_the_prompt_goes_on_as_one_that_had_the_room():
+    tokens_BT = random_tokens()
+    prompt, rest = ((tokens_BT[:, part], ARANGE_BT[:, part], ONES_BT[:, part]) for part in (slice(0, 8), slice(8, LENGTH)))
+    step = compiled_step(SMALL)
+    _, roomy = step(empty_cache(SMALL, BATCH, LENGTH + 3), *prompt)
+    _, tight = step(empty_cache(SMALL, BATCH, 8), *prompt)
+    grown = grow_cache(tight, LENGTH + 3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), grown, roomy)
+    np.testing.assert_allclose(step(grown, *rest)[0], logits(tokens_BT, ARANGE_BT, ONES_BT)[:, 8:], rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, grow_cache(tight, 8), tight)
+
+
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_the_cache_has_one_entry_per_group_and_decodes_the_same(share):
     cfg = changed(cla_share_factor=share)
@@ -296,7 +308,7 @@ def test_the_cache_of_a52b_is_80_kib_a_token():
     cache = jax.eval_shape(lambda: empty_cache(presets.a52b(), 3, 1000))
     assert cache.k_PBSKH.dtype == cache.v_PBSKH.dtype == jnp.bfloat16
     assert sum(math.prod(a.shape) * a.dtype.itemsize for a in (cache.k_PBSKH, cache.v_PBSKH)) == 80 * 1024 * 3 * 1000
-    assert KvCache(*jax.tree.map(lambda a: a.shape, cache)).segment_BS == (3, 1000)
+    assert cache.segment_BS.shape == (3, 1000)
 
 
 # Dropout

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-ROUNDS = 5
+ROUNDS = 3
 FIGURES = ("tokens_per_second", "prefill_tokens_per_second")
 
 
