@@ -63,10 +63,10 @@ def generate(argv: list[str]) -> int:
         absl_flags.DEFINE_string("prompt", None, "Text to continue.", flag_values=values)
         absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
         absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
-        absl_flags.DEFINE_float("temperature", 0.7, "0 is greedy.", flag_values=values)
+        absl_flags.DEFINE_float("temperature", 0.8, "0 is greedy.", flag_values=values)
         absl_flags.DEFINE_integer("top_k", 20, "0 is off.", flag_values=values)
-        absl_flags.DEFINE_float("top_p", 0.6, "1 is off.", flag_values=values)
-        absl_flags.DEFINE_float("repetition_penalty", 1.05, "1 is off.", flag_values=values)
+        absl_flags.DEFINE_float("top_p", 0.95, "1 is off.", flag_values=values)
+        absl_flags.DEFINE_float("repetition_penalty", 1.0, "1 is off.", flag_values=values)
         absl_flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
 
     values = flags.parse(argv, _define(options))
