@@ -1,6 +1,9 @@
 """Trains a model: python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.section.field=value ...]
 
 The same command again continues from the newest checkpoint.  Exit status: 0 done, 2 something the user must change.
+
+On a pod, run the same command on every host, with a --workdir they share.  TPU VMs, GKE, slurm, Open MPI and indexed Kubernetes jobs
+are recognised; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import sys

@@ -100,7 +100,61 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate}
+def plan(argv: list[str]) -> int:
+    """Compiles the train step of --config for the TPU slice --topology, here: memory, estimated time, collectives."""
+    values = flags.parse(argv, _define(flags.define_config, _json, _plan_options))
+    config = flags.config_of(values)
+    if values.search and values.fit:
+        raise ConfigError("--search and --fit are two questions; ask one at a time.")
+    for option, mode in (("compile_top", "search"), ("generation", "fit")):
+        if values[option].present and not values[mode].value:
+            raise ConfigError(f"--{option} acts with --{mode} only; add --{mode} or leave it out.")
+    if (values.topology is None) != values.fit:
+        raise ConfigError(
+            "--fit walks over all slices; leave --topology out." if values.fit else "--topology is missing, such as --topology=v5p:4x8x8."
+        )
+    from hunyuan_jax.plan import aot, search, show, topology
+
+    batch = values.batch_per_chip
+    if values.fit:
+        generations = [values.generation] if values.generation else list(topology.GENERATIONS)
+        trials = search.fit(config, generations, batch or 1)
+        title = "Slices up to the smallest of each generation on which the config trains"
+    elif values.search:
+        trials = search.search(config, values.topology, [batch] if batch else [1, 2, 4], values.compile_top)
+        title = f"Ways to run the config on {values.topology}, best first"
+    else:
+        if batch:
+            config = search.with_batch(config, topology.num_devices(values.topology, config.mesh.num_slices), batch)
+        report = aot.report(config, values.topology)
+        if values.json:
+            print(json.dumps(show.report_data(report)))
+        else:
+            show.print_report(report)
+        return 0
+    if values.json:
+        print(json.dumps(show.trials_data(trials)))
+    else:
+        show.print_trials(trials, title)
+    return 0
+
+
+def _plan_options(values: absl_flags.FlagValues) -> None:
+    from hunyuan_jax.plan.topology import GENERATIONS
+
+    def define(kind, name, default, text, *args, **kwargs):
+        kind(name, default, *args, text, flag_values=values, **kwargs)
+
+    define(absl_flags.DEFINE_string, "topology", None, "GENERATION:SHAPE, such as v5p:4x8x8; for several: config.mesh.num_slices.")
+    batch = "Sequences a device (half a chip on tpu7x); default: the config's batch, with --fit 1, with --search 1, 2 and 4."
+    define(absl_flags.DEFINE_integer, "batch_per_chip", None, batch, lower_bound=1)
+    define(absl_flags.DEFINE_boolean, "search", False, "Rank meshes, remat policies, batches and optimizer dtypes on --topology.")
+    define(absl_flags.DEFINE_integer, "compile_top", 3, "--search: compile so many of the best.", lower_bound=0)
+    define(absl_flags.DEFINE_boolean, "fit", False, "Find the smallest slice of each TPU generation on which the config trains.")
+    define(absl_flags.DEFINE_enum, "generation", None, "--fit: this generation only.", list(GENERATIONS))
+
+
+COMMANDS = {"count": count, "bench": bench, "generate": generate, "plan": plan}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

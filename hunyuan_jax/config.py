@@ -19,6 +19,7 @@ Dispatch = Literal["recycle", "drop", "dropless"]
 Remat = Literal["none", "dots", "full"]
 RopeType = Literal["plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "fp8_lm"]
 ScheduleName = Literal["three_phase", "cosine_with_min_lr"]
 
 
@@ -85,12 +86,16 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, 'what is left'."""
+    """Sizes of the mesh axes; one of them may be -1, 'what is left'.
+
+    num_slices is no axis: it says how many slices, joined by the data centre's network, the devices form; `replica` spans them.
+    """
 
     replica: int = 1
     data: int = -1
     expert: int = 1
     tensor: int = 1
+    num_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only: norms, biases and embeddings are not decayed
     max_grad_norm: float = 1.0
+    state_dtype: StateDtype = "float32"  # master weight + two moments: 12, 8 (bf16 moments) or 5 bytes a parameter
     expert_lr_ratio: float = 0.31  # specialised experts against everything else, paper section 3.2
 
 
@@ -135,6 +141,7 @@ class TrainConfig:
     num_steps: int = 1000
     batch_size: int = 8  # sequences a step over all hosts
     seq_len: int = 256
+    grad_accum_steps: int = 1  # equal parts of the batch, one after another, before each update
     seed: int = 0
     log_every: int = 10
     eval_every: int = 100
@@ -298,6 +305,8 @@ def _validate_moe(moe: MoeConfig) -> None:
 
 def _validate_mesh(config: Config) -> None:
     sizes = dataclasses.asdict(config.mesh)
+    num_slices = sizes.pop("num_slices")
+    _require(num_slices >= 1, f"config.mesh.num_slices = {num_slices} must be at least 1; 1 is a single slice, or no TPU.")
     for name, size in sizes.items():
         _require(size >= 1 or size == -1, f"config.mesh.{name} = {size} must be at least 1, or -1 for what is left.")
     num_experts, expert = config.model.moe.num_experts, config.mesh.expert

@@ -40,3 +40,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     assert actual.shape == expected.shape
     difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
     assert difference <= tolerance, f"relative difference {difference:.2e} is above {tolerance:.0e}"
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Reference: weighted mean of -log p(target) from whole logits."""
+    nll_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV.astype(jnp.float32)), targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(nll_BT * weights_BT) / jnp.maximum(weights_BT.sum(), 1.0)

@@ -22,7 +22,8 @@ from hunyuan_jax.model.attention import Attention, Visibility, attend
 from hunyuan_jax.model.block import ClaGroup
 from hunyuan_jax.model.cache import empty_cache, grow_cache
 from hunyuan_jax.model.norm import RmsNorm, rms_normalize
-from hunyuan_jax.model.transformer import Embedding, Transformer
+from hunyuan_jax.model.embedding import Embedding
+from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
 
@@ -322,7 +323,11 @@ def attend_with_dropout(mesh, key, rate, num_heads=4, num_kv_heads=4, batch=8, l
     visibility = Visibility(np.full(length, length, np.int32), segments_BS, segments_BS)
     heads, kv_heads = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
     in_logical = (heads, kv_heads, kv_heads, Visibility((), ("batch", "seq"), ("batch", "seq")), ())
-    fn = island.island(functools.partial(attend, dropout=rate), mesh, in_logical, heads)
+
+    def fn(_, *args):
+        return attend(*args, dropout=rate)
+
+    fn = functools.partial(island.island(fn, mesh, {}, in_logical, heads), {})
     return np.asarray(fast_jit(fn)(q_BTNH, ones_BSKH, ones_BSKH, visibility, jax.random.key_data(key)))[..., 0]
 
 
@@ -500,11 +505,11 @@ def test_norm_statistics_are_float32_and_eps_guards_zero():
 
 
 def test_the_padding_row_is_zero_at_first_and_gets_no_gradient_from_the_lookup():
-    embed = Embedding(SMALL, jax.random.key(0))
+    embed = Embedding(SMALL, single_device_mesh(), jax.random.key(0))
     table_VD = np.asarray(embed.embedding_VD[...])
     assert not table_VD[SMALL.pad_token_id].any() and np.abs(table_VD).sum(-1).astype(bool).sum() == SMALL.vocab_size - 1
     assert table_VD.std() == pytest.approx(SMALL.init_std, rel=0.1)
-    without_pad = Embedding(changed(pad_token_id=-1), jax.random.key(0))
+    without_pad = Embedding(changed(pad_token_id=-1), single_device_mesh(), jax.random.key(0))
     assert np.asarray(without_pad.embedding_VD[...])[SMALL.pad_token_id].any()
 
 

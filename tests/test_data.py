@@ -37,11 +37,11 @@ def open_folder(path, **fields):
 
 
 @contextlib.contextmanager
-def training(documents, *, batch_size=1, seq_len=8, seed=0, window=2**20, **shard):
+def training(documents, *, batch_size=1, seq_len=8, seed=0, window=2**20, rows=None):
     """A train iterator that is closed at the end, with `window` tokens per shuffle window."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "SHUFFLE_TOKENS", window)
-        batches = loader.train_iterator(documents, TOKENIZER, batch_size=batch_size, seq_len=seq_len, seed=seed, **shard)
+        batches = loader.train_iterator(documents, TOKENIZER, batch_size=batch_size, seq_len=seq_len, seed=seed, rows=rows)
         with contextlib.closing(batches):
             yield batches
 
@@ -399,24 +399,20 @@ def test_resume_in_a_new_process(tmp_path):
     assert len(state) < 2000
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_shards_are_the_rows_of_the_global_batch(num_shards):
+@pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[3], [0, 1, 2]]])
+def test_processes_keep_their_rows_of_the_global_batch(shares):
     documents = make_documents([chr(97 + index) * 7 * index for index in range(1, 20)])
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(training(documents, batch_size=4))
-        shards = [
-            stack.enter_context(training(documents, batch_size=4, shard_index=index, num_shards=num_shards)) for index in range(num_shards)
-        ]
+        shards = [stack.enter_context(training(documents, batch_size=4, rows=np.array(share))) for share in shares]
         for _ in range(40):
-            parts = [next(shard) for shard in shards]
-            joined = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
-            assert_same_batches([joined], [next(whole)])
+            expected = next(whole)
+            for share, shard in zip(shares, shards, strict=True):
+                assert_same_batches([next(shard)], [{name: expected[name][share] for name in FIELDS}])
         assert all(shard.get_state() == whole.get_state() for shard in shards)
 
 
 def test_what_cannot_be_batched_is_an_error():
-    with pytest.raises(ConfigError, match=r"batch_size = 4 is not divisible by the 3 hosts.*Use a multiple of 3"):
-        loader.train_iterator(make_documents(["a"]), TOKENIZER, batch_size=4, seq_len=8, seed=0, num_shards=3)
     with pytest.raises(ConfigError, match="0 documents to train on"):
         loader.train_iterator([], TOKENIZER, batch_size=4, seq_len=8, seed=0)
 
@@ -449,6 +445,8 @@ def test_validation_of_few_batches_samples_all_documents():
     assert len(batches) == 2
     assert set(b"abcd") <= set(np.concatenate([batch["tokens"] for batch in batches]).flat)
     assert_same_batches(batches, loader.validation_batches(documents, TOKENIZER, num_batches=5, **arguments)[:2])
+    shares = loader.validation_batches(documents, TOKENIZER, num_batches=2, rows=np.array([2, 0]), **arguments)
+    assert_same_batches(shares, [{name: batch[name][[2, 0]] for name in FIELDS} for batch in batches])
     assert loader.validation_batches([], TOKENIZER, num_batches=2, **arguments) == []
 
 

@@ -32,9 +32,9 @@ ALLOWED = {
     "presets": {"config"},
     "obs.metrics": {"config"},
     "parallel": _upto(1, without=(0,)),
-    "model": _upto(2),
+    "model": _upto(2) | {"quant"},
     "quant": _upto(2),
-    "optim": _upto(2, without=(0,)),
+    "optim": _upto(2, without=(0,)) | {"quant"},
     "tokenizer": _upto(2, without=(0,)),
     "data": _upto(2, without=(0,)) | {"tokenizer"},  # a batch is made of tokens
     "checkpoint": _upto(3, without=(0,)),

@@ -31,7 +31,7 @@ SMALL = ModelConfig(
     num_layers=2,
     num_heads=8,
     num_kv_heads=8,
-    head_dim=4,
+    head_dim=8,
     max_position=16,
     moe=MoeConfig(num_experts=8, num_shared_experts=1, dispatch="recycle", aux_loss_weight=0.05, z_loss_weight=0.01),
 )
@@ -72,7 +72,7 @@ def train_step(cfg, mesh):
     def loss_fn(params, tokens_BT, positions_BT, segments_BT, targets_BT, key):
         model = nnx.merge(graph_def, params)
         output = model(tokens_BT, positions_BT, segments_BT, key=key, is_training=True)
-        entropy = loss.cross_entropy(model.logits(output.hidden_BTD), targets_BT, (segments_BT > 0).astype(jnp.float32))
+        entropy = loss.mean_loss(model.token_losses(output.hidden_BTD, targets_BT), (segments_BT > 0).astype(jnp.float32))
         return entropy + loss.router_loss(output.stats, cfg.moe), output.stats
 
     step = fast_jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -120,33 +120,34 @@ def test_dispatches_differ():
     assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
 
 
-def assignments_on(mesh, cfg, x_BTD, logits_BTE, is_valid_BT, group_size):
+def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
     """The real assignment of every group [B * T / group_size, ...] of a layer, seen through a spy on the island's body."""
     seen = {}
 
-    def body(x_BTD, logits_BTE, is_valid_BT, key_data, weights):
-        def spy(x_gTD, assignment, weights, cfg):
+    def body(weights, x_BTD, is_valid_BT, key_data):
+        def spy(weights, x_gTD, assignment, cfg):
             seen["assignment"] = assignment
             return jnp.zeros_like(x_gTD)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moe, "serve", spy)
-            moe.route_and_serve(x_BTD, logits_BTE, is_valid_BT, key_data, weights, cfg=cfg, group_size=group_size)
+            moe.route_and_serve(weights, x_BTD, is_valid_BT, key_data, cfg=cfg, group_size=group_size)
         return seen["assignment"]
 
-    in_logical = (("batch", "seq", "act_embed"), ("batch", "seq", "router_experts"), ("batch", "seq"), (), {})
-    out = routing.Assignment(*[("batch",)] * 6)
-    fn = fast_jit(island.island(body, mesh, in_logical, out))
-    return jax.tree.map(np.asarray, fn(x_BTD, logits_BTE, is_valid_BT, jax.random.key_data(jax.random.key(5)), {}))
+    stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}
+    fn = island.island(body, mesh, stored, (("batch", "seq", "embed"), ("batch", "seq"), ()), routing.Assignment(*[("batch",)] * 6))
+    weights = {"router": {"router_DE": router_DE}, "experts": {}}
+    return jax.tree.map(np.asarray, fast_jit(fn)(weights, x_BTD, is_valid_BT, jax.random.key_data(jax.random.key(5))))
 
 
 @pytest.mark.parametrize(("k", "group_size"), [(1, 6), (1, 12), (2, 24)])
 def test_the_assignment_is_the_same_bit_for_bit_on_every_mesh(k, group_size):
     cfg = small(top_k=k).moe
     rng = np.random.default_rng(1)
-    x_BTD = np.zeros((BATCH, LENGTH, 16), np.float32)
-    logits_BTE = rng.normal(size=(BATCH, LENGTH, 8)).astype(np.float32) - 0.3 * np.arange(8, dtype=np.float32)
-    args = (x_BTD, logits_BTE, rng.random((BATCH, LENGTH)) < 0.9, group_size)
+    x_BTD = rng.normal(size=(BATCH, LENGTH, 16)).astype(np.float32)
+    router_DE = np.eye(16, 8, dtype=np.float32)  # small products, exact on every mesh
+    x_BTD[..., :8] -= 0.3 * np.arange(8, dtype=np.float32)
+    args = (x_BTD, router_DE, rng.random((BATCH, LENGTH)) < 0.9, group_size)
     alone = assignments_on(single_device_mesh(), cfg, *args)
     assert alone.expert_Tk.shape == (BATCH * LENGTH // group_size, group_size, k) and alone.is_recycled_Tk.any()
     jax.tree.map(np.testing.assert_array_equal, assignments_on(mesh_of(2, 2, 2), cfg, *args), alone)
@@ -195,16 +196,24 @@ def random_assignment(way, k, num_groups, num_tokens, num_experts, seed=0):
     return cfg, x_gTD, fast_jit(jax.vmap(route))(logits_gTE, is_valid_gT, jax.random.split(jax.random.key(seed), num_groups))
 
 
+def activation_island(body, mesh, in_logical, out_logical):
+    """An island without parameters."""
+    fn = island.island(lambda _, *args: body(*args), mesh, {}, in_logical, out_logical)
+    return functools.partial(fn, {})
+
+
 @functools.cache
 def compiled_dispatch(mesh, way, num_slots):
     """(x, assignment, scale [E], dy) -> output and gradients of x, weights and scale; expert e multiplies by scale_E[e]."""
 
     def body(x_gTD, assignment, scale_e):
         if way == "dropless":
-            return dispatch.dropless(x_gTD, assignment, scale_e.shape[0], lambda x_nbD, e_n, _: x_nbD * scale_e[e_n][:, None, None])
-        return dispatch.by_capacity(x_gTD, assignment, num_slots, lambda x_eRD, _: x_eRD * scale_e[:, None, None])
+            tiles = lambda x_nbD, weight_nb, e_n, _: x_nbD * (weight_nb * scale_e[e_n][:, None])[..., None]  # noqa: E731
+            return dispatch.dropless(x_gTD, assignment, scale_e.shape[0], tiles)
+        buffers = lambda x_eRD, weight_eR, _: x_eRD * (weight_eR * scale_e[:, None])[..., None]  # noqa: E731
+        return dispatch.by_capacity(x_gTD, assignment, num_slots, buffers)
 
-    fn = island.island(body, mesh, (("batch",), routing.Assignment(*[("batch",)] * 6), ("experts",)), ("batch",))
+    fn = activation_island(body, mesh, (("batch",), routing.Assignment(*[("batch",)] * 6), ("experts",)), ("batch",))
 
     def value_and_gradients(x_gTD, assignment, scale_E, dy_gTD):
         y_gTD, pullback = jax.vjp(lambda x, w, s: fn(x, assignment._replace(weight_Tk=w), s), x_gTD, assignment.weight_Tk, scale_E)
@@ -239,23 +248,23 @@ def test_buffers_hold_each_row_once_and_zeros_after_the_counts():
     seen = {}
 
     def body(x_gTD, assignment):
-        def spy(x_eRD, count_es):
-            seen.update(x=x_eRD, count=count_es)
+        def spy(x_eRD, weight_eR, count_es):
+            seen.update(x=x_eRD, weight=weight_eR, count=count_es)
             return x_eRD
 
         dispatch.by_capacity(x_gTD, assignment, num_slots, spy)
-        return seen["x"], seen["count"]
+        return seen["x"], seen["weight"], seen["count"]
 
     logical = (("batch",), routing.Assignment(*[("batch",)] * 6))
-    out = (("experts",), ("experts",))
-    x_ERD, count_Es = fast_jit(island.island(body, mesh_of(1, 2, 1), logical, out))(x_gTD, assignment)
+    x_ERD, weight_ER, count_Es = fast_jit(activation_island(body, mesh_of(1, 2, 1), logical, (("experts",),) * 3))(x_gTD, assignment)
     np.testing.assert_array_equal(count_Es, np.asarray(assignment.count_E).T)  # two groups from each of two shards, in order
-    x_EgCD = np.asarray(x_ERD).reshape(4, 4, num_slots, 5)
+    x_EgCD, weight_EgC = np.asarray(x_ERD).reshape(4, 4, num_slots, 5), np.asarray(weight_ER).reshape(4, 4, num_slots)
     for e, g in itertools.product(range(4), range(4)):
         count = int(count_Es[e, g])
         tokens = np.flatnonzero(np.asarray(assignment.is_kept_Tk[g, :, 0] & (assignment.expert_Tk[g, :, 0] == e)))
         np.testing.assert_array_equal(x_EgCD[e, g, :count], x_gTD[g, tokens])
-        assert not x_EgCD[e, g, count:].any()
+        np.testing.assert_array_equal(weight_EgC[e, g, :count], np.asarray(assignment.weight_Tk)[g, tokens, 0])
+        assert not x_EgCD[e, g, count:].any() and not weight_EgC[e, g, count:].any()
     assert (np.asarray(count_Es) < num_slots).any()
 
 
@@ -279,7 +288,7 @@ def test_dropless_work_is_proportional_to_tokens(num_tokens, num_experts, k, exp
     shapes = []
 
     def body(x_gTD, assignment):
-        def spy(x_nbD, tile_expert_n, num_tiles):
+        def spy(x_nbD, weight_nb, tile_expert_n, num_tiles):
             shapes.append(x_nbD.shape)
             seen.extend([tile_expert_n, num_tiles[None]])
             return x_nbD
@@ -289,7 +298,7 @@ def test_dropless_work_is_proportional_to_tokens(num_tokens, num_experts, k, exp
         return tuple(seen)
 
     logical = (("batch",), routing.Assignment(*[("batch",)] * 6))
-    fn = island.island(body, mesh_of(1, expert_shards, 1), logical, (("experts",), ("experts",)))
+    fn = activation_island(body, mesh_of(1, expert_shards, 1), logical, (("experts",), ("experts",)))
     tile_expert_n, num_tiles_s = (np.asarray(a).reshape(expert_shards, -1) for a in fast_jit(fn)(x_gTD, assignment))
     num_rows, (n, b, _) = num_groups * num_tokens * k, shapes[-1]
     # Allocated: room for the worst case, all rows on one shard; computed: full tiles plus at most one per expert.
@@ -344,9 +353,11 @@ def test_tiles_and_buffers_agree_on_the_swiglu():
     x_eRD = rng.normal(size=(3, 16, 5)).astype(np.float32)
     weights = [rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 7), (3, 5, 7), (3, 7, 5))]
     gate_eRF, up_eRF = (np.einsum("eRD,eDF->eRF", x_eRD, w) for w in weights[:2])
-    expected_eRD = np.einsum("eRF,eFD->eRD", gate_eRF / (1 + np.exp(-gate_eRF)) * up_eRF, weights[2])
-    buffers_eRD = fast_jit(experts.swiglu_buffers)(x_eRD, *weights)
-    tiles_nbD = fast_jit(experts.swiglu_tiles)(x_eRD.reshape(6, 8, 5), np.repeat(np.arange(3), 2), np.int32(6), *weights)
+    weight_eR = rng.normal(size=(3, 16)).astype(np.float32)
+    expected_eRD = weight_eR[..., None] * np.einsum("eRF,eFD->eRD", gate_eRF / (1 + np.exp(-gate_eRF)) * up_eRF, weights[2])
+    buffers_eRD = fast_jit(experts.swiglu_buffers)(x_eRD, weight_eR, *weights)
+    tiles = (x_eRD.reshape(6, 8, 5), weight_eR.reshape(6, 8), np.repeat(np.arange(3), 2), np.int32(6))
+    tiles_nbD = fast_jit(experts.swiglu_tiles)(*tiles, *weights)
     np.testing.assert_allclose(buffers_eRD, expected_eRD, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.asarray(tiles_nbD).reshape(3, 16, 5), expected_eRD, rtol=1e-5, atol=1e-5)
 
@@ -412,7 +423,7 @@ def test_router_stays_float32_in_bfloat16_and_so_does_its_choice():
     cfg = dataclasses.replace(small(dispatch="dropless"), dtype="bfloat16")
     layer = filled(functools.partial(moe.Moe, cfg, single_device_mesh(), jax.random.key(0)))
     x_BTD = jax.random.normal(jax.random.key(1), (2, 6, 16), jnp.bfloat16)
-    logits_BTE = layer.router_logits(x_BTD)
+    logits_BTE = moe.router_logits(x_BTD, layer.router_DE[...])
     assert logits_BTE.dtype == jnp.float32
     expected_BTE = np.asarray(x_BTD, np.float64) @ np.asarray(layer.router_DE[...], np.float64)
     np.testing.assert_allclose(logits_BTE, expected_BTE, rtol=1e-5, atol=1e-5)

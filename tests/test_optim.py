@@ -200,18 +200,14 @@ def on_device(flat):
 
 def run_optimizer(cfg, schedule, params, grads_per_step):
     """The flat parameters after one update per tree of gradients, through the jitted production chain."""
-    tx = build_optimizer(cfg, schedule, nest(params), is_moe=True)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    optimizer = build_optimizer(cfg, schedule, nest(params), is_moe=True)
 
     tree = on_device(params)
     with jax.numpy_dtype_promotion("strict"):
-        state = tx.init(tree)
+        state, step = optimizer.init(tree), jax.jit(optimizer.step)
         for grads in grads_per_step:
-            tree, state = step(tree, state, on_device(grads))
+            tree, state, grad_norm = step(on_device(grads), state, tree)
+            np.testing.assert_allclose(grad_norm, np.sqrt(sum(np.sum(np.square(g)) for g in grads.values())), rtol=1e-6)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
@@ -261,13 +257,13 @@ def test_decay_is_the_only_change_without_gradients():
 
 def test_expert_ratio_scales_the_experts_update_and_no_other():
     rng = np.random.default_rng(1)
-    params = random_tree(rng)
     grads = on_device(random_tree(rng))
-    params = on_device(params)
+    params = jax.tree.map(jnp.zeros_like, grads)  # what they are after a step is the update itself, without rounding
 
     def first_update(ratio):
-        tx = build_optimizer(dataclasses.replace(CFG, expert_lr_ratio=ratio), optax.constant_schedule(0.01), params, is_moe=True)
-        return tx.update(grads, tx.init(params), params)[0]
+        cfg = dataclasses.replace(CFG, expert_lr_ratio=ratio)
+        optimizer = build_optimizer(cfg, optax.constant_schedule(0.01), params, is_moe=True)
+        return optimizer.step(grads, optimizer.init(params), params)[0]
 
     full, quarter = first_update(1.0), first_update(0.25)
     full["groups"]["layer_0"]["moe"]["experts"]["w_up_EDF"] *= 0.25  # a power of two: the equality is exact
@@ -276,8 +272,8 @@ def test_expert_ratio_scales_the_experts_update_and_no_other():
 
 def test_state_is_arrays_that_mirror_the_parameters():
     shapes = nest({path: jax.ShapeDtypeStruct((2, 8), jnp.float32) for path in SETTINGS})
-    tx = build_optimizer(CFG, optax.constant_schedule(0.01), shapes, is_moe=True)
-    state = jax.eval_shape(tx.init, shapes)
+    optimizer = build_optimizer(CFG, optax.constant_schedule(0.01), shapes, is_moe=True)
+    state = jax.eval_shape(optimizer.init, shapes)
     assert optax.tree.get(state, "mu") == shapes and optax.tree.get(state, "nu") == shapes
     counts = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == ()]
     assert [leaf.dtype for leaf in counts] == [jnp.int32] * 2
@@ -292,12 +288,12 @@ def test_sharded_parameters_keep_their_sharding_and_values():
     rng = np.random.default_rng(2)
     flat = {name: random_tree(rng, shape=(2, 8 * num_devices)) for name in ("params", "grads")}
     params, grads = (on_device(tree) for tree in flat.values())
-    tx = build_optimizer(CFG, optax.constant_schedule(0.01), params, is_moe=True)
-    expected = jax.jit(tx.update)(grads, tx.init(params), params)[0]
+    optimizer = build_optimizer(CFG, optax.constant_schedule(0.01), params, is_moe=True)
+    expected = jax.jit(optimizer.step)(grads, optimizer.init(params), params)[0]
     with jax.set_mesh(mesh):
         sharded_params, sharded_grads = jax.device_put((params, grads), sharding)
-        updates, state = jax.jit(tx.update)(sharded_grads, jax.jit(tx.init)(sharded_params), sharded_params)
-    for leaf in jax.tree.leaves((updates, optax.tree.get(state, "mu"), optax.tree.get(state, "nu"))):
+        new_params, state, _ = jax.jit(optimizer.step)(sharded_grads, jax.jit(optimizer.init)(sharded_params), sharded_params)
+    for leaf in jax.tree.leaves((new_params, optax.tree.get(state, "mu"), optax.tree.get(state, "nu"))):
         assert leaf.sharding == sharding
     # The norm is summed in another order.
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), updates, expected)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), new_params, expected)

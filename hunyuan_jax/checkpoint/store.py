@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from hunyuan_jax.config import Config, ConfigError, ModelConfig, from_config_dict, to_dict
+from hunyuan_jax.quant.scaled import load_params
 
 # What may not change between the runs of a workdir: the model, the text, and what decides the order of the batches.
 _FIXED_SECTIONS = ("model", "data")
@@ -20,7 +21,7 @@ _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"
 
 
 class Store:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir.  All processes of a run make one and take part in each call; each writes its own shards."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self._manager = ocp.CheckpointManager(
@@ -80,6 +81,15 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
+def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What this process sees in a workdir, for comparing with the others: config.json and the names of the checkpoints."""
+    path = Path(workdir) / "config.json"
+    return {
+        "config": path.read_text(encoding="utf-8") if path.is_file() else None,
+        "checkpoints": sorted(folder.name for folder in (Path(workdir) / "checkpoints").glob("[0-9]*")),
+    }
+
+
 def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
     """(model config, params) of the newest checkpoint of a run.
 
@@ -100,7 +110,8 @@ def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[M
     store.close()
     dtype = dtype or config.model.dtype
     params = jax.tree.map_with_path(
-        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype), state.params
+        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype),
+        load_params(state.params),
     )
     return dataclasses.replace(config.model, dtype=dtype), params
 

@@ -1,6 +1,7 @@
 """Documents to packed batches: endless and resumable for training, a fixed list for validation.
 
-Shapes: B rows of the global batch, T positions of a row.  A batch is a dict of numpy arrays, all [B, T]:
+Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch is a dict of numpy arrays, all
+[R, T]:
 
   tokens        int32    input ids; pad_id where the segment is 0
   targets       int32    the id that follows the token in its document; pad_id where the segment is 0
@@ -67,24 +68,18 @@ def train_iterator(
     batch_size: int,
     seq_len: int,
     seed: int,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: np.ndarray | None = None,
 ) -> TrainIterator:
-    """Endless batches [B / num_shards, T], prefetched by a thread; every epoch has its own order.
+    """Endless batches [R, T], prefetched by a thread; every epoch has its own order.
 
-    All shards pack the same global batch of B = batch_size rows, a function of the arguments and the step alone, and each
-    keeps its own consecutive rows.  (So every host tokenizes everything: right for text that fits one host's memory.)
+    All processes pack the same global batch of batch_size rows, a function of the arguments and the step alone, and each keeps its
+    own R `rows` of it (all if None).  (So every host tokenizes everything: right for text that fits one host's memory.)
 
     Raises:
-      ConfigError: no documents, or rows that do not divide among the shards.
+      ConfigError: no documents.
     """
     if not documents:
         raise ConfigError("config.data.source leaves 0 documents to train on; at least 1 is needed. Point it at more text.")
-    if batch_size % num_shards:
-        raise ConfigError(
-            f"config.train.batch_size = {batch_size} is not divisible by the {num_shards} hosts; each takes an equal share of the rows. "
-            f"Use a multiple of {num_shards}."
-        )
     import grain
 
     from hunyuan_jax.data import pack
@@ -92,31 +87,30 @@ def train_iterator(
     def rows_of_epoch(epoch: int) -> grain.IterDataset:
         return pack.epoch_rows(documents, tokenizer, seq_len, pack.epoch_seed(seed, epoch))
 
-    rows_per_shard = batch_size // num_shards
-    shard = slice(shard_index * rows_per_shard, (shard_index + 1) * rows_per_shard)
-    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=shard)
+    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=slice(None) if rows is None else rows)
     batches = pack.stack_rows(pack.Epochs(rows_of_epoch), batch_size).map(to_batch)
     return TrainIterator(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH_BATCHES)))
 
 
 def validation_batches(
-    documents: Sequence[Document], tokenizer: Tokenizer, *, batch_size: int, seq_len: int, num_batches: int
+    documents: Sequence[Document], tokenizer: Tokenizer, *, batch_size: int, seq_len: int, num_batches: int, rows: np.ndarray | None = None
 ) -> list[Batch]:
-    """The first `num_batches` batches [B, T] of one fixed shuffle, fewer if the documents end before; [] without documents.
+    """The first `num_batches` batches [R, T] of one fixed shuffle, fewer if the documents end before; [] without documents.
 
-    The shuffle makes few batches a sample of all documents.  The last batch is filled with rows of padding.
+    Batches have batch_size rows, of which each process keeps its own R `rows` (all if None).  The shuffle makes few batches a sample
+    of all documents.  The last batch is filled with rows of padding.
     """
     if not documents:
         return []
     from hunyuan_jax.data import pack
 
-    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=slice(None))
+    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=slice(None) if rows is None else rows)
     batches = pack.stack_rows(pack.epoch_rows(documents, tokenizer, seq_len, _VALIDATION_SEED), batch_size).map(to_batch)
     with contextlib.closing(iter(batches)) as iterator:
         return list(itertools.islice(iterator, num_batches))
 
 
-def _to_batch(rows: Mapping[str, np.ndarray], *, pad_id: int, kept: slice) -> Batch:
+def _to_batch(rows: Mapping[str, np.ndarray], *, pad_id: int, kept: slice | np.ndarray) -> Batch:
     """Names, padding and loss weights for the `kept` ones of packed rows ([B, T, 2] and twice [B, T])."""
     segment_ids = rows["pairs_segment_ids"][kept]
     is_pair = segment_ids > 0

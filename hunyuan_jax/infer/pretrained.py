@@ -35,7 +35,7 @@ class Pretrained:
         graph_def = nnx.split(nnx.eval_shape(lambda: Transformer(self.config, mesh, jax.random.key(0))))[0]
         self._engine = Engine(graph_def, self.params)
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
-        self._loss = jax.jit(lambda params, ids, labels, mask: _loss(_logits(graph_def, params, ids, mask, _arange(ids)), labels))
+        self._loss = jax.jit(lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels))
 
     def logits(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> jax.Array:
         """float32 [B, S, V].  Positions default to 0 .. S-1 whatever the mask, as the official forward does."""
@@ -151,9 +151,12 @@ def _logits(graph_def, params, ids_BS, mask_BS, positions_BS):
     return model.logits(model(ids_BS, positions_BS, mask_BS).hidden_BTD)
 
 
-def _loss(logits_BSV, labels_BS):
+def _loss(graph_def, params, ids_BS, mask_BS, labels_BS):
+    model = nnx.merge(graph_def, params)
+    hidden_BSD = model(ids_BS, _arange(ids_BS), mask_BS).hidden_BTD
     targets_BT = labels_BS[:, 1:]
-    return loss_lib.cross_entropy(logits_BSV[:, :-1], jnp.maximum(targets_BT, 0), (targets_BT != -100).astype(jnp.float32))
+    losses_BT = model.token_losses(hidden_BSD[:, :-1], jnp.maximum(targets_BT, 0))
+    return loss_lib.mean_loss(losses_BT, (targets_BT != -100).astype(jnp.float32))
 
 
 def _arange(ids_BS):

@@ -3,10 +3,12 @@
 Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division of a key do not depend on the
 layer, only the key norm's scale does, and q . (g * khat) = (q * g) . khat: so each layer folds its key scale into its own query,
 and one (khat, v) pair per group is computed, and cached.
-Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G = N / K, H head dim.
+Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G = N / K, H head dim, R = N * H.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,13 +19,15 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.model import params, rope
-from hunyuan_jax.model.linear import linear
+from hunyuan_jax.model.linear import apart, linear
 from hunyuan_jax.model.norm import rms_normalize
 from hunyuan_jax.parallel import island
 
 # Sequences are attended to in turn, as many at a time as keep the float32 scores below this many elements (2 MB): they and their
 # gradients then stay in a CPU's cache, and memory does not grow with the batch.
 _SCORES_AT_A_TIME = 2**19
+_ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
+_KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
 _MASKED = -1e30  # swallows any score in float32, so that a row without keys comes out even and not NaN
 
 
@@ -48,18 +52,15 @@ class Attention(nnx.Module):
                 self.bk_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
                 self.bv_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
         if cfg.use_qk_norm:
-            self.q_norm_H = params.ones((H,), ("head_dim",))
-            self.k_norm_H = params.ones((H,), ("head_dim",))
+            self.q_norm_H = params.ones((H,), ("norm",))
+            self.k_norm_H = params.ones((H,), ("norm",))
 
     def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""
-        dtype = y_BTD.dtype
-        k_BTKH = linear(y_BTD, self.wk_DKH[...])
-        v_BTKH = linear(y_BTD, self.wv_DKH[...])
-        if self.cfg.attention_bias:
-            k_BTKH, v_BTKH = k_BTKH + self.bk_KH[...].astype(dtype), v_BTKH + self.bv_KH[...].astype(dtype)
-        k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
-        return (rms_normalize(k_BTKH, self.cfg.rms_norm_eps) if self.cfg.use_qk_norm else k_BTKH), v_BTKH
+        weights, logical = params.declared(self)
+        fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)
+        in_logical = (_ROWS, (_ANGLES, _ANGLES))
+        return island.island(fn, self.mesh, logical, in_logical, (_KV_HEADS, _KV_HEADS))(weights, y_BTD, cos_sin_BTh)
 
     def __call__(
         self,
@@ -71,28 +72,67 @@ class Attention(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> jax.Array:
         """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None = no attention dropout."""
-        cfg, dtype = self.cfg, y_BTD.dtype
-        q_BTNH = linear(y_BTD, self.wq_DNH[...])
-        if cfg.attention_bias:
-            q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)
-        q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
-        if cfg.use_qk_norm:
-            scale_H = (self.q_norm_H[...] * self.k_norm_H[...]).astype(dtype)
-            q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * scale_H
-        out_BTNH = checkpoint_name(self._attend(q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key), "attended")
-        out_BTD = linear(out_BTNH, self.wo_NHD[...], num_in=2)
-        return out_BTD + self.bo_D[...].astype(dtype) if cfg.attention_bias else out_BTD
+        weights, logical = params.declared(self)
+        has_dropout = dropout_key is not None
+        kernel = choose_kernel(self.mesh, y_BTD.shape[1], k_BSKH.shape[1], has_dropout)
 
-    def _attend(self, q_BTNH, k_BSKH, v_BSKH, visibility, dropout_key):
-        # An island, because a loop over sequences (and a kernel) must see one shard's sequences and heads only.
-        heads, kv_heads = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
-        fn = functools.partial(attend, dropout=0.0 if dropout_key is None else self.cfg.attention_dropout)
-        in_logical = [heads, kv_heads, kv_heads, Visibility((), ("batch", "seq"), ("batch", "seq"))]
-        args = [q_BTNH, k_BSKH, v_BSKH, visibility]
-        if dropout_key is not None:
-            in_logical.append(())
-            args.append(jax.random.key_data(dropout_key))
-        return island.island(fn, self.mesh, tuple(in_logical), heads)(*args)
+        def fn(weights, y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, key_data):
+            dropout = {"dropout_key_data": key_data, "dropout": self.cfg.attention_dropout} if has_dropout else {}
+            q_BTNH = queries(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
+            out_BTNH = checkpoint_name(kernel(q_BTNH, k_BSKH, v_BSKH, visibility, **dropout), "attended")
+            return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
+
+        in_logical = (_ROWS, _KV_HEADS, _KV_HEADS, (_ANGLES, _ANGLES), Visibility((), ("batch", "seq"), ("batch", "seq")), ())
+        key_data = jax.random.key_data(dropout_key if has_dropout else jax.random.key(0))
+        arrays = (y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, key_data)
+        return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
+
+
+def keys_values(
+    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+) -> tuple[jax.Array, jax.Array]:
+    """`Attention.keys_values` on one shard: its sequences and its kv heads."""
+    dtype = y_BTD.dtype
+    k_BTKH, v_BTKH = (
+        linear(y_BTD, island.whole_matrix(weights[name], logical[name], dtype, num_in=1)).reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
+        for name in ("wk_DKH", "wv_DKH")
+    )
+    if cfg.attention_bias:
+        k_bias_KH, v_bias_KH = (island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH"))
+        k_BTKH, v_BTKH = k_BTKH + k_bias_KH, v_BTKH + v_bias_KH
+    k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
+    return (rms_normalize(k_BTKH, cfg.rms_norm_eps) if cfg.use_qk_norm else k_BTKH), v_BTKH
+
+
+def queries(
+    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+) -> jax.Array:
+    """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale included."""
+    dtype = y_BTD.dtype
+    q_BTR = linear(y_BTD, island.whole_matrix(weights["wq_DNH"], logical["wq_DNH"], dtype, num_in=1))
+    q_BTNH = q_BTR.reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
+    if cfg.attention_bias:
+        q_BTNH = q_BTNH + island.whole(weights["bq_NH"], logical["bq_NH"], dtype)
+    q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
+    if cfg.use_qk_norm:
+        q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (weights["q_norm_H"] * weights["k_norm_H"]).astype(dtype)
+    return q_BTNH
+
+
+def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: ModelConfig, logical: dict) -> jax.Array:
+    """The heads' outputs back to [B, T, D], summed over the shards of the heads."""
+    dtype = out_BTNH.dtype
+    out_BTR = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+    out_BTD = apart(linear(out_BTR, island.whole_matrix(weights["wo_NHD"], logical["wo_NHD"], dtype, num_in=2)))
+    out_BTD = island.reduce_sum(out_BTD, "heads")
+    return out_BTD + weights["bo_D"].astype(dtype) if cfg.attention_bias else out_BTD
+
+
+def choose_kernel(mesh: Mesh, query_len: int, key_len: int, has_dropout: bool) -> Callable[..., jax.Array]:
+    """The function that attends on this mesh: `splash` for whole sequences on TPUs, else `attend`."""
+    # The mesh's devices decide: the process's own backend says nothing when a CPU plans a pod.  An abstract mesh has none.
+    is_tpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
+    return splash if is_tpu and not has_dropout and query_len == key_len and query_len % 128 == 0 else attend
 
 
 class Visibility(NamedTuple):
@@ -141,6 +181,33 @@ def attend(
     if at_a_time == B:
         return jax.vmap(one_sequence)(per_sequence)
     return jax.lax.map(one_sequence, per_sequence, batch_size=at_a_time)
+
+
+def splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility) -> jax.Array:
+    """The same for whole sequences (T = S, no cache, no dropout), by jax's splash attention kernel for TPUs.
+
+    T is a multiple of 128.  Padding attends to padding, which nothing reads.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    _, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    block = math.gcd(T, 512)
+    blocks = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+        q_layout=splash_attention.QKVLayout.SEQ_MINOR, k_layout=splash_attention.QKVLayout.SEQ_MINOR, v_layout=splash_attention.QKVLayout.SEQ_MINOR,
+    )  # fmt: skip
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * (N // K))
+    kernel = splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks)
+
+    def one_sequence(q_TNH, k_SKH, v_SKH, segment_T):
+        q_KGTH = (q_TNH * H**-0.5).astype(q_TNH.dtype).reshape(T, K, N // K, H).transpose(1, 2, 0, 3)
+        segments = splash_attention.SegmentIds(segment_T, segment_T)
+        o_KGTH = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q_KGTH, k_SKH.swapaxes(0, 1), v_SKH.swapaxes(0, 1), segments)
+        return o_KGTH.transpose(2, 0, 1, 3).reshape(T, N, H)
+
+    return jax.vmap(one_sequence)(q_BTNH, k_BSKH, v_BSKH, visibility.query_segment_BT)
 
 
 def causal_mask(query_slot_T: jax.Array, query_segment_T: jax.Array, key_segment_S: jax.Array) -> jax.Array:

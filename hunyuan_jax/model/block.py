@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
@@ -37,7 +38,7 @@ class Layer(nnx.Module):
         if cfg.is_moe:
             self.moe = Moe(cfg, mesh, mlp_key)
         else:
-            self.mlp = Mlp(cfg.hidden_size, cfg.intermediate_size, cfg.init_std, mlp_key)
+            self.mlp = Mlp(cfg.hidden_size, cfg.intermediate_size, mesh, cfg.init_std, mlp_key)
 
     def __call__(
         self,
@@ -63,7 +64,7 @@ class Layer(nnx.Module):
         x_BTD = x_BTD + self._hidden_drop(out_BTD, dropout_keys[1], is_training)
         y_BTD = self.mlp_norm(x_BTD)
         out_BTD, stats = self.moe(y_BTD, sequence.is_valid_BT, routing_key) if self.cfg.is_moe else (self.mlp(y_BTD), {})
-        return x_BTD + self._hidden_drop(out_BTD, dropout_keys[2], is_training), stats
+        return checkpoint_name(x_BTD + self._hidden_drop(out_BTD, dropout_keys[2], is_training), "stream"), stats
 
     def _hidden_drop(self, x_BTD: jax.Array, key: jax.Array | None, is_training: bool) -> jax.Array:
         # The paper's SFT uses a "hidden dropout" of 0.2 without saying where; before each residual addition is the usual place.

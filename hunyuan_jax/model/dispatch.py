@@ -2,6 +2,7 @@
 
 `by_capacity` fills a fixed [E, C, D] buffer and exchanges it over the expert axis (recycle, drop).  `dropless` keeps every token:
 rows sorted by expert into tiles, the work proportional to tokens.
+The combine weight of a token travels with it: the experts apply it to their rows.
 Letters: g groups on this shard, T tokens a group, k choices, E experts, e experts on this shard, C capacity, D model, n tiles,
 b rows a tile, R = n * b.
 """
@@ -26,7 +27,8 @@ def by_capacity(
       x_gTD: activations.
       assignment: with a leading group dim, `slot` below num_slots.
       num_slots: C, rows per (group, expert).
-      experts: (x [e, sources * C, D], count [e, sources] of valid rows at the head of each source's C rows) -> the same shape.
+      experts: (x [e, sources * C, D], weight [e, sources * C] of the rows, count [e, sources] of valid rows at the head of each
+        source's C rows) -> weighted outputs [e, sources * C, D].
     """
     num_groups, _, D = x_gTD.shape
     num_experts = assignment.count_E.shape[-1]
@@ -36,13 +38,16 @@ def by_capacity(
     x_EgCD = x_EgCD.reshape(num_groups, num_experts, num_slots, D).swapaxes(0, 1)
 
     # Each shard sends every expert's rows to the shard that holds it, and gets them back in the same order.
-    x_eRD = island.exchange(x_EgCD.reshape(num_experts, num_groups * num_slots, D), "experts", split_dim=0, concat_dim=1)
-    count_es = island.exchange(assignment.count_E.T, "experts", split_dim=0, concat_dim=1)
-    y_eRD = checkpoint_name(experts(checkpoint_name(x_eRD, "dispatched"), count_es), "served")
-    y_EgCD = island.exchange(y_eRD, "experts", split_dim=1, concat_dim=0).reshape(num_experts, num_groups, num_slots, D)
+    weight_gR = jax.vmap(_weight_of_row)(assignment.weight_Tk, row_gTk, choice_gR)
+    weight_EgC = weight_gR.reshape(num_groups, num_experts, num_slots).swapaxes(0, 1)
+    x_eRD = checkpoint_name(_to_experts(x_EgCD.reshape(num_experts, num_groups * num_slots, D)), "dispatched")
+    weight_eR = checkpoint_name(_to_experts(weight_EgC.reshape(num_experts, num_groups * num_slots)), "dispatched")
+    count_es = _to_experts(assignment.count_E.T)
+    y_eRD = experts(x_eRD, weight_eR, count_es)
+    y_EgCD = _from_experts(y_eRD).reshape(num_experts, num_groups, num_slots, D)
 
     y_gRD = y_EgCD.swapaxes(0, 1).reshape(num_groups, num_experts * num_slots, D)
-    return jax.vmap(_combine)(y_gRD, row_gTk, choice_gR, assignment.weight_Tk)
+    return jax.vmap(_combine)(y_gRD, row_gTk, choice_gR)
 
 
 def dropless(
@@ -54,7 +59,8 @@ def dropless(
     experts, and the results are summed back: every (token, choice) is computed once.
 
     Args:
-      experts: (x [n, b, D], tile_expert [n] local index, num_tiles scalar: how many of the n tiles hold rows) -> the same shape.
+      experts: (x [n, b, D], weight [n, b] of the rows, tile_expert [n] local index, num_tiles scalar: how many of the n tiles hold
+        rows) -> weighted outputs [n, b, D].
     """
     x_gTD = island.gather(x_gTD, "experts", dim=0)
     assignment = jax.tree.map(lambda a: island.gather(a, "experts", dim=0), assignment)
@@ -76,9 +82,24 @@ def dropless(
     choice_R = _choice_of_row(row_Mk, num_tiles * tile)
     x_nbD = _pack(x_gTD.reshape(num_groups * T, D), row_Mk, choice_R).reshape(num_tiles, tile, D)
     tile_expert_n = jnp.searchsorted(jnp.cumsum(tiles_e), jnp.arange(num_tiles), side="right").astype(jnp.int32)
-    y_nbD = experts(x_nbD, jnp.minimum(tile_expert_n, num_local_experts - 1), tiles_e.sum())
-    y_MD = _combine(y_nbD.reshape(num_tiles * tile, D), row_Mk, choice_R, assignment.weight_Tk.reshape(num_groups * T, k))
+    weight_nb = _weight_of_row(assignment.weight_Tk.reshape(num_groups * T, k), row_Mk, choice_R).reshape(num_tiles, tile)
+    y_nbD = experts(x_nbD, weight_nb, jnp.minimum(tile_expert_n, num_local_experts - 1), tiles_e.sum())
+    y_MD = _combine(y_nbD.reshape(num_tiles * tile, D), row_Mk, choice_R)
     return island.reduce_scatter(y_MD.reshape(num_groups, T, D), "experts", dim=0)
+
+
+def _to_experts(x_ER: jax.Array) -> jax.Array:
+    """[E, R, ...] of this shard's tokens -> [e, shards * R, ...] of this shard's experts, the senders in order."""
+    num_shards, rest = island.num_shards("experts"), x_ER.shape[1:]
+    x_seR = island.exchange(x_ER, "experts").reshape(num_shards, -1, *rest)
+    return x_seR.swapaxes(0, 1).reshape(-1, num_shards * rest[0], *rest[1:])
+
+
+def _from_experts(y_eR: jax.Array) -> jax.Array:
+    """The way back of `_to_experts`."""
+    num_shards, (e, R, *rest) = island.num_shards("experts"), y_eR.shape
+    y_seR = y_eR.reshape(e, num_shards, R // num_shards, *rest).swapaxes(0, 1)
+    return island.exchange(y_seR.reshape(num_shards * e, R // num_shards, *rest), "experts")
 
 
 def tile_size(num_rows: int, num_experts: int) -> int:
@@ -102,10 +123,20 @@ def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
     return _gather(x_TD, choice_R // row_Tk.shape[1], row_Tk)
 
 
-def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array, weight_Tk: jax.Array) -> jax.Array:
-    """Each token's weighted sum of its rows [T, D], in y's dtype."""
+def _weight_of_row(weight_Tk: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """float32 [R]: the combine weight of the choice that fills each row, zero in empty rows."""
+    return _gather(weight_Tk.reshape(-1, 1), choice_R, row_Tk.reshape(-1, 1))[:, 0]
+
+
+def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """Each token's sum of its rows [T, D], in y's dtype."""
     y_TkD = _gather(y_RD, row_Tk.reshape(-1), choice_R[:, None]).reshape(*row_Tk.shape, -1)
-    return jnp.einsum("TkD,Tk->TD", y_TkD, weight_Tk.astype(y_RD.dtype))
+    return _sum_of_few(y_TkD)
+
+
+def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
+    """Sum over the middle dim; nothing to do where it has one entry, which a TPU would still copy."""
+    return x_AmD[:, 0] if x_AmD.shape[1] == 1 else x_AmD.sum(1)
 
 
 @jax.custom_vjp
@@ -123,7 +154,7 @@ def _gather_fwd(x_AD, index_B, users_Am):
 
 def _gather_bwd(residuals, dy_BD):
     index_B, users_Am = residuals
-    dx_AD = dy_BD.at[users_Am].get(mode="fill", fill_value=0).sum(1)
+    dx_AD = _sum_of_few(dy_BD.at[users_Am].get(mode="fill", fill_value=0))
     return dx_AD, np.zeros(index_B.shape, jax.dtypes.float0), np.zeros(users_Am.shape, jax.dtypes.float0)
 
 

@@ -12,13 +12,21 @@ import numpy as np
 from hunyuan_jax.model.linear import swiglu
 
 
-def swiglu_buffers(x_eRD: jax.Array, w_gate_eDF: jax.Array, w_up_eDF: jax.Array, w_down_eFD: jax.Array) -> jax.Array:
-    """down(silu(gate(x)) * up(x)) of every expert on its own buffer [e, R, D]; empty rows are zero and stay zero."""
-    return swiglu(x_eRD, lambda x, w: jnp.einsum("eRI,eIO->eRO", x, w), w_gate_eDF, w_up_eDF, w_down_eFD)
+def swiglu_buffers(x_eRD: jax.Array, weight_eR: jax.Array, w_gate_eDF: jax.Array, w_up_eDF: jax.Array, w_down_eFD: jax.Array) -> jax.Array:
+    """down(weight * silu(gate(x)) * up(x)) of every expert on its own buffer [e, R, D]; empty rows are zero and stay zero."""
+    return swiglu(_buffer_matmul, x_eRD, w_gate_eDF, w_up_eDF, w_down_eFD, weight_eR)
+
+
+def _buffer_matmul(x_eRI: jax.Array, w_eIO: jax.Array) -> jax.Array:
+    if x_eRI.shape[0] == 1:
+        # For the same reason as in moe.serve.
+        return (x_eRI[0] @ w_eIO[0])[None]
+    return jnp.einsum("eRI,eIO->eRO", x_eRI, w_eIO)
 
 
 def swiglu_tiles(
     x_nbD: jax.Array,
+    weight_nb: jax.Array,
     tile_expert_n: jax.Array,
     num_tiles: jax.Array,
     w_gate_eDF: jax.Array,
@@ -26,7 +34,7 @@ def swiglu_tiles(
     w_down_eFD: jax.Array,
 ) -> jax.Array:
     """The same on tiles of rows, tile i by expert tile_expert_n[i]; tiles from num_tiles on are skipped and come back zero."""
-    return swiglu(x_nbD, lambda x, w: tile_matmul(x, w, tile_expert_n, num_tiles), w_gate_eDF, w_up_eDF, w_down_eFD)
+    return swiglu(tile_matmul, x_nbD, w_gate_eDF, w_up_eDF, w_down_eFD, weight_nb, (tile_expert_n, num_tiles))
 
 
 @jax.custom_vjp

@@ -8,15 +8,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig, MoeConfig
-from hunyuan_jax.model import dispatch, experts, params, routing
-from hunyuan_jax.model.mlp import Mlp
+from hunyuan_jax.model import dispatch, experts, mlp, params, routing
 from hunyuan_jax.parallel import island
 
-_WEIGHT_NAMES = {
-    "w_gate": ("experts", "expert_embed", "ffn"),
-    "w_up": ("experts", "expert_embed", "ffn"),
-    "w_down": ("experts", "ffn", "expert_embed"),
-}
+_ROWS = ("batch", "seq", "embed")
 
 
 class Experts(nnx.Module):
@@ -25,13 +20,9 @@ class Experts(nnx.Module):
     def __init__(self, cfg: ModelConfig, key: jax.Array):
         E, D, F, std = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size, cfg.init_std
         gate, up, down = jax.random.split(key, 3)
-        self.w_gate_EDF = params.normal(gate, (E, D, F), _WEIGHT_NAMES["w_gate"], std)
-        self.w_up_EDF = params.normal(up, (E, D, F), _WEIGHT_NAMES["w_up"], std)
-        self.w_down_EFD = params.normal(down, (E, F, D), _WEIGHT_NAMES["w_down"], std)
-
-    def weights(self) -> dict[str, jax.Array]:
-        """The three tensors by name."""
-        return {"w_gate": self.w_gate_EDF[...], "w_up": self.w_up_EDF[...], "w_down": self.w_down_EFD[...]}
+        self.w_gate_EDF = params.normal(gate, (E, D, F), ("experts", "embed", "expert_ffn"), std)
+        self.w_up_EDF = params.normal(up, (E, D, F), ("experts", "embed", "expert_ffn"), std)
+        self.w_down_EFD = params.normal(down, (E, F, D), ("experts", "expert_ffn", "embed"), std)
 
 
 class Moe(nnx.Module):
@@ -44,12 +35,7 @@ class Moe(nnx.Module):
         self.router_DE = params.normal(router_key, (cfg.hidden_size, cfg.moe.num_experts), ("embed", "router_experts"), cfg.init_std)
         self.experts = Experts(cfg, experts_key)
         if cfg.moe.num_shared_experts:
-            self.shared = Mlp(cfg.hidden_size, cfg.intermediate_size * cfg.moe.num_shared_experts, cfg.init_std, shared_key)
-
-    def router_logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, E], whatever the activations' dtype."""
-        # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route differently there.
-        return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router_DE[...], precision="highest")
+            self.shared = mlp.Mlp(cfg.hidden_size, cfg.intermediate_size * cfg.moe.num_shared_experts, mesh, cfg.init_std, shared_key)
 
     def __call__(self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Output [B, T, D] and the layer's router figures, each averaged over the routing groups.
@@ -62,32 +48,45 @@ class Moe(nnx.Module):
         moe = self.cfg.moe
         if moe.dispatch == "recycle" and routing_key is None:
             raise ValueError("dispatch = 'recycle' draws free slots at random and needs a key; pass one, or use 'dropless' for inference.")
+        modules = {"router": self, "experts": self.experts} | ({"shared": self.shared} if moe.num_shared_experts else {})
+        weights, logical = zip(*(params.declared(module) for module in modules.values()), strict=True)
         fn = functools.partial(route_and_serve, cfg=moe, group_size=routing.group_size(moe, *x_BTD.shape[:2]))
         key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
         y_BTD, stats_g = island.island(
             fn,
             self.mesh,
-            in_logical=(("batch", "seq", "act_embed"), ("batch", "seq", "router_experts"), ("batch", "seq"), (), _WEIGHT_NAMES),
-            out_logical=(("batch", "seq", "act_embed"), ("batch",)),
-        )(x_BTD, self.router_logits(x_BTD), is_valid_BT, key_data, self.experts.weights())
-        if moe.num_shared_experts:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            stored=dict(zip(modules, logical, strict=True)),
+            in_logical=(_ROWS, ("batch", "seq"), ()),
+            out_logical=(_ROWS, ("batch",)),
+        )(dict(zip(modules, weights, strict=True)), x_BTD, is_valid_BT, key_data)
         return y_BTD, jax.tree.map(lambda a: a.mean(0), stats_g)
 
 
+def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
+    """float32 [B, T, E], whatever the activations' dtype."""
+    # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route differently there.
+    return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, precision="highest")
+
+
 def route_and_serve(
+    weights: dict[str, dict[str, jax.Array]],
     x_BTD: jax.Array,
-    logits_BTE: jax.Array,
     is_valid_BT: jax.Array,
     key_data: jax.Array,
-    weights: dict[str, jax.Array],
     *,
     cfg: MoeConfig,
     group_size: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside the island.
 
-    Returns the routed output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the two auxiliary losses.
+    Returns the output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the two auxiliary losses.
+
+    Args:
+      weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared `Mlp`, under "router", "experts",
+        "shared".
+      x_BTD, is_valid_BT, key_data: as for `Moe`.
+      cfg: the mixture.
+      group_size: tokens of a routing group.
     """
     B, T, D = x_BTD.shape
     if B * T % group_size:
@@ -97,6 +96,8 @@ def route_and_serve(
             f"{T}. Use a config.model.moe.group_size that divides {B * T}, or fewer batch shards."
         )
     num_groups = B * T // group_size
+    router_DE = island.whole(weights["router"]["router_DE"], ("embed", "router_experts"), jnp.float32)
+    logits_BTE = router_logits(x_BTD, router_DE)
     x_gTD, logits_gTE, is_valid_gT = (a.reshape(num_groups, group_size, *a.shape[2:]) for a in (x_BTD, logits_BTE, is_valid_BT))
 
     # The key depends on the global index of the group, so a run routes the same on every mesh.
@@ -105,32 +106,39 @@ def route_and_serve(
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
 
-    y_gTD = serve(x_gTD, assignment, weights, cfg)
+    y_BTD = serve(weights["experts"], x_gTD, assignment, cfg).reshape(B, T, D)
+    if "shared" in weights:
+        # Needs nothing from other shards but its weights: it fills the time of both exchanges.
+        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD)
+    # Each tensor shard has summed over its own part of F.
+    y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
     stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
     stats_g["z_loss"] = jax.vmap(routing.z_loss)(logits_gTE, is_valid_gT)
-    return y_gTD.reshape(B, T, D), stats_g
+    return y_BTD, stats_g
 
 
-def serve(x_gTD: jax.Array, assignment: routing.Assignment, weights: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
-    """The weighted outputs [g, T, D] of the experts `assignment` names; `weights` are this shard's.  Runs inside the island."""
-    # FSDP: each weight is gathered once, in the compute dtype; the gradient comes back as a reduce-scatter.
-    gate_eDF, up_eDF, down_eFD = (
-        island.gather(weights[name].astype(x_gTD.dtype), "expert_embed", dim=_WEIGHT_NAMES[name].index("expert_embed"))
-        for name in ("w_gate", "w_up", "w_down")
-    )
+def serve(weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment, cfg: MoeConfig) -> jax.Array:
+    """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of F.  Runs inside the island."""
+
+    def whole(name, *logical):
+        w = weights[name]
+        if w.shape[0] == 1:
+            # As a matrix: the TPU compiler then lays its gradient out so that the rows can be reduce-scattered, not all-reduced.
+            return island.whole(w[0], logical, x_gTD.dtype)[None]
+        return island.whole(w, ("experts", *logical), x_gTD.dtype)
+
+    gate_eDF, up_eDF = whole("w_gate_EDF", "embed", "expert_ffn"), whole("w_up_EDF", "embed", "expert_ffn")
+    down_eFD = whole("w_down_EFD", "expert_ffn", "embed")
     if cfg.dispatch == "dropless":
 
-        def tiles(x_nbD, tile_expert_n, num_tiles):
-            return experts.swiglu_tiles(x_nbD, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD)
+        def tiles(x_nbD, weight_nb, tile_expert_n, num_tiles):
+            return experts.swiglu_tiles(x_nbD, weight_nb, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD)
 
-        y_gTD = dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
-    else:
+        return dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
 
-        def buffers(x_eRD, count_es):
-            del count_es  # rows beyond the counts are zero and cost nothing extra here
-            return experts.swiglu_buffers(x_eRD, gate_eDF, up_eDF, down_eFD)
+    def buffers(x_eRD, weight_eR, count_es):
+        del count_es  # rows beyond the counts are zero and cost nothing extra here
+        return experts.swiglu_buffers(x_eRD, weight_eR, gate_eDF, up_eDF, down_eFD)
 
-        y_gTD = dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)
-    # Each tensor shard has summed over its own part of F.
-    return island.reduce_sum(y_gTD, "ffn")
+    return dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)

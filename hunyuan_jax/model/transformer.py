@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.model import params, rope
+from hunyuan_jax.model import embedding, loss, params, rope
 from hunyuan_jax.model.attention import Visibility
 from hunyuan_jax.model.block import ClaGroup, Sequence
 from hunyuan_jax.model.cache import KvCache
@@ -19,8 +19,8 @@ from hunyuan_jax.model.norm import RmsNorm
 from hunyuan_jax.parallel.rules import constrain
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names("product", "dispatched", "served", "attended"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("stream", "product", "dispatched", "attended"),
+    "full": jax.checkpoint_policies.save_only_these_names("stream"),
 }
 
 
@@ -32,29 +32,6 @@ class Output(NamedTuple):
     stats: dict[str, jax.Array]
 
 
-class Embedding(nnx.Module):
-    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification section 8)."""
-
-    def __init__(self, cfg: ModelConfig, key: jax.Array):
-        self.pad_token_id = cfg.pad_token_id
-        self.embedding_VD = params.normal(key, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg.init_std)
-        if cfg.pad_token_id >= 0:
-            self.embedding_VD[...] = self.embedding_VD[...].at[cfg.pad_token_id].set(0.0)
-
-    def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
-        """[B, T, D] in dtype."""
-        x_BTD = self.embedding_VD[...][tokens_BT].astype(dtype)
-        is_pad_BT = tokens_BT == self.pad_token_id
-        return jnp.where(is_pad_BT[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
-
-
-class Head(nnx.Module):
-    """The output projection of an untied model."""
-
-    def __init__(self, cfg: ModelConfig, key: jax.Array):
-        self.w_VD = params.normal(key, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg.init_std)
-
-
 class Transformer(nnx.Module):
     """Hunyuan-Large.  Holds parameters; `__call__` and `logits` are functions of them and change nothing."""
 
@@ -62,11 +39,11 @@ class Transformer(nnx.Module):
         embed_key, groups_key, head_key = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
-        self.embed = Embedding(cfg, embed_key)
+        self.embed = embedding.Embedding(cfg, mesh, embed_key)
         self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(jax.random.split(groups_key, cfg.num_groups))
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
-            self.lm_head = Head(cfg, head_key)
+            self.lm_head = embedding.Head(cfg, mesh, head_key)
 
     def __call__(
         self,
@@ -91,7 +68,7 @@ class Transformer(nnx.Module):
         cfg = self.cfg
         if is_training and key is None and (cfg.attention_dropout or cfg.hidden_dropout):
             raise ValueError("is_training with dropout needs a key; pass key=, or is_training=False.")
-        x_BTD = constrain(self.embed(tokens_BT, cfg.dtype), self.mesh, ("batch", "seq", "act_embed"))
+        x_BTD = constrain(self.embed(tokens_BT, cfg.dtype), self.mesh, ("batch", "seq", "embed"))
         first_slot, key_segment_BS, cached_kv = 0, segment_ids_BT, None
         if cache is not None:
             first_slot = cache.num_filled
@@ -105,9 +82,9 @@ class Transformer(nnx.Module):
         def one_group(x_BTD, per_group):
             group_params, group_index, group_kv = per_group
             group_key = None if key is None else jax.random.fold_in(key, group_index)
-            group = nnx.merge(group_def, group_params)
+            group = nnx.merge(group_def, params.in_use(group_params, group_index))
             x_BTD, kv, stats = group(x_BTD, sequence, group_key, is_training, group_kv, first_slot)
-            return constrain(x_BTD, self.mesh, ("batch", "seq", "act_embed")), (kv if cache is not None else None, stats)
+            return constrain(x_BTD, self.mesh, ("batch", "seq", "embed")), (kv if cache is not None else None, stats)
 
         if cfg.remat != "none":
             one_group = jax.checkpoint(one_group, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
@@ -117,8 +94,12 @@ class Transformer(nnx.Module):
         return Output(self.final_norm(x_BTD), cache, stats_PF)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V]."""
-        w_VD = self.embed.embedding_VD[...] if self.cfg.tie_embeddings else self.lm_head.w_VD[...]
-        hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
-        return logits_MV.reshape(*hidden_BTD.shape[:2], -1)
+        """float32 [B, T, V]: for generation; a training loss comes from `token_losses`."""
+        return embedding.logits(self._table(), hidden_BTD, self.mesh)
+
+    def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """-log p(target) in nats, float32 [B, T]; targets are already shifted: targets[:, t] is what position t predicts."""
+        return loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh)
+
+    def _table(self) -> nnx.Param:
+        return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD

@@ -77,9 +77,9 @@ def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
 class ProgressLine:
     """A live line with step, loss, tokens/s and time left; plain lines where the output is not a terminal."""
 
-    def __init__(self, num_steps: int, first_step: int):
-        console = Console(file=sys.stderr)
-        self._is_live = console.is_terminal
+    def __init__(self, num_steps: int, first_step: int, is_shown: bool = True):
+        console = Console(file=sys.stderr, quiet=not is_shown)
+        self._is_live = console.is_terminal and is_shown
         self._num_steps = num_steps
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),

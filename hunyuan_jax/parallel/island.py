@@ -1,62 +1,154 @@
 """The only shard_map wrapper, and the collectives used inside it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hunyuan_jax.parallel.rules import RULES, partition_spec
+from hunyuan_jax.parallel.rules import RULES, partition_spec, stored_spec
+
+_LANES = 128  # a TPU stores arrays in tiles of 8 x 128 elements
 
 
-def island(fn: Callable, mesh: Mesh, in_logical: Any, out_logical: Any) -> Callable:
-    """`fn` on each device's shard; dims are described by logical names, as trees of tuples matching arguments and results.
+def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: Any) -> Callable:
+    """fn(parameters, *activations) on each device's shard.
 
-    check_vma is off because kernels called inside do not state how their results vary over the mesh.
+    Args:
+      fn: the function of one shard.
+      mesh: over which it runs.
+      stored: logical names of the parameters, a tree of tuples; the shards that fn sees are those in storage, see `whole`.
+      in_logical: the same for each of the activations, a tuple of trees.
+      out_logical: of the results.
     """
 
-    def specs(tree):
-        return jax.tree.map(partition_spec, tree, is_leaf=_is_names)
+    def specs(tree, to_spec):
+        return jax.tree.map(to_spec, tree, is_leaf=_is_names)
 
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs(in_logical), out_specs=specs(out_logical), check_vma=False)
+    in_specs = (specs(stored, stored_spec), *specs(in_logical, partition_spec))
+    # check_vma is off because kernels called inside do not state how their results vary over the mesh.
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=specs(out_logical, partition_spec), check_vma=False)
+
+
+def whole(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
+    """A parameter's shard in `dtype`, gathered from storage (FSDP); its gradient comes back as a reduce-scatter in `dtype`.
+
+    Dims stay split over their compute axes.
+    """
+    w = cast(w, dtype)
+    for name in sorted(logical, key=_is_rows):
+        w = gather_stored(w, name, list(logical).index(name))
+    return w
+
+
+def whole_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) -> jax.Array:
+    """As `whole`, with the first num_in dims made one and the others another: [in, out]; "embed" is one of the two.
+
+    Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6 times the size.
+    """
+    w = cast(w, dtype)
+    for dim, name in enumerate(logical):
+        w = w if _is_rows(name) else gather_stored(w, name, dim)
+    w = w.reshape(math.prod(w.shape[:num_in]), -1)
+    return gather_stored(w, "embed", 0 if logical[0] == "embed" else 1)
+
+
+def whole_in_tiles(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
+    """As `whole`, but each shard's part of the dim `tiled` is filled up with zeros to whole tiles where that takes little.
+
+    So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The gather is then a plain concatenation of
+    tiles; without, the TPU compiler moves the parts against each other in memory (0.8 ms for a 6400 x 18304 matrix on v5p, as it estimates).
+    """
+    dim = list(logical).index(tiled)
+    if jax.lax.axis_size(RULES[tiled].storage) > 1:
+        missing = -w.shape[dim] % _LANES
+        if missing * 32 <= w.shape[dim]:
+            # The barrier: libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient with the slice that undoes the padding.
+            w = jax.lax.optimization_barrier(jnp.pad(w, [(0, missing if i == dim else 0) for i in range(w.ndim)]))
+    return whole(w, logical, dtype)
+
+
+def _is_rows(logical: str) -> bool:
+    # Gathered last: the other dims' parts are not always whole tiles of a TPU, and gathering those is cheaper for small arrays.
+    return logical in ("embed", "wide_embed")
+
+
+def cast(w: jax.Array, dtype: Any) -> jax.Array:
+    """w in dtype, converted where it is used."""
+    # The barrier keeps the compiler from converting all layers' weights before the loop over layers: a second copy of the model.
+    return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
+
+
+def gather_stored(x: jax.Array, logical: str, dim: int) -> jax.Array:
+    """The whole of a dim that is split over the storage axes of `logical`; its transpose is a reduce-scatter."""
+    axes = RULES[logical].storage
+    if not axes or jax.lax.axis_size(axes) == 1:
+        return x  # here and below: XLA:CPU copies the array even when nothing moves
+    # The barrier is for the gradient: the TPU compiler turns a reduce-scatter that it merges with what follows into an all-reduce.
+    x = jax.lax.optimization_barrier(x)
+    if dim == 0:
+        return jax.lax.all_gather(x, axes, axis=0).reshape(-1, *x.shape[1:])
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def exchange_stored(x: jax.Array, logical: str, split_dim: int, concat_dim: int) -> jax.Array:
+    """all_to_all over the storage axes of `logical`."""
+    axes = RULES[logical].storage
+    if jax.lax.axis_size(axes) == 1:
+        return x
+    return jax.lax.all_to_all(x, axes, split_axis=split_dim, concat_axis=concat_dim, tiled=True)
 
 
 def shard_index(logical: str) -> jax.Array:
     """Position of this shard along a logical dim, int32 scalar."""
-    return jax.lax.axis_index(RULES[logical])
+    return jax.lax.axis_index(RULES[logical].compute)
 
 
 def num_shards(logical: str) -> int:
     """Over how many shards a logical dim is spread, inside an island."""
-    return jax.lax.axis_size(RULES[logical])
+    return jax.lax.axis_size(RULES[logical].compute)
+
+
+def num_stored_shards(logical: str) -> int:
+    """Over how many storage shards `gather_stored` gathers a dim."""
+    return jax.lax.axis_size(RULES[logical].storage)
 
 
 def gather(x: jax.Array, logical: str, dim: int) -> jax.Array:
     """The whole of a dim that is sharded as `logical`; its transpose is a reduce-scatter."""
     if num_shards(logical) == 1:
-        return x  # here and below: XLA:CPU copies the array even when nothing moves
-    return jax.lax.all_gather(x, RULES[logical], axis=dim, tiled=True)
+        return x
+    return jax.lax.all_gather(x, RULES[logical].compute, axis=dim, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, logical: str, dim: int) -> jax.Array:
     """Sum over the shards of `logical`, each keeping its part of `dim`."""
     if num_shards(logical) == 1:
         return x
-    return jax.lax.psum_scatter(x, RULES[logical], scatter_dimension=dim, tiled=True)
+    return jax.lax.psum_scatter(x, RULES[logical].compute, scatter_dimension=dim, tiled=True)
 
 
 def reduce_sum(x: jax.Array, logical: str) -> jax.Array:
     """Sum over the shards of `logical`."""
     if num_shards(logical) == 1:
         return x
-    return jax.lax.psum(x, RULES[logical])
+    return jax.lax.psum(x, RULES[logical].compute)
 
 
-def exchange(x: jax.Array, logical: str, split_dim: int, concat_dim: int) -> jax.Array:
-    """all_to_all over the shards of `logical`."""
+def reduce_max(x: jax.Array, logical: str) -> jax.Array:
+    """Maximum over the shards of `logical`; not differentiable."""
     if num_shards(logical) == 1:
         return x
-    return jax.lax.all_to_all(x, RULES[logical], split_axis=split_dim, concat_axis=concat_dim, tiled=True)
+    return jax.lax.pmax(x, RULES[logical].compute)
+
+
+def exchange(x: jax.Array, logical: str) -> jax.Array:
+    """all_to_all over the shards of `logical`: part i of the leading dim goes to shard i, and the parts received take its place."""
+    if num_shards(logical) == 1:
+        return x
+    return jax.lax.all_to_all(x, RULES[logical].compute, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _is_names(x: Any) -> bool:

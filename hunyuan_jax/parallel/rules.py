@@ -2,40 +2,111 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hunyuan_jax.config import ConfigError
 
+
+class Axes(NamedTuple):
+    """Mesh axes of a logical dim.
+
+    compute: over these the work is split: activations, and parameters while they are used.
+    storage: over these a parameter's dim, its gradient and its moments are split besides; `island.whole` gathers it for each use.
+    """
+
+    compute: tuple[str, ...] = ()
+    storage: tuple[str, ...] = ()
+
+
 # The expert axis carries tokens outside the MoE and experts inside it, which makes the exchange an all_to_all.
-RULES: dict[str, tuple[str, ...]] = {
-    # activations
-    "batch": ("replica", "data", "expert"),
-    "seq": (),
-    "act_embed": (),
-    # parameters
-    "layers": (),
-    "vocab": ("tensor",),
-    "embed": ("data", "expert"),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "ffn": ("tensor",),
-    "norm": (),
-    "experts": ("expert",),
-    "expert_embed": ("data",),
-    "router_experts": (),
+#
+# Storage: rows go to `data`, another dim to `expert`, because one dim cannot take every axis: 6400 = 2^8 * 25 does not divide over 512
+# chips.  200 rows a chip (data 32) are still whole (8, 128) tiles, so that gathering them is a plain concatenation; the TPU compiler
+# turns the gather of unaligned shards into a zero-filled all-reduce of twice the traffic.
+RULES: dict[str, Axes] = {
+    "batch": Axes(("replica", "data", "expert")),
+    "seq": Axes(),
+    "layers": Axes(),
+    "embed": Axes((), ("data",)),
+    "norm": Axes(),
+    "vocab": Axes(("tensor",), ("expert",)),
+    "odd_vocab": Axes(("tensor",)),  # these two for a table whose rows do not divide over `expert`
+    "wide_embed": Axes((), ("data", "expert")),
+    "heads": Axes(("tensor",)),
+    "kv_heads": Axes(("tensor",)),
+    "head_dim": Axes((), ("expert",)),
+    "ffn": Axes(("tensor",), ("expert",)),
+    "experts": Axes(("expert",)),
+    "expert_ffn": Axes(("tensor",)),
+    "router_experts": Axes((), ("expert",)),
 }
 
 
 def partition_spec(logical: Sequence[str]) -> PartitionSpec:
-    """The PartitionSpec of dims with these logical names.
+    """The PartitionSpec of an activation, or of a parameter in use, with these dims.
 
     Raises:
       ConfigError: two dims claim the same mesh axis.
     """
-    axes = [RULES[name] for name in logical]
+    return _spec(logical, _compute_axes(logical))
+
+
+def stored_spec(logical: Sequence[str]) -> PartitionSpec:
+    """The PartitionSpec of a parameter, its gradient and its moments.
+
+    Raises:
+      ConfigError: two dims claim the same mesh axis.
+    """
+    return _spec(logical, _storage_axes(logical))
+
+
+def sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = None, name: str = "") -> NamedSharding:
+    """The NamedSharding of an activation; with `shape`, every sharded dim must divide.
+
+    Raises:
+      ConfigError: a dim does not divide by the axes it is spread over, naming tensor, dim, axes and a size that works.
+    """
+    return _checked(mesh, _compute_axes(logical), logical, shape, name)
+
+
+def stored_sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int], name: str = "") -> NamedSharding:
+    """The NamedSharding of a parameter as it is stored; errors as in `sharding`."""
+    return _checked(mesh, _storage_axes(logical), logical, shape, name)
+
+
+def first_that_divides(mesh: Mesh, shape: Sequence[int], options: Sequence[tuple[str, ...]], name: str) -> tuple[str, ...]:
+    """The first of several ways to name a parameter's dims that its shape allows on this mesh.
+
+    Raises:
+      ConfigError: none; the message is that of the first.
+    """
+    for logical in options:
+        try:
+            stored_sharding(mesh, logical, shape)
+        except ConfigError:
+            continue
+        return logical
+    stored_sharding(mesh, options[0], shape, name)
+    raise AssertionError("the first option does not divide")
+
+
+def constrain(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
+    """Pins an activation to the layout its logical names ask for, so that the compiler does not choose another."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical)))
+
+
+def _compute_axes(logical: Sequence[str]) -> list[tuple[str, ...]]:
+    return [RULES[name].compute for name in logical]
+
+
+def _storage_axes(logical: Sequence[str]) -> list[tuple[str, ...]]:
+    return [RULES[name].compute + RULES[name].storage for name in logical]
+
+
+def _spec(logical: Sequence[str], axes: list[tuple[str, ...]]) -> PartitionSpec:
     used = [axis for dim_axes in axes for axis in dim_axes]
     for axis in used:
         if used.count(axis) > 1:
@@ -43,15 +114,12 @@ def partition_spec(logical: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(dim_axes if dim_axes else None for dim_axes in axes))
 
 
-def sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = None, name: str = "") -> NamedSharding:
-    """The NamedSharding of a tensor; with `shape`, every sharded dim must divide.
-
-    Raises:
-      ConfigError: a dim does not divide by the axes it is spread over, naming tensor, dim, axes and a size that works.
-    """
-    spec = partition_spec(logical)
+def _checked(
+    mesh: Mesh, axes_of_dims: list[tuple[str, ...]], logical: Sequence[str], shape: Sequence[int] | None, name: str
+) -> NamedSharding:
+    spec = _spec(logical, axes_of_dims)
     for dim, size in enumerate(shape or ()):
-        axes = RULES[logical[dim]]
+        axes = axes_of_dims[dim]
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             fits = max(d for d in range(1, ways + 1) if size % d == 0)
@@ -60,8 +128,3 @@ def sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = N
                 f"{' x '.join(axes)} = {ways}; use {fits} ways there, or a size of {math.ceil(size / ways) * ways}."
             )
     return NamedSharding(mesh, spec)
-
-
-def constrain(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
-    """Pins an activation to the layout its logical names ask for, so that the compiler does not choose another."""
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical)))

@@ -1,5 +1,6 @@
 """The train state: arrays only, every leaf sharded by the rules table."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +11,14 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, ModelConfig
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.optim.build import build_optimizer
+from hunyuan_jax.optim.build import Optimizer, build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel import rules
+from hunyuan_jax.quant.scaled import store_params
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays; opt_state: of optax, its moments shaped like params; step: int32, steps done."""
+    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like params; step: int32, steps done."""
 
     params: dict[str, Any]
     opt_state: Any
@@ -27,15 +29,16 @@ class Program(NamedTuple):
     """What a run's functions are made from.
 
     graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step -> learning rate;
-    shardings: a NamedSharding for every leaf of the TrainState.
+    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of every parameter's gradient.
     """
 
     config: Config
     mesh: Mesh
     graph_def: nnx.GraphDef
-    tx: optax.GradientTransformation
+    tx: Optimizer
     schedule: optax.Schedule
     shardings: TrainState
+    taps: dict[str, Any]
 
 
 def abstract_model(cfg: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
@@ -49,7 +52,7 @@ def abstract_model(cfg: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str
         # Stacked parameters have one more dim, the CLA group, than their declaration named.
         logical = param.get_metadata("logical")
         logical = ("layers",) * (len(shape.shape) - len(logical)) + logical
-        return rules.sharding(mesh, logical, shape.shape, _path(path))
+        return rules.stored_sharding(mesh, logical, shape.shape, _path(path))
 
     shardings = [sharding(path, shape, param) for (path, shape), param in zip(shape_leaves, declared, strict=True)]
     return graph_def, shapes, jax.tree.unflatten(treedef, shardings)
@@ -64,16 +67,20 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     graph_def, shapes, param_shardings = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
     tx = build_optimizer(config.optimizer, schedule, shapes, is_moe=config.model.is_moe)
-    replicated = rules.sharding(mesh, ())
     by_path = {_path(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
 
-    def opt_sharding(path, leaf):
-        # A moment's path ends in its parameter's path; counts stand alone.
-        owners = [name for name in by_path if _path(path).endswith("/" + name)]
-        return by_path[max(owners, key=len)] if owners else replicated
+    def sharding(path, _):
+        # A path ends in its parameter's, a moment's too; counts and scales stand alone.
+        owners = [name for name in by_path if f"/{_path(path).removesuffix('/value')}".endswith("/" + name)]
+        return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
-    opt_shardings = jax.tree.map_with_path(opt_sharding, jax.eval_shape(tx.init, shapes))
-    return Program(config, mesh, graph_def, tx, schedule, TrainState(param_shardings, opt_shardings, replicated))
+    shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
+    taps = jax.tree.map_with_path(
+        lambda path, shape, s: jax.ShapeDtypeStruct(shape.shape, _dtype_in_use(_path(path), config.model), sharding=s),
+        shapes,
+        param_shardings,
+    )
+    return Program(config, mesh, graph_def, tx, schedule, shardings, taps)
 
 
 def init_state(program: Program) -> TrainState:
@@ -81,8 +88,7 @@ def init_state(program: Program) -> TrainState:
 
     def init(key):
         model = Transformer(program.config.model, program.mesh, key)
-        params = nnx.to_pure_dict(nnx.split(model)[1])
-        return TrainState(params, program.tx.init(params), jnp.zeros((), jnp.int32))
+        return _new_state(program.config, program.tx, nnx.to_pure_dict(nnx.split(model)[1]))
 
     # Runs once: on a CPU, LLVM would spend seconds on optimising what takes 0.05 s.
     is_cpu = program.mesh.devices.flat[0].platform == "cpu"
@@ -93,8 +99,22 @@ def init_state(program: Program) -> TrainState:
 def abstract_state(program: Program) -> TrainState:
     """Shapes, dtypes and shardings of the state: the target of a restore."""
     _, shapes, _ = abstract_model(program.config.model, program.mesh)
-    state = TrainState(shapes, jax.eval_shape(program.tx.init, shapes), jax.ShapeDtypeStruct((), jnp.int32))
+    state = _state_shapes(program.config, program.tx, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings)
+
+
+def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
+    params = store_params(params, config.optimizer.state_dtype)
+    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:
+    return jax.eval_shape(lambda params: _new_state(config, tx, params), shapes)
+
+
+def _dtype_in_use(path: str, cfg: ModelConfig) -> str:
+    """The dtype in which the model multiplies with a parameter: norms, biases and the router stay float32."""
+    return cfg.dtype if re.search(r"/(w|embedding_)[^/]*$", path) else "float32"
 
 
 def _path(path: tuple) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from hunyuan_jax.model import loss as loss_lib
+from hunyuan_jax.model.params import Weight, in_use
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
+from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 
 Batch = dict[str, jax.Array]
@@ -33,19 +34,11 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
     """
     config = program.config
 
-    def loss_fn(params, batch, key):
-        model: Transformer = nnx.merge(program.graph_def, params)
-        output = model(batch["tokens"], batch["positions"], batch["segment_ids"], key=key, is_training=True)
-        loss = loss_lib.cross_entropy(model.logits(output.hidden_BTD), batch["targets"], batch["loss_weights"])
-        return loss + loss_lib.router_loss(output.stats, config.model.moe), (loss, output.stats)
-
     def step(state, batch):
         # Routing draws and dropout depend on the seed and the step alone, so a resumed run repeats them.
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = program.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads, loss, stats = gradients(program, state.params, batch, key)
+        params, opt_state, grad_norm = program.tx.step(grads, state.opt_state, state.params)
         metrics = {"loss": loss, "grad_norm": grad_norm, **_router_metrics(stats)}
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -57,16 +50,59 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
     )
 
 
+def gradients(program: Program, params: dict, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array, dict[str, jax.Array]]:
+    """(gradients, mean cross entropy, router figures [P, F, ...]) of one batch, in train.grad_accum_steps equal parts.
+
+    A gradient has the dtype in which its parameter is used, so bfloat16 for the matrices of a bfloat16 model: it is reduced over the
+    mesh in that dtype anyway.  Several parts are added up in float32.
+    """
+    num_parts = program.config.train.grad_accum_steps
+    num_targets = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+
+    def loss_fn(taps, part, key):
+        model: Transformer = nnx.merge(program.graph_def, _weights(params, taps))
+        output = model(part["tokens"], part["positions"], part["segment_ids"], key=key, is_training=True)
+        loss = (model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]).sum() / num_targets
+        return loss + loss_lib.router_loss(output.stats, program.config.model.moe) / num_parts, (loss, output.stats)
+
+    def part_gradients(part, key):
+        taps = jax.tree.map(lambda tap: jnp.zeros(tap.shape, tap.dtype), program.taps)
+        grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(taps, part, key)
+        return jax.lax.with_sharding_constraint(grads, jax.tree.map(lambda tap: tap.sharding, program.taps)), loss, stats
+
+    if num_parts == 1:
+        return part_gradients(batch, key)
+
+    def add_part(sums, xs):
+        index, part = xs
+        new = part_gradients(part, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, new), None
+
+    # Part i takes rows i, i + num_parts, ...: every chip splits its own rows.
+    parts = {name: a.reshape(-1, num_parts, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
+    parts = {name: rules.constrain(a, program.mesh, ("layers", "batch", "seq")) for name, a in parts.items()}
+    first = jax.eval_shape(part_gradients, jax.tree.map(lambda a: a[0], parts), key)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
+    (grads, loss, stats), _ = jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))
+    return grads, loss, jax.tree.map(lambda total: total / num_parts, stats)
+
+
+def _weights(params: dict, taps: dict) -> dict:
+    """The parameters for the model: those of the layers become arrays layer by layer, the others at once."""
+    weights = jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, params)
+    return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
+
+
 def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
     """Jitted (params, batch) -> (sum of the cross entropy, number of targets); routes dropless, as inference does."""
     moe = dataclasses.replace(program.config.model.moe, dispatch="dropless")
     graph_def = abstract_model(dataclasses.replace(program.config.model, moe=moe), program.mesh)[0]
 
     def step(params, batch):
-        model: Transformer = nnx.merge(graph_def, params)
+        model: Transformer = nnx.merge(graph_def, load_params(params, program.config.model.dtype))
         output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
         num_targets = batch["loss_weights"].sum()
-        return loss_lib.cross_entropy(model.logits(output.hidden_BTD), batch["targets"], batch["loss_weights"]) * num_targets, num_targets
+        return (model.token_losses(output.hidden_BTD, batch["targets"]) * batch["loss_weights"]).sum(), num_targets
 
     return jax.jit(step, in_shardings=(program.shardings.params, batch_sharding(program)))
 

@@ -1,0 +1,201 @@
+"""The train step of a config, compiled for a pod by the TPU compiler on this machine, and what the compiler says about it."""
+
+import dataclasses
+import re
+import resource
+import time
+from typing import Any
+
+import jax
+
+from hunyuan_jax.config import Config, ConfigError
+from hunyuan_jax.model.count import count
+from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.plan import hlo, memory, topology
+from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.state import abstract_state, build_program
+
+_GIB = 2**30
+_BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_weights": "float32"}
+
+
+class HbmOverflowError(ConfigError):
+    """The step does not fit."""
+
+    def __init__(self, message: str, overflow: "Overflow"):
+        super().__init__(message)
+        self.overflow = overflow
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """compiled: jax's object; seconds: lowering and compiling; host_bytes: peak resident memory of this process so far."""
+
+    compiled: Any
+    seconds: float
+    host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """The compiler's figures in bytes per device; output arrays that reuse an argument's memory count in `alias` too."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    peak: int
+    hbm: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `plan` prints.  Bytes are per device, seconds and FLOPs per step.
+
+    model_flops: of `count` (attention included), over all devices.  ideal_seconds: 6 x active parameters x tokens at the peak.
+    estimated_seconds: the compiler's estimated cycles over the clock, kernels and collectives left out, so that the two figures
+    from it, share_of_ideal (ideal over estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
+    """
+
+    topology: str
+    num_devices: int
+    devices_per_chip: int
+    mesh: dict[str, int]
+    tokens: int
+    memory: DeviceMemory
+    items: memory.Estimate
+    model_flops: int
+    ideal_seconds: float
+    estimated_seconds: float
+    share_of_ideal: float
+    mfu: float
+    clock_hz: float
+    hlo: hlo.HloReport
+    compile_seconds: float
+    host_bytes: int
+
+    @property
+    def difference(self) -> float:
+        """How far the estimate by line item lies above the compiler's peak, as a share of it."""
+        return self.items.peak / self.memory.peak - 1
+
+
+def compile_step(config: Config, devices: list) -> CompiledStep:
+    """Compiles the very step that train.py would run on `devices`.
+
+    Raises:
+      ConfigError: what the mesh and the rules table refuse.
+      HbmOverflowError: the step needs more memory than a device has.
+    """
+    start = time.perf_counter()
+    program = build_program(config, make_mesh(config.mesh, devices))
+    sharding = step_lib.batch_sharding(program)
+    shape = (config.train.batch_size, config.train.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in _BATCH_DTYPES.items()}
+    lowered = step_lib.make_train_step(program).lower(abstract_state(program), batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        overflow = parse_overflow(str(e))
+        if overflow is None:
+            raise
+        raise _overflow_error(overflow, config, len(devices)) from e
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return CompiledStep(compiled, time.perf_counter() - start, peak_kib * 1024)
+
+
+def report(config: Config, topology_name: str) -> Report:
+    """Compiles the step for `config.mesh.num_slices` slices of this name and gathers everything `plan` shows.
+
+    Raises:
+      ConfigError, HbmOverflowError: see `topology_devices` and `compile_step`.
+    """
+    generation = topology.generation_of(topology_name)
+    devices = topology.topology_devices(topology_name, config.mesh.num_slices)
+    items = memory.estimate(config, len(devices))
+    step = compile_step(config, devices)
+    mesh = memory.mesh_sizes(config, len(devices))
+    read = hlo.analyse(step.compiled.as_text(), mesh)
+    stats = step.compiled.memory_analysis()
+    device_memory = DeviceMemory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
+        hbm=generation.hbm_bytes,
+    )
+    counts = count(config.model, config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len
+    peak_flops = generation.peak_flops * len(devices)
+    ideal, estimated = 6 * counts.active * tokens / peak_flops, read.cycles / generation.clock_hz
+    return Report(
+        topology=topology_name,
+        num_devices=len(devices),
+        devices_per_chip=generation.devices_per_chip,
+        mesh=mesh,
+        tokens=tokens,
+        memory=device_memory,
+        items=items,
+        model_flops=counts.flops_per_token * tokens,
+        ideal_seconds=ideal,
+        estimated_seconds=estimated,
+        share_of_ideal=ideal / estimated,
+        mfu=counts.flops_per_token * tokens / peak_flops / estimated,
+        clock_hz=generation.clock_hz,
+        hlo=read,
+        compile_seconds=step.seconds,
+        host_bytes=step.host_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflow:
+    """Bytes per device a program needs and has, and the largest allocations in words, where the compiler names any."""
+
+    used: int
+    available: int
+    largest: tuple[str, ...]
+
+
+def parse_overflow(message: str) -> Overflow | None:
+    """The compiler's out-of-memory message; None if it is another error.
+
+    libtpu 0.0.50 writes "memory required for HLO temporaries (202G) exceeds available HBM (95.7G)", arguments included; others write
+    "Used 107G of 95.7G hbm" and a list of the largest allocations.
+    """
+    size = r"([\d.]+[KMGT]?)"
+    match = re.search(rf"Used {size} of {size} hbm", message) or re.search(rf"\({size}\) exceeds available HBM \({size}\)", message)
+    if match is None:
+        return None
+    largest = []
+    for entry in re.split(r"\n\s*\d+\. (?=Size:)", message)[1:]:
+        fields = dict(re.findall(r"(Size|Shape): (\S+)", entry))
+        origin = re.search(r'op_name="([^"\[]*)', entry)
+        largest.append(f"{fields['Size']} {fields.get('Shape', '')}" + (f" of {origin[1]}" if origin else ""))
+    return Overflow(_bytes(match[1]), _bytes(match[2]), tuple(largest))
+
+
+def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> HbmOverflowError:
+    """One line: how much too much, the largest items (by line item if the compiler named none) and what could fit."""
+    items = sorted(memory.estimate(config, num_devices).items, key=lambda item: -item.bytes)
+    largest = overflow.largest[:3] or [f"{item.name} {item.bytes / _GIB:.1f} GiB by line item" for item in items[:3]]
+    remedies = [
+        "config.model.remat = 'full'" * (config.model.remat != "full"),
+        "config.optimizer.state_dtype = 'bfloat16' or 'fp8_lm'" * (config.optimizer.state_dtype == "float32"),
+        "config.optimizer.state_dtype = 'fp8_lm'" * (config.optimizer.state_dtype == "bfloat16"),
+        "a smaller config.train.batch_size" * (config.train.batch_size > num_devices),
+        "a larger slice (`plan --fit` finds the smallest)",
+    ]
+    return HbmOverflowError(
+        f"the step needs {overflow.used / _GIB:.1f} GiB of HBM a device and {overflow.available / _GIB:.1f} GiB are there, "
+        f"{(overflow.used - overflow.available) / _GIB:.1f} GiB too much. Largest: {'; '.join(largest)}. "
+        f"What could fit: {'; '.join(filter(None, remedies))}.",
+        overflow,
+    )
+
+
+def _bytes(text: str) -> int:
+    """'95.73G' -> bytes."""
+    factors = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return int(float(text.rstrip("KMGT")) * factors.get(text[-1], 1))

@@ -1,0 +1,156 @@
+"""The text of a compiled, scheduled XLA module, read into computations and ops; nothing but text comes in, no jax is needed."""
+
+import dataclasses
+import math
+import re
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OP = re.compile(r"  (?:ROOT )?%?[\w.\-]+ = ")
+_END = re.compile(r'\}(, execution_thread="\w+")?$')
+_UNKNOWN_CYCLES = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One instruction.
+
+    shape: as written, layouts included; operands: names; attributes: everything after the operands.
+    cycles: the compiler's estimate, 0 where the op carries none, None where it wrote "unknown" (2^63 - 1).
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    is_root: bool
+    cycles: int | None
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program the op comes from, such as 'jit(step)/jvp()/while/body/dot_general'."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    def called(self, *keys: str) -> list[str]:
+        """Names of the computations that the attributes `keys`, such as 'calls' or 'branch_computations', refer to."""
+        found = []
+        for key in keys:
+            match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+            found += re.findall(r"[\w.\-]+", match[1]) if match else []
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, each a list of ops in the order they are scheduled, and the name of the entry."""
+
+    computations: dict[str, list[Op]]
+    entry: str
+
+    def __getitem__(self, name: str) -> list[Op]:
+        return self.computations[name]
+
+
+def parse(text: str) -> Module:
+    """Reads `compiled.as_text()`.
+
+    An op may go on over several lines (metadata of a Pallas kernel holds line breaks); a computation ends at a line that is exactly
+    '}', or '}, execution_thread="NAME"' where it runs beside the main one.
+    """
+    computations: dict[str, list[Op]] = {}
+    entry, current, lines = "", None, []
+    for line in text.splitlines():
+        if current is None:
+            match = _COMPUTATION.match(line)
+            if match and not line.startswith("HloModule"):
+                current, lines = match[2], []
+                entry = current if match[1] else entry
+        elif _END.match(line):
+            computations[current] = [_parse_op(op) for op in lines]
+            current = None
+        elif _OP.match(line):
+            lines.append(line)
+        elif lines:
+            lines[-1] += "\n" + line
+    if not entry:
+        raise ValueError("the text has no ENTRY computation; pass the text of one compiled module.")
+    return Module(computations, entry)
+
+
+def split_tuple(shape: str) -> list[str]:
+    """The elements of a tuple shape; a shape that is no tuple is its own only element."""
+    if not shape.startswith("("):
+        return [shape]
+    elements, depth, start = [], 0, 1
+    for i, char in enumerate(shape):
+        depth += (char in "({[") - (char in ")}]")
+        if (char == "," and depth == 1) or (depth == 0 and i > start):
+            elements.append(re.sub(r"/\*.*?\*/", "", shape[start:i]).strip())
+            start = i + 1
+    return elements
+
+
+def num_bytes(shape: str) -> int:
+    """Bytes of the elements of a shape or tuple of shapes, without the padding of its layout."""
+    bits = 0
+    for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+        width = re.search(r"\d+", dtype)
+        bits += (int(width[0]) if width else 8) * math.prod(int(dim) for dim in dims.split(",") if dim)
+    return bits // 8
+
+
+def trip_count(module: Module, loop: Op) -> int | None:
+    """How often a while op runs its body, or None if that depends on data.
+
+    It is the compiler's own figure where it wrote one, else the constant that the loop's condition compares its counter with: jax's
+    loops count up from zero by one.
+    """
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(match[1])
+    condition = module[loop.called("condition")[0]]
+    root = next(op for op in condition if op.is_root)
+    limits = _constants_of(root, condition)
+    if not limits and root.opcode == "fusion":
+        fused = module[root.called("calls")[0]]
+        limits = _constants_of(next(op for op in fused if op.is_root), fused)
+    return limits.pop() if len(limits) == 1 else None
+
+
+def _constants_of(op: Op, computation: list[Op]) -> set[int]:
+    """Values of the op's operands that are integer constants."""
+    constants = {other.name: other.arguments for other in computation if other.opcode == "constant"}
+    return {int(constants[name]) for name in op.operands if re.fullmatch(r"\d+", constants.get(name, ""))}
+
+
+def _parse_op(text: str) -> Op:
+    is_root = text.startswith("  ROOT ")
+    name, rest = text.strip().removeprefix("ROOT ").split(" = ", 1)
+    shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    end = _closing(rest, len(opcode))
+    arguments, attributes = rest[len(opcode) + 1 : end], rest[end + 1 :]
+    match = re.search(r'"estimated_cycles":"(\d+)"', attributes)
+    cycles = int(match[1]) if match else 0
+    return Op(
+        name=name.lstrip("%"),
+        shape=shape,
+        opcode=opcode,
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        arguments=arguments,
+        attributes=attributes,
+        is_root=is_root,
+        cycles=None if cycles == _UNKNOWN_CYCLES else cycles,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses in {text[:200]!r}")

@@ -1,0 +1,179 @@
+"""Plans as tables for people and as plain data for programs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hunyuan_jax.plan import memory, topology
+from hunyuan_jax.plan.aot import Report
+from hunyuan_jax.plan.search import Trial
+
+_GIB = 2**30
+_NUM_OPS = 8
+_CAVEAT = "the compiler's estimate, not a measurement; kernels and collectives are left out, so the true step is longer"
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """One JSON object: the report's fields, with estimated_peak and difference (of the estimate from the compiler's peak)."""
+    return {**dataclasses.asdict(report), "estimated_peak": report.items.peak, "difference": report.difference}
+
+
+def trials_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One JSON object per trial; a compiled one carries its report."""
+    return [
+        {
+            **_settings(trial),
+            "estimated_peak": trial.estimate,
+            "outcome": trial.outcome,
+            "report": trial.report and report_data(trial.report),
+        }
+        for trial in trials
+    ]
+
+
+def print_report(report: Report) -> None:
+    """A readable report."""
+    console = _console()
+    chips = report.num_devices // report.devices_per_chip
+    axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    per_device = "" if report.devices_per_chip == 1 else f", {report.devices_per_chip} devices a chip: figures are per device"
+    slices = chips * report.devices_per_chip // topology.num_devices(report.topology)
+    several = f"{slices} x " if slices > 1 else ""
+    console.print(f"{several}{report.topology}: {chips} chips{per_device}; mesh {axes}; {report.tokens:,} tokens a step", highlight=False)
+    for table in (_memory_table(report), _items_table(report.items), _time_table(report), _ops_table(report), _collectives_table(report)):
+        console.print(table)
+    console.print(
+        f"Time is {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with {report.host_bytes / _GIB:.1f} GiB on this host.",
+        highlight=False,
+    )
+
+
+def print_trials(trials: Sequence[Trial], title: str, num_rows: int = 30) -> None:
+    """One row per trial, at most num_rows."""
+    table = _table(title, "slice", "mesh", "remat", "batch", "optimizer state", ">estimate GiB", ">peak GiB", ">share of ideal", "outcome")
+    for trial in trials[:num_rows]:
+        settings = _settings(trial)
+        report = trial.report
+        table.add_row(
+            trial.topology,
+            settings["mesh"],
+            settings["remat"],
+            str(settings["batch_size"]),
+            settings["state_dtype"],
+            "" if trial.estimate is None else _gib(trial.estimate),
+            _gib(report.memory.peak) if report else "",
+            f"{report.share_of_ideal:.0%}" if report else "",
+            trial.outcome,
+        )
+    console = _console()
+    console.print(table)
+    if len(trials) > num_rows:
+        console.print(f"and {len(trials) - num_rows} more; --json prints all", highlight=False)
+    console.print(f"share of ideal: {_CAVEAT}", highlight=False)
+
+
+def _memory_table(report: Report) -> Table:
+    stats, items = report.memory, report.items
+    state = items.in_phase(memory.ALWAYS)
+    table = _table("Memory per device, GiB", "", ">compiler", ">by line item", ">difference")
+    rows = (
+        ("arguments: state and batch", stats.arguments, state),
+        ("peak, beyond the arguments", stats.peak - stats.arguments, items.peak - state),
+        ("peak", stats.peak, items.peak),
+    )
+    for name, compiled, estimated in rows:
+        table.add_row(name, _gib(compiled), _gib(estimated), f"{estimated / compiled - 1:+.1%}")
+    table.add_row("HBM", _gib(stats.hbm), "", f"{stats.peak / stats.hbm:.0%} used")
+    table.add_row("temporaries, all together", _gib(stats.temporaries), "", "")
+    table.add_row("outputs (of these in place of arguments)", f"{_gib(stats.outputs)} ({_gib(stats.aliased)})", "", "")
+    return table
+
+
+def _items_table(items: memory.Estimate) -> Table:
+    table = _table("By line item, GiB: peak = always + largest phase", "phase", "item", ">GiB")
+    for phase in (memory.ALWAYS, memory.LAYERS, memory.LOSS, memory.UPDATE):
+        for item in items.items:
+            if item.phase == phase:
+                table.add_row(phase, item.name, _gib(item.bytes))
+        table.add_row(
+            phase, "together" + (" (largest)" if phase == items.peak_phase else ""), _gib(items.in_phase(phase)), end_section=True
+        )
+    return table
+
+
+def _time_table(report: Report) -> Table:
+    table = _table(f"Time per step at {report.clock_hz / 1e9:.2f} GHz: the compiler's estimate", "region", ">executions", ">cycles", ">ms")
+    for region in report.hlo.regions:
+        table.add_row(region.name, str(region.times), f"{region.cycles:,}", f"{1e3 * region.cycles / report.clock_hz:,.1f}")
+    table.add_row("together", "", f"{report.hlo.cycles:,}", f"{1e3 * report.estimated_seconds:,.1f}", end_section=True)
+    table.add_row("ideal: 6 x active x tokens at the peak", "", "", f"{1e3 * report.ideal_seconds:,.1f}")
+    table.add_row("share of ideal", "", "", f"{report.share_of_ideal:.1%}")
+    table.add_row(f"implied MFU ({report.model_flops:.4g} FLOPs)", "", "", f"{report.mfu:.1%}", end_section=True)
+    for kernel in report.hlo.kernels:
+        table.add_row(f"kernel {kernel.name}, {kernel.region}", str(kernel.times), "", "left out")
+    if report.hlo.num_unknown_cycles:
+        table.add_row("ops whose cycles the compiler does not know", str(report.hlo.num_unknown_cycles), "", "left out")
+    if report.hlo.num_unknown_trips:
+        table.add_row("loops whose length depends on data", str(report.hlo.num_unknown_trips), "", "one trip")
+    return table
+
+
+def _ops_table(report: Report) -> Table:
+    table = _table("Costliest ops", ">ms", ">executions", "op", "from")
+    for op in report.hlo.top_ops[:_NUM_OPS]:
+        table.add_row(f"{1e3 * op.cycles / report.clock_hz:.3g}", str(op.times), op.name, op.op_name)
+    return table
+
+
+def _collectives_table(report: Report) -> Table:
+    table = _table("Collectives per step and device", "kind", "axes", ">MiB each", ">places", ">times", ">GiB", "region", "can overlap")
+    for item in report.hlo.collectives:
+        table.add_row(
+            item.kind,
+            " x ".join(item.axes),
+            f"{item.bytes / 2**20:,.2f}",
+            str(item.count),
+            str(item.times),
+            _gib(item.total_bytes),
+            item.region,
+            "yes" if item.can_overlap else "no",
+        )
+    return table
+
+
+def _settings(trial: Trial) -> dict[str, Any]:
+    config = trial.config
+    sizes = dataclasses.asdict(config.mesh)
+    del sizes["num_slices"]
+    if trial.estimate is not None:
+        sizes = memory.mesh_sizes(config, trial.num_devices)
+    return {
+        "topology": trial.topology,
+        "num_devices": trial.num_devices,
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1),
+        "remat": config.model.remat,
+        "batch_size": config.train.batch_size,
+        "state_dtype": config.optimizer.state_dtype,
+    }
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns that start with '>' are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    size = num_bytes / _GIB
+    return f"{size:,.2f}" if size >= 0.1 or size == 0 else f"{size:.2g}"
+
+
+def _console() -> Console:
+    # In a pipe rich takes 80 columns, too few for the tables.
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
