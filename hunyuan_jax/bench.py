@@ -15,6 +15,7 @@ from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.model.count import count
 from hunyuan_jax.obs.metrics import peak_flops
 from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_model, build_program, init_state
 
@@ -58,7 +59,7 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
 def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -> float:
     """Median time to run a batch of prompts into a cache and draw the first new token."""
     model = dropless(config.model)
-    engine = Engine(abstract_model(model, program.mesh)[0], params)
+    engine = Engine(abstract_model(model, program.mesh)[0], load_params(params, model.dtype))
     tokens_BS = np.array(_random_batch(config)["tokens"])
     seconds = []
     for _ in range(num_runs + 2):

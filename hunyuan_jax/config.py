@@ -322,7 +322,7 @@ def _validate_mesh(config: Config) -> None:
 def _validate_run(config: Config) -> None:
     train, schedule, moe = config.train, config.schedule, config.model.moe
     for section, names in {
-        "train": "num_steps batch_size seq_len log_every eval_every eval_batches",
+        "train": "num_steps batch_size seq_len grad_accum_steps log_every eval_every eval_batches",
         "checkpoint": "every keep",
     }.items():
         for name in names.split():
@@ -332,12 +332,17 @@ def _validate_run(config: Config) -> None:
         train.seq_len <= config.model.max_position,
         f"config.train.seq_len = {train.seq_len} is above config.model.max_position = {config.model.max_position}.",
     )
+    _require(
+        train.batch_size % train.grad_accum_steps == 0,
+        f"config.train.batch_size = {train.batch_size} does not split into config.train.grad_accum_steps = {train.grad_accum_steps} equal "
+        f"parts. Use a grad_accum_steps from {_divisors(train.batch_size)}.",
+    )
     if config.model.is_moe and moe.group_size:
-        tokens = train.batch_size * train.seq_len
+        tokens = train.batch_size // train.grad_accum_steps * train.seq_len
         _require(
             train.seq_len % moe.group_size == 0 or (moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0),
             f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len = {train.seq_len}, "
-            f"or be a multiple of it that divides the {tokens} tokens of a batch.",
+            f"or be a multiple of it that divides the {tokens} tokens of a batch (of one part of it, with grad_accum_steps).",
         )
     _require(schedule.peak_lr > 0, f"config.schedule.peak_lr = {schedule.peak_lr} must be positive.")
     _require(

@@ -17,9 +17,10 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
-def mesh_of(data: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+def mesh_of(data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1) -> jax.sharding.Mesh:
     """A mesh of the first few of the eight fake devices."""
-    return make_mesh(MeshConfig(data=data, expert=expert, tensor=tensor), jax.devices()[: data * expert * tensor])
+    sizes = MeshConfig(replica=replica, data=data, expert=expert, tensor=tensor)
+    return make_mesh(sizes, jax.devices()[: replica * data * expert * tensor])
 
 
 def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3) -> Any:

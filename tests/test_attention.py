@@ -21,8 +21,8 @@ from hunyuan_jax.model import attention, rope
 from hunyuan_jax.model.attention import Attention, Visibility, attend
 from hunyuan_jax.model.block import ClaGroup
 from hunyuan_jax.model.cache import empty_cache, grow_cache
-from hunyuan_jax.model.norm import RmsNorm, rms_normalize
 from hunyuan_jax.model.embedding import Embedding
+from hunyuan_jax.model.norm import RmsNorm, rms_normalize
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh

@@ -227,15 +227,21 @@ BROKEN = [
     ({"model__moe__z_loss_weight": -0.5}, "z_loss_weight = -0.5 must not be negative"),
     ({"mesh__tensor": 0}, "config.mesh.tensor = 0 must be at least 1, or -1"),
     ({"mesh__replica": -2}, "config.mesh.replica = -2 must be at least 1, or -1"),
+    ({"mesh__num_slices": 0}, "config.mesh.num_slices = 0 must be at least 1; 1 is a single slice"),
     ({"mesh__expert": 3}, "num_experts = 8 does not divide over config.mesh.expert = 3; .* Use a mesh.expert from [1, 2, 4, 8]."),
     ({"mesh__expert": -1}, "-1 ('what is left') for data and expert; only one axis may take it"),
     *(
         ({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1")
-        for name in ("num_steps", "batch_size", "seq_len", "log_every")
+        for name in ("num_steps", "batch_size", "seq_len", "grad_accum_steps", "log_every")
     ),
     *(({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1") for name in ("eval_every", "eval_batches")),
     *(({f"checkpoint__{name}": 0}, f"config.checkpoint.{name} = 0 must be at least 1") for name in ("every", "keep")),
     ({"train__seq_len": 4096}, "config.train.seq_len = 4096 is above config.model.max_position = 2048"),
+    (
+        {"train__grad_accum_steps": 3},
+        "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal parts. Use a grad_accum_steps from "
+        "[1, 2, 4, 8].",
+    ),
     ({"model__moe__group_size": 100}, "group_size = 100 must divide config.train.seq_len = 256, .* divides the 2048 tokens of a batch"),
     ({"model__moe__group_size": 768}, "group_size = 768 must divide .* or be a multiple of it that divides the 2048 tokens"),
     ({"schedule__peak_lr": 0.0}, "config.schedule.peak_lr = 0.0 must be positive"),

@@ -21,9 +21,9 @@ from hunyuan_jax.config import ConfigError, OptimizerConfig, ScheduleConfig
 from hunyuan_jax.model import loss as loss_lib
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import build_optimizer
-from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params, quantize, store_params
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params, quantize, store_params
 
 MODES = ("float32", "bfloat16", "fp8_lm")
 DTYPES = (jnp.float8_e4m3fn, jnp.float16)

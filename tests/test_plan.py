@@ -362,7 +362,6 @@ def test_twice_the_batch_doubles_activations_only():
             "weights",
             "optimizer state",
             "gradients",
-            "experts in the compute dtype",
             "gathered weights",
             "gathered vocabulary",
         )
@@ -380,7 +379,6 @@ def test_dtypes_and_remat_act():
     wide = items(dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="float32")))
     for name in ("kept for the backward pass", "gathered weights", "activations of a group"):
         assert wide[name, memory.LAYERS] == 2 * base[name, memory.LAYERS]
-    assert wide["experts in the compute dtype", memory.LAYERS] == 0 < base["experts in the compute dtype", memory.LAYERS]
     accumulated = items(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=32, grad_accum_steps=2)))
     assert accumulated["gradients", memory.LAYERS] == base["gradients", memory.LAYERS] + base["weights", memory.ALWAYS]
     assert accumulated["logits", memory.LOSS] == base["logits", memory.LOSS]

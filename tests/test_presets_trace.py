@@ -1,7 +1,9 @@
 """The released models at their real sizes: train step, decoding step, cache and shardings are traced, nothing is allocated."""
 
 import dataclasses
+import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from hunyuan_jax import presets
-from hunyuan_jax.config import Config, MeshConfig, ScheduleConfig, TrainConfig, validate
+from hunyuan_jax.config import Config, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig, validate
 from hunyuan_jax.model import routing
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import mesh as mesh_lib
 from hunyuan_jax.train.state import abstract_model, abstract_state, build_program
-from hunyuan_jax.train.step import make_train_step
+from hunyuan_jax.train.step import batch_sharding, make_train_step
 
 RELEASED = ("a52b", "a52b_instruct", "a13b")
 
@@ -30,6 +32,10 @@ def preset(name, dispatch):
 def abstract_mesh(**sizes):
     shape = mesh_lib.resolve_sizes(MeshConfig(**sizes), math.prod(sizes.values()))
     return AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(mesh_lib.AXES))
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def shapes(tree):
@@ -90,6 +96,41 @@ def test_cache_of_a_full_sequence(name, bytes_per_token):
 def test_capacity_of_a_full_sequence(name, slots):
     cfg = preset(name, "recycle")
     assert routing.capacity(cfg.moe, routing.group_size(cfg.moe, 1, cfg.max_position)) == slots
+
+
+# The recipe's meshes, configs/a52b.py: 64 to 4096 chips.
+RECIPE_MESHES = [(1, 4), (1, 8), (1, 16), (1, 32), (2, 32), (4, 32), (8, 32)]  # (replica, data), with expert 16
+
+
+@functools.cache
+def recipe_state(replica, data, state_dtype):
+    """The full a52b state on the recipe's mesh: shapes, dtypes and shardings."""
+    mesh = abstract_mesh(replica=replica, data=data, expert=16, tensor=1)
+    train = TrainConfig(batch_size=max(1024, mesh.size), seq_len=4096, grad_accum_steps=max(1, 1024 // mesh.size))
+    config = Config(model=presets.a52b(), optimizer=OptimizerConfig(state_dtype=state_dtype), schedule=ScheduleConfig(), train=train)
+    program = build_program(validate(config), mesh)
+    assert batch_sharding(program).shard_shape((train.batch_size, 4096)) == (train.batch_size // mesh.size, 4096)
+    return abstract_state(program)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "fp8_lm"])
+def test_no_leaf_of_the_state_above_one_mebibyte_is_replicated(state_dtype):
+    num_large = 0
+    for path, leaf in jax.tree.leaves_with_path(recipe_state(1, 32, state_dtype)):
+        if leaf.size * leaf.dtype.itemsize > 2**20:
+            # Over all 512 chips, not just some: a matrix's shards add up to the matrix.
+            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * 512 == leaf.size, jax.tree_util.keystr(path)
+            num_large += 1
+    matrices = [name for name in by_path(recipe_state(1, 32, state_dtype).params) if re.search(r"/(w|embedding)\w+(/value)?$", name)]
+    assert num_large >= 3 * len(matrices) > 3 * 15
+
+
+@pytest.mark.parametrize(("replica", "data"), RECIPE_MESHES)
+def test_the_recipe_lays_its_state_out_evenly_on_64_to_4096_chips(replica, data):
+    state = recipe_state(replica, data, "float32")
+    per_chip = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
+    even = 12 * count(presets.a52b()).total / (16 * data)
+    assert even <= per_chip < 1.01 * even
 
 
 PODS = {

@@ -183,6 +183,39 @@ def test_dropless_serves_padding_as_the_official_code_does(case, dispatch):
     np.testing.assert_array_equal(assignment.expert_Tk, choice.expert_Tk)
 
 
+@settings(max_examples=8, deadline=None, derandomize=True)  # each is compiled
+@given(data=st.data())
+def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):
+    """Tokens, experts, choices and capacity at random, where the tests above have a few of each."""
+    T, E = data.draw(st.integers(1, 24), "T"), data.draw(st.integers(2, 9), "E")
+    k = data.draw(st.integers(1, min(3, E)), "k")
+    shape = (T, E, k, data.draw(st.sampled_from([0.2, 0.7, 1.0, 1.3, 2.0]), "factor"), data.draw(st.integers(1, 3), "min_capacity"))
+    case = data.draw(cases(shape))
+    _, num_slots, result = routed(case, "recycle")
+    for valid_T, choice, assignment, figures in result.groups():
+        stays_Tk, slot_Tk = simulate_drop(choice.expert_Tk, valid_T, E, num_slots)
+        is_filled_ES = np.zeros((E, num_slots), bool)
+        is_filled_ES[choice.expert_Tk[stays_Tk], slot_Tk[stays_Tk]] = True
+        num_recycled = num_dropped = 0
+        for over in (valid_T[:, None] & ~stays_Tk).ravel().nonzero()[0]:
+            t, j = divmod(over, k)
+            if not assignment.is_recycled_Tk[t, j]:
+                num_dropped += 1
+                continue
+            place = assignment.expert_Tk[t, j], assignment.slot_Tk[t, j]
+            assert not is_filled_ES[place]  # nobody else has this slot
+            is_filled_ES[place] = True
+            num_recycled += 1
+        assert num_dropped == 0 or is_filled_ES.all()  # dropped only when nothing is free
+        np.testing.assert_array_equal(assignment.is_kept_Tk & ~assignment.is_recycled_Tk, stays_Tk)
+        np.testing.assert_array_equal(assignment.is_kept_Tk.sum() + num_dropped, valid_T.sum() * k)
+        np.testing.assert_array_equal(assignment.count_E, is_filled_ES.sum(1))
+        num_choices = max(valid_T.sum() * k, 1)
+        np.testing.assert_allclose(
+            [figures["recycled"], figures["dropped"]], np.divide([num_recycled, num_dropped], num_choices), rtol=1e-6
+        )
+
+
 # Who is kept
 
 

@@ -22,6 +22,7 @@ from hunyuan_jax.model import params, rope
 from hunyuan_jax.model.linear import apart, linear
 from hunyuan_jax.model.norm import rms_normalize
 from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel.mesh import device_kind
 
 # Sequences are attended to in turn, as many at a time as keep the float32 scores below this many elements (2 MB): they and their
 # gradients then stay in a CPU's cache, and memory does not grow with the batch.
@@ -130,8 +131,7 @@ def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: Mode
 
 def choose_kernel(mesh: Mesh, query_len: int, key_len: int, has_dropout: bool) -> Callable[..., jax.Array]:
     """The function that attends on this mesh: `splash` for whole sequences on TPUs, else `attend`."""
-    # The mesh's devices decide: the process's own backend says nothing when a CPU plans a pod.  An abstract mesh has none.
-    is_tpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
+    is_tpu = device_kind(mesh).startswith("TPU")
     return splash if is_tpu and not has_dropout and query_len == key_len and query_len % 128 == 0 else attend
 
 
@@ -193,11 +193,10 @@ def splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: 
     _, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     block = math.gcd(T, 512)
-    blocks = splash_attention.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
-        q_layout=splash_attention.QKVLayout.SEQ_MINOR, k_layout=splash_attention.QKVLayout.SEQ_MINOR, v_layout=splash_attention.QKVLayout.SEQ_MINOR,
-    )  # fmt: skip
+    sizes = ["block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"]
+    # Positions last: heads of 80 would be padded to 128 in memory.
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash_attention.QKVLayout.SEQ_MINOR)
+    blocks = splash_attention.BlockSizes(**dict.fromkeys(sizes, block), **layouts)
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * (N // K))
     kernel = splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks)
 

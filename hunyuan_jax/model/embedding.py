@@ -12,7 +12,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.model import params
 from hunyuan_jax.parallel import island, rules
 
-_TABLES = (("vocab", "embed"), ("odd_vocab", "wide_embed"))
+TABLES = (("vocab", "embed"), ("odd_vocab", "wide_embed"))
 TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
 
 
@@ -48,7 +48,7 @@ class Head(nnx.Module):
 
 def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> nnx.Param:
     shape = (cfg.vocab_size, cfg.hidden_size)
-    return params.normal(key, shape, rules.first_that_divides(mesh, shape, _TABLES, "the table of tokens"), cfg.init_std)
+    return params.normal(key, shape, rules.first_that_divides(mesh, shape, TABLES, "the table of tokens"), cfg.init_std)
 
 
 def lookup(w_VD: jax.Array, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]) -> jax.Array:

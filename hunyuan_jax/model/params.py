@@ -56,10 +56,7 @@ class Weight(NamedTuple):
 
     def use(self, group: jax.Array | None = None) -> jax.Array:
         """The parameter in the dtype of `tap`; `group` is the index of the CLA group it belongs to, inside the loop over them."""
-        if is_scaled(self.stored):
-            w = dequantize(self.stored, jnp.float32)
-        else:
-            w = self.stored
+        w = dequantize(self.stored, jnp.float32) if is_scaled(self.stored) else self.stored
         if w.dtype != self.tap.dtype:
             if group is not None:
                 # A factor of one that the compiler cannot know before the loop: it would convert the weights of all layers there, a

@@ -59,7 +59,7 @@ def whole_in_tiles(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str)
     """As `whole`, but each shard's part of the dim `tiled` is filled up with zeros to whole tiles where that takes little.
 
     So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The gather is then a plain concatenation of
-    tiles; without, the TPU compiler moves the parts against each other in memory (0.8 ms for a 6400 x 18304 matrix on v5p, as it estimates).
+    tiles; without, the TPU compiler moves the parts against each other in memory (0.8 ms for 6400 x 18304 on v5p, as it estimates).
     """
     dim = list(logical).index(tiled)
     if jax.lax.axis_size(RULES[tiled].storage) > 1:

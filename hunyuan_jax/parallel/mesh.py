@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from hunyuan_jax.config import ConfigError, MeshConfig
 
@@ -74,6 +74,14 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 def single_device_mesh() -> Mesh:
     """All axes of size one, on the first device: what a notebook uses."""
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def device_kind(mesh: Mesh | AbstractMesh) -> str:
+    """What jax calls the devices of a mesh, such as "TPU v5" or "cpu"; "" for an abstract mesh, which has none.
+
+    Kernels and compiler options are chosen by this: the process's own backend says nothing when a CPU plans a pod.
+    """
+    return mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
 
 
 def resolve_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ import jax
 from jax.sharding import AbstractMesh
 
 from hunyuan_jax.config import Config, MeshConfig, ModelConfig
-from hunyuan_jax.model import loss, routing
+from hunyuan_jax.model import embedding, loss, routing
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
-from hunyuan_jax.parallel.rules import RULES
+from hunyuan_jax.parallel.rules import RULES, first_that_divides
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import Program, abstract_state, build_program
 
@@ -67,8 +67,8 @@ class Sizes:
 
     batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes `parts`
     (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k with the slack of their capacity; part_rows: of the
-    vocabulary, in one of the parts in which the loss takes it; expert_ways, tensor_ways: sizes of those axes; embed_ways: over
-    which D is split in storage; parameters: elements.
+    vocabulary, in one of the parts in which the loss takes it; expert_ways, tensor_ways: sizes of those axes;
+    parameters: elements.
     """
 
     model: ModelConfig
@@ -79,7 +79,6 @@ class Sizes:
     part_rows: int
     expert_ways: int
     tensor_ways: int
-    embed_ways: int
     parameters: int
 
     @property
@@ -104,7 +103,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
       ConfigError: the mesh does not fit the devices, or a dim of a parameter or of the batch does not divide over it.
     """
     sizes, state = sizes_of(config, num_devices), _state_of(config, num_devices)
-    kept, converted = kept_activations(sizes), converted_experts(sizes)
+    kept = kept_activations(sizes)
     # With several passes a step, their sum in float32 besides those of one pass.
     gradients = state.gradients + (4 * state.parameters if sizes.parts > 1 else 0)
     return Estimate(
@@ -114,11 +113,9 @@ def estimate(config: Config, num_devices: int) -> Estimate:
             Item("batch", 5 * 4 * sizes.batch_tokens, ALWAYS),
             Item("gradients", gradients, LAYERS),
             Item("kept for the backward pass", kept, LAYERS),
-            Item("experts in the compute dtype", converted, LAYERS),
             Item("gathered weights", gathered_weights(sizes), LAYERS),
             Item("activations of a group", group_activations(sizes), LAYERS),
             Item("kept for the backward pass", kept, LOSS),
-            Item("experts in the compute dtype", converted, LOSS),
             Item("gathered vocabulary", gathered_vocabulary(sizes), LOSS),
             Item("logits", logits(sizes), LOSS),
             Item("gradients", gradients, UPDATE),
@@ -142,7 +139,6 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         part_rows=_part_rows(config, tokens, mesh),
         expert_ways=mesh.expert,
         tensor_ways=mesh.tensor,
-        embed_ways=_storage_ways(mesh, "embed"),
         parameters=state.parameters,
     )
 
@@ -163,15 +159,6 @@ def group_activations(sizes: Sizes) -> int:
     layer = _products(sizes) + _elementwise(sizes)
     recomputed = {"full": layer, "dots": _elementwise(sizes), "none": 0}[sizes.model.remat]
     return sizes.model.cla_share_factor * recomputed + _ffn_activations(sizes)
-
-
-def converted_experts(sizes: Sizes) -> int:
-    """The routed experts' weights in the compute dtype, which the compiler converts for all layers at once before the loops."""
-    model = sizes.model
-    if not model.is_moe or model.dtype == "float32":
-        return 0
-    elements = model.num_layers * model.moe.num_experts * 3 * model.hidden_size * model.intermediate_size
-    return elements // (sizes.expert_ways * sizes.tensor_ways * sizes.embed_ways) * sizes.element
 
 
 def gathered_weights(sizes: Sizes) -> int:
@@ -232,13 +219,15 @@ def _expert_rows(config: Config, tokens: int) -> int:
         return 0
     if moe.dispatch == "dropless":
         return tokens * moe.top_k
-    group_size = routing.group_size(moe, config.train.batch_size, config.train.seq_len)
+    group_size = routing.group_size(moe, config.train.batch_size // config.train.grad_accum_steps, config.train.seq_len)
     return math.ceil(tokens / group_size * routing.capacity(moe, group_size) * moe.num_experts)
 
 
 def _part_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
     """Rows of the table in one part, gathered from storage."""
-    storage_ways = _storage_ways(mesh, "vocab")
+    axes = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+    table = (config.model.vocab_size, config.model.hidden_size)
+    storage_ways = _storage_ways(mesh, first_that_divides(axes, table, embedding.TABLES, "the table of tokens")[0])
     stored = config.model.vocab_size // mesh.tensor // storage_ways
     return stored // loss.num_parts(tokens, stored, storage_ways) * storage_ways
 

@@ -36,8 +36,9 @@ class Trial:
 
 
 def with_batch(config: Config, num_devices: int, batch_per_chip: int) -> Config:
-    """The config with so many sequences a device."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=num_devices * batch_per_chip))
+    """The config with so many sequences a device in each of its grad_accum_steps parts."""
+    batch_size = num_devices * batch_per_chip * config.train.grad_accum_steps
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
 def search(config: Config, topology_name: str, batches_per_chip: Sequence[int], compile_top: int) -> list[Trial]:
