@@ -180,6 +180,10 @@ def test_it_learns(corpus, tmp_path):
         (lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, validation_fraction=0.2)), "config.data.validation_fraction"),
         (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "config.train.seed = 0"),
         (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)), "config.train.batch_size = 2"),
+        (
+            lambda c: dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, state_dtype="fp8_lm")),
+            "config.optimizer.state_dtype = 'float32'",
+        ),
     ],
 )
 def test_workdir_of_another_run_is_refused(corpus, tmp_path, finished, change, name):

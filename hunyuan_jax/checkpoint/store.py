@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 from hunyuan_jax.config import Config, ConfigError, ModelConfig, from_config_dict, to_dict
 from hunyuan_jax.quant.scaled import load_params
 
-# What may not change between the runs of a workdir: the model, the text, and what decides the order of the batches.
+# What may not change between the runs of a workdir: the model, the text, what decides the order of the batches, how the state is kept.
 _FIXED_SECTIONS = ("model", "data")
-_FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
+_FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"), ("optimizer", "state_dtype"))
 
 
 class Store:
