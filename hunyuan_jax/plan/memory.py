@@ -144,10 +144,13 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
 
 
 def kept_activations(sizes: Sizes) -> int:
-    """What the forward pass keeps for the backward pass: every layer's residual stream [tokens, D], and what remat keeps inside."""
+    """What the forward pass keeps for the backward pass: every layer's residual stream [tokens, D], and what remat keeps inside.
+
+    Without remat that is everything, the gathered weights included.
+    """
     model = sizes.model
     stream = sizes.tokens * model.hidden_size * sizes.element
-    inside = {"full": 0, "dots": _products(sizes), "none": _products(sizes) + _elementwise(sizes)}[model.remat]
+    inside = {"full": 0, "dots": _products(sizes), "none": _products(sizes) + _elementwise(sizes) + gathered_weights(sizes)}[model.remat]
     return model.num_layers * (stream + inside)
 
 

@@ -45,8 +45,8 @@ def search(config: Config, topology_name: str, batches_per_chip: Sequence[int], 
     """The ways to run `config` on this slice that fit by line item, best first, the first `compile_top` of them compiled.
 
     Tried are all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the optimizer's state.  Before compiling
-    they are ranked by recomputation, then by the bytes that a token makes the chips exchange, then by the precision of the state; the
-    compiled ones by share of ideal.
+    they are ranked by recomputation, then by the tensor axis, then by the bytes that a token makes the chips exchange, then by the
+    precision of the state; the compiled ones by share of ideal.
 
     Raises:
       ConfigError: nothing fits.
@@ -63,7 +63,8 @@ def search(config: Config, topology_name: str, batches_per_chip: Sequence[int], 
         least = min(least, peak)
         if peak <= generation.hbm_bytes:
             state = _STATE_DTYPES.index(candidate.optimizer.state_dtype)
-            rank = (_RECOMPUTE[candidate.model.remat], _exchanged_bytes(candidate, num_devices), state, peak)
+            tensor = candidate.mesh.tensor  # what lies between the matmuls is repeated on each of its shards
+            rank = (_RECOMPUTE[candidate.model.remat], tensor, _exchanged_bytes(candidate, num_devices), state, peak)
             ranked.append((rank, Trial(topology_name, num_devices, candidate, peak, "not compiled")))
     if least == math.inf:
         raise ConfigError(
