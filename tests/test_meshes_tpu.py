@@ -3,34 +3,20 @@
 import functools
 import importlib.util
 import itertools
-import os
 
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from hunyuan_jax.config import ConfigError, MeshConfig
 from hunyuan_jax.parallel import hosts, rules
 from hunyuan_jax.parallel.mesh import AXES, make_mesh
+from hunyuan_jax.plan.topology import load_compiler, topology_devices
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
 
 
-@functools.cache
-def devices_of(name, num_slices=1):
-    settings = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-    }
-    os.environ.update(settings)
-    from jax.experimental import topologies
-
-    slices = {"num_slices": num_slices} if num_slices > 1 else {}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
+devices_of = functools.cache(topology_devices)
 
 
 def sides_of(name):
@@ -120,8 +106,10 @@ def test_devices_with_a_hole_are_refused():
 
 
 def test_cores_that_are_devices_of_their_own_are_refused():
+    load_compiler()
+    cores = list(topologies.get_topology_desc(platform="tpu", topology_name="v4:4x4x4").devices)  # not joined, as `plan` joins them
     with pytest.raises(ConfigError, match=r"cannot be laid out on these 128 devices \(TPU v4\): .*megacore"):
-        make_mesh(MeshConfig(), devices_of("v4:4x4x4"))
+        make_mesh(MeshConfig(), cores)
 
 
 @pytest.mark.parametrize(("name", "num_slices"), [("v5p:4x8x8", 1), ("v5p:16x16x16", 1), ("v5e:16x16", 1), ("tpu7x:8x8x8", 2)])
