@@ -71,6 +71,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: Dtype = "float32"  # activations and matmuls; parameters are float32 masters
     remat: Remat = "none"
+    kernels: str = "auto"  # or the implementations to take, the first that can: "pallas_tpu", "pallas_gpu,xla", "reference", ...
     moe: MoeConfig = MoeConfig()
 
     @property

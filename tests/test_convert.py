@@ -519,7 +519,7 @@ def test_bad_labels_are_refused(model, labels, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_mask": [[1, 1, 0], [1, 1, 1]]}, "attention_mask ends in 0"),
+        ({"attention_mask": [[1, 1, 0], [1, 1, 1]]}, "attention_mask has a 0 after a 1"),
         ({"attention_mask": [[1, 1, 1]]}, r"attention_mask has shape \(1, 3\)"),
         ({"max_new_tokens": 62}, r"3 prompt tokens \+ max_new_tokens = 62 exceed the 64 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0 must be at least 1"),

@@ -23,6 +23,7 @@ from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
+from pallas_kernels import expert_matmul
 
 SMALL = ModelConfig(
     vocab_size=40,
@@ -131,13 +132,13 @@ def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
     seen = {}
 
     def body(weights, x_BTD, is_valid_BT, key_data):
-        def spy(weights, x_gTD, assignment, cfg):
+        def spy(weights, x_gTD, assignment, cfg, kernels):
             seen["assignment"] = assignment
             return jnp.zeros_like(x_gTD)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moe, "serve", spy)
-            moe.route_and_serve(weights, x_BTD, is_valid_BT, key_data, cfg=cfg, group_size=group_size)
+            moe.route_and_serve(weights, x_BTD, is_valid_BT, key_data, cfg=cfg, group_size=group_size, kernels={})
         return seen["assignment"]
 
     stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}
@@ -361,7 +362,7 @@ def test_tiles_and_buffers_agree_on_the_swiglu():
     gate_eRF, up_eRF = (np.einsum("eRD,eDF->eRF", x_eRD, w) for w in weights[:2])
     weight_eR = rng.normal(size=(3, 16)).astype(np.float32)
     expected_eRD = weight_eR[..., None] * np.einsum("eRF,eFD->eRD", gate_eRF / (1 + np.exp(-gate_eRF)) * up_eRF, weights[2])
-    buffers_eRD = fast_jit(experts.swiglu_buffers)(x_eRD, weight_eR, *weights)
+    buffers_eRD = fast_jit(functools.partial(expert_matmul.swiglu, device_kind="cpu"))(x_eRD, weight_eR, None, *weights)
     tiles = (x_eRD.reshape(6, 8, 5), weight_eR.reshape(6, 8), np.repeat(np.arange(3), 2), np.int32(6))
     tiles_nbD = fast_jit(experts.swiglu_tiles)(*tiles, *weights)
     np.testing.assert_allclose(buffers_eRD, expected_eRD, rtol=1e-5, atol=1e-5)

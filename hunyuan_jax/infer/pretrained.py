@@ -92,8 +92,10 @@ class Pretrained:
         """As `generate`, yielding int32 [B] tokens as they come; ends when every row has ended."""
         ids = self._ids("input_ids", input_ids)
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
-        if not mask[:, -1].all():
-            raise ValueError("attention_mask ends in 0: generation continues the last token, so pad prompts on the left.")
+        if not mask[:, -1].all() or (np.diff(mask, axis=1) < 0).any():
+            raise ValueError(
+                "attention_mask has a 0 after a 1: generation continues the last token of a row, so pad prompts on the left only."
+            )
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         total = ids.shape[1] + max_new_tokens
         if total > self.config.max_position:

@@ -38,7 +38,7 @@ class Layer(nnx.Module):
         if cfg.is_moe:
             self.moe = Moe(cfg, mesh, mlp_key)
         else:
-            self.mlp = Mlp(cfg.hidden_size, cfg.intermediate_size, mesh, cfg.init_std, mlp_key)
+            self.mlp = Mlp(cfg, mesh, mlp_key)
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
-"""The routed experts' SwiGLU on buffers that are already sorted by expert.
+"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless routing.
 
-Letters: e experts on this shard, R rows of an expert's buffer, D model, F ffn, n tiles, b rows a tile.
+Letters: e experts on this shard, D model, F ffn, n tiles, b rows a tile.
 """
 
 import functools
@@ -8,22 +8,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from hunyuan_jax.model.linear import swiglu
-
-
-def swiglu_buffers(x_eRD: jax.Array, weight_eR: jax.Array, w_gate_eDF: jax.Array, w_up_eDF: jax.Array, w_down_eFD: jax.Array) -> jax.Array:
-    """down(weight * silu(gate(x)) * up(x)) of every expert on its own buffer [e, R, D]; empty rows are zero and stay zero."""
-    return swiglu(_buffer_matmul, x_eRD, w_gate_eDF, w_up_eDF, w_down_eFD, weight_eR)
+from hunyuan_jax.model.linear import apart
 
 
-def _buffer_matmul(x_eRI: jax.Array, w_eIO: jax.Array) -> jax.Array:
-    if x_eRI.shape[0] == 1:
-        # For the same reason as in moe.serve.
-        return (x_eRI[0] @ w_eIO[0])[None]
-    return jnp.einsum("eRI,eIO->eRO", x_eRI, w_eIO)
-
-
+@jax.custom_vjp
 def swiglu_tiles(
     x_nbD: jax.Array,
     weight_nb: jax.Array,
@@ -33,8 +23,40 @@ def swiglu_tiles(
     w_up_eDF: jax.Array,
     w_down_eFD: jax.Array,
 ) -> jax.Array:
-    """The same on tiles of rows, tile i by expert tile_expert_n[i]; tiles from num_tiles on are skipped and come back zero."""
-    return swiglu(tile_matmul, x_nbD, w_gate_eDF, w_up_eDF, w_down_eFD, weight_nb, (tile_expert_n, num_tiles))
+    """down(weight * silu(gate(x)) * up(x)), tile i by expert tile_expert_n[i]; tiles from num_tiles on are skipped and come back zero.
+
+    Only x and the two products are kept for the backward pass; the cheap rest is computed again there.  With the weight of a row
+    applied before the last product, its gradient does not need that product's result, which then need not be kept, or computed again.
+    """
+    return _swiglu_fwd(x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD)[0]
+
+
+def _swiglu_fwd(x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD):
+    product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
+    gate_nbF, up_nbF = (checkpoint_name(apart(product(x_nbD, w)), "product") for w in (w_gate_eDF, w_up_eDF))
+    h_nbF = apart(_gated(gate_nbF, up_nbF, weight_nb))
+    weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
+    return apart(product(h_nbF, w_down_eFD)), (x_nbD, gate_nbF, up_nbF, weight_nb, tile_expert_n, num_tiles, weights)
+
+
+def _swiglu_bwd(residuals, dy_nbD):
+    x_nbD, gate_nbF, up_nbF, weight_nb, tile_expert_n, num_tiles, (w_gate_eDF, w_up_eDF, w_down_eFD) = residuals
+    product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
+    h_nbF, gated_vjp = jax.vjp(_gated, gate_nbF, up_nbF, weight_nb)
+    dh_nbF, dw_down_eFD = jax.vjp(product, h_nbF, w_down_eFD)[1](dy_nbD)
+    dgate_nbF, dup_nbF, dweight_nb = apart(gated_vjp(apart(dh_nbF)))
+    dx_gate_nbD, dw_gate_eDF = jax.vjp(product, x_nbD, w_gate_eDF)[1](dgate_nbF)
+    dx_up_nbD, dw_up_eDF = jax.vjp(product, x_nbD, w_up_eDF)[1](dup_nbF)
+    # Integer arguments have the empty cotangent type.
+    no_gradients = (np.zeros(index.shape, jax.dtypes.float0) for index in (tile_expert_n, num_tiles))
+    return dx_gate_nbD + dx_up_nbD, dweight_nb, *no_gradients, dw_gate_eDF, dw_up_eDF, dw_down_eFD
+
+
+swiglu_tiles.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _gated(gate_nbF, up_nbF, weight_nb):
+    return weight_nb[..., None].astype(gate_nbF.dtype) * jax.nn.silu(gate_nbF) * up_nbF
 
 
 @jax.custom_vjp

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: router, shared expert, and the island in which tokens meet their routed experts."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.model import dispatch, experts, mlp, params, routing
+from hunyuan_jax.model.kernels import kernel_options
 from hunyuan_jax.parallel import island
+from pallas_kernels import expert_matmul
 
 _ROWS = ("batch", "seq", "embed")
 
@@ -35,7 +38,7 @@ class Moe(nnx.Module):
         self.router_DE = params.normal(router_key, (cfg.hidden_size, cfg.moe.num_experts), ("embed", "router_experts"), cfg.init_std)
         self.experts = Experts(cfg, experts_key)
         if cfg.moe.num_shared_experts:
-            self.shared = mlp.Mlp(cfg.hidden_size, cfg.intermediate_size * cfg.moe.num_shared_experts, mesh, cfg.init_std, shared_key)
+            self.shared = mlp.Mlp(cfg, mesh, shared_key, width=cfg.moe.num_shared_experts)
 
     def __call__(self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Output [B, T, D] and the layer's router figures, each averaged over the routing groups.
@@ -50,7 +53,8 @@ class Moe(nnx.Module):
             raise ValueError("dispatch = 'recycle' draws free slots at random and needs a key; pass one, or use 'dropless' for inference.")
         modules = {"router": self, "experts": self.experts} | ({"shared": self.shared} if moe.num_shared_experts else {})
         weights, logical = zip(*(params.declared(module) for module in modules.values()), strict=True)
-        fn = functools.partial(route_and_serve, cfg=moe, group_size=routing.group_size(moe, *x_BTD.shape[:2]))
+        kernels = kernel_options(self.cfg, self.mesh)
+        fn = functools.partial(route_and_serve, cfg=moe, group_size=routing.group_size(moe, *x_BTD.shape[:2]), kernels=kernels)
         key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
         y_BTD, stats_g = island.island(
             fn,
@@ -76,6 +80,7 @@ def route_and_serve(
     *,
     cfg: MoeConfig,
     group_size: int,
+    kernels: dict[str, Any],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside the island.
 
@@ -87,6 +92,7 @@ def route_and_serve(
       x_BTD, is_valid_BT, key_data: as for `Moe`.
       cfg: the mixture.
       group_size: tokens of a routing group.
+      kernels: of `kernel_options`.
     """
     B, T, D = x_BTD.shape
     if B * T % group_size:
@@ -106,10 +112,10 @@ def route_and_serve(
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
 
-    y_BTD = serve(weights["experts"], x_gTD, assignment, cfg).reshape(B, T, D)
+    y_BTD = serve(weights["experts"], x_gTD, assignment, cfg, kernels).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
-        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD)
+        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD, kernels)
     # Each tensor shard has summed over its own part of F.
     y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
@@ -118,7 +124,9 @@ def route_and_serve(
     return y_BTD, stats_g
 
 
-def serve(weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment, cfg: MoeConfig) -> jax.Array:
+def serve(
+    weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment, cfg: MoeConfig, kernels: dict[str, Any]
+) -> jax.Array:
     """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of F.  Runs inside the island."""
 
     def whole(name, *logical):
@@ -138,7 +146,6 @@ def serve(weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.A
         return dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
 
     def buffers(x_eRD, weight_eR, count_es):
-        del count_es  # rows beyond the counts are zero and cost nothing extra here
-        return experts.swiglu_buffers(x_eRD, weight_eR, gate_eDF, up_eDF, down_eFD)
+        return expert_matmul.swiglu(x_eRD, weight_eR, count_es, gate_eDF, up_eDF, down_eFD, **kernels)
 
     return dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)

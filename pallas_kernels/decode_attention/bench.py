@@ -1,0 +1,172 @@
+"""Speed of decode attention: python -m pallas_kernels.decode_attention.bench [--json FILE].
+
+On a GPU: the median time of a call, all slots filled, against rivals, and the share of HBM bandwidth.  Anywhere else: static estimates for
+TPUs; they need libtpu and no TPU.  The cycles of the kernel know nothing of memory: a call takes the larger of kernel_ms and hbm_ms.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, cycles
+from pallas_kernels.decode_attention import api, cases, reference, tpu
+
+_NUM_CORES = {"v5p": 2}
+# libtpu 0.0.50.1 ends the process when it profiles the conversion of an int8 block for v5e or v5p; it compiles it.
+_NO_PROFILE = {("v5e", "T=1 int8"), ("v5p", "T=1 int8")}
+
+
+def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+    """The kernel's inner step on all blocks of one sequence, and its arguments: no control flow that depends on lengths."""
+    K, H, R = case.K, case.H, -(-case.N // case.K * case.T // 16) * 16
+    state_shapes = [jax.ShapeDtypeStruct((K, R, width), jnp.float32) for width in (H, 1, 1)]
+
+    def kernel(q_ref, k_ref, v_ref, *rest):
+        scale_refs, state_refs = rest[:-3], rest[-3:]
+
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            for ref in state_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+        scales = tuple(ref[...][:, None] for ref in scale_refs)
+        state = tpu.attend(q_ref[...], k_ref[...], v_ref[...], scales, tuple(ref[...] for ref in state_refs), None, H**-0.5)
+        for ref, value in zip(state_refs, state, strict=True):
+            ref[...] = value
+
+    def call(*args):
+        cache = pl.BlockSpec((K, H, cfg.block_slots), lambda step: (0, 0, step))
+        scales = [pl.BlockSpec((K, cfg.block_slots), lambda step: (0, step))] * (len(args) - 3)
+        return pl.pallas_call(
+            kernel,
+            grid=(case.S // cfg.block_slots,),
+            in_specs=[pl.BlockSpec((K, R, H), lambda step: (0, 0, 0)), cache, cache, *scales],
+            out_specs=[pl.BlockSpec(x.shape, lambda step: (0, 0, 0)) for x in state_shapes],
+            out_shape=state_shapes,
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tpu.VMEM_LIMIT_BYTES),
+        )(*args)
+
+    cache = jax.ShapeDtypeStruct((K, H, case.S), "int8" if case.is_int8 else case.dtype)
+    scales = [jax.ShapeDtypeStruct((K, case.S), jnp.float32)] * (2 if case.is_int8 else 0)
+    return call, [jax.ShapeDtypeStruct((K, R, H), case.dtype), cache, cache, *scales]
+
+
+def tpu_rows() -> Iterator[dict[str, Any]]:
+    """Milliseconds of a call for each chip and case: HBM's, the kernel's static cycles, the compiler's estimate of XLA."""
+    what = [(chip_name, name) for chip_name in ("v5e", "v5p", "v6e") for name in cases.BENCH]
+    # Of their own process, since libtpu also ends one that profiles some of XLA's own code.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        xla_cycles = list(pool.map(estimated_xla_cycles, *zip(*what, strict=True)))
+    _prepare_cpu(profiles=True)
+    for (chip_name, name), num_xla_cycles in zip(what, xla_cycles, strict=True):
+        chip, case = chips.CHIPS[chip_name], cases.BENCH[name]
+        row = {"chip": chip_name, "case": name, "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s}
+        if (chip_name, name) not in _NO_PROFILE:
+            q, k = case.shapes()[:2]
+            call, args = all_blocks(case, tpu.config(chip.device_kind, q.shape, k.shape, k.dtype))
+            num_cycles = cycles.cost(chip_name, call, *args).cycles * case.B / _NUM_CORES.get(chip_name, 1)
+            row["kernel_ms"] = 1e3 * num_cycles / chip.clock_hz
+            row["hbm_share"] = min(1.0, row["hbm_ms"] / row["kernel_ms"])
+        row["xla_ms"] = 1e3 * num_xla_cycles / chip.clock_hz
+        yield row
+
+
+def estimated_xla_cycles(chip_name: str, name: str) -> int:
+    """The compiler's own estimate of the einsum version; unlike a static profile it counts memory traffic."""
+    _prepare_cpu(profiles=False)
+    case = cases.BENCH[name]
+    text = cycles.compile_for(chip_name, functools.partial(_xla, case), *case.shapes()).as_text()
+    return sum(int(number) for number in re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY") :]))
+
+
+def _prepare_cpu(*, profiles: bool) -> None:
+    cycles.prepare(profiles=profiles)
+    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
+
+
+def gpu_rows() -> Iterator[dict[str, Any]]:
+    """Milliseconds of a call of each implementation, and the share of HBM bandwidth that ours reaches."""
+    device = jax.devices()[0]
+    chip = chips.CHIPS[chips.of_device(device.device_kind) or "h200"]
+    for name, case in cases.BENCH.items():
+        args = cases.inputs(case, 0, [case.S] * case.B, [0] * case.B)
+        row = {"chip": device.device_kind, "case": name, "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s}
+        row["kernel_ms"] = median_ms(functools.partial(_ours, device.device_kind), args)
+        row["hbm_share"] = row["hbm_ms"] / row["kernel_ms"]
+        row["xla_ms"] = median_ms(functools.partial(_xla, case), args)
+        for rival, call in _rivals().items():
+            try:
+                row[f"{rival}_ms"] = median_ms(call, args[:4])
+            except Exception as error:  # whatever a rival raises for sizes it does not support, the other rows are wanted
+                print(f"{rival} refuses {name}: {str(error).splitlines()[0][:100]}")
+        yield row
+
+
+def median_ms(call: Callable, args: list[Any], num_runs: int = 50) -> float:
+    """The median time of a call, in batches of ten to hide what the host takes to launch one."""
+    call = jax.jit(call)
+    jax.block_until_ready(call(*args))
+    times = []
+    for _ in range(num_runs):
+        begin = time.perf_counter()
+        for _ in range(10):
+            out = call(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - begin) / 10)
+    return 1e3 * statistics.median(times)
+
+
+def _ours(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK):
+    scales = {"k_scale_BSK": k_scale_BSK, "v_scale_BSK": v_scale_BSK}
+    return api.decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, device_kind=device_kind, **scales)
+
+
+def _xla(case, *args):
+    return reference.xla(*args, case.H**-0.5)
+
+
+def _rivals() -> dict[str, Callable]:
+    """Those that are installed.  They see all slots with each query: more than ours by up to T - 1 slots."""
+
+    def cudnn(q_BTNH, k_BSKH, v_BSKH, length_B):
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, key_value_seq_lengths=length_B, implementation="cudnn")
+
+    if not importlib.util.find_spec("tokamax"):
+        return {"cudnn": cudnn}
+    import tokamax
+
+    return {"cudnn": cudnn, "tokamax": lambda q_BTNH, k_BSKH, v_BSKH, length_B: tokamax.dot_product_attention(q_BTNH, k_BSKH, v_BSKH)}
+
+
+def main() -> None:
+    """Prints the table, and writes it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="file for the same rows")
+    path = parser.parse_args().json
+    rows = list(gpu_rows() if os.path.exists("/dev/nvidiactl") else tpu_rows())
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [columns, *([f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

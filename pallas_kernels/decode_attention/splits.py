@@ -1,0 +1,50 @@
+"""How the visible slots of a sequence are cut into ranges that are attended to apart, and how these are put together again.
+
+Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row g * T + t.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Stands for the maximum of no scores.  Finite, so that the difference of two of them is 0 and not NaN.
+NO_SCORE = -1e30
+# The kernels take powers of two, not of e: one multiplication less for each score.
+LOG2_E = 1.4426950408889634
+
+
+def rows_of_heads(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+    """The queries of each kv head: [B, K, R, H]."""
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H)
+
+
+def heads_of_rows(out_BKRH: jax.Array, num_tokens: int) -> jax.Array:
+    """The inverse of `rows_of_heads`: [B, T, N, H]."""
+    B, K, R, H = out_BKRH.shape
+    out_BKGTH = out_BKRH.reshape(B, K, R // num_tokens, num_tokens, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, num_tokens, -1, H)
+
+
+def blocks_of_split(
+    split: jax.Array, start: jax.Array, length: jax.Array, block_slots: int, num_splits: int
+) -> tuple[jax.Array, jax.Array]:
+    """(first, end): the blocks of slots a split attends to, none if end <= first.  Splits share the blocks of [start, length) evenly."""
+    # Not //: its rounding of negative numbers takes more instructions, and a device that Mosaic knows when it lowers.
+    first, end = jax.lax.div(start, block_slots), jax.lax.div(length + block_slots - 1, block_slots)
+    blocks_each = jax.lax.div(jnp.maximum(end - first, 0) + num_splits - 1, num_splits)
+    return first + split * blocks_each, jnp.minimum(first + (split + 1) * blocks_each, end)
+
+
+def merge(acc_iBKRH: jax.Array, max_iBKR: jax.Array, sum_iBKR: jax.Array) -> jax.Array:
+    """softmax(scores) @ v over all splits, float32 [B, K, R, H]; zero for a row that saw no slot.
+
+    Args:
+      acc_iBKRH: sum over a split's slots of 2^(score - max) v, float32; scores in units of log 2.
+      max_iBKR: the largest score of the split, NO_SCORE if the row saw none of its slots.
+      sum_iBKR: sum over a split's slots of 2^(score - max).
+    """
+    weight_iBKR = jnp.exp2(max_iBKR - max_iBKR.max(0))
+    sum_BKR = (weight_iBKR * sum_iBKR).sum(0)
+    acc_BKRH = (weight_iBKR[..., None] * acc_iBKRH).sum(0)
+    return acc_BKRH / jnp.where(sum_BKR > 0, sum_BKR, 1)[..., None]

@@ -1,0 +1,191 @@
+"""Speed of the expert matmuls: python -m pallas_kernels.expert_matmul.bench [--json FILE] [--chips v5p].
+
+One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many runs, of ours and of its rivals.  Anywhere
+else: what share of a TPU's peak the static cycles of libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike, so cycles are
+counted at two widths and continued to the whole; control flow that depends on data is cut out of the count (all slots full, or half of
+them by a fixed number of trips).
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels.expert_matmul import cases, gpu, tpu
+
+_CASE = cases.A52B
+_C, _D, _F = _CASE.C, _CASE.D, _CASE.F
+_BF16 = jnp.bfloat16
+
+
+def _S(*shape: int, dtype: Any = _BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+
+_ROW_WEIGHT, _COUNT = _S(_C, dtype=jnp.float32), _S(_CASE.sources, dtype=jnp.int32)
+
+
+def _operations(ops: Any, N: int, options: dict[str, Any], half: dict[str, int] | None) -> dict[str, tuple[Callable, list, int, int]]:
+    """Name -> function, shapes with N of its columns, contraction length, all columns.  half: trips for the half-empty cases."""
+
+    def halved(name):
+        return {} if half is None else {"trips": half[name]}
+
+    operations = {
+        "gate_up": (
+            lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=False, **options)[0],
+            [_S(_C, _D), _S(_D, N), _S(_D, N)],
+            2 * _D,
+            _F,
+        ),
+        "gate_up, kept": (
+            lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=True, **options),
+            [_S(_C, _D), _S(_D, N), _S(_D, N)],
+            2 * _D,
+            _F,
+        ),
+        "down": (lambda h, w, r, c: ops.matmul(h, w, c, **options), [_S(_C, _F), _S(_F, N)], _F, _D),
+        "gated gradient": (
+            lambda dy, w, g, u, r, c: ops.gated_gradient(dy, w, g, u, r, c, **options),
+            [_S(_C, _D), _S(N, _D), *[_S(_C, N)] * 2],
+            _D,
+            _F,
+        ),
+        "input gradient": (
+            lambda dg, g, du, u, r, c: ops.input_gradient(dg, g, du, u, c, **options),
+            [_S(_C, _F), _S(N, _F)] * 2,
+            2 * _F,
+            _D,
+        ),
+        "weight gradient": (lambda x, d, r, c: ops.weight_gradient(x, d, c, _BF16, **options), [_S(_C, _D), _S(_C, N)], _D, _F),
+    }
+    if half is not None:
+        operations = {
+            "gate_up, half empty": (
+                lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=False, **options, **halved("gate_up"))[0],
+                *operations["gate_up"][1:],
+            ),
+            "down, half empty": (lambda h, w, r, c: ops.matmul(h, w, c, **options, **halved("down")), *operations["down"][1:]),
+        }
+    return {name: (fn, [*shapes, _ROW_WEIGHT, _COUNT], length, width) for name, (fn, shapes, length, width) in operations.items()}
+
+
+def _xla(name: str, N: int) -> tuple[Callable, list]:
+    """The product alone, as XLA computes it, with nothing around it: more than it would reach in the layer."""
+    contract = {
+        "gate_up": ([(_C, _D), (_D, 2 * N)], ((1,), (0,))),
+        "down": ([(_C, _F), (_F, N)], ((1,), (0,))),
+        "gated gradient": ([(_C, _D), (N, _D)], ((1,), (1,))),
+        "input gradient": ([(_C, 2 * _F), (N, 2 * _F)], ((1,), (1,))),
+        "weight gradient": ([(_C, _D), (_C, N)], ((0,), (0,))),
+    }[name]
+    shapes = [jax.ShapeDtypeStruct(shape, _BF16) for shape in contract[0]]
+    return lambda a, b: jax.lax.dot_general(a, b, (contract[1], ((), ()))), shapes
+
+
+def _ragged_dot(name: str, N: int) -> tuple[Callable, list]:
+    """jax.lax.ragged_dot with one group."""
+    S = jax.ShapeDtypeStruct
+    rows, weight = {"gate_up": ((_C, _D), (1, _D, 2 * N)), "down": ((_C, _F), (1, _F, N))}[name]
+    return lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), [S(rows, _BF16), S(weight, _BF16), S((1,), jnp.int32)]
+
+
+def _megablox(name: str, N: int) -> tuple[Callable, list]:
+    """jax's grouped matmul for TPUs, with the tiles that suit it here best of a few tried."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    fn, shapes = _ragged_dot(name, N)
+    del fn
+    return lambda x, w, sizes: gmm(
+        x, w, sizes, preferred_element_type=_BF16, tiling=(512, 1280 if name == "gate_up" else 1408, 1024)
+    ), shapes
+
+
+_RIVALS = {"xla": _xla, "ragged_dot": _ragged_dot, "megablox": _megablox}
+
+
+def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
+    """Runs in a process of its own."""
+    cycles.prepare(profiles=True)
+    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
+    if who in _RIVALS:
+        fn, shapes = _RIVALS[who](name, N)
+        return cycles.cost(chip_name, fn, *shapes).cycles
+    device_kind = chips.CHIPS[chip_name].device_kind
+    is_half = name.endswith("half empty")
+    cfg = tpu.config_of(device_kind)
+    trips = {op: cfg.block_rows[i] // cfg.group_rows // 2 for i, op in enumerate(("gate_up", "down"))} if is_half else None
+    fn, shapes, _, _ = _operations(tpu, N, {"device_kind": device_kind}, trips)[name]
+    if not is_half:
+        # All rows valid, and known to be: no loop whose length depends on data.
+        shapes, with_counts = shapes[:-1], fn
+        fn = lambda *args: with_counts(*args, None)  # noqa: E731
+    return cycles.cost(chip_name, fn, *shapes).cycles
+
+
+def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each chip and operation: share of peak, ours and the rivals'."""
+    for chip_name in chip_names:
+        chip = chips.CHIPS[chip_name]
+        full = {**_operations(tpu, 128, {}, None), **_operations(tpu, 128, {}, {"gate_up": 1, "down": 1})}
+        for name, (_, _, length, width) in full.items():
+            cfg = tpu.config_of(chip.device_kind)
+            block = (
+                cfg.gradient_out if name == "weight gradient" else cfg.block_cols[name in ("down", "down, half empty", "input gradient")]
+            )
+            ideal = 2 * _C * length * width / (chip.peak_flops / chip.clock_hz)
+            row = {"chip": chip_name, "operation": name, "ideal_ms": 1e3 * ideal / chip.clock_hz}
+            for who in ("ours", *_RIVALS):
+                if who != "ours" and (name not in ("gate_up", "down") and (who != "xla" or "," in name)):
+                    continue
+                counted = [benchmark.apart(_static_cycles, chip_name, who, name, num * block) for num in (2, 4)]
+                if None in counted:
+                    row[who] = None
+                    continue
+                num_blocks = math.ceil(width / block) if who == "ours" else width / block
+                total = counted[0] + (counted[1] - counted[0]) * (num_blocks - 2) / 2
+                row[who] = ideal / total
+                if who == "ours":
+                    row["ours_ms"] = 1e3 * total / chip.clock_hz
+            print(row, flush=True)
+            yield row
+
+
+def gpu_rows() -> Iterator[dict[str, Any]]:
+    """A row for each operation: TFLOP/s, ours and the rivals', in this run."""
+    kind = jax.devices()[0].device_kind
+    key = jax.random.key(0)
+    widths = {name: width for name, (_, _, _, width) in _operations(gpu, 1, {}, None).items()}
+    for name, columns in widths.items():
+        fn, shapes, length, _ = _operations(gpu, columns, {"device_kind": kind}, None)[name]
+        count_es = jnp.full(_COUNT.shape, _CASE.rows_per_source, jnp.int32)
+        args = [*(jax.random.normal(key, s.shape, s.dtype) for s in shapes[:-1]), count_es]
+        tera = 2 * _C * length * columns / 1e9
+        row = {"gpu": kind, "operation": name, "ours": tera / benchmark.median_ms(fn, args)}
+        rivals = {"xla": _xla, "ragged_dot": _ragged_dot} | ({"tokamax": _tokamax} if importlib.util.find_spec("tokamax") else {})
+        for who, make in rivals.items():
+            if "," in name or (who != "xla" and name not in ("gate_up", "down")):
+                continue
+            call, rival_shapes = make(name, columns)
+            rival_args = [
+                jnp.full(s.shape, _C, s.dtype) if s.dtype == jnp.int32 else jax.random.normal(key, s.shape, s.dtype) for s in rival_shapes
+            ]
+            ms = benchmark.rival_ms(who, call, rival_args)
+            row[who] = ms and tera / ms
+        yield row
+
+
+def _tokamax(name: str, N: int) -> tuple[Callable, list]:
+    import tokamax
+
+    _, shapes = _ragged_dot(name, N)
+    return functools.partial(tokamax.ragged_dot), shapes
+
+
+if __name__ == "__main__":
+    benchmark.main(__doc__.splitlines()[0], tpu_rows, gpu_rows)

@@ -1,0 +1,244 @@
+"""`python -m pallas_kernels.flash_attention.bench [--json FILE]`: flash_attention against rivals, on a GPU or in static cycles.
+
+Where jax has a GPU: times and TFLOP/s by the median of many runs.  Elsewhere, with libtpu installed: the TPU compiler's cycles, for dense
+attention (no mask, one group of query heads), since they mean nothing where data decides what runs.  Ours are those of the kernels' steps
+over a static grid, without the skipping, the masks and the transposes around them; a rival's are those of its whole program.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, cycles
+from pallas_kernels.flash_attention import cases, tpu
+from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.reference import Settings
+
+_STATIC_CHIPS = ("v5e", "v5p", "v6e")
+_GROUP, _LENGTH = 8, 4096  # query heads of one kv head; T = S
+_RUNS = 30
+
+
+def main() -> None:
+    """Prints the table, and writes its rows as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="file for the rows")
+    path = parser.parse_args().json
+    rows = measure_gpu() if any(device.platform == "gpu" for device in jax.devices()) else measure_static()
+    print(table(rows))
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows, aligned, with the keys of the first as the header."""
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def measure_static() -> list[dict]:
+    """One row for each chip, head dim, pass and implementation; each in a process of its own, which libtpu may end."""
+    rows = []
+    for chip in _STATIC_CHIPS:
+        for H in (80, 128):
+            for backward in (False, True):
+                ideal = cases.Case("", 1, _LENGTH, _LENGTH, _GROUP, 1, H, causal=False).flops(backward) / chips.CHIPS[chip].peak_flops
+                for name in ("ours", "splash", "xla"):
+                    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                        try:
+                            num_cycles, note = pool.submit(static_cycles, chip, H, backward, name).result(), ""
+                        except Exception as error:
+                            num_cycles, note = None, f"{type(error).__name__}: {error}"[:60]
+                    share = f"{ideal * chips.CHIPS[chip].clock_hz / num_cycles:.1%}" if num_cycles else "-"
+                    row = {"chip": chip, "head_dim": H, "pass": "backward" if backward else "forward", "implementation": name}
+                    rows.append(row | {"kcycles": round((num_cycles or 0) / 1e3), "of_peak": share, "note": note})
+                    print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
+    """Cycles of dense attention of [_LENGTH, _GROUP, H]; of the backward pass alone, if so."""
+    cycles.prepare(profiles=True)
+    if name == "ours":
+        return _cycles(chip, *(_our_backward if backward else _our_forward)(chip, H))
+    q, kv = (jax.ShapeDtypeStruct((heads, _LENGTH, H), jnp.bfloat16) for heads in (_GROUP, 1))
+    attend = _splash if name == "splash" else _plain
+    if not backward:
+        return _cycles(chip, attend, q, kv, kv)
+    both = _cycles(chip, lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, kv, kv, q)
+    # What XLA keeps for the backward pass it must compute in the forward pass; splash's forward kernel runs as it is.
+    return both - _cycles(chip, attend, q, kv, kv)
+
+
+def _cycles(chip, fn, *shapes) -> int:
+    return sum(cycles.cost(chip, fn, *shapes).by_op.values())
+
+
+def _problem(chip: str, H: int) -> tpu.Problem:
+    settings = Settings(False, None, H**-0.5, None, 0.0)
+    return tpu.Problem(settings, tpu.CONFIGS[chip], chips.CHIPS[chip].vmem_bytes, _LENGTH, _LENGTH, False)
+
+
+def _our_forward(chip, H):
+    problem = _problem(chip, H)
+    bq, bk, G, f32 = problem.config.block_q, problem.config.block_k, _GROUP, jnp.float32
+
+    def kernel(q_ref, k_ref, v_ref, out_ref, *scratch):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            for ref in scratch:
+                ref[...] = jnp.zeros(ref.shape, f32)
+
+        tpu.forward_step(problem, q_ref, k_ref, v_ref, *scratch)
+
+        @pl.when(pl.program_id(1) == _LENGTH // bk - 1)
+        def _():
+            out_ref[...] = (scratch[0][...] / scratch[2][...]).astype(out_ref.dtype)
+
+    by_query = pl.BlockSpec((G, H, bq), lambda i, j: (0, 0, i))
+    fn = pl.pallas_call(
+        kernel,
+        grid=(_LENGTH // bq, _LENGTH // bk),
+        in_specs=[by_query, pl.BlockSpec((bk, H), lambda i, j: (j, 0)), pl.BlockSpec((H, bk), lambda i, j: (0, j))],
+        out_specs=by_query,
+        out_shape=jax.ShapeDtypeStruct((G, H, _LENGTH), jnp.bfloat16),
+        scratch_shapes=[pltpu.VMEM((G, H, bq), f32), pltpu.VMEM((G, 1, bq), f32), pltpu.VMEM((G, 1, bq), f32)],
+        compiler_params=_params(chip),
+    )
+    return fn, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH)))
+
+
+def _our_backward(chip, H):
+    problem = _problem(chip, H)
+    bq, bk, G = problem.config.block_q_backward, problem.config.block_k_backward, _GROUP
+
+    def kernel(*refs):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            for ref in refs[-2:]:
+                ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+        tpu.backward_step(problem, (0, G), *refs)
+
+    def by_query(*dims):
+        return pl.BlockSpec((*dims, bq), lambda i, j: (*(0,) * len(dims), j))
+
+    rows, columns = pl.BlockSpec((bk, H), lambda i, j: (i, 0)), pl.BlockSpec((H, bk), lambda i, j: (0, i))
+    gradient = jax.ShapeDtypeStruct((H, _LENGTH), jnp.float32)
+    fn = pl.pallas_call(
+        kernel,
+        grid=(_LENGTH // bk, _LENGTH // bq),
+        in_specs=[*(by_query(G, H), by_query(G, H), by_query(G, 1), by_query(G, 1)), *(rows, columns, rows)],
+        out_specs=[by_query(G, H), columns, columns],
+        out_shape=[jax.ShapeDtypeStruct((G, H, _LENGTH), jnp.float32), gradient, gradient],
+        compiler_params=_params(chip),
+    )
+    bf16 = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH))]
+    row = jax.ShapeDtypeStruct((G, 1, _LENGTH), jnp.float32)
+    return fn, bf16[0], bf16[0], row, row, bf16[1], bf16[2], bf16[1]
+
+
+def _params(chip):
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chips.CHIPS[chip].vmem_bytes // 2)
+
+
+def _splash(q_GTH, k_1SH, v_1SH):
+    """jax's splash attention: blocks of 512 x 1024, positions minor, one kernel backward.
+
+    Its steps are made unconditional, since the compiler counts what a condition guards as if it did not run (268% of peak).
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    def when(condition):
+        return lambda body: body() if body.__name__ == "run" else pl.when(condition)(body)
+
+    splash_attention_kernel.pl = types.SimpleNamespace(**vars(pl) | {"when": when})
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash_attention.QKVLayout.SEQ_MINOR)
+    sizes = dict.fromkeys(("block_q", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute"), 512)
+    blocks = splash_attention.BlockSizes(**sizes, block_kv=1024, block_kv_dkv=1024, use_fused_bwd_kernel=True, **layouts)
+    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((_LENGTH, _LENGTH))] * _GROUP)
+    return splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks)(q_GTH, k_1SH[0], v_1SH[0])
+
+
+def _plain(q_GTH, k_1SH, v_1SH):
+    """XLA's own, which holds all scores."""
+    q_TGH, k_SKH, v_SKH = (x.swapaxes(0, 1) for x in (q_GTH, k_1SH, v_1SH))
+    return jax.nn.dot_product_attention(q_TGH, k_SKH, v_SKH, implementation="xla").swapaxes(0, 1)
+
+
+def measure_gpu() -> list[dict]:
+    """One row for each case, pass and implementation, all in this process."""
+    device_kind, rows = jax.devices()[0].device_kind, []
+    for case in cases.TIMED:
+        arrays = [jnp.nan_to_num(x) for x in case.arrays(np.random.default_rng(0))]
+        for name, attend in _gpu_rivals(case, device_kind).items():
+            for backward in (False, True):
+                try:
+                    seconds, note = _seconds(attend, arrays, backward), ""
+                except Exception as error:
+                    seconds, note = None, f"{type(error).__name__}: {error}"[:60]
+                row = {"device": device_kind, "case": case.name, "pass": "backward" if backward else "forward", "implementation": name}
+                tflops = f"{case.flops(backward) / seconds / 1e12:.0f}" if seconds else "-"
+                rows.append(row | {"ms": round(seconds * 1e3, 3) if seconds else "-", "tflops": tflops, "note": note})
+                print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def _gpu_rivals(case, device_kind):
+    """Implementation -> function of (q, k, v, query_segment, key_segment).  The rivals do not know documents and attend across them."""
+    window = None if case.window is None else (case.window - 1, 0)
+
+    def ours(*arrays):
+        return flash_attention(*arrays, device_kind=device_kind, **case.settings)
+
+    def of_jax(q, k, v, *_, implementation):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window, implementation=implementation)
+
+    rivals = {"ours": ours} | {name: functools.partial(of_jax, implementation=name) for name in ("cudnn", "xla")}
+    if importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        rivals["tokamax"] = lambda q, k, v, *_: tokamax.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window)
+    return rivals
+
+
+def _seconds(attend, arrays, backward) -> float:
+    """Median over runs; of the backward pass: with the forward pass, less the forward pass."""
+    forward = jax.jit(attend)
+
+    @jax.jit
+    def gradients(*arrays):
+        out, pull = jax.vjp(lambda *q_k_v: attend(*q_k_v, *arrays[3:]), *arrays[:3])
+        return pull(out)
+
+    seconds = _median_seconds(forward, arrays)
+    return _median_seconds(gradients, arrays) - seconds if backward else seconds
+
+
+def _median_seconds(fn, arrays) -> float:
+    jax.block_until_ready(fn(*arrays))
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*arrays))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

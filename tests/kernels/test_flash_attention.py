@@ -1,0 +1,258 @@
+"""flash_attention: every implementation against the float32 reference; dropout, skipping, races, compilation for absent chips."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import chips, cycles, testing
+from pallas_kernels.flash_attention import cases, dropout, tpu
+from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.reference import Settings
+
+V5P = "TPU v5"
+BY_NAME = {case.name: case for case in (*cases.TESTED, *cases.TIMED, cases.LONG)}
+
+
+def with_gradients(case, arrays, dtype=None, **kwargs):
+    """out, log-sum-exp with -9 for -inf, and the gradients of both for cotangents that depend on their place."""
+
+    @jax.jit
+    def run(q_k_v, segments):
+        def loss(*q_k_v):
+            out, lse = flash_attention(*q_k_v, *segments, with_lse=True, **case.settings, **kwargs)
+            lse = jnp.where(jnp.isneginf(lse), -9.0, lse)
+            dout, dlse = (jnp.cos(jnp.arange(x.size, dtype=jnp.float32) * 0.7).reshape(x.shape) for x in (out, lse))
+            return (out.astype(jnp.float32) * dout).sum() + (lse * dlse).sum(), (out, lse)
+
+        gradients, out_lse = jax.grad(loss, (0, 1, 2), has_aux=True)(*q_k_v)
+        return *out_lse, *gradients
+
+    return jax.block_until_ready(run(tuple(x.astype(dtype or x.dtype) for x in arrays[:3]), arrays[3:]))
+
+
+@pytest.mark.parametrize("case", cases.TESTED, ids=lambda case: case.name)
+def test_xla(case):
+    arrays = case.arrays(np.random.default_rng())
+    expected = with_gradients(case, arrays, jnp.float32, implementation="reference", device_kind="cpu")
+    actual = with_gradients(case, arrays, device_kind="cpu")
+    testing.assert_close(actual, expected, case.dtype)
+
+
+def test_xla_cuts_long_sequences():
+    case = cases.Case("long", 2, 1300, 1500, 4, 2, 16, "float32", window=400, documents=3, padding=90)
+    arrays = case.arrays(np.random.default_rng())
+    expected = with_gradients(case, arrays, implementation="reference", device_kind="cpu")
+    testing.assert_close(with_gradients(case, arrays, implementation="xla", device_kind="cpu"), expected, "float32")
+
+
+# Small blocks, so that little shapes have many; slices smaller than blocks.
+SMALL = tpu.Config(128, 256, 256, 128, 128, 128, heads=2)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(tpu, "CONFIGS", dict.fromkeys(tpu.CONFIGS, SMALL))
+
+
+@pytest.mark.parametrize("case", cases.TESTED, ids=lambda case: case.name)
+def test_tpu(case, small_blocks):
+    arrays = case.arrays(np.random.default_rng())
+    expected = with_gradients(case, arrays, jnp.float32, implementation="reference", device_kind=V5P)
+    with testing.interpreted_tpu() as interpret:
+        actual = with_gradients(case, arrays, implementation="pallas_tpu", device_kind=V5P, interpret=interpret)
+    testing.assert_close(actual, expected, case.dtype)
+
+
+def test_hidden_blocks_are_not_computed(small_blocks):
+    # NaN in blocks of keys that are too late for every query of a block, too early for the window, or of another document.
+    case = cases.Case("blocks", 1, 512, 512, 2, 1, 16, "float32", window=200)
+    q, k, v, _, _ = case.arrays(np.random.default_rng())
+    segment = jnp.repeat(jnp.array([[1, 2]], jnp.int32), 256, axis=1)
+    poisoned = {"late": slice(256, 512), "other document": slice(256, 512)}
+    early = {"early": slice(0, 256)}
+    run = functools.partial(flash_attention, device_kind=V5P, implementation="pallas_tpu")
+    for name, keys in poisoned.items():
+        bad_k, bad_v = k.at[:, keys].set(jnp.nan), v.at[:, keys].set(jnp.nan)
+        with testing.interpreted_tpu() as interpret:
+            is_late = name == "late"
+            ids = jnp.ones_like(segment) if is_late else segment
+            out = run(q, bad_k, bad_v, ids, ids, causal=is_late, interpret=interpret)
+            assert bool(jnp.isfinite(out[:, :256]).all()), name
+    for keys in early.values():
+        bad_k, bad_v = k.at[:, keys].set(jnp.nan), v.at[:, keys].set(jnp.nan)
+        ids = jnp.ones_like(segment)
+        with testing.interpreted_tpu() as interpret:
+            out = run(q, bad_k, bad_v, ids, ids, window=1, interpret=interpret)
+        assert bool(jnp.isfinite(out[:, 256:]).all())
+
+
+def visits_of(settings, query_segment, key_segment, block_q=128, block_k=128):
+    problem = tpu.Problem(settings, SMALL, 0, query_segment.shape[1], key_segment.shape[1], False)
+    return tpu.visits(problem, query_segment, key_segment, block_q, block_k)
+
+
+def test_visits_of_causal_attention():
+    ones = jnp.ones((1, 1024), jnp.int32)
+    by_query, by_key, num_key_steps, num_query_steps = visits_of(Settings(True, None, 1.0, None, 0.0), ones, ones)
+    assert by_query.last.tolist() == list(range(8)) and by_query.first.tolist() == [0] * 8
+    # Only the diagonal is masked.
+    assert (by_query.full_last - by_query.full_first + 1).tolist() == list(range(8))
+    assert by_key.first.tolist() == list(range(8)) and by_key.last.tolist() == [7] * 8
+    assert (num_key_steps, num_query_steps) == (8, 8)
+
+
+def test_visits_of_a_window_need_few_steps():
+    ones = jnp.ones((1, 1024), jnp.int32)
+    by_query, _, num_key_steps, num_query_steps = visits_of(Settings(True, 128, 1.0, None, 0.0), ones, ones)
+    assert (num_key_steps, num_query_steps) == (2, 2)
+    assert by_query.first.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_visits_of_packed_documents_and_padding():
+    segment = jnp.repeat(jnp.array([[1, 1, 2, 2, 2, 3, 0, 0]], jnp.int32), 128, axis=1)
+    by_query, _, _, _ = visits_of(Settings(False, None, 1.0, None, 0.0), segment, segment)
+    assert by_query.first.tolist() == [0, 0, 2, 2, 2, 5, 0, 0]
+    assert by_query.last.tolist() == [1, 1, 4, 4, 4, 5, -1, -1]
+    assert by_query.full_first.tolist()[:6] == by_query.first.tolist()[:6] and by_query.full_last.tolist()[:6] == by_query.last.tolist()[:6]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_queries_without_keys(implementation):
+    # The query 0 is padding, the queries 1-3 come before the first key.
+    case = cases.Case("", 1, 8, 4, 1, 1, 8, "float32")
+    q, k, v, _, _ = case.arrays(np.random.default_rng())
+    arrays = (jnp.nan_to_num(q), k, v, jnp.array([[0, 1, 1, 1, 1, 1, 1, 1]], jnp.int32), jnp.ones((1, 4), jnp.int32))
+    with testing.interpreted_tpu() as interpret:
+        out, lse, dq, dk, dv = with_gradients(case, arrays, implementation=implementation, device_kind=V5P, interpret=interpret)
+    assert (out[0, :4] == 0).all() and (lse[0, 0, :4] == -9).all() and (dq[0, :4] == 0).all()
+    assert all(bool(jnp.isfinite(x).all()) and bool((x[0, -4:] != 0).any()) for x in (out, dk, dv, lse))
+
+
+def test_gradient_of_the_merge_of_two_halves():
+    # What ring attention does: two sets of keys, merged by their log-sum-exps.
+    case = cases.Case("", 1, 64, 128, 2, 1, 16, "float32", causal=False)
+    q, k, v, query_segment, key_segment = case.arrays(np.random.default_rng())
+
+    def whole(q, k, v):
+        return flash_attention(q, k, v, query_segment, key_segment, device_kind="cpu", causal=False, implementation="reference")
+
+    def merged(q, k, v, interpret):
+        run = functools.partial(
+            flash_attention, device_kind=V5P, causal=False, with_lse=True, implementation="pallas_tpu", interpret=interpret
+        )
+        parts = [run(q, k[:, keys], v[:, keys], query_segment, key_segment[:, keys]) for keys in (slice(0, 40), slice(40, 128))]
+        share = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
+        return sum(out * share[i].swapaxes(1, 2)[..., None] for i, (out, _) in enumerate(parts))
+
+    expected, pull = jax.vjp(whole, q, k, v)
+    with testing.interpreted_tpu() as interpret:
+        actual, pull_merged = jax.vjp(functools.partial(merged, interpret=interpret), q, k, v)
+        gradients = pull_merged(jnp.cos(expected))
+    testing.assert_close((actual, gradients), (expected, pull(jnp.cos(expected))), "float32")
+
+
+def test_dropout_drops_its_share_anew_for_every_seed_head_and_sequence():
+    kept = dropout.is_kept(
+        dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)[:, :, None, None], jnp.arange(256)[:, None], jnp.arange(256), 0.3
+    )
+    share = kept.mean((2, 3))
+    assert np.allclose(share, 0.7, atol=6 * (0.21 / 2**16) ** 0.5)
+    heads = np.array(kept.reshape(6, -1))
+    agree = (heads[:, None] == heads[None]).mean(-1)[~np.eye(6, dtype=bool)]
+    # Independent masks agree in 0.7^2 + 0.3^2 of the places.
+    assert np.allclose(agree, 0.58, atol=0.012)
+    for other in (jnp.array([1, 3], jnp.int32), jnp.array([2, 2], jnp.int32), jnp.array(7, jnp.int32)):
+        assert (dropout.head_seeds(other, 2, 3) != dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)).all()
+
+
+def test_dropout_has_no_stripes():
+    kept = np.array(dropout.is_kept(jnp.uint32(9), jnp.arange(512)[:, None], jnp.arange(512), 0.5), np.float64) - 0.5
+    # Shares of rows and columns, and of the agreement of neighbours in each direction, are those of fair coins.
+    for shift in ((0, 1), (1, 0), (1, 1), (0, 128), (64, 0)):
+        correlation = 4 * (kept * np.roll(kept, shift, (0, 1))).mean()
+        assert abs(correlation) < 6 / 512, shift
+    for dim in (0, 1):
+        assert np.abs(2 * kept.mean(dim)).max() < 5 / 512**0.5
+
+
+def test_seeds_of_a_shard():
+    # A caller that holds heads 2..3 passes their part of the global seeds, and drops what one holding all heads drops.
+    case = dataclasses.replace(BY_NAME["dropout"], dtype="float32")
+    q, k, v, *segments = case.arrays(np.random.default_rng())
+    seeds = dropout.head_seeds(case.settings["dropout_seed"], case.B, case.N)
+    whole = flash_attention(q, k, v, *segments, device_kind="cpu", **case.settings)
+    settings = case.settings | {"dropout_seed": seeds[:, 2:]}
+    part = flash_attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], *segments, device_kind="cpu", **settings)
+    testing.assert_close(part, whole[:, :, 2:], "float32")
+
+
+BAD = {
+    "multiple of the kv heads": lambda a: ((a[0][:, :, :3], *a[1:]), {}),
+    "head dim that is a multiple of 8, not 12; pad": lambda a: (
+        (*(x[..., :12] for x in a[:3]), *a[3:]),
+        {"implementation": "pallas_tpu", "device_kind": "TPU v5"},
+    ),
+    "cast them": lambda a: ((a[0].astype(jnp.float32), *a[1:]), {}),
+    "need int32": lambda a: ((*a[:3], a[3].astype(jnp.float32), a[4]), {}),
+    "twice the same": lambda a: ((a[0], a[1], a[2][:, :-1], *a[3:]), {}),
+    "window = 0 must": lambda a: (a, {"window": 0}),
+    "scale = -1.0 must": lambda a: (a, {"scale": -1.0}),
+    "soft_cap = 0.0 must": lambda a: (a, {"soft_cap": 0.0}),
+    "dropout_rate = 1.0 must": lambda a: (a, {"dropout_rate": 1.0}),
+    "needs a dropout_seed": lambda a: (a, {"dropout_rate": 0.1}),
+    "of shape": lambda a: (a, {"dropout_rate": 0.1, "dropout_seed": jnp.zeros(3, jnp.int32)}),
+    "needs a device of the family TPU": lambda a: (a, {"implementation": "pallas_tpu"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message):
+    arrays, kwargs = BAD[message](BY_NAME["dropout"].arrays(np.random.default_rng()))
+    with pytest.raises(ValueError, match=message):
+        flash_attention(*arrays, **{"device_kind": "cpu"} | kwargs)
+
+
+def test_scale_is_used():
+    arrays = BY_NAME["causal float32"].arrays(np.random.default_rng())
+    scaled = flash_attention(arrays[0] * 2, *arrays[1:], device_kind="cpu")
+    testing.assert_close(flash_attention(*arrays, device_kind="cpu", scale=2 * 128**-0.5), scaled, "float32")
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    pytest.importorskip("libtpu")
+    cycles.prepare(profiles=False)
+
+
+def compiled(chip, case, *, backward, **kwargs):
+    def attend(*arrays):
+        kind = chips.CHIPS[chip].device_kind
+        return flash_attention(*arrays, device_kind=kind, implementation="pallas_tpu", **case.settings, **kwargs)
+
+    def gradients(dout_BTNH, *arrays):
+        return jax.vjp(lambda *q_k_v: attend(*q_k_v, *arrays[3:]), *arrays[:3])[1](dout_BTNH)
+
+    shapes = case.shapes()
+    return cycles.compile_for(chip, gradients, shapes[0], *shapes) if backward else cycles.compile_for(chip, attend, *shapes)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles_at_full_size(chip, backward, libtpu):
+    text = compiled(chip, BY_NAME["hunyuan 4k"], backward=backward).as_text()
+    assert "flash_attention_forward" in text and ("flash_attention_backward" in text) == backward
+
+
+def test_compiles_with_everything(libtpu):
+    compiled("v5p", BY_NAME["everything bfloat16"], backward=True)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_is_linear_in_length(backward, libtpu):
+    memory = compiled("v5p", cases.LONG, backward=backward).memory_analysis()
+    # A few copies of q in float32; the scores of one head alone would be 256 GiB.
+    assert memory.temp_size_in_bytes < 5 * 4 * 2**18 * 10 * 80
