@@ -1,7 +1,7 @@
 """Compiles for TPUs that are not there, and reads what the TPU compiler says a program costs; nothing runs.
 
-The cycles are static: the compiler schedules every instruction, and adds up.  They do not know about memory stalls, nor about control flow that
-depends on data.  Needs libtpu (pip install 'jax[tpu]'), no TPU.
+The cycles are static: the compiler schedules every instruction, and adds up.  They do not know about memory stalls, nor about control
+flow that depends on data.  Needs libtpu (pip install 'jax[tpu]'), no TPU.
 """
 
 import glob

@@ -161,12 +161,13 @@ def test_the_costliest_branch_counts():
 def test_a_kernel_spans_lines_and_has_no_estimate():
     kernel = """  %splash.5 = (bf16[8,4]{1,0:T(8,128)}, f32[4]{0}) custom-call(%p.0), custom_call_target="tpu_custom_call", a={m={
 "xprof_metadata":"{\\"block_q\\": 512, \\"a\\" = 3}"
-}}, metadata={op_name="jit(step)/splash"}, backend_config={}
+}}, metadata={op_name="jit(step)/splash"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"70","transcendentals":"1"}}}
 """
     other = '  %a.1 = f32[4]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
     text = HEADER + FUSED + loop("k", 3, kernel.replace("%p.0", "%p.2") + kernel.replace("splash.5", "splash.6").replace("%p.0", "%p.2"))
     report = hlo.analyse(text + entry(other + while_op("k", "jit(step)/jvp()/while") + fusion("e", 4)), MESH)
-    assert report.kernels == (hlo.Kernel("splash", "forward loop", 6),)
+    assert report.kernels == (hlo.Kernel("splash", "forward loop", 6, 420),)
+    assert report.kernel_flops == 420
     assert report.cycles == 4
     op = hlo_text.parse(HEADER + entry(kernel))["main"][1]
     assert (op.opcode, op.op_name, op.operands) == ("custom-call", "jit(step)/splash", ("p.0",))
@@ -669,7 +670,7 @@ def test_reports_print(compiled, capsys):
     collective = hlo.Collective("all-gather", ("data",), 2**20, 2, 3, "entry", True)
     region, kernel, op = (
         hlo.Region("entry", "", 1, 10),
-        hlo.Kernel("splash", "entry", 4),
+        hlo.Kernel("splash", "entry", 4, 8 * 10**12),
         hlo.CostlyOp("f.1", "f32[]", "jit", "entry", 1, 10),
     )
     filled = hlo.HloReport((region,), (kernel,), (op,), (collective,), 34, 1)

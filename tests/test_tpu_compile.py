@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import pytest
 
@@ -24,3 +25,7 @@ def test_train_step_compiles_for_v5p(dispatch):
         # Tokens travel to their experts and back; the gradient of an expert weight returns as a reduce-scatter over `data`.
         assert "all-to-all" in text
         assert "reduce-scatter" in text
+        for kernel in ("gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient"):
+            assert re.search(rf"%expert_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
+    for kernel in ("forward", "backward"):
+        assert re.search(rf"%flash_attention_{kernel}[.\d]* = .*tpu_custom_call", text), kernel

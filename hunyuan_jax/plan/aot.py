@@ -53,8 +53,8 @@ class Report:
     """What `plan` prints.  Bytes are per device, seconds and FLOPs per step.
 
     model_flops: of `count` (attention included), over all devices.  ideal_seconds: 6 x active parameters x tokens at the peak.
-    estimated_seconds: the compiler's estimated cycles over the clock, kernels and collectives left out, so that the two figures
-    from it, share_of_ideal (ideal over estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
+    estimated_seconds: the compiler's estimated cycles over the clock, and the kernels' FLOPs at the chip's peak; collectives left out.
+    So the two figures from it, share_of_ideal (ideal over estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
     """
 
     topology: str
@@ -70,6 +70,7 @@ class Report:
     share_of_ideal: float
     mfu: float
     clock_hz: float
+    peak_flops: float
     hlo: hlo.HloReport
     compile_seconds: float
     host_bytes: int
@@ -128,7 +129,8 @@ def report(config: Config, topology_name: str) -> Report:
     counts = count(config.model, config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len
     peak_flops = generation.peak_flops * len(devices)
-    ideal, estimated = 6 * counts.active * tokens / peak_flops, read.cycles / generation.clock_hz
+    ideal = 6 * counts.active * tokens / peak_flops
+    estimated = read.cycles / generation.clock_hz + read.kernel_flops / generation.peak_flops
     return Report(
         topology=topology_name,
         num_devices=len(devices),
@@ -143,6 +145,7 @@ def report(config: Config, topology_name: str) -> Report:
         share_of_ideal=ideal / estimated,
         mfu=counts.flops_per_token * tokens / peak_flops / estimated,
         clock_hz=generation.clock_hz,
+        peak_flops=generation.peak_flops,
         hlo=read,
         compile_seconds=step.seconds,
         host_bytes=step.host_bytes,

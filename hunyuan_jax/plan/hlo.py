@@ -18,6 +18,7 @@ ENTRY = "entry"
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "ragged-all-to-all", "all-to-all", "collective-permute", "collective-broadcast")
 _COLLECTIVE = re.compile(rf"({'|'.join(_KINDS)})(-start)?")
 _KERNEL_TARGET = "tpu_custom_call"
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 # Between slices a collective is a pair of send and recv that the megascale runtime serves.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
@@ -39,11 +40,15 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel, for which the compiler gives no cycles; times: executions per step, all call sites together."""
+    """A Pallas kernel, for which the compiler gives no cycles.
+
+    times: executions per step, all call sites together; flops: of all of them, as the kernel states them, 0 if it does not.
+    """
 
     name: str
     region: str
     times: int
+    flops: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,11 @@ class HloReport:
         """Estimated cycles of one step; kernels, collectives and unknown ops left out."""
         return sum(region.cycles for region in self.regions)
 
+    @property
+    def kernel_flops(self) -> int:
+        """What the kernels of one step state."""
+        return sum(kernel.flops for kernel in self.kernels)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Visit:
@@ -125,7 +135,7 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
     """
     module = hlo_text.parse(text)
     visits = list(_walk(module, module.entry, Region(ENTRY, "", 1, 0), 1, {}))
-    cycles, kernels, found = collections.Counter(), collections.Counter(), collections.Counter()
+    cycles, kernels, kernel_flops, found = (collections.Counter() for _ in range(4))
     regions, costly = {}, []
     for visit in visits:
         op, region = visit.op, visit.region.name
@@ -133,7 +143,10 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
         if collective := _collective(module, visit, mesh):
             found[collective] += 1
         elif op.opcode == "custom-call" and f'custom_call_target="{_KERNEL_TARGET}"' in op.attributes:
-            kernels[re.sub(r"[.\d]+$", "", op.name), region] += visit.times
+            key = (_kernel_name(op.name), region)
+            kernels[key] += visit.times
+            stated = _KERNEL_FLOPS.search(op.attributes)
+            kernel_flops[key] += visit.times * int(stated[1]) if stated else 0
         elif op.cycles:
             cycles[region] += op.cycles * visit.times
             costly.append(CostlyOp(op.name, op.shape, op.op_name, region, visit.times, op.cycles * visit.times))
@@ -141,7 +154,7 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
     collectives = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
     return HloReport(
         regions=tuple(dataclasses.replace(region, name=names[key], cycles=cycles[key]) for key, region in regions.items()),
-        kernels=tuple(Kernel(name, names[key], times) for (name, key), times in kernels.items()),
+        kernels=tuple(Kernel(name, names[region], times, kernel_flops[name, region]) for (name, region), times in kernels.items()),
         top_ops=tuple(dataclasses.replace(op, region=names[op.region]) for op in sorted(costly, key=lambda op: -op.cycles)[:num_top]),
         collectives=tuple(
             dataclasses.replace(item, region=names[item.region]) for item in sorted(collectives, key=lambda item: -item.total_bytes)
@@ -149,6 +162,11 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
         num_unknown_cycles=sum(visit.op.cycles is None for visit in visits),
         num_unknown_trips=sum(visit.op.opcode == "while" and hlo_text.trip_count(module, visit.op) is None for visit in visits),
     )
+
+
+def _kernel_name(op_name: str) -> str:
+    """Without the number of the op, and the operand that the compiler adds when the result goes straight into another kernel."""
+    return re.sub(r"(\.\d+)+(\.\w+_)?$", "", op_name)
 
 
 def _numbered(regions: Iterable[str], cycles: Mapping[str, int]) -> dict[str, str]:

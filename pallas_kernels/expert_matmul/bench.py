@@ -1,9 +1,9 @@
 """Speed of the expert matmuls: python -m pallas_kernels.expert_matmul.bench [--json FILE] [--chips v5p].
 
-One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many runs, of ours and of its rivals.  Anywhere
-else: what share of a TPU's peak the static cycles of libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike, so cycles are
-counted at two widths and continued to the whole; control flow that depends on data is cut out of the count (all slots full, or half of
-them by a fixed number of trips).
+One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many runs, of ours and of its rivals.
+Anywhere else: what share of a TPU's peak the static cycles of libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike,
+so cycles are counted at two widths and continued to the whole; control flow that depends on data is cut out of the count (all slots full,
+or half of them by a fixed number of trips).
 """
 
 import functools

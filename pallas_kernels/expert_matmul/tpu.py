@@ -7,8 +7,8 @@ Rows are picked in granules of 32: those that hold a valid row are listed ahead 
 into the operand of one product.  So work is proportional to the rows in use, wherever they lie; the gather costs nothing, since the rows
 are loaded into registers anyway.  A block without rows is not even fetched.
 
-Letters: e experts, C rows of an expert's buffer, s source blocks, D model, F ffn, I inputs and O outputs of a product, G groups of scales, R
-rows of a group of granules, c columns of a block, b row blocks.
+Letters: e experts, C rows of an expert's buffer, s source blocks, D model, F ffn, I inputs and O outputs of a product, G groups of
+scales, R rows of a group of granules, c columns of a block, b row blocks.
 """
 
 import dataclasses
@@ -88,14 +88,14 @@ def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, 
         h = weight_R1 * gate * jax.nn.sigmoid(gate) * up
         return [h, gate, up] if save else [h]
 
-    options = {"num_out": 3 if save else 1, "device_kind": device_kind, "interpret": interpret, "trips": trips}
+    options = {"name": "expert_gate_up", "num_out": 3 if save else 1, "device_kind": device_kind, "interpret": interpret, "trips": trips}
     out, _ = _multiply(x_eCD, [w_gate, w_up], [], row_weight_eC, count_es, epilogue, **options)
     return tuple(out) if save else (out[0], None, None)
 
 
 def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
     """x @ w.  trips: see `_multiply`."""
-    options = {"device_kind": device_kind, "interpret": interpret, "trips": trips}
+    options = {"name": "expert_matmul", "device_kind": device_kind, "interpret": interpret, "trips": trips}
     (y_eCO,), _ = _multiply(x_eCI, [w], [], None, count_es, lambda products, tiles, weight_R1: products, **options)
     return y_eCO
 
@@ -120,6 +120,7 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
         num_out=3,
         has_row_sum=True,
         transposed=True,
+        name="expert_gated_gradient",
         device_kind=device_kind,
         interpret=interpret,
     )
@@ -127,8 +128,8 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
 
 
 def input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, *, device_kind, interpret=False):
-    """dgate @ w_gate^T + dup @ w_up^T: two products, since the operands of both do not fit the vector memory; between them it is float32."""
-    options = {"transposed": True, "device_kind": device_kind, "interpret": interpret}
+    """dgate @ w_gate^T + dup @ w_up^T, in two steps: the operands of both do not fit the vector memory.  In between it is float32."""
+    options = {"name": "expert_input_gradient", "transposed": True, "device_kind": device_kind, "interpret": interpret}
     (first,), _ = _multiply(
         dgate_eCF, [w_gate_eDF], [], None, count_es, lambda products, tiles, weight_R1: products, out_dtype=jnp.float32, **options
     )
@@ -199,6 +200,7 @@ def _multiply(
     transposed: bool = False,
     device_kind: str,
     interpret: Any,
+    name: str,
     trips: int | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """epilogue([x @ w for w in weights], tiles, row_weight) on every block: `num_out` arrays [e, C, O].
@@ -210,6 +212,7 @@ def _multiply(
       epilogue: (products, tiles, row_weight [R, 1]), all float32 -> the outputs' rows in float32; rows without data are zeroed later.
       out_dtype: of the outputs, x's by default.
       has_row_sum: the epilogue returns one more array; its sum over all columns is the second result, float32 [e, C].
+      name: by which profiles and compiled programs call it.
       trips: for counting static cycles only: as many groups of rows a block instead of those that hold data.
     """
     e, num_rows, K = x_eCI.shape
@@ -322,7 +325,7 @@ def _multiply(
             bytes_accessed=sum(w.nbytes for w in jax.tree.leaves(weights)) + e * C * (K + N * num_out) * dtype.itemsize,
             transcendentals=e * C * N if len(weights) > 1 or has_row_sum else 0,
         ),
-        name=f"expert_matmul{'_transposed' * transposed}_{len(weights)}_{num_out}",
+        name=name,
         interpret=interpret,
     )(*listed, x_eCI, info_eC2, *jax.tree.leaves(weights), *tiles_eCO)
     outs = [a[:, :num_rows] for a in out[:num_out]]
@@ -483,7 +486,7 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
             bytes_accessed=x_eCI.nbytes + dy_eCO.nbytes + e * num_in * num_out * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
-        name="expert_matmul_weight_gradient",
+        name="expert_weight_gradient",
         interpret=interpret,
     )(*listed, x_eCI, dy_eCO, info_eC1)
 

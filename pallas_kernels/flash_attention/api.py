@@ -60,7 +60,8 @@ def flash_attention(
       dropout_seed: int32 or uint32 of shape [] or [2]; or [B, N], one per sequence and head, for a caller that shards these and has
         `dropout.head_seeds` of the global ones.  The same seed drops the same weights in every implementation.
       with_lse: whether to return the log-sum-exp of the scaled, capped scores too; it is differentiable.
-      implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla", "reference") or a list of names in order of preference.
+      implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla", "reference") or a list of names in order of
+        preference.
       interpret: passed to pallas_call, to run a kernel on the CPU.
 
     Returns:

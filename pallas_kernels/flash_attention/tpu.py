@@ -293,6 +293,7 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
         grid_spec=grid_spec,
         out_shape=[jax.ShapeDtypeStruct(q_BZGHT.shape, q_BZGHT.dtype), jax.ShapeDtypeStruct((B, Z, G, 1, T), jnp.float32)],
         compiler_params=_compiler_params(problem, "parallel"),
+        cost_estimate=_cost(problem, q_BZGHT, k_BKSH, num_products=2),
         interpret=problem.interpret,
         name="flash_attention_forward",
     )(*table, _flat(seed_BN), q_BZGHT, k_BKSH, v_BKSH.swapaxes(2, 3), query_segment_BT[:, None], key_segment_BS[:, None])
@@ -302,6 +303,13 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
 def _flat(seed_BN):
     """Seeds as scalars that a TPU can prefetch."""
     return jax.lax.bitcast_convert_type(seed_BN, jnp.int32).reshape(-1)
+
+
+def _cost(problem: Problem, q_BZGHT, k_BKSH, num_products: int) -> pl.CostEstimate:
+    """What the scheduler around the kernel is told; what segments hide is not known to it."""
+    num_scores = q_BZGHT.size // q_BZGHT.shape[3] * k_BKSH.shape[2] // (2 if problem.settings.causal else 1)
+    num_bytes = num_products * (q_BZGHT.size + k_BKSH.size) * q_BZGHT.dtype.itemsize
+    return pl.CostEstimate(flops=2 * num_products * q_BZGHT.shape[3] * num_scores, bytes_accessed=num_bytes, transcendentals=num_scores)
 
 
 def _compiler_params(problem: Problem, third: str):
@@ -437,6 +445,7 @@ def _backward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS
         out_shape=[jax.ShapeDtypeStruct(q_BZGHT.shape, jnp.float32), gradient_shape, gradient_shape],
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=_compiler_params(problem, "arbitrary"),
+        cost_estimate=_cost(problem, q_BZGHT, k_BKSH, num_products=5),
         interpret=problem.interpret,
         name="flash_attention_backward",
     )(*inputs)
