@@ -98,7 +98,9 @@ def _swiglu_bwd(ops, residuals, dy_eCD):
     dx_eCD = ops.module.input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **ops.options)
     dw_gate_eDF = ops.module.weight_gradient(x_eCD, dgate_eCF, count_es, w_gate_eDF.dtype, **ops.options)
     dw_up_eDF = ops.module.weight_gradient(x_eCD, dup_eCF, count_es, w_up_eDF.dtype, **ops.options)
-    dw_down_eFD = ops.module.weight_gradient(h_eCF, dy_eCD, count_es, w_down_eFD.dtype, **ops.options)
+    # Computed as [D, F]: a kernel's result lies row by row in memory, and reducing and scattering it over a mesh by D (FSDP) is possible
+    # for whole rows only; the TPU compiler would sum all of it everywhere.
+    dw_down_eFD = ops.module.weight_gradient(dy_eCD, h_eCF, count_es, w_down_eFD.dtype, **ops.options).swapaxes(1, 2)
     # Integer arguments have the empty cotangent type.
     dcount = None if count_es is None else np.zeros(count_es.shape, jax.dtypes.float0)
     return dx_eCD, drow_weight_eC.astype(row_weight_eC.dtype), dcount, dw_gate_eDF, dw_up_eDF, dw_down_eFD

@@ -96,6 +96,9 @@ def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, 
 def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
     """x @ w.  trips: see `_multiply`."""
     options = {"name": "expert_matmul", "device_kind": device_kind, "interpret": interpret, "trips": trips}
+    if not isinstance(w, Quantized):
+        # Read as [O, I]: w_down was gathered over its O = D, so that is how it lies in memory without a copy; see api.py.
+        options["transposed"], w = True, w.swapaxes(1, 2)
     (y_eCO,), _ = _multiply(x_eCI, [w], [], None, count_es, lambda products, tiles, weight_R1: products, **options)
     return y_eCO
 
@@ -112,14 +115,13 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
 
     outs, drow_weight_eC = _multiply(
         dy_eCD,
-        [w_down_eFD],
+        [w_down_eFD.swapaxes(1, 2)],  # as it lies in memory, see `matmul`
         [gate_eCF, up_eCF],
         row_weight_eC,
         count_es,
         epilogue,
         num_out=3,
         has_row_sum=True,
-        transposed=True,
         name="expert_gated_gradient",
         device_kind=device_kind,
         interpret=interpret,

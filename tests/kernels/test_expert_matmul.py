@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import fast_jit
 
 from pallas_kernels import chips, cycles, testing
 from pallas_kernels.expert_matmul import Quantized, api, cases, reference, rows, swiglu, tpu, xla
@@ -41,8 +42,12 @@ def gradients_of(case, seed, **options):
     dy = np.random.default_rng(seed + 1).standard_normal(arrays["x_eCD"].shape)
     is_valid_eC = rows.is_valid(count_es, arrays["x_eCD"].shape[:2])
     dy_eCD = jnp.where(is_valid_eC[..., None], jnp.asarray(dy, case.dtype), jnp.nan)
-    y_eCD, pullback = jax.vjp(lambda arrays: swiglu(count_es=count_es, **arrays, **options), arrays)
-    return {"y_eCD": y_eCD, **pullback(dy_eCD)[0]}
+
+    def run(arrays, count_es, dy_eCD):
+        y_eCD, pullback = jax.vjp(lambda arrays: swiglu(count_es=count_es, **arrays, **options), arrays)
+        return {"y_eCD": y_eCD, **pullback(dy_eCD)[0]}
+
+    return fast_jit(run)(arrays, count_es, dy_eCD)
 
 
 @functools.cache
@@ -83,9 +88,10 @@ def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_
         options = {"device_kind": "TPU v5", "implementation": "pallas_tpu", "interpret": interpret}
         weights = {name: a for name, a in arrays.items() if name.startswith("w_")}
         x_eCD = jnp.where(rows.is_valid(count_es, (1, case.C))[..., None], jnp.nan_to_num(arrays["x_eCD"]), jnp.nan)
-        apart_eCD = swiglu(x_eCD, arrays["row_weight_eC"], count_es, **weights, **options)
+        run = fast_jit(functools.partial(swiglu, **options))
+        apart_eCD = run(x_eCD, arrays["row_weight_eC"], count_es, **weights)
         used = np.flatnonzero(rows.is_valid(count_es, (1, case.C))[0])
-        together_eCD = swiglu(x_eCD[:, used], arrays["row_weight_eC"][:, used], None, **weights, **options)
+        together_eCD = run(x_eCD[:, used], arrays["row_weight_eC"][:, used], None, **weights)
     np.testing.assert_array_equal(apart_eCD[:, used], together_eCD)
     unused = np.setdiff1d(np.arange(case.C), used)
     np.testing.assert_array_equal(apart_eCD[:, unused], 0.0)
