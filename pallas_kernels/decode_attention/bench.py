@@ -4,15 +4,10 @@ On a GPU: the median time of a call, all slots filled, against rivals, and the s
 TPUs; they need libtpu and no TPU.  The cycles of the kernel know nothing of memory: a call takes the larger of kernel_ms and hbm_ms.
 """
 
-import argparse
 import functools
 import importlib.util
-import json
 import multiprocessing
-import os
 import re
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -22,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips, cycles
+from pallas_kernels import benchmark, chips, cycles
 from pallas_kernels.decode_attention import api, cases, reference, tpu
 
 _NUM_CORES = {"v5p": 2}
@@ -65,9 +60,9 @@ def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.Sh
     return call, [jax.ShapeDtypeStruct((K, R, H), case.dtype), cache, cache, *scales]
 
 
-def tpu_rows() -> Iterator[dict[str, Any]]:
+def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     """Milliseconds of a call for each chip and case: HBM's, the kernel's static cycles, the compiler's estimate of XLA."""
-    what = [(chip_name, name) for chip_name in ("v5e", "v5p", "v6e") for name in cases.BENCH]
+    what = [(chip_name, name) for chip_name in chip_names for name in cases.BENCH]
     # Of their own process, since libtpu also ends one that profiles some of XLA's own code.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         xla_cycles = list(pool.map(estimated_xla_cycles, *zip(*what, strict=True)))
@@ -105,29 +100,12 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
     for name, case in cases.BENCH.items():
         args = cases.inputs(case, 0, [case.S] * case.B, [0] * case.B)
         row = {"chip": device.device_kind, "case": name, "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s}
-        row["kernel_ms"] = median_ms(functools.partial(_ours, device.device_kind), args)
+        row["kernel_ms"] = benchmark.median_ms(functools.partial(_ours, device.device_kind), args)
         row["hbm_share"] = row["hbm_ms"] / row["kernel_ms"]
-        row["xla_ms"] = median_ms(functools.partial(_xla, case), args)
+        row["xla_ms"] = benchmark.median_ms(functools.partial(_xla, case), args)
         for rival, call in _rivals().items():
-            try:
-                row[f"{rival}_ms"] = median_ms(call, args[:4])
-            except Exception as error:  # whatever a rival raises for sizes it does not support, the other rows are wanted
-                print(f"{rival} refuses {name}: {str(error).splitlines()[0][:100]}")
+            row[f"{rival}_ms"] = benchmark.rival_ms(f"{rival}, {name}", call, args[:4])
         yield row
-
-
-def median_ms(call: Callable, args: list[Any], num_runs: int = 50) -> float:
-    """The median time of a call, in batches of ten to hide what the host takes to launch one."""
-    call = jax.jit(call)
-    jax.block_until_ready(call(*args))
-    times = []
-    for _ in range(num_runs):
-        begin = time.perf_counter()
-        for _ in range(10):
-            out = call(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - begin) / 10)
-    return 1e3 * statistics.median(times)
 
 
 def _ours(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK):
@@ -152,21 +130,5 @@ def _rivals() -> dict[str, Callable]:
     return {"cudnn": cudnn, "tokamax": lambda q_BTNH, k_BSKH, v_BSKH, length_B: tokamax.dot_product_attention(q_BTNH, k_BSKH, v_BSKH)}
 
 
-def main() -> None:
-    """Prints the table, and writes it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file for the same rows")
-    path = parser.parse_args().json
-    rows = list(gpu_rows() if os.path.exists("/dev/nvidiactl") else tpu_rows())
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [columns, *([f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if path:
-        with open(path, "w") as file:
-            json.dump(rows, file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    benchmark.main(__doc__.splitlines()[0], tpu_rows, gpu_rows)

@@ -6,7 +6,7 @@ so cycles are counted at two widths and continued to the whole; control flow tha
 or half of them by a fixed number of trips).
 """
 
-import functools
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -30,49 +30,54 @@ def _S(*shape: int, dtype: Any = _BF16) -> jax.ShapeDtypeStruct:
 _ROW_WEIGHT, _COUNT = _S(_C, dtype=jnp.float32), _S(_CASE.sources, dtype=jnp.int32)
 
 
-def _operations(ops: Any, N: int, options: dict[str, Any], half: dict[str, int] | None) -> dict[str, tuple[Callable, list, int, int]]:
-    """Name -> function, shapes with N of its columns, contraction length, all columns.  half: trips for the half-empty cases."""
+def _operations(ops: Any, N: int, options: dict[str, Any]) -> dict[str, tuple[Callable, list, int, int]]:
+    """Name -> function of (arrays, row weights, counts), shapes with N of its columns, contraction length, all columns."""
 
-    def halved(name):
-        return {} if half is None else {"trips": half[name]}
+    def as_stored(w):
+        # On TPUs w_down lies in memory as [D, F] (api.py).
+        return w.swapaxes(1, 2) if ops is tpu else w
 
+    def gate_up(x, g, u, r, c):
+        return ops.gate_up(x, g, u, r, c, save=False, **options)[0]
+
+    def gate_up_kept(x, g, u, r, c):
+        return ops.gate_up(x, g, u, r, c, save=True, **options)
+
+    def down(h, w, r, c):
+        return ops.matmul(h, as_stored(w), c, **options)
+
+    def gated_gradient(dy, w, g, u, r, c):
+        return ops.gated_gradient(dy, as_stored(w), g, u, r, c, **options)
+
+    def input_gradient(dg, g, du, u, r, c):
+        return ops.input_gradient(dg, g, du, u, c, **options)
+
+    def weight_gradient(x, d, r, c):
+        return ops.weight_gradient(x, d, c, _BF16, **options)
+
+    w_in, x = [_S(_D, N)] * 2, _S(_C, _D)
+    w_down = _S(N, _F) if ops is tpu else _S(_F, N)
+    w_down_back = _S(_D, N) if ops is tpu else _S(N, _D)
     operations = {
-        "gate_up": (
-            lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=False, **options)[0],
-            [_S(_C, _D), _S(_D, N), _S(_D, N)],
-            2 * _D,
-            _F,
-        ),
-        "gate_up, kept": (
-            lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=True, **options),
-            [_S(_C, _D), _S(_D, N), _S(_D, N)],
-            2 * _D,
-            _F,
-        ),
-        "down": (lambda h, w, r, c: ops.matmul(h, w, c, **options), [_S(_C, _F), _S(_F, N)], _F, _D),
-        "gated gradient": (
-            lambda dy, w, g, u, r, c: ops.gated_gradient(dy, w, g, u, r, c, **options),
-            [_S(_C, _D), _S(N, _D), *[_S(_C, N)] * 2],
-            _D,
-            _F,
-        ),
-        "input gradient": (
-            lambda dg, g, du, u, r, c: ops.input_gradient(dg, g, du, u, c, **options),
-            [_S(_C, _F), _S(N, _F)] * 2,
-            2 * _F,
-            _D,
-        ),
-        "weight gradient": (lambda x, d, r, c: ops.weight_gradient(x, d, c, _BF16, **options), [_S(_C, _D), _S(_C, N)], _D, _F),
+        "gate_up": (gate_up, [x, *w_in], 2 * _D, _F),
+        "gate_up, kept": (gate_up_kept, [x, *w_in], 2 * _D, _F),
+        "down": (down, [_S(_C, _F), w_down], _F, _D),
+        "gated gradient": (gated_gradient, [x, w_down_back, *[_S(_C, N)] * 2], _D, _F),
+        "input gradient": (input_gradient, [_S(_C, _F), _S(N, _F)] * 2, 2 * _F, _D),
+        "weight gradient": (weight_gradient, [x, _S(_C, N)], _D, _F),
     }
-    if half is not None:
-        operations = {
-            "gate_up, half empty": (
-                lambda x, g, u, r, c: ops.gate_up(x, g, u, r, c, save=False, **options, **halved("gate_up"))[0],
-                *operations["gate_up"][1:],
-            ),
-            "down, half empty": (lambda h, w, r, c: ops.matmul(h, w, c, **options, **halved("down")), *operations["down"][1:]),
-        }
     return {name: (fn, [*shapes, _ROW_WEIGHT, _COUNT], length, width) for name, (fn, shapes, length, width) in operations.items()}
+
+
+def _with_trips(name: str, N: int, device_kind: str) -> tuple[Callable, list]:
+    """A product with half of the slots empty: half of the trips, as a fixed number, through the loop that gathers rows."""
+    cfg = tpu.config_of(device_kind)
+    trips = cfg.block_rows[name.startswith("down")] // cfg.group_rows // 2
+    options = {"device_kind": device_kind, "trips": trips}
+    if name.startswith("gate_up"):
+        fn = lambda x, g, u, r, c: tpu.gate_up(x, g, u, r, c, save=False, **options)[0]  # noqa: E731
+        return fn, [_S(_C, _D), *[_S(_D, N)] * 2, _ROW_WEIGHT, _COUNT]
+    return lambda h, w, c: tpu.matmul(h, w.swapaxes(1, 2), c, **options), [_S(_C, _F), _S(N, _F), _COUNT]
 
 
 def _xla(name: str, N: int) -> tuple[Callable, list]:
@@ -106,6 +111,7 @@ def _megablox(name: str, N: int) -> tuple[Callable, list]:
     ), shapes
 
 
+_HALF = ", half empty"
 _RIVALS = {"xla": _xla, "ragged_dot": _ragged_dot, "megablox": _megablox}
 
 
@@ -117,35 +123,33 @@ def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
         fn, shapes = _RIVALS[who](name, N)
         return cycles.cost(chip_name, fn, *shapes).cycles
     device_kind = chips.CHIPS[chip_name].device_kind
-    is_half = name.endswith("half empty")
-    cfg = tpu.config_of(device_kind)
-    trips = {op: cfg.block_rows[i] // cfg.group_rows // 2 for i, op in enumerate(("gate_up", "down"))} if is_half else None
-    fn, shapes, _, _ = _operations(tpu, N, {"device_kind": device_kind}, trips)[name]
-    if not is_half:
+    # While it profiles, libtpu counts the vector memory that a kernel may take twice.
+    tpu.CONFIGS[chip_name] = dataclasses.replace(tpu.CONFIGS[chip_name], vmem_bytes=min(tpu.CONFIGS[chip_name].vmem_bytes, 60 * 2**20))
+    if name.endswith(_HALF):
+        fn, shapes = _with_trips(name, N, device_kind)
+    else:
         # All rows valid, and known to be: no loop whose length depends on data.
-        shapes, with_counts = shapes[:-1], fn
-        fn = lambda *args: with_counts(*args, None)  # noqa: E731
-    return cycles.cost(chip_name, fn, *shapes).cycles
+        with_counts, shapes, _, _ = _operations(tpu, N, {"device_kind": device_kind})[name]
+        fn, shapes = (lambda *args: with_counts(*args, None)), shapes[:-1]
+    by_op = cycles.cost(chip_name, fn, *shapes).by_op
+    # Without what prepares the row weights, which is small, and takes place once.
+    return sum(num for op, num in by_op.items() if op.startswith("expert_"))
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each chip and operation: share of peak, ours and the rivals'."""
     for chip_name in chip_names:
         chip = chips.CHIPS[chip_name]
-        full = {**_operations(tpu, 128, {}, None), **_operations(tpu, 128, {}, {"gate_up": 1, "down": 1})}
-        for name, (_, _, length, width) in full.items():
-            cfg = tpu.config_of(chip.device_kind)
-            block = (
-                cfg.gradient_out if name == "weight gradient" else cfg.block_cols[name in ("down", "down, half empty", "input gradient")]
-            )
+        cfg = tpu.config_of(chip.device_kind)
+        full = {name: (length, width) for name, (_, _, length, width) in _operations(tpu, 128, {}).items()}
+        full |= {name + _HALF: full[name] for name in ("gate_up", "down")}
+        for name, (length, width) in full.items():
+            block = cfg.gradient_out if name == "weight gradient" else cfg.block_cols[name.startswith(("down", "input"))]
             ideal = 2 * _C * length * width / (chip.peak_flops / chip.clock_hz)
             row = {"chip": chip_name, "operation": name, "ideal_ms": 1e3 * ideal / chip.clock_hz}
-            for who in ("ours", *_RIVALS):
-                if who != "ours" and (name not in ("gate_up", "down") and (who != "xla" or "," in name)):
-                    continue
+            for who in ("ours", *_rivals_of(name)):
                 counted = [benchmark.apart(_static_cycles, chip_name, who, name, num * block) for num in (2, 4)]
                 if None in counted:
-                    row[who] = None
                     continue
                 num_blocks = math.ceil(width / block) if who == "ours" else width / block
                 total = counted[0] + (counted[1] - counted[0]) * (num_blocks - 2) / 2
@@ -156,22 +160,26 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _rivals_of(name: str) -> list[str]:
+    if "," in name:
+        return []
+    return list(_RIVALS) if name in ("gate_up", "down") else ["xla"]
+
+
 def gpu_rows() -> Iterator[dict[str, Any]]:
     """A row for each operation: TFLOP/s, ours and the rivals', in this run."""
     kind = jax.devices()[0].device_kind
     key = jax.random.key(0)
-    widths = {name: width for name, (_, _, _, width) in _operations(gpu, 1, {}, None).items()}
+    widths = {name: width for name, (_, _, _, width) in _operations(gpu, 1, {}).items()}
     for name, columns in widths.items():
-        fn, shapes, length, _ = _operations(gpu, columns, {"device_kind": kind}, None)[name]
+        fn, shapes, length, _ = _operations(gpu, columns, {"device_kind": kind})[name]
         count_es = jnp.full(_COUNT.shape, _CASE.rows_per_source, jnp.int32)
         args = [*(jax.random.normal(key, s.shape, s.dtype) for s in shapes[:-1]), count_es]
         tera = 2 * _C * length * columns / 1e9
         row = {"gpu": kind, "operation": name, "ours": tera / benchmark.median_ms(fn, args)}
         rivals = {"xla": _xla, "ragged_dot": _ragged_dot} | ({"tokamax": _tokamax} if importlib.util.find_spec("tokamax") else {})
-        for who, make in rivals.items():
-            if "," in name or (who != "xla" and name not in ("gate_up", "down")):
-                continue
-            call, rival_shapes = make(name, columns)
+        for who in [who for who in rivals if who in _rivals_of(name) or (who == "tokamax" and name in ("gate_up", "down"))]:
+            call, rival_shapes = rivals[who](name, columns)
             rival_args = [
                 jnp.full(s.shape, _C, s.dtype) if s.dtype == jnp.int32 else jax.random.normal(key, s.shape, s.dtype) for s in rival_shapes
             ]
@@ -184,7 +192,7 @@ def _tokamax(name: str, N: int) -> tuple[Callable, list]:
     import tokamax
 
     _, shapes = _ragged_dot(name, N)
-    return functools.partial(tokamax.ragged_dot), shapes
+    return tokamax.ragged_dot, shapes
 
 
 if __name__ == "__main__":

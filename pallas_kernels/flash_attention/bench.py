@@ -5,14 +5,9 @@ attention (no mask, one group of query heads), since they mean nothing where dat
 over a static grid, without the skipping, the masks and the transposes around them; a rival's are those of its whole program.
 """
 
-import argparse
-import concurrent.futures
 import functools
 import importlib.util
-import json
-import multiprocessing
-import statistics
-import time
+import itertools
 import types
 
 import jax
@@ -21,58 +16,33 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips, cycles
+from pallas_kernels import benchmark, chips, cycles
 from pallas_kernels.flash_attention import cases, tpu
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.reference import Settings
 
-_STATIC_CHIPS = ("v5e", "v5p", "v6e")
 _GROUP, _LENGTH = 8, 4096  # query heads of one kv head; T = S
-_RUNS = 30
 
 
-def main() -> None:
-    """Prints the table, and writes its rows as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="file for the rows")
-    path = parser.parse_args().json
-    rows = measure_gpu() if any(device.platform == "gpu" for device in jax.devices()) else measure_static()
-    print(table(rows))
-    if path:
-        with open(path, "w") as file:
-            json.dump(rows, file, indent=1)
-
-
-def table(rows: list[dict]) -> str:
-    """The rows, aligned, with the keys of the first as the header."""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def measure_static() -> list[dict]:
+def measure_static(chip_names: list[str]) -> list[dict]:
     """One row for each chip, head dim, pass and implementation; each in a process of its own, which libtpu may end."""
     rows = []
-    for chip in _STATIC_CHIPS:
-        for H in (80, 128):
-            for backward in (False, True):
-                ideal = cases.Case("", 1, _LENGTH, _LENGTH, _GROUP, 1, H, causal=False).flops(backward) / chips.CHIPS[chip].peak_flops
-                for name in ("ours", "splash", "xla"):
-                    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                        try:
-                            num_cycles, note = pool.submit(static_cycles, chip, H, backward, name).result(), ""
-                        except Exception as error:
-                            num_cycles, note = None, f"{type(error).__name__}: {error}"[:60]
-                    share = f"{ideal * chips.CHIPS[chip].clock_hz / num_cycles:.1%}" if num_cycles else "-"
-                    row = {"chip": chip, "head_dim": H, "pass": "backward" if backward else "forward", "implementation": name}
-                    rows.append(row | {"kcycles": round((num_cycles or 0) / 1e3), "of_peak": share, "note": note})
-                    print(*rows[-1].values(), flush=True)
+    for chip, H, backward in itertools.product(chip_names, (80, 128), (False, True)):
+        ideal = cases.Case("", 1, _LENGTH, _LENGTH, _GROUP, 1, H, causal=False).flops(backward) / chips.CHIPS[chip].peak_flops
+        for name in ("ours", "splash", "xla"):
+            num_cycles = benchmark.apart(static_cycles, chip, H, backward, name)
+            row = {"chip": chip, "head_dim": H, "pass": "backward" if backward else "forward", "implementation": name}
+            if num_cycles:
+                row |= {"kcycles": round(num_cycles / 1e3), "of_peak": ideal * chips.CHIPS[chip].clock_hz / num_cycles}
+            rows.append(row)
+            print(*row.values(), flush=True)
     return rows
 
 
 def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
     """Cycles of dense attention of [_LENGTH, _GROUP, H]; of the backward pass alone, if so."""
     cycles.prepare(profiles=True)
+    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
     if name == "ours":
         return _cycles(chip, *(_our_backward if backward else _our_forward)(chip, H))
     q, kv = (jax.ShapeDtypeStruct((heads, _LENGTH, H), jnp.bfloat16) for heads in (_GROUP, 1))
@@ -188,14 +158,14 @@ def measure_gpu() -> list[dict]:
         arrays = [jnp.nan_to_num(x) for x in case.arrays(np.random.default_rng(0))]
         for name, attend in _gpu_rivals(case, device_kind).items():
             for backward in (False, True):
-                try:
-                    seconds, note = _seconds(attend, arrays, backward), ""
-                except Exception as error:
-                    seconds, note = None, f"{type(error).__name__}: {error}"[:60]
                 row = {"device": device_kind, "case": case.name, "pass": "backward" if backward else "forward", "implementation": name}
-                tflops = f"{case.flops(backward) / seconds / 1e12:.0f}" if seconds else "-"
-                rows.append(row | {"ms": round(seconds * 1e3, 3) if seconds else "-", "tflops": tflops, "note": note})
-                print(*rows[-1].values(), flush=True)
+                try:
+                    seconds = _seconds(attend, arrays, backward)
+                    row |= {"ms": seconds * 1e3, "tflops": case.flops(backward) / seconds / 1e12}
+                except Exception as error:  # whatever a rival raises for what it does not support, the other rows are wanted
+                    row["note"] = f"{type(error).__name__}: {error}"[:60]
+                rows.append(row)
+                print(*row.values(), flush=True)
     return rows
 
 
@@ -226,19 +196,9 @@ def _seconds(attend, arrays, backward) -> float:
         out, pull = jax.vjp(lambda *q_k_v: attend(*q_k_v, *arrays[3:]), *arrays[:3])
         return pull(out)
 
-    seconds = _median_seconds(forward, arrays)
-    return _median_seconds(gradients, arrays) - seconds if backward else seconds
-
-
-def _median_seconds(fn, arrays) -> float:
-    jax.block_until_ready(fn(*arrays))
-    seconds = []
-    for _ in range(_RUNS):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*arrays))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    seconds = benchmark.median_ms(forward, arrays) / 1e3
+    return benchmark.median_ms(gradients, arrays) / 1e3 - seconds if backward else seconds
 
 
 if __name__ == "__main__":
-    main()
+    benchmark.main("flash_attention against rivals: static cycles for TPUs, or times on a GPU", measure_static, measure_gpu)

@@ -1,0 +1,67 @@
+"""What the kernels' benchmarks are made of; their figures are in docs/kernels.md."""
+
+import importlib.util
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels.expert_matmul import bench, gpu, reference, tpu
+
+
+def test_one_table_as_text_and_as_json(tmp_path, monkeypatch, capsys):
+    rows = [{"chip": "v5p", "share": 0.98123}, {"chip": "v6e", "rival": 12}]
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path), "--chips", "v5p,v6e"])
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    benchmark.main("", lambda names: [row for row in rows if row["chip"] in names], list)
+    assert capsys.readouterr().out.splitlines() == ["chip  share  rival", "v5p   0.981  -", "v6e   -      12"]
+    assert json.loads(path.read_text()) == rows
+
+
+def test_what_fails_apart_is_none_and_says_why(capsys):
+    assert benchmark.apart(divmod, 7, 2) == (3, 1)
+    assert benchmark.apart(divmod, 7, 0) is None
+    assert benchmark.apart(os._exit, 1) is None
+    first, second = capsys.readouterr().out.splitlines()
+    assert "zero" in first and second == "(1,): the process ended"
+
+
+def test_median_ms_is_a_time():
+    assert 0 < benchmark.median_ms(lambda x: x + 1, [jnp.ones(4)], num_runs=3) < 1e3
+    assert benchmark.rival_ms("absent", lambda x: x @ x, [jnp.ones((2, 3))]) is None
+
+
+@pytest.mark.parametrize("layout", [tpu, gpu])
+def test_the_problems_fit_the_operations(layout, monkeypatch):
+    # The reference stands in for the kernels; what is checked is that shapes and arguments are those of the operations.
+    for name in ("gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient"):
+        monkeypatch.setattr(layout, name, getattr(reference, name))
+    columns = {}
+    for name, (fn, shapes, _, width) in bench._operations(layout, 128, {}).items():
+        columns[name] = jax.tree.leaves(jax.eval_shape(fn, *shapes))[0].shape[-1]
+        assert width in (6400, 18304)
+    assert columns == dict.fromkeys(columns, 128) and len(columns) == 6
+
+
+def test_chips_are_found_by_the_name_jax_gives_them():
+    kinds = {"TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "tpu7x", "NVIDIA H200": "h200", "cpu": None}
+    assert {kind: chips.of_device(kind) for kind in kinds} == kinds
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+def test_static_cycles_of_a_product_are_near_the_peak():
+    num_cycles = benchmark.apart(_cycles_of_a_product)
+    ideal = 2 * 1024**2 * 2048 / (chips.CHIPS["v5p"].peak_flops / chips.CHIPS["v5p"].clock_hz)
+    assert 0.5 < ideal / num_cycles < 1.0
+
+
+def _cycles_of_a_product():
+    cycles.prepare(profiles=True)
+    jax.config.update("jax_platforms", "cpu")
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 2048), (2048, 1024)))
+    return cycles.cost("v5p", lambda a, b: a @ b, *shapes).cycles
