@@ -180,7 +180,11 @@ def _call(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v
 _KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 
-@pytest.mark.parametrize(("chip", "name"), [*((chip, name) for chip in _KINDS for name in ("T=1", "T=1 int8")), ("v5p", "T=16")])
+_SLOW = [pytest.param(chip, "T=1 int8", marks=pytest.mark.slow) for chip in ("v5e", "v5p", "tpu7x")]
+_SLOW += [pytest.param("v5p", "T=16", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("chip", "name"), [*((chip, "T=1") for chip in _KINDS), ("v6e", "T=1 int8"), *_SLOW])
 def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
     pytest.importorskip("libtpu")
     cycles.prepare(profiles=False)

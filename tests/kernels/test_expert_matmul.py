@@ -71,7 +71,7 @@ def test_tpu(name, small_blocks):
     testing.assert_close(actual, expected(case, 0), case.dtype)
 
 
-@pytest.mark.parametrize("name", ["half", "float32"])
+@pytest.mark.parametrize("name", [pytest.param("half", marks=pytest.mark.slow), "float32"])
 def test_tpu_with_the_blocks_of_real_chips(name):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:

@@ -58,7 +58,11 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "CONFIGS", dict.fromkeys(tpu.CONFIGS, SMALL))
 
 
-@pytest.mark.parametrize("case", cases.TESTED, ids=lambda case: case.name)
+_SLOW = ("everything bfloat16", "soft cap", "window, not causal")  # everything float32 and window have what they have
+_TPU_CASES = [pytest.param(case, marks=pytest.mark.slow) if case.name in _SLOW else case for case in cases.TESTED]
+
+
+@pytest.mark.parametrize("case", _TPU_CASES, ids=lambda case: case.name)
 def test_tpu(case, small_blocks):
     arrays = case.arrays(np.random.default_rng())
     expected = with_gradients(case, arrays, jnp.float32, implementation="reference", device_kind=V5P)
@@ -132,6 +136,7 @@ def test_queries_without_keys(implementation):
     assert all(bool(jnp.isfinite(x).all()) and bool((x[0, -4:] != 0).any()) for x in (out, dk, dv, lse))
 
 
+@pytest.mark.slow  # 20 s
 def test_gradient_of_the_merge_of_two_halves():
     # What ring attention does: two sets of keys, merged by their log-sum-exps.
     case = cases.Case("", 1, 64, 128, 2, 1, 16, "float32", causal=False)
@@ -241,14 +246,15 @@ def compiled(chip, case, *, backward, **kwargs):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("chip", [*(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")), "v5p"])
 def test_compiles_at_full_size(chip, backward, libtpu):
     text = compiled(chip, BY_NAME["hunyuan 4k"], backward=backward).as_text()
     assert "flash_attention_forward" in text and ("flash_attention_backward" in text) == backward
 
 
-def test_compiles_with_everything(libtpu):
-    compiled("v5p", BY_NAME["everything bfloat16"], backward=True)
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles_with_everything(chip, libtpu):
+    compiled(chip, BY_NAME["everything bfloat16"], backward=True)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
