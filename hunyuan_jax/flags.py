@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hunyuan_jax.config import Config, ConfigError, field_names, from_config_dict, unknown_key_message
+from pallas_kernels.select import Unsupported
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
@@ -58,10 +59,10 @@ def config_of(values: flags.FlagValues) -> Config:
 
 
 def exit_with_message(main: Callable[[], int]) -> NoReturn:
-    """Runs main and exits with its status; a ConfigError becomes its message and status 2, without a traceback."""
+    """Runs main and exits with its status; what the user must change becomes a message and status 2, without a traceback."""
     try:
         status = main()
-    except ConfigError as e:
+    except (ConfigError, Unsupported) as e:
         print(f"error: {e}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

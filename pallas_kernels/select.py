@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 _log = logging.getLogger(__name__)
 
 
+class Unsupported(ValueError):
+    """No implementation of those asked for can serve the problem; the message says why for each."""
+
+
 class Implementation(NamedTuple):
     """One way to compute an operation.
 
@@ -35,20 +39,20 @@ def choose(
       *what: passed on to `refuse`.
 
     Raises:
-      ValueError: a name that does not exist, or none of those named can serve this; says why for each.
+      Unsupported: a name that does not exist, or none of those named can serve this.
     """
     by_name = {candidate.name: candidate for candidate in candidates}
     names = list(by_name) if implementation is None else [implementation] if isinstance(implementation, str) else list(implementation)
     reasons = []
     for name in names:
         if name not in by_name:
-            raise ValueError(f"{operation} has no implementation {name!r}; it has {', '.join(by_name)}, or None for the best that can.")
+            raise Unsupported(f"{operation} has no implementation {name!r}; it has {', '.join(by_name)}, or None for the best that can.")
         reason = by_name[name].refuse(device_kind, *what)
         if reason is None:
             _log_once(operation, name, device_kind)
             return by_name[name]
         reasons.append(f"{name}: {reason}")
-    raise ValueError(f"{operation} on {device_kind!r}: " + "; ".join(reasons) + ". Use implementation=None for the best that can.")
+    raise Unsupported(f"{operation} on {device_kind!r}: " + "; ".join(reasons) + ". Use implementation=None for the best that can.")
 
 
 @functools.cache

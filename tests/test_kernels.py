@@ -8,6 +8,7 @@ import pytest
 from helpers import COMPILER_OPTIONS, mesh_of
 
 from hunyuan_jax.config import Config, MeshConfig, ModelConfig, MoeConfig, TrainConfig
+from hunyuan_jax.flags import exit_with_message
 from hunyuan_jax.model import attention, kernels, mlp, moe
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program, init_state
@@ -86,3 +87,10 @@ def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason():
         losses(mesh_of(1), kernels="pallas_tpu")
     with pytest.raises(ValueError, match=r"no implementation 'palas'; it has pallas_tpu"):
         losses(mesh_of(1), kernels="palas")
+
+
+def test_the_command_line_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as status:
+        exit_with_message(lambda: losses(mesh_of(1), kernels="pallas_tpu"))
+    assert status.value.code == 2
+    assert capsys.readouterr().err.startswith("error: flash_attention on 'cpu': pallas_tpu: needs a device")
