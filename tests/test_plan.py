@@ -541,7 +541,7 @@ def compiled(monkeypatch):
         empty = hlo.HloReport((), (), (), (), 0, 0)
         share = cfg.train.batch_size / 100
         mesh = memory.mesh_sizes(cfg, num_devices)
-        return aot.Report(name, num_devices, 1, mesh, 1, stats, items, 1, 1.0, 1.0, share, share, 1e9, empty, 1.0, 1)
+        return aot.Report(name, num_devices, 1, mesh, 1, stats, items, 1, 1.0, 1.0, share, share, 1e9, 1e14, empty, 1.0, 1)
 
     monkeypatch.setattr(aot, "report", report)
     monkeypatch.setattr(topology, "load_compiler", lambda: None)
