@@ -68,3 +68,11 @@ def whole_sublanes(head_dim: int) -> str | None:
 def only_on(family: str, device_kind: str) -> str | None:
     """Why a device is refused that is not of `family` ("TPU", "NVIDIA"), or None."""
     return None if device_kind.startswith(family) else f"needs a device of the family {family}"
+
+
+def only_on_hopper(device_kind: str) -> str | None:
+    """Why a device is refused that is no Hopper GPU, or None."""
+    if reason := only_on("NVIDIA", device_kind):
+        return reason
+    is_hopper = any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
+    return None if is_hopper else "needs a Hopper GPU (H100, H200, H800, GH200)"

@@ -59,10 +59,8 @@ HOPPER = Config()
 
 def refuse(device_kind: str, x_shape: Sequence[int], w_gate_shape: Sequence[int], dtype: Any, is_quantized: bool) -> str | None:
     """Why these kernels cannot serve x [e, C, D] with w_gate [e, D, F] on a device, or None."""
-    if reason := select.only_on("NVIDIA", device_kind):
+    if reason := select.only_on_hopper(device_kind):
         return reason
-    if not any(name in device_kind for name in ("H100", "H200", "H800", "GH200")):
-        return "needs a Hopper GPU (H100, H200, H800, GH200)"
     if is_quantized:
         return "has no quantised weights"
     if jnp.dtype(dtype) != jnp.bfloat16:

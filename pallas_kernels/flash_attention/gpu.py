@@ -35,10 +35,8 @@ _MASKED = -1e30
 def refuse(device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings) -> str | None:
     """Why this cannot serve the problem on the device, or None."""
     del k_BSKH
-    if reason := select.only_on("NVIDIA", device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
+    if reason := select.only_on_hopper(device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
         return reason
-    if not any(name in device_kind for name in ("H100", "H200", "H800", "GH200")):
-        return "needs a Hopper GPU (H100, H200, H800, GH200)"
     if q_BTNH.dtype != jnp.bfloat16:
         return f"needs bfloat16, not {q_BTNH.dtype}"
     if q_BTNH.shape[-1] > 128:
