@@ -119,10 +119,11 @@ def _weights(params: dict, taps: dict) -> dict:
     return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
 
 
-def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
-    """Jitted (params, batch) -> (sum of the cross entropy, number of targets); routes dropless, as inference does.
+def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Jitted (params, batch) -> (sum of the cross entropy, number of targets, bytes of text); routes dropless, as inference does.
 
-    The batch goes through the model in train.grad_accum_steps equal parts, as in training.
+    The batch has one more array, target_bytes (see evaluate.py).  It goes through the model in train.grad_accum_steps equal parts, as in
+    training.
     """
     moe = dataclasses.replace(program.config.model.moe, dispatch="dropless")
     graph_def = abstract_model(dataclasses.replace(program.config.model, moe=moe), program.mesh)[0]
@@ -135,7 +136,7 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array,
             return total + (model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]).sum(), None
 
         total, _ = jax.lax.scan(add_part, jnp.zeros((), jnp.float32), _split(program, batch))
-        return total, batch["loss_weights"].sum()
+        return total, batch["loss_weights"].sum(), batch["target_bytes"].sum()
 
     return jax.jit(step, in_shardings=(program.shardings.params, batch_sharding(program)))
 
