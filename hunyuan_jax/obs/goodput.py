@@ -29,7 +29,7 @@ CAUSES = {
     PRODUCTIVE: "training steps that the run still has",
     "startup": "from the start of a process to its first step: mesh, text, initial state",
     "restore": "reading a checkpoint",
-    "compile": "tracing and compiling the first step and the first evaluation",
+    "compile": "tracing and compiling the first step of a process",
     "data": "waiting for a batch while the devices had nothing to do",
     "evaluation": "validation",
     "checkpoint": "saving, as far as the loop waits for it",

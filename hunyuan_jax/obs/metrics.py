@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from hunyuan_jax.config import Config, ConfigError, to_dict
 
@@ -132,11 +133,12 @@ class ProgressLine:
         self._is_live = console.is_terminal and is_shown
         self._num_steps = num_steps
         self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the texts leave of the terminal's width
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
+            expand=True,
             disable=not self._is_live,
         )
         self._task = self._progress.add_task("compiling", total=num_steps, completed=first_step)

@@ -1,8 +1,8 @@
 """`python -m hunyuan_jax report`: one self-contained HTML page about a run, from the files in its workdir.
 
-Drawn by plotly (extra `report`) rather than as still pictures: a spike in a run of weeks must be zoomed into, and a cell of the heatmap must
-say its number.  Its script is in the page; a content security policy admits that script and ours by their hashes and nothing from elsewhere,
-so the page loads nothing, and text of the run that looked like a script would not run.
+Drawn by plotly (extra `report`) rather than as still pictures: a spike in a run of weeks must be zoomed into, and a cell of the heatmap
+must say its number.  Its script is in the page; a content security policy admits that script and ours by their hashes and nothing from
+elsewhere, so the page loads nothing, and text of the run that looked like a script would not run.
 """
 
 import base64
@@ -36,7 +36,7 @@ _CAUSE_COLOURS = {
     "repeated": "#f43f5e",
     "down": "#7f1d1d",
 }
-_SCALE = [[0.0, "#9a3412"], [0.25, "#fdba74"], [0.5, "#f8fafc"], [0.75, "#93c5fd"], [1.0, "#1e3a8a"]]
+_SCALE = [[0.0, "#b45309"], [0.25, "#fcd9a8"], [0.5, "#f8fafc"], [0.75, "#93c5fd"], [1.0, "#1e40af"]]
 
 
 def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -68,7 +68,7 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     figures = _figures(rows, ledger)
     cards = "".join(
-        f'<section class="card {width}"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div class="plot" id="{key}"></div></section>'
+        f'<section class="card {width}"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div id="{key}"></div></section>'
         for key, (title, note, width, _) in figures.items()
     )
     data = json.dumps({key: json.loads(figure.to_json()) for key, (*_, figure) in figures.items()})
@@ -78,18 +78,20 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(name)}</title><style>{_STYLE}</style></head>
-<body><header><h1>{html.escape(name)}</h1><span>{html.escape(_subtitle(environment))}</span><span class="right">{html.escape(now)}</span></header>
+<body><header><h1>{html.escape(name)}</h1><span>{html.escape(_subtitle(environment))}</span>
+<span class="right">{html.escape(now)}</span></header>
 <div class="tiles">{_tiles(rows, ledger, config)}</div>
 <main>{cards}
 <section class="card half"><h2>Environment</h2>{_table(environment)}</section>
 <section class="card half"><h2>Configuration</h2>{_table(dict(_flat(config)))}</section></main>
-<script type="application/json" id="data">{_for_script(data)}</script><script>{scripts[0]}</script><script>{scripts[1]}</script></body></html>
+<script type="application/json" id="data">{_for_script(data)}</script>
+<script>{scripts[0]}</script><script>{scripts[1]}</script></body></html>
 """
 
 
 _BOOT = """
 const figures = JSON.parse(document.getElementById("data").textContent);
-const config = {displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d"]};
+const config = {displayModeBar: false, responsive: true, plotlyServerURL: ""};
 Promise.all(Object.entries(figures).map(([id, f]) => Plotly.newPlot(id, f.data, f.layout, config)))
   .then(() => document.body.setAttribute("data-drawn", Object.keys(figures).length));
 """
@@ -105,10 +107,12 @@ h2 {{ margin: 0; font-size: 15px }} .card > p {{ margin: 1px 0 4px; color: {_GRE
 .tile, .card {{ background: #fff; border: 1px solid #e1e5ea; border-radius: 10px; min-width: 0 }}
 .tile {{ padding: 11px 14px }} .tile b {{ display: block; font-size: 22px; font-weight: 650; white-space: nowrap }}
 .tile span, .tile small {{ color: {_GREY}; font-size: 12px; white-space: nowrap }}
-main {{ display: grid; grid-template-columns: 1fr 1fr; gap: 12px }} .card {{ padding: 13px 16px }} .wide {{ grid-column: span 2 }}
-@media (max-width: 860px) {{ main {{ grid-template-columns: 1fr }} .wide {{ grid-column: span 1 }} }}
+main {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px }}
+.half {{ grid-column: span 2 }} .card {{ padding: 13px 16px }} .wide {{ grid-column: span 4 }}
+@media (max-width: 860px) {{ main {{ grid-template-columns: 1fr }} .half, .wide {{ grid-column: span 1 }} }}
 table {{ border-collapse: collapse; width: 100%; margin-top: 6px; font-size: 12.5px }}
-td {{ padding: 3px 0; border-top: 1px solid #f0f2f4; vertical-align: top; overflow-wrap: anywhere }} td:first-child {{ color: {_GREY}; width: 46% }}
+td {{ padding: 3px 0; border-top: 1px solid #f0f2f4; vertical-align: top; overflow-wrap: anywhere }}
+td:first-child {{ color: {_GREY}; width: 46% }}
 """
 
 
@@ -152,7 +156,9 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             figure.add_scatter(x=steps, y=values, name=label, mode=mode, line=line, marker={"size": 7}, hovertemplate=f"%{{y:{form}}}")
         axis = kind if kind != "auto" else "log" if shown and min(shown) > 0 and max(shown) > 4 * min(shown) else "linear"
         _lay_out(figure, height, showlegend=len(curves) > 1, hovermode="x unified")
-        figure.update_yaxes(type=axis, **({"dtick": "D1", "tickformat": "~g"} if axis == "log" else {}))
+        figure.update_yaxes(
+            type=axis, **({"dtick": "D1" if max(shown) < 8 * min(shown) else "D2", "tickformat": "~g"} if axis == "log" else {})
+        )
         if axis == "log" and max(shown) > 100 * min(shown):
             figure.update_yaxes(dtick=1)
         if kind == "linear":
@@ -189,13 +195,10 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             lines(230, ".2%", *curves, kind="linear"),
         )
         found["moved"][3].update_yaxes(tickformat=".0%")
-        curves = (("moe/entropy", "router entropy, nats", _BLUE, "lines"), ("moe/dead_experts", "dead experts", _RED, "lines"))
-        found["router"] = (
-            "Router",
-            "entropy, and experts that get under 1 % of an even share",
-            "half",
-            lines(230, ".3~f", *curves, kind="linear"),
-        )
+        entropy, dead = ("moe/entropy", "", _BLUE, "lines"), ("moe/dead_experts", "", _RED, "lines")
+        found["entropy"] = ("Router entropy", "nats, mean over tokens and layers", "quarter", lines(230, ".3f", entropy, kind="linear"))
+        note = "of all layers: named by under 1 % of an even share"
+        found["dead"] = ("Dead experts", note, "quarter", lines(230, ".0f", dead, kind="linear"))
     return found
 
 
