@@ -154,7 +154,23 @@ def _plan_options(values: absl_flags.FlagValues) -> None:
     define(absl_flags.DEFINE_enum, "generation", None, "--fit: this generation only.", list(GENERATIONS))
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate, "plan": plan}
+def report(argv: list[str]) -> int:
+    """One HTML page about the run in --workdir: curves, goodput, expert load, config; also while it runs."""
+
+    def options(values):
+        absl_flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        absl_flags.DEFINE_string("output", None, "File to write; default: WORKDIR/report.html.", flag_values=values)
+
+    values = flags.parse(argv, _define(options))
+    if not values.workdir:
+        raise ConfigError("--workdir is missing; pass the folder of a run, such as --workdir=runs/tiny.")
+    from hunyuan_jax.obs import report as report_lib
+
+    print(report_lib.write(values.workdir, values.output))
+    return 0
+
+
+COMMANDS = {"count": count, "bench": bench, "generate": generate, "plan": plan, "report": report}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

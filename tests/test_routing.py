@@ -471,7 +471,10 @@ def test_figures_against_the_official_formulas(case, dispatch):
     E = cfg.num_experts
     for logits_TE, (valid_T, choice, assignment, figures) in zip(random_groups(**case)[0], result.groups(), strict=True):
         served = assignment.expert_Tk[assignment.is_kept_Tk & valid_T[:, None]]
-        np.testing.assert_allclose(figures["load_E"], np.bincount(served, minlength=E) / max(served.size, 1), atol=1e-6)
+        np.testing.assert_array_equal(figures["served_E"], np.bincount(served, minlength=E))
+        np.testing.assert_array_equal(figures["wished_E"], np.bincount(choice.expert_Tk[valid_T].ravel(), minlength=E))
+        assert figures["recycled"] == np.count_nonzero(assignment.is_recycled_Tk[valid_T])
+        assert figures["tokens"] == np.count_nonzero(valid_T)
         if not valid_T.any():
             assert not any(value.any() for value in figures.values())
             continue
@@ -483,7 +486,7 @@ def test_figures_against_the_official_formulas(case, dispatch):
         aux_of_top_k = E**2 * np.mean(chosen_TE.mean(0) * probs_TE.mean(0))  # specification 5.3
         assert figures["aux"] == pytest.approx(aux_of_top_1 if cfg.top_k == 1 else aux_of_top_k, rel=1e-5)
         assert figures["z"] == pytest.approx(np.mean(log_z_T**2), rel=1e-5, abs=1e-6)
-        assert figures["entropy"] == pytest.approx(scipy.stats.entropy(probs_TE, axis=-1).mean(), rel=1e-4, abs=1e-5)
+        assert figures["entropy"] == pytest.approx(scipy.stats.entropy(probs_TE, axis=-1).sum(), rel=1e-4, abs=1e-5)
 
 
 @random_cases(EXACT, TOP_2, dispatches=("recycle", "drop"))

@@ -41,7 +41,7 @@ class Moe(nnx.Module):
             self.shared = mlp.Mlp(cfg, mesh, shared_key, width=cfg.moe.num_shared_experts)
 
     def __call__(self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Output [B, T, D] and the layer's router figures, each averaged over the routing groups.
+        """Output [B, T, D] and the layer's router figures: sums over the routing groups (`routing.health`), of the losses means.
 
         Args:
           x_BTD: normalised activations.
@@ -63,7 +63,7 @@ class Moe(nnx.Module):
             in_logical=(_ROWS, ("batch", "seq"), ()),
             out_logical=(_ROWS, ("batch",)),
         )(dict(zip(modules, weights, strict=True)), x_BTD, is_valid_BT, key_data)
-        return y_BTD, jax.tree.map(lambda a: a.mean(0), stats_g)
+        return y_BTD, {name: a.mean(0) if name in routing.LOSSES else a.sum(0) for name, a in stats_g.items()}
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
