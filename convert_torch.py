@@ -47,9 +47,9 @@ def main() -> int:
         return 0
     if command == "export":
         if os.path.isdir(os.path.join(values.checkpoint, "checkpoints")):
-            import hunyuan_jax
+            from hunyuan_jax.infer.pretrained import from_pretrained
 
-            hunyuan_jax.from_pretrained(values.checkpoint).save_pretrained(values.output)
+            from_pretrained(values.checkpoint).save_pretrained(values.output)
             print(f"{values.output}: complete.")
             return 0
         count = scale.export_model(values.checkpoint, values.output)

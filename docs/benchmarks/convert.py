@@ -1,4 +1,4 @@
-"""Converts a checkpoint with all keys of a52b at reduced width: python docs/benchmarks/convert.py FOLDER [--width=320] [--ffn=912].
+"""Converts a checkpoint with all keys of a52b at reduced width: docs/benchmarks/convert.py FOLDER [--width=320] [--ffn=912] [--kills=20].
 
 Writes FOLDER/source (2 GB by default, 8 shards), then runs import, export and verify in processes of their own and prints the time, GB/s
 and peak memory of each.
@@ -6,7 +6,9 @@ and peak memory of each.
 
 import argparse
 import json
+import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -39,12 +41,37 @@ def write_source(folder: Path, hf: dict, num_shards: int) -> int:
     return total
 
 
+def import_killed(folder: Path, num_kills: int) -> None:
+    """Imports and exports again, with kill -9 at random moments of the import."""
+    for name in ("checkpoint", "back"):
+        shutil.rmtree(folder / name)
+    command = [sys.executable, ROOT / "convert_torch.py", "import", f"--source={folder / 'source'}", f"--output={folder / 'checkpoint'}"]
+    done = 0
+    for _ in range(num_kills):
+        about = folder / "checkpoint/conversion.json"
+        before = about.stat().st_mtime_ns if about.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # It writes this file when it has read the headers and starts to convert.
+        while process.poll() is None and (about.stat().st_mtime_ns if about.exists() else 0) == before:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.25))
+        done += process.poll() is None
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True)
+    export = ["export", f"--checkpoint={folder / 'checkpoint'}", f"--output={folder / 'back'}"]
+    subprocess.run([sys.executable, ROOT / "convert_torch.py", *export], check=True)
+    same = subprocess.run(["diff", "-r", folder / "source", folder / "back"], check=False).returncode == 0
+    print(f"after {done} kills: {'byte-identical' if same else 'DIFFERS'}")
+
+
 def main() -> None:
     """Runs the three commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--ffn", type=int, default=912)
+    parser.add_argument("--kills", type=int, default=0, help="Afterwards import again, killed this often.")
     args = parser.parse_args()
     hf = {
         "model_type": "hunyuan", "vocab_size": 1024, "hidden_size": args.width, "intermediate_size": args.ffn, "num_hidden_layers": 64,
@@ -67,7 +94,9 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         print(f"{command[0]}: {seconds:.1f} s with start, {total / seconds / 1e9:.2f} GB/s, peak memory {peak / 1e9:.2f} GB", flush=True)
     same = subprocess.run(["diff", "-r", source, back], check=False).returncode == 0
-    print("export is byte-identical" if same else "EXPORT DIFFERS")
+    print("export is byte-identical" if same else "EXPORT DIFFERS", flush=True)
+    if args.kills:
+        import_killed(args.folder, args.kills)
 
 
 if __name__ == "__main__":
