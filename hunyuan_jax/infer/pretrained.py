@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import torch_io
+from hunyuan_jax.convert import scale, torch_io
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.model import loss as loss_lib
@@ -124,10 +124,10 @@ class Pretrained:
 
 
 def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretrained:
-    """Loads a model folder with the official names, or the newest checkpoint of a training run.
+    """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or the newest one of a training run.
 
     Args:
-      path: a folder with config.json and *.safetensors or pytorch_model*.bin, or the --workdir of a run.
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an import, or the --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
 
     Raises:
@@ -139,6 +139,8 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretra
         from hunyuan_jax.checkpoint import store
 
         return Pretrained(*store.load_for_inference(path, dtype))
+    if scale.is_converted(path):
+        return Pretrained(*scale.read_params(path, dtype))
     return Pretrained(*torch_io.read_model(path, dtype))
 
 
