@@ -11,7 +11,8 @@ from hunyuan_jax.config import ModelConfig
 class KvCache(NamedTuple):
     """Keys and values of the slots filled so far; slots are filled in order, the same ones for every row of the batch.
 
-    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group.
+    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group; a tuple of P arrays where the groups'
+      parameters lie apart.
     segment_BS: int32, 1 where a slot holds a token, 0 where it is padding or empty.
     num_filled: int32 scalar.
     """
@@ -41,3 +42,8 @@ def grow_cache(cache: KvCache, num_slots: int) -> KvCache:
     num_new = num_slots - cache.segment_BS.shape[1]
     k_PBSKH, v_PBSKH = (jnp.pad(x, ((0, 0), (0, 0), (0, num_new), (0, 0), (0, 0))) for x in (cache.k_PBSKH, cache.v_PBSKH))
     return KvCache(k_PBSKH, v_PBSKH, jnp.pad(cache.segment_BS, ((0, 0), (0, num_new))), cache.num_filled)
+
+
+def split_cache(cache: KvCache) -> KvCache:
+    """The same cache with one array a CLA group."""
+    return cache._replace(k_PBSKH=tuple(cache.k_PBSKH), v_PBSKH=tuple(cache.v_PBSKH))

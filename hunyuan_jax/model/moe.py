@@ -112,7 +112,8 @@ def route_and_serve(
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
 
-    y_BTD = serve(weights["experts"], x_gTD, assignment, cfg, kernels).reshape(B, T, D)
+    serve_here = serve_few if isinstance(weights["experts"]["w_gate_EDF"], tuple) else functools.partial(serve, cfg=cfg, kernels=kernels)
+    y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
         y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD, kernels)
@@ -122,6 +123,29 @@ def route_and_serve(
     stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
     stats_g["z_loss"] = jax.vmap(routing.z_loss)(logits_gTE, is_valid_gT)
     return y_BTD, stats_g
+
+
+def serve_few(weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assignment: routing.Assignment) -> jax.Array:
+    """As `serve` without a capacity, for few tokens and the experts' matrices apart, on one shard.
+
+    Each expert that serves any token multiplies all of them, with weight zero for those that are not its own: as long as reading its
+    matrices takes longer than the product, the other rows cost little.  An expert without tokens is not read.
+    """
+    gate_EDF, up_EDF, down_EFD = (weights[name] for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+    x_MD = x_gTD.reshape(-1, x_gTD.shape[-1])
+    is_of_ETk = assignment.expert_Tk.reshape(len(x_MD), -1) == jnp.arange(len(gate_EDF))[:, None, None]
+    weight_EM = jnp.sum(jnp.where(is_of_ETk, assignment.weight_Tk.reshape(len(x_MD), -1), 0.0), axis=-1)
+    is_needed_E = is_of_ETk.any((1, 2))
+    y_MD = jnp.zeros_like(x_MD)
+    for e in range(len(gate_EDF)):
+
+        def add(y_MD, e=e):
+            gate_MF, up_MF = (x_MD @ w[e].astype(x_MD.dtype) for w in (gate_EDF, up_EDF))
+            h_MF = weight_EM[e][:, None].astype(x_MD.dtype) * jax.nn.silu(gate_MF) * up_MF
+            return y_MD + h_MF @ down_EFD[e].astype(x_MD.dtype)
+
+        y_MD = jax.lax.cond(is_needed_E[e], add, lambda y_MD: y_MD, y_MD)
+    return y_MD.reshape(x_gTD.shape)
 
 
 def serve(
