@@ -33,7 +33,7 @@ class State(NamedTuple):
     """A generation in progress.
 
     cache: slots so far; token_B: the newest token, not yet in the cache; position_B: its RoPE position; seen_BV: bool, tokens that
-    occur in the row (None without a repetition penalty); is_done_B: whether the row has produced a stop id; num_drawn: int32, tokens so far.
+    occur in the row (None without a repetition penalty); is_done_B: whether the row has produced a stop id; num_drawn: int32.
     """
 
     cache: KvCache
@@ -166,7 +166,7 @@ def _prefill(graph_def, params, tokens_BS, mask_BS, is_done_B, how, *, num_slots
 
 
 def _decode(graph_def, params, state, how, num_steps, *, top_k):
-    """(state, (tokens [N, B], how many of the N rows are filled, whether every row has stopped)) after num_steps, at most N, or all stops."""
+    """(state, (tokens [N, B], how many of N are made, whether every row has stopped)) after num_steps or when every row has."""
     model: Transformer = nnx.merge(graph_def, params)
 
     def goes_on(carry):

@@ -11,8 +11,8 @@ from hunyuan_jax.config import ModelConfig
 class KvCache(NamedTuple):
     """Keys and values of the slots filled so far; slots are filled in order, the same ones for every row of the batch.
 
-    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group; a tuple of P arrays where the groups'
-      parameters lie apart.
+    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group; where the groups' parameters lie
+      apart, tuples of P arrays, the keys as [B, K, S, H].
     segment_BS: int32, 1 where a slot holds a token, 0 where it is padding or empty.
     num_filled: int32 scalar.
     """
@@ -45,5 +45,9 @@ def grow_cache(cache: KvCache, num_slots: int) -> KvCache:
 
 
 def split_cache(cache: KvCache) -> KvCache:
-    """The same cache with one array a CLA group."""
-    return cache._replace(k_PBSKH=tuple(cache.k_PBSKH), v_PBSKH=tuple(cache.v_PBSKH))
+    """The same cache with arrays for each CLA group, keys as [B, K, S, H].
+
+    XLA:CPU multiplies heads in that order, and would transpose all keys for every token.  Values it masks first, and transposes on the
+    way; as [B, K, S, H] it would fuse the mask with the write of new rows, and write to a copy.
+    """
+    return cache._replace(k_PBSKH=tuple(cache.k_PBSKH.swapaxes(2, 3)), v_PBSKH=tuple(cache.v_PBSKH))
