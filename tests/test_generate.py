@@ -1,14 +1,21 @@
 """Generation as a user calls it: programs compiled, seeds, batches, meshes, the two layouts of the weights, the chat."""
 
+import base64
+import io
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from helpers import mesh_of
 from test_convert import random_params, small
 
-from hunyuan_jax.config import MoeConfig
+from hunyuan_jax import cli
+from hunyuan_jax.config import ConfigError, MoeConfig
 from hunyuan_jax.infer import engine as engine_lib
+from hunyuan_jax.infer import text
 from hunyuan_jax.infer.pretrained import Pretrained
+from hunyuan_jax.tokenizer import load_tokenizer
 
 IDS = np.array([[1, 2, 3, 4], [7, 8, 9, 10]])
 DRAWN = {"temperature": 0.9, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": ()}
@@ -43,15 +50,17 @@ def test_the_same_tokens_on_a_mesh(config, model):
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
 
-def test_one_compilation_for_many_lengths_and_settings(config):
-    model = Pretrained(config, random_params(config))
-    engine = model._engine
+def test_nothing_is_compiled_for_another_length_or_setting(model):
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
     model.generate(IDS, max_new_tokens=20, **DRAWN)
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
-    for length, new, temperature, top_p, seed, stop in ((1, 3, 0.5, 0.5, 1, ()), (31, 64, 1.5, 0.99, 2, ()), (17, 1, 0.1, 0.2, 3, ())):
-        ids = np.ones((2, length), np.int32)
-        model.generate(ids, None, new, temperature, top_k=12, top_p=top_p, repetition_penalty=1.3, seed=seed, eos_token_id=stop)
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
+    events.clear()
+    for length, new, temperature, top_p, seed in ((1, 3, 0.5, 0.5, 1), (31, 64, 1.5, 0.99, 2), (17, 1, 0.1, 0.2, 3)):
+        how = {"temperature": temperature, "top_k": 12, "top_p": top_p, "repetition_penalty": 1.3, "seed": seed}
+        model.generate(np.ones((2, length), np.int32), None, new, eos_token_id=(), **how)
+    assert not [name for name in events if name.startswith("/jax/core/compile")]
+    model.generate(np.ones((2, 33), np.int32), None, 3, **DRAWN)  # the next bucket: so compilations are seen here
+    assert any(name.startswith("/jax/core/compile") for name in events)
 
 
 def test_buckets_are_few_and_waste_little():
@@ -107,3 +116,91 @@ def test_an_expert_without_tokens_is_not_read(model):
     expected = moe.serve_few({name: w[:1] for name, w in weights.items()}, x_gTD, assignment)
     weights = {name: (w[0], np.full_like(w[1], np.nan)) for name, w in weights.items()}
     np.testing.assert_allclose(jax.jit(moe.serve_few)(weights, x_gTD, assignment), expected, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """A tokenizer file of single bytes: with its special tokens 456 ids."""
+    path = tmp_path_factory.mktemp("tokenizer") / "hy.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def talker(ranks):
+    vocabulary = load_tokenizer(ranks)
+    config = small(num_layers=1, moe=None, vocab_size=vocabulary.vocab_size, max_position=128, eos_token_ids=(), pad_token_id=-1)
+    return Pretrained(config, random_params(config)), vocabulary
+
+
+def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
+    chat = text.Chat(*talker, "Be brief.", max_new_tokens=5, temperature=0.0)
+    answer = "".join(chat.ask("Hello"))
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[-1]["content"] == answer
+    model, vocabulary = talker
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    ids = text.chat_ids(asked, vocabulary)
+    expected = model.generate([ids], max_new_tokens=5, eos_token_id=vocabulary.stop_ids)[0, len(ids) :]
+    assert answer == vocabulary.decode(expected, skip_special=True)
+    pieces = chat.ask("And now?")
+    first = next(pieces)
+    pieces.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": first}
+    chat.reset()
+    assert chat.messages == asked[:1]
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model 128 positions; /reset"):
+        chat.ask("x" * 200)
+    assert chat.messages == asked[:1]
+
+
+def test_a_tokenizer_without_chat_tokens_is_refused(talker):
+    with pytest.raises(ConfigError, match="this tokenizer cannot chat: .*use `generate`"):
+        text.Chat(talker[0], load_tokenizer("byte"))
+
+
+def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monkeypatch, capsys):
+    talker[0].save_pretrained(tmp_path)
+    shutil.copy(ranks, tmp_path)
+    command = ["hunyuan_jax", "chat", f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=4"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\nHello\n"))
+    assert cli.main(command) == 0
+    chat = text.Chat(*talker, max_new_tokens=4, temperature=0.0)
+    first, second = "".join(chat.ask("Hello")), "".join(chat.ask("Hello"))
+    assert capsys.readouterr().out == f"{first}\n{first}\n{second}\n"
+    for option, message in (
+        ("--mesh=expert", "'expert' is no AXIS:SIZE; axes are replica, data, expert, tensor"),
+        ("--mesh=expert:3", "does not use the 8 devices exactly"),
+        ("--top_p=2", "top_p = 2.0"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        with pytest.raises(ConfigError, match=message):
+            cli.main([*command, option])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert cli.main([*command, "--mesh=data:4,tensor:2"]) == 0
+    assert capsys.readouterr().out == f"{first}\n"
+
+
+def test_chat_in_a_terminal_survives_ctrl_c(talker, monkeypatch, capsys):
+    """Ctrl-C at the prompt gives a new prompt, in an answer it ends the answer; Ctrl-D leaves."""
+    lines = iter([KeyboardInterrupt, "Hello", EOFError])
+
+    def answer(prompt):
+        line = next(lines)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert list(cli._questions()) == ["Hello"]
+
+    def pieces():
+        yield "half"
+        raise KeyboardInterrupt
+
+    cli._print_answer(pieces())
+    assert capsys.readouterr().out.endswith("half\n")

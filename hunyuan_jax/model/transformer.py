@@ -127,10 +127,11 @@ def _extend(
     """
     if isinstance(cached_PBSKH[0], tuple):
         (k_P, v_P), (k_BTKH, v_BTKH) = cached_PBSKH, kv_BTKH
-        k_BKSH = jax.lax.dynamic_update_slice_in_dim(k_P[group], k_BTKH.swapaxes(1, 2).astype(k_P[group].dtype), first_slot, axis=2)
+        k_BKHT = k_BTKH.transpose(0, 2, 3, 1).astype(k_P[group].dtype)
+        k_BKHS = jax.lax.dynamic_update_slice_in_dim(k_P[group], k_BKHT, first_slot, axis=3)
         v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_P[group], v_BTKH.astype(v_P[group].dtype), first_slot, axis=1)
-        written = tuple((*old_P[:group], new, *old_P[group + 1 :]) for old_P, new in ((k_P, k_BKSH), (v_P, v_BSKH)))
-        return (k_BKSH.swapaxes(1, 2), v_BSKH), written
+        written = tuple((*old_P[:group], new, *old_P[group + 1 :]) for old_P, new in ((k_P, k_BKHS), (v_P, v_BSKH)))
+        return (k_BKHS.transpose(0, 3, 1, 2), v_BSKH), written
     whole = tuple(
         jax.lax.dynamic_update_slice(old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, first_slot, 0, 0))
         for old_PBSKH, new_BTKH in zip(cached_PBSKH, kv_BTKH, strict=True)
