@@ -80,7 +80,7 @@ def generate(argv: list[str]) -> int:
 
 
 def chat(argv: list[str]) -> int:
-    """Talks with the model of --checkpoint: /reset forgets, Ctrl-C stops an answer, Ctrl-D leaves; questions may be piped in, one a line."""
+    """Talks with the model of --checkpoint: /reset forgets, Ctrl-C stops an answer, Ctrl-D leaves; or questions come from a pipe."""
 
     def options(values):
         absl_flags.DEFINE_string("system", "", "The system message.", flag_values=values)
@@ -141,9 +141,7 @@ def _values_are_settings() -> Iterator[None]:
 def _model_options(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a folder with official weights.", flag_values=values)
     absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
-    absl_flags.DEFINE_string(
-        "mesh", None, "Axes over which the model is spread, such as expert:2,tensor:4; default: one device.", flag_values=values
-    )
+    absl_flags.DEFINE_string("mesh", None, "Axes to spread the model over, such as expert:2,tensor:4.", flag_values=values)
     absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
     absl_flags.DEFINE_float("temperature", 0.8, "0 is greedy.", flag_values=values)
     absl_flags.DEFINE_integer("top_k", 20, "0 is off.", flag_values=values)

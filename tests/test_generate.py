@@ -15,6 +15,7 @@ from hunyuan_jax.config import ConfigError, MoeConfig
 from hunyuan_jax.infer import engine as engine_lib
 from hunyuan_jax.infer import text
 from hunyuan_jax.infer.pretrained import Pretrained
+from hunyuan_jax.model import moe, routing
 from hunyuan_jax.tokenizer import load_tokenizer
 
 IDS = np.array([[1, 2, 3, 4], [7, 8, 9, 10]])
@@ -44,8 +45,7 @@ def test_the_same_tokens_on_a_mesh(config, model):
     spread = Pretrained(config, random_params(config), mesh=mesh)
     w_gate = spread.params["groups"]["layer_0"]["moe"]["experts"]["w_gate_EDF"]
     assert w_gate.addressable_shards[0].data.size == w_gate.size // 8
-    for options in ({"eos_token_id": ()}, DRAWN):
-        np.testing.assert_array_equal(spread.generate(IDS, max_new_tokens=9, **options), model.generate(IDS, max_new_tokens=9, **options))
+    np.testing.assert_array_equal(spread.generate(IDS, max_new_tokens=9, **DRAWN), model.generate(IDS, max_new_tokens=9, **DRAWN))
     np.testing.assert_allclose(spread.logits(IDS[:1]), model.logits(IDS[:1]), atol=1e-4)
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
@@ -103,19 +103,26 @@ def test_matrices_apart_share_the_memory_of_the_model(model):
         assert first <= part.unsafe_buffer_pointer() < first + w_EDF.nbytes
 
 
-def test_an_expert_without_tokens_is_not_read(model):
-    """One that nobody chose may hold anything; 0 * NaN would reach the tokens."""
-    from hunyuan_jax.model import moe, routing
-
-    rng = np.random.default_rng(0)
-    x_gTD = rng.normal(size=(3, 1, 8)).astype(np.float32)
-    weights = {name: tuple(rng.normal(size=(2, 8, 8)).astype(np.float32)) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
-    expert_Tk = np.zeros((3, 1, 1), np.int32)
-    ones = np.ones((3, 1, 1), np.float32)
-    assignment = routing.Assignment(expert_Tk, 0 * expert_Tk, ones, ones > 0, ones < 0, np.array([[1, 0]] * 3, np.int32))
-    expected = moe.serve_few({name: w[:1] for name, w in weights.items()}, x_gTD, assignment)
-    weights = {name: (w[0], np.full_like(w[1], np.nan)) for name, w in weights.items()}
-    np.testing.assert_allclose(jax.jit(moe.serve_few)(weights, x_gTD, assignment), expected, rtol=1e-5)
+@pytest.mark.parametrize("num_tokens", [1, 4, 6, 9])
+def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
+    """An expert that nobody chose is not read: it may hold anything, and 0 * NaN would reach the tokens."""
+    rng = np.random.default_rng(num_tokens)
+    x_MD = rng.normal(size=(num_tokens, 8)).astype(np.float32)
+    gate, up, down = (0.3 * rng.normal(size=(4, 8, 8)).astype(np.float32) for _ in range(3))
+    expert_Mk = np.array([rng.permutation(3)[:2] for _ in range(num_tokens)], np.int32)
+    weight_Mk = rng.random((num_tokens, 2)).astype(np.float32)
+    expected_MD = np.zeros_like(x_MD)
+    for m, k in np.ndindex(*expert_Mk.shape):
+        e, h = expert_Mk[m, k], x_MD[m] @ gate[expert_Mk[m, k]]
+        expected_MD[m] += weight_Mk[m, k] * (h / (1 + np.exp(-h)) * (x_MD[m] @ up[e])) @ down[e]
+    weights = {
+        name: (*w[:3], np.full_like(w[3], np.nan))
+        for name, w in zip(("w_gate_EDF", "w_up_EDF", "w_down_EFD"), (gate, up, down), strict=True)
+    }
+    is_kept = np.ones_like(expert_Mk, bool)
+    assignment = routing.Assignment(expert_Mk, 0 * expert_Mk, weight_Mk, is_kept, ~is_kept, np.zeros(4, np.int32))
+    assignment = jax.tree.map(lambda a: a[None], assignment)
+    np.testing.assert_allclose(jax.jit(moe.serve_few)(weights, x_MD[None], assignment)[0], expected_MD, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- chat
@@ -132,7 +139,7 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def talker(ranks):
     vocabulary = load_tokenizer(ranks)
-    config = small(num_layers=1, moe=None, vocab_size=vocabulary.vocab_size, max_position=128, eos_token_ids=(), pad_token_id=-1)
+    config = small(num_layers=2, vocab_size=466, max_position=128, eos_token_ids=(), pad_token_id=-1)
     return Pretrained(config, random_params(config)), vocabulary
 
 
