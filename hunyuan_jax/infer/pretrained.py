@@ -53,7 +53,7 @@ class Pretrained:
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
         if wrong.size:
             raise ValueError(f"labels holds {wrong[0]}; a label is an id from 0 to {self.config.vocab_size - 1}, or -100 to ignore it.")
-        return float(self._loss(self.params, *map(self._filled_up, (ids, labels), (0, -100)), self._filled_up(mask)))
+        return float(self._loss(self.params, self._filled_up(ids), self._filled_up(labels, -100), self._filled_up(mask)))
 
     def generate(
         self,
