@@ -123,10 +123,10 @@ def test_peaks(kind, peak):
 
 # Health of the mixtures
 
-RECYCLE = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, dispatch="drop", capacity_factor=0.7))
+DROP = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, dispatch="drop", capacity_factor=0.7))
 
 
-def health(sizes=(1, 1, 1), parts=1, model=RECYCLE):
+def health(sizes=(1, 1, 1), parts=1, model=DROP):
     program = build_program(validate(config_for(model, grad_accum_steps=parts)), mesh_of(*sizes))
     params = jax.device_put(initial_params(), program.shardings.params)
     placed = jax.device_put(batch(), step_lib.batch_sharding(program))
@@ -139,9 +139,9 @@ def health_alone():
     """(figures, recorded router logits and assignment of each layer) on one device."""
     recorded = []
 
-    def serve(weights, x_gTD, assignment, *args, original=moe.serve):
+    def serve(weights, x_gTD, assignment, original=moe.serve, **how):
         jax.debug.callback(lambda *a: recorded.append(jax.tree.map(np.asarray, a)), *assignment, ordered=False)
-        return original(weights, x_gTD, assignment, *args)
+        return original(weights, x_gTD, assignment, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "serve", serve)
@@ -173,7 +173,7 @@ def test_figures_are_those_of_the_recorded_assignments():
     ("sizes", "parts", "remat"), [((1, 1, 1), 2, "none"), ((1, 1, 1), 4, "full"), ((1, 1, 1), 1, "dots"), ((2, 2, 2), 2, "none")]
 )
 def test_figures_are_the_same_in_parts_on_meshes_and_under_remat(sizes, parts, remat):
-    figures = health(sizes, parts, dataclasses.replace(RECYCLE, remat=remat))
+    figures = health(sizes, parts, dataclasses.replace(DROP, remat=remat))
     for name, value in health_alone()[0].items():
         np.testing.assert_allclose(figures[name], value, atol=1e-5, err_msg=name)
 
