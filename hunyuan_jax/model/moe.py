@@ -114,7 +114,8 @@ def route_and_serve(
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
 
-    serve_here = serve_few if isinstance(weights["experts"]["w_gate_EDF"], tuple) else functools.partial(serve, cfg=cfg, kernels=kernels)
+    is_apart = any(isinstance(w, tuple) for w in weights["experts"].values())
+    serve_here = serve_few if is_apart else functools.partial(serve, cfg=cfg, kernels=kernels)
     y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
