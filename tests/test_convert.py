@@ -253,7 +253,10 @@ def test_unknown_dtype_is_refused():
         small(),
         small(dtype="bfloat16", tie_embeddings=False, attention_bias=True, use_qk_norm=False, rope_type="plain", eos_token_ids=(3, 4)),
         small(moe=MoeConfig(), cla_share_factor=1, rope_type="linear", rope_factor=2.0),
-        small(moe=MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True, num_shared_experts=2, dispatch="recycle", group_size=64), remat="full"),
+        small(
+            moe=MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True, num_shared_experts=2, dispatch="recycle", group_size=64),
+            remat="full",
+        ),
     ],
     ids=["tied", "untied-bias-bfloat16", "dense", "recycle"],
 )

@@ -146,7 +146,8 @@ def test_fused_experts_are_read(tmp_path):
     for layer in range(cfg.num_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
         gate, up, down = (
-            np.stack([tensors.pop(f"{prefix}{e}.{kind}_proj.weight") for e in range(cfg.moe.num_experts)]) for kind in ("gate", "up", "down")
+            np.stack([tensors.pop(f"{prefix}{e}.{kind}_proj.weight") for e in range(cfg.moe.num_experts)])
+            for kind in ("gate", "up", "down")
         )
         tensors |= {prefix + "gate_up_proj": np.concatenate([gate, up], axis=1), prefix + "down_proj": down}
     (tmp_path / "fused").mkdir()

@@ -243,8 +243,8 @@ def _check_fixed(given: dict[str, Any], kind: str) -> None:
     for name, (value, where) in fixed.items():
         if name in given and given[name] != value:
             raise ConfigError(
-                f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes what {value!r} asks for. If that is what the "
-                f"model was trained with, set {name} to {value!r}; otherwise it cannot be loaded."
+                f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes what {value!r} asks for. Set {name} to "
+                f"{value!r} if that is what the model was trained with; otherwise it cannot be loaded."
             )
 
 
@@ -257,8 +257,14 @@ def _check_experts(hf: dict[str, Any], kind: str) -> None:
         raise ConfigError(f"config.json: num_experts = {num_experts}; a {kind} needs at least 2. A model with one MLP is a {V1_DENSE!r}.")
     if num_experts > 1 and width is not None and width != hf["intermediate_size"]:
         raise ConfigError(
-            f"config.json: moe_intermediate_size = {width} differs from intermediate_size = {hf['intermediate_size']}; transformers ignores "
-            "it, and experts of another width than the shared one are not implemented. Set them equal."
+            f"config.json: moe_intermediate_size = {width} differs from intermediate_size = {hf['intermediate_size']}; transformers "
+            "ignores it, and experts of another width than the shared one are not implemented. Set them equal."
+        )
+    is_normalised = hf["moe_topk"] > 1
+    if kind == LARGE and num_experts > 1 and hf.get("norm_topk_prob", is_normalised) != is_normalised:
+        raise ConfigError(
+            f"config.json: norm_topk_prob = {hf['norm_topk_prob']} has no effect in the code of model_type {LARGE!r}: with moe_topk = "
+            f"{hf['moe_topk']} it computes what {is_normalised} asks for. Set it to that, or leave it out."
         )
 
 
