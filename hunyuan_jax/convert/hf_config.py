@@ -176,6 +176,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         **({} if kind == LARGE else {"head_dim": cfg.head_dim}),
         **({"cla_share_factor": cfg.cla_share_factor, "use_cla": cfg.cla_share_factor > 1} if kind == LARGE else {}),
         **({} if kind == V1_DENSE else _moe_fields(cfg.moe)),
+        **({"norm_topk_prob": True} if kind == V1_MOE else {}),
     }
 
 
@@ -307,7 +308,6 @@ def _moe(hf: dict[str, Any], kind: str) -> MoeConfig:
 def _moe_fields(moe: MoeConfig) -> dict[str, Any]:
     return {
         "moe_topk": moe.top_k,
-        "norm_topk_prob": moe.norm_topk_prob,
         "num_experts": moe.num_experts,
         "num_shared_expert": max(1, moe.num_shared_experts),
         "use_mixed_mlp_moe": moe.num_shared_experts > 0,
