@@ -105,7 +105,7 @@ class DataConfig:
     """Text source and tokenizer."""
 
     source: str = "stdlib"  # "stdlib", or a folder, file or glob of .txt, .py, .md, .jsonl
-    tokenizer: str = "byte"  # "byte" or the path of a tiktoken ranks file
+    tokenizer: str = "byte"  # "byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file
     text_field: str = "text"  # the field of a .jsonl row that holds the text
     validation_fraction: float = 0.02  # share of the documents held out
 

@@ -17,7 +17,7 @@ def stream(checkpoint: str | os.PathLike, prompt: str, *, tokenizer: str | None 
 
     Args:
       checkpoint: as for `from_pretrained`.
-      tokenizer: "byte" or a ranks file; None takes the one the run was trained with, or hy.tiktoken of a model folder.
+      tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of the model folder.
       sampling: keywords of `Pretrained.stream`.
 
     Raises:
@@ -41,7 +41,4 @@ def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
         from hunyuan_jax.checkpoint import store
 
         return store.read_config(checkpoint).data.tokenizer
-    ranks = Path(checkpoint) / "hy.tiktoken"
-    if not ranks.is_file():
-        raise ConfigError(f"{checkpoint} holds no hy.tiktoken; pass --tokenizer=FILE.")
-    return str(ranks)
+    return str(checkpoint)
