@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 Dispatch = Literal["recycle", "drop", "dropless"]
 Remat = Literal["none", "dots", "full"]
-RopeType = Literal["plain", "alpha", "linear"]
+RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
 StateDtype = Literal["float32", "bfloat16", "fp8_lm"]
 ScheduleName = Literal["three_phase", "cosine_with_min_lr"]
@@ -34,6 +34,7 @@ class MoeConfig:
 
     num_experts: int = 1
     top_k: int = 1
+    norm_topk_prob: bool = False  # whether the weights of a token's k experts are its probabilities over their sum; else as they are
     num_shared_experts: int = 0  # one fused MLP of this many times intermediate_size, always on, weight 1
     dispatch: Dispatch = "dropless"
     capacity_factor: float = 1.0
@@ -56,7 +57,7 @@ class ModelConfig:
     head_dim: int
     max_position: int
     rms_norm_eps: float = 1e-5
-    rope_type: RopeType = "alpha"
+    rope_type: RopeType = "alpha"  # "default" has exact frequencies, "plain" and "linear" bfloat16 ones like Hunyuan-Large's code
     rope_theta: float = 10_000.0
     rope_alpha: float = 1_000.0  # rope_type "alpha" only
     rope_factor: float = 1.0  # rope_type "linear" only
@@ -105,7 +106,7 @@ class DataConfig:
     """Text source and tokenizer."""
 
     source: str = "stdlib"  # "stdlib", or a folder, file or glob of .txt, .py, .md, .jsonl
-    tokenizer: str = "byte"  # "byte" or the path of a tiktoken ranks file
+    tokenizer: str = "byte"  # "byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file
     text_field: str = "text"  # the field of a .jsonl row that holds the text
     validation_fraction: float = 0.02  # share of the documents held out
 

@@ -1,9 +1,11 @@
 """Architecture numbers of the released models and of the small ones used here; they live in this file only.
 
-Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B).
+Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B and the dense models); docs/family.md says how sure
+each number is.  A model folder brings its own config.json: `from_pretrained` does not look here.
 """
 
 import dataclasses
+from typing import Any
 
 from hunyuan_jax.config import ModelConfig, MoeConfig
 
@@ -50,9 +52,45 @@ def a13b() -> ModelConfig:
         remat="full",
         pad_token_id=127_961,
         bos_token_id=1,
-        eos_token_ids=(127_960,),
-        moe=MoeConfig(num_experts=64, top_k=8, num_shared_experts=1, dispatch="dropless"),
+        eos_token_ids=(127_960, 127_967),
+        moe=MoeConfig(num_experts=64, top_k=8, norm_topk_prob=True, num_shared_experts=1, dispatch="dropless"),
     )
+
+
+def dense_0_5b() -> ModelConfig:
+    """Hunyuan-0.5B: 16 heads of 128 entries are twice the width of the model."""
+    return _dense(hidden_size=1024, intermediate_size=3584, num_layers=24, num_heads=16, num_kv_heads=8)
+
+
+def dense_1_8b() -> ModelConfig:
+    """Hunyuan-1.8B, and HY-MT-1.8B."""
+    return _dense(hidden_size=2048, intermediate_size=6144, num_layers=32, num_heads=16, num_kv_heads=4)
+
+
+def dense_4b() -> ModelConfig:
+    """Hunyuan-4B."""
+    return _dense(hidden_size=3072, intermediate_size=8192, num_layers=36, num_heads=32, num_kv_heads=8)
+
+
+def dense_7b() -> ModelConfig:
+    """Hunyuan-7B; its tokenizer is that of A13B, its three small siblings have another."""
+    return _dense(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        vocab_size=128_167,
+        pad_token_id=127_961,
+        bos_token_id=127_958,
+        eos_token_ids=(127_960,),
+    )
+
+
+def _dense(**sizes: Any) -> ModelConfig:
+    """A dense model with the numbers that all of them share; of the special ids of the small ones' tokenizer only eos has a source."""
+    shared = {"vocab_size": 120_818, "head_dim": 128, "max_position": 262_144, "eos_token_ids": (120_020,), "dtype": "bfloat16"}
+    return ModelConfig(**{**shared, "remat": "full", **sizes})
 
 
 def tiny() -> ModelConfig:

@@ -15,8 +15,8 @@ import safetensors.numpy
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.convert import table
 
-COPIED = Path(__file__).parent / "golden/large"
-COMPLETE = Path(__file__).parents[2] / "shared/golden/large"
+COPIED, COPIED_HF = (Path(__file__).parent / "golden" / family for family in ("large", "hf"))
+COMPLETE, COMPLETE_HF = (Path(__file__).parents[2] / "shared/golden" / family for family in ("large", "hf"))
 
 # The official capacity runs: the released code never drops, so a capacity of k * T / E was patched into it (README).
 CAPACITY_CASES = ("capacity_drop", "capacity_drop_first", "capacity_recycle", "capacity_topk")
@@ -33,6 +33,7 @@ FORWARD_CASES = (
     *PADDED_CASES,
     *ROPE_CASES,
 )
+HF_CASES = ("moe_top2_shared", "moe_alpha_tied_lists", "moe_top1", "dense_alpha_tied", "dense_bias_untied", "hub_moe_bf16")
 ALL_CASES = (*FORWARD_CASES, "rope_ntk_factor", "generate", "grad_reentrant", "train_steps", "bf16")
 
 
@@ -54,7 +55,7 @@ class Golden:
     def per_layer(self, key: str) -> list[np.ndarray]:
         """The arrays key.0, key.1, ... of the layers; skips the test if the copy in the repository leaves them out."""
         found = [name for name in self.arrays if name.startswith(f"{key}.")]
-        if not found and self.folder.parent == COPIED:
+        if not found and self.folder.parent in (COPIED, COPIED_HF):
             pytest.skip(f"the copy of {self.name} in the repository has no {key}, and ../shared/golden is not there")
         return [self.arrays[f"{key}.{layer}"] for layer in range(len(found))]
 
@@ -62,9 +63,10 @@ class Golden:
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """input_ids, attention_mask and position_ids [B, S], int32; without padding the defaults of the official forward."""
         ids_BS = self.int32("input_ids")
-        if "attention_mask" in self.arrays:
-            return ids_BS, self.int32("attention_mask"), self.int32("position_ids")
-        return ids_BS, np.ones_like(ids_BS), np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
+        mask_BS = self.int32("attention_mask") if "attention_mask" in self.arrays else np.ones_like(ids_BS)
+        if "position_ids" in self.arrays:
+            return ids_BS, mask_BS, self.int32("position_ids")
+        return ids_BS, mask_BS, np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
 
     @property
     def labels(self) -> np.ndarray:
@@ -80,7 +82,7 @@ class Golden:
 
 def folder_of(case: str) -> Path:
     """The complete folder beside the checkout if there, else the copy in it; skips the test when the case is in neither."""
-    for root in (COMPLETE, COPIED):
+    for root in (COMPLETE, COMPLETE_HF, COPIED, COPIED_HF):
         if (root / case / "config.json").is_file():
             return root / case
     pytest.skip(f"golden case {case} is not part of the repository and ../shared/golden is not there")

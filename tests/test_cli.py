@@ -110,7 +110,7 @@ def test_train_then_generate_then_bench(tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def ")
     assert first.stdout == again.stdout
-    assert "no hy.tiktoken" in error_of("-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x")
+    assert "nor hy.tiktoken" in error_of("-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x")
     assert "must not be negative" in error_of(*generate, "--temperature=-1")
 
     result = run("-m", "hunyuan_jax", "bench", TINY, *small[::2], "--num_steps=1", "--json")

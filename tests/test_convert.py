@@ -121,6 +121,7 @@ def model_configs(draw) -> ModelConfig:
     share_factor, num_kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.sampled_from([2, 4, 6]))
     num_heads = num_kv_heads * draw(st.integers(1, 3))
     num_experts = draw(st.integers(1, 4))
+    top_k = draw(st.integers(1, num_experts))
     rope_type = draw(st.sampled_from(["plain", "linear"] + ["alpha"] * (head_dim > 2)))
     return ModelConfig(
         vocab_size=draw(st.integers(3, 9)),
@@ -148,7 +149,8 @@ def model_configs(draw) -> ModelConfig:
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         moe=MoeConfig(
             num_experts=num_experts,
-            top_k=draw(st.integers(1, num_experts)),
+            top_k=top_k,
+            norm_topk_prob=top_k > 1,
             num_shared_experts=draw(st.integers(0, 2)) if num_experts > 1 else 0,
         ),
     )
@@ -251,7 +253,10 @@ def test_unknown_dtype_is_refused():
         small(),
         small(dtype="bfloat16", tie_embeddings=False, attention_bias=True, use_qk_norm=False, rope_type="plain", eos_token_ids=(3, 4)),
         small(moe=MoeConfig(), cla_share_factor=1, rope_type="linear", rope_factor=2.0),
-        small(moe=MoeConfig(num_experts=3, top_k=2, num_shared_experts=2, dispatch="recycle", group_size=64), remat="full"),
+        small(
+            moe=MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True, num_shared_experts=2, dispatch="recycle", group_size=64),
+            remat="full",
+        ),
     ],
     ids=["tied", "untied-bias-bfloat16", "dense", "recycle"],
 )
@@ -416,7 +421,7 @@ BAD_VALUES = [
     ("eos_token_id", [1, "2"], "eos_token_id"),
     ("num_experts", 0, "num_experts = 0"),
     ("moe_topk", 4, "top_k = 4 must be between 1 and num_experts = 3"),
-    ("moe_topk", [1, 1, 1, 1], "moe_topk = [1, 1, 1, 1] must be an integer"),
+    ("moe_topk", [1, 2, 1, 2], "moe_topk = [1, 2, 1, 2]; only one value for all of the 4 layers is implemented"),
     ("num_shared_expert", -1, "num_shared_experts = -1"),
 ]
 

@@ -60,6 +60,11 @@ def part_of(path):
         ("a52b_instruct", 388_701_405_440, 51_322_077_440, 81_920),
         ("a52b", 388_698_128_640, 51_318_800_640, 81_920),
         ("a13b", 80_393_183_232, 12_747_448_320, 131_072),
+        # By hand: V D + L (D H (2 N + 2 K) + 3 D F + 2 D + 2 H) + D, the embedding being the head too.
+        ("dense_0_5b", 539_010_048, 539_010_048, 98_304),
+        ("dense_1_8b", 1_791_080_448, 1_791_080_448, 65_536),
+        ("dense_4b", 4_221_757_440, 4_221_757_440, 147_456),
+        ("dense_7b", 7_504_568_320, 7_504_568_320, 131_072),
     ],
 )
 def test_released_models_have_the_published_counts(preset, total, active, kv_bytes):
@@ -85,7 +90,7 @@ def test_parts_of_the_instruct_model():
     assert untied.flops_per_token == counts.flops_per_token
 
 
-@pytest.mark.parametrize("preset", ["a52b_instruct", "a52b", "a13b", "tiny", "bench"])
+@pytest.mark.parametrize("preset", ["a52b_instruct", "a52b", "a13b", "dense_0_5b", "dense_1_8b", "dense_4b", "dense_7b", "tiny", "bench"])
 def test_presets_have_as_many_parameters_as_their_modules(preset):
     cfg = getattr(presets, preset)()
     assert sum(module_sizes(cfg).values()) == count(cfg).total

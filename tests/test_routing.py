@@ -40,8 +40,9 @@ ROOM, ROOM_TOP_2 = (16, 4, 1, 4.0, 1), (12, 4, 2, 2.0, 1)
 def moe_config(shape, dispatch):
     _, E, k, capacity_factor, min_capacity = shape
     if dispatch == "dropless":  # has no capacity, so shapes share a compilation
-        return MoeConfig(num_experts=E, top_k=k)
-    return MoeConfig(num_experts=E, top_k=k, dispatch=dispatch, capacity_factor=capacity_factor, min_capacity=min_capacity)
+        return MoeConfig(num_experts=E, top_k=k, norm_topk_prob=k > 1)
+    capacity = {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
+    return MoeConfig(num_experts=E, top_k=k, norm_topk_prob=k > 1, dispatch=dispatch, **capacity)
 
 
 class Routed(NamedTuple):
@@ -284,7 +285,7 @@ def test_weight_is_the_tokens_own_probability_of_the_expert_that_serves_it(case,
 def test_top_k_normaliser_is_clamped():
     # A fabricated choice: the top 2 of a softmax over so few experts cannot be so improbable.
     choice = routing.Choice(jnp.full((1, 3), 1e-8), jnp.asarray([[0, 1]]))
-    weights = routing.assign(choice, jnp.ones(1, bool), MoeConfig(num_experts=3, top_k=2), None).weight_Tk
+    weights = routing.assign(choice, jnp.ones(1, bool), MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True), None).weight_Tk
     np.testing.assert_allclose(weights, np.full((1, 2), 1e-8 / 1.19e-7), rtol=1e-6)
 
 

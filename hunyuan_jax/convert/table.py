@@ -3,6 +3,8 @@
 Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and that torch linears are [out, in].
 """
 
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +37,27 @@ def entries(cfg: ModelConfig) -> list[Entry]:
     if not cfg.tie_embeddings:
         table.append(Entry("lm_head.weight", (V, D), "lm_head/w_VD", (), False))
     return table
+
+
+_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
+
+
+def unfused(tensors: Iterator[tuple[str, np.ndarray, str]], cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(name, array, file) with experts apart where they are one tensor, as transformers 5 has them in memory and can save them.
+
+    gate_up_proj [E, 2 F, D] is gate above up, down_proj [E, D, F]; their parts come with the file "".  A fused tensor of another shape is
+    passed on, and then is one that the model does not have.
+    """
+    E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
+    for name, tensor, file in tensors:
+        fused = _FUSED.fullmatch(name)
+        kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused[2]] if fused else ()
+        if not fused or tensor.shape != {2: (E, 2 * F, D), 1: (E, D, F)}[len(kinds)]:
+            yield name, tensor, file
+            continue
+        for expert in range(E):
+            for kind, part in zip(kinds, np.split(tensor[expert], len(kinds)), strict=True):
+                yield f"{fused[1]}{expert}.{kind}.weight", part, ""
 
 
 def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:

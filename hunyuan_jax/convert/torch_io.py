@@ -1,5 +1,6 @@
 """Reading and writing official model folders: safetensors or .bin shards <-> a nested dict of numpy arrays."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,13 +17,25 @@ from hunyuan_jax.config import ConfigError, ModelConfig
 from hunyuan_jax.convert import hf_config, table
 
 _MAX_SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+# Kept and written again with a model, so that a saved folder can be used like the one it came from.
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "hy.tiktoken",
+)
+_TEXTS = ("config.json", _INDEX, *_SIDE_FILES)
 _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Source(NamedTuple):
     """What a loaded folder must remember to be written again byte for byte.
 
-    texts: config.json and, of a sharded folder, its index, verbatim by file name; files: official tensor name -> shard file;
+    texts: config.json, a sharded folder's index, what generates and reads text beside them, verbatim by file name; files: official tensor
+    name -> shard file, "" where the file has it as a part of a fused one;
     router_dtype: of mlp.gate.wg.weight in the files (it is float32 in memory whatever the files hold), or "" without experts.
     """
 
@@ -59,18 +72,19 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
 
     Args:
       folder: config.json beside *.safetensors or pytorch_model*.bin.
-      dtype: of parameters and activations; None keeps torch_dtype of config.json.  The router is float32 always.
+      dtype: of parameters and activations; None keeps that of config.json.  The router is float32 always.
 
     Raises:
       ConfigError: missing, unexpected or misshapen tensors, by name.
     """
     hf = read_config(folder)
-    cfg = hf_config.from_hf(hf if dtype is None else {**hf, "torch_dtype": dtype})
+    cfg = hf_config.from_hf(hf if dtype is None else hf_config.with_dtype(hf, dtype))
+    cfg = dataclasses.replace(cfg, eos_token_ids=_generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
     wanted = {entry.name: entry for entry in table.entries(cfg)}
     params: dict[str, Any] = {}
     files, router_dtype = {}, ""
     tied_head = None
-    for name, tensor, file in _tensors(Path(folder)):
+    for name, tensor, file in table.unfused(_tensors(Path(folder)), cfg):
         if name.endswith("rotary_emb.inv_freq"):
             continue  # a buffer old saves hold; it is computed from the config
         if name == "lm_head.weight" and cfg.tie_embeddings:
@@ -95,8 +109,8 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
             "set it to false to keep both."
         )
     texts = {
-        name: (Path(folder) / name).read_bytes().decode()  # read_text would change the ends of lines
-        for name in ("config.json", "model.safetensors.index.json")
+        name: (Path(folder) / name).read_bytes().decode(errors="surrogateescape")  # read_text would change the ends of lines
+        for name in _TEXTS
         if (Path(folder) / name).is_file()
     }
     return cfg, params, Source(texts, files, router_dtype)
@@ -112,7 +126,7 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     all_entries = table.entries(cfg)
-    is_same_dtype = source is not None and source.config.get("torch_dtype", "float32") == cfg.dtype
+    is_same_dtype = source is not None and hf_config.dtype_of(source.config) == cfg.dtype
 
     def tensor_dtype(entry):
         if not entry.path.endswith("router_DE"):
@@ -125,18 +139,34 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
         tensors = {e.name: table.to_official(_lookup(params, e), e).astype(tensor_dtype(e)) for e in all_entries if files[e.name] == file}
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
 
-    texts = dict(source.texts) if is_same_layout else {}
+    texts = dict(source.texts) if source else {}
     if not is_same_layout:
-        texts["config.json"] = _json({**source.config, "torch_dtype": cfg.dtype} if source else hf_config.to_hf(cfg))
+        texts.pop(_INDEX, None)
+        texts["config.json"] = _json(hf_config.with_dtype(source.config, cfg.dtype) if source else hf_config.to_hf(cfg))
         if len(set(files.values())) > 1:
             total_size = sum(int(np.prod(e.shape)) * tensor_dtype(e).itemsize for e in all_entries)
-            texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total_size}, "weight_map": files})
+            texts[_INDEX] = _json({"metadata": {"total_size": total_size}, "weight_map": files})
     for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
+        (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     # What an earlier save left here would be read first (an index), or with this one (a shard).
     for path in folder.iterdir():
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name) and path.name not in {*files.values(), *texts}:
             path.unlink()
+
+
+def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, which is what `generate` of transformers stops at; () if there is none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise ConfigError(f"{path} is not a JSON object: {e}.") from e
+    ids = hf_config.stop_ids(eos)
+    if any(type(i) is not int for i in ids):
+        raise ConfigError(f"{path}: eos_token_id = {eos!r} must be an integer or a list of integers.")
+    return ids
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:

@@ -19,7 +19,7 @@ def load(checkpoint: str | os.PathLike, tokenizer: str | None = None, mesh: Mesh
 
     Args:
       checkpoint, mesh: as for `from_pretrained`.
-      tokenizer: "byte" or a ranks file; None takes the one the run was trained with, or hy.tiktoken of a model folder.
+      tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of the model folder.
 
     Raises:
       ConfigError: no model there, or no tokenizer that fits it.
@@ -112,7 +112,4 @@ def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
         from hunyuan_jax.checkpoint import store
 
         return store.read_config(checkpoint).data.tokenizer
-    ranks = Path(checkpoint) / "hy.tiktoken"
-    if not ranks.is_file():
-        raise ConfigError(f"{checkpoint} holds no hy.tiktoken; pass --tokenizer=FILE.")
-    return str(ranks)
+    return str(checkpoint)

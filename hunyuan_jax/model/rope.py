@@ -9,13 +9,14 @@ from hunyuan_jax.config import ModelConfig
 def inverse_frequencies(cfg: ModelConfig) -> jax.Array:
     """Inverse frequencies, float32 [head_dim / 2].
 
-    alpha: base = theta * alpha^(d / (d - 2)), whatever the length.  plain and linear: theta^(-2i/d) rounded to bfloat16, which
-    is what the official class stores (an error of up to 0.37 %).
+    alpha: base = theta * alpha^(d / (d - 2)), whatever the length.  default: theta^(-2i/d), as in transformers.  plain and linear: the
+    same rounded to bfloat16, which is what Hunyuan-Large's class stores (an error of up to 0.37 %).
     """
     exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
     if cfg.rope_type == "alpha":
         return 1.0 / (cfg.rope_theta * cfg.rope_alpha ** (cfg.head_dim / (cfg.head_dim - 2))) ** exponent
-    return _round_to_bfloat16(1.0 / cfg.rope_theta**exponent)
+    inverse_h = 1.0 / cfg.rope_theta**exponent
+    return inverse_h if cfg.rope_type == "default" else _round_to_bfloat16(inverse_h)
 
 
 def cos_sin(positions_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:

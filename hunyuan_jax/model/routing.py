@@ -81,7 +81,7 @@ def choose(logits_TE: jax.Array, cfg: MoeConfig) -> Choice:
 def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array | None) -> Assignment:
     """Applies the capacity to one group's choices.
 
-    The combine weight is the raw softmax probability for k = 1; for k > 1 the k probabilities are normalised to sum to 1.
+    The combine weight is the softmax probability, with `norm_topk_prob` over the sum of those of the k experts chosen.
     Padding (`is_valid_T` false) takes no slot and gets weight 0; only dropless, which has room for all, serves it like any token,
     as the official code does.  Choices compete first come first served in choice-major order:
     all first choices in token order, then all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`)
@@ -121,7 +121,7 @@ def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array
         a.reshape(k, T).T for a in (expert_n, jnp.where(is_kept_n, slot_n, 0), is_kept_n, is_recycled_n)
     )
     weight_Tk = jnp.take_along_axis(choice.probs_TE, expert_Tk, axis=-1)
-    if k > 1:
+    if cfg.norm_topk_prob:
         chosen_Tk = jnp.take_along_axis(choice.probs_TE, choice.expert_Tk, axis=-1)
         weight_Tk = weight_Tk / jnp.maximum(chosen_Tk.sum(-1, keepdims=True), _EPSILON)
     return Assignment(expert_Tk, slot_Tk, jnp.where(is_kept_Tk, weight_Tk, 0.0), is_kept_Tk, is_recycled_Tk, count_E)

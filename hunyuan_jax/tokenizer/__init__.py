@@ -2,22 +2,34 @@
 
 import codecs
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
+from hunyuan_jax.tokenizer.files import read_settings
+from hunyuan_jax.tokenizer.hf import HfTokenizer
 from hunyuan_jax.tokenizer.hy import HyTokenizer
 
-__all__ = ["ByteTokenizer", "HyTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "HfTokenizer", "HyTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """What data, generation and chats need; `ByteTokenizer` and `HyTokenizer` provide it."""
+    """What data, generation and chats need; `ByteTokenizer`, `HyTokenizer` and `HfTokenizer` provide it.
+
+    chat_template: jinja text that the folder brings, or None; named_tokens: texts that the template may ask for, such as bos_token.
+    """
 
     bos_id: int
     eos_id: int
     pad_id: int
     stop_ids: tuple[int, ...]
+    chat_template: str | None
+    named_tokens: Mapping[str, str]
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of the special tokens."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,8 +66,25 @@ class StreamDecoder:
 
 
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
-    """Return the byte tokenizer for "byte", else the Hunyuan tokenizer of that ranks file; no network is used.
+    """Return the byte tokenizer for "byte", else that of a model folder or of a single file; no network is used.
 
-    Raises ValueError when the path is no file or holds no ranks (`hy.read_ranks`).
+    A folder holds tokenizer.json or hy.tiktoken, and beside them the chat template (`files.read_settings`).  A file is a tokenizer.json,
+    with what lies beside it, or a ranks file, alone: chats then follow Hunyuan-Large's built-in template.
+
+    Raises ValueError when the path holds no tokenizer, or a damaged one.
     """
-    return ByteTokenizer() if name_or_path == "byte" else HyTokenizer(name_or_path)
+    if name_or_path == "byte":
+        return ByteTokenizer()
+    path = pathlib.Path(name_or_path)
+    if not path.is_dir():
+        return HfTokenizer(path) if path.suffix == ".json" else HyTokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        return HfTokenizer(path / "tokenizer.json")
+    if not (path / "hy.tiktoken").is_file():
+        raise ConfigError(
+            f"{path} holds no tokenizer: neither tokenizer.json nor hy.tiktoken. Copy one there, or give the path of another."
+        )
+    settings = read_settings(path)
+    tokenizer = HyTokenizer(path / "hy.tiktoken", settings.num_ids)
+    tokenizer.chat_template, tokenizer.named_tokens = settings.chat_template, settings.named_tokens
+    return tokenizer

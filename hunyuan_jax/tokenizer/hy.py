@@ -48,11 +48,15 @@ class HyTokenizer(Vocabulary):
     Raises ValueError for a file that is missing or is not a ranks file, see `read_ranks`.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, num_ids: int | None = None):
+        """`num_ids`: of the model's table; A13B's tokenizer has one token more, <|extra_204|>, and its table just as many rows."""
         tokens = read_ranks(path)
         import tiktoken  # here, so that a run on bytes neither needs nor loads it
 
-        super().__init__(tokens, SPECIAL_TOKENS)
+        specials = (*SPECIAL_TOKENS, f"<|extra_{NUM_EXTRA_TOKENS}|>")
+        specials = specials if num_ids == len(tokens) + len(specials) else SPECIAL_TOKENS
+        special_ids = {name: len(tokens) + index for index, name in enumerate(specials)}
+        super().__init__([*tokens, *(name.encode() for name in specials)], special_ids)
         self.bos_id = self.special_id("<|startoftext|>")
         self.eos_id = self.special_id("<|endoftext|>")
         self.pad_id = self.special_id("<|pad|>")
@@ -61,7 +65,7 @@ class HyTokenizer(Vocabulary):
             "hunyuan",
             pat_str=SPLIT_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens=self._special_ids,
+            special_tokens=special_ids,
         )
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:

@@ -1,33 +1,43 @@
 """What the tokenizers share: the bytes of every id, and text made safe to encode."""
 
 import operator
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 
 # A model's table may have more rows than the tokenizer has ids (specification sections 1 and 7), and an untrained
 # model does pick such a row.  It shows as U+FFFD, as bytes that are no character do.
-_BYTES_OF_UNUSED_ID = "\ufffd".encode()
+UNUSED_ID = "\ufffd".encode()
 
 
 class Vocabulary:
-    """Ids to bytes: the ordinary tokens come first, the named special tokens follow, nothing lies beyond.
+    """Ids to bytes; nothing lies beyond the last of them.
 
-    `tokens` is the bytes of ids 0, 1, ...; `specials` the names (also the text) of the ids after the last of them.
+    `token_bytes` is the bytes of ids 0, 1, ...; `special_ids` the ids of the special tokens among them by name.
     """
 
-    def __init__(self, tokens: Sequence[bytes], specials: Sequence[str]):
-        self._num_ordinary = len(tokens)
-        self._token_bytes = [*tokens, *(name.encode() for name in specials)]
-        self._special_ids = {name: len(tokens) + index for index, name in enumerate(specials)}
+    # What a folder can bring besides: the jinja text of its chat template, and the texts that it calls bos_token and the like.
+    chat_template: str | None = None
+    named_tokens: Mapping[str, str] = types.MappingProxyType({})
+
+    def __init__(self, token_bytes: Sequence[bytes], special_ids: Mapping[str, int]):
+        self._token_bytes = list(token_bytes)
+        self._special_ids = dict(special_ids)
+        self._dropped = frozenset(special_ids.values())
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
         return len(self._token_bytes)
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of the special tokens, in the order of their ids."""
+        return tuple(sorted(self._special_ids, key=self._special_ids.__getitem__))
+
     def special_id(self, name: str) -> int:
         """Return the id of the special token called `name`; ValueError if this vocabulary has none of that name."""
         if name not in self._special_ids:
-            first, *_, last = self._special_ids
+            first, *_, last = *self.special_names, "none", "none"
             raise ValueError(
                 f"special token {name!r} is unknown: this tokenizer has {len(self._special_ids)}, {first} to {last}; "
                 "use one of them, or the tokenizer of a Hunyuan ranks file"
@@ -37,15 +47,15 @@ class Vocabulary:
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """Join the bytes of `ids` (a list or an integer array [S]); they need not be whole UTF-8 characters.
 
-        A special token gives its name, an id past the vocabulary gives U+FFFD; `skip_special` drops both, which is
+        A special token gives its name, an id past the vocabulary gives U+FFFD; `skip_special` drops both, which for Hunyuan-Large is
         the official rule: everything from <|endoftext|> on (specification section 7).  A negative id is a ValueError.
         """
         ids = [operator.index(token_id) for token_id in ids]
         if ids and min(ids) < 0:
             raise ValueError(f"token id {min(ids)} cannot be decoded: ids start at 0; remove ignored labels and padding marks first")
         if skip_special:
-            ids = [token_id for token_id in ids if token_id < self._num_ordinary]
-        return b"".join(self._token_bytes[token_id] if token_id < self.vocab_size else _BYTES_OF_UNUSED_ID for token_id in ids)
+            ids = [token_id for token_id in ids if token_id < self.vocab_size and token_id not in self._dropped]
+        return b"".join(self._token_bytes[token_id] if token_id < self.vocab_size else UNUSED_ID for token_id in ids)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return `decode_bytes` as text; bytes that are no UTF-8 character become U+FFFD, as the official class does."""
