@@ -14,7 +14,7 @@ import numpy as np
 
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
-from hunyuan_jax.data import loader, source
+from hunyuan_jax.data import loader
 from hunyuan_jax.model.count import count
 from hunyuan_jax.obs.metrics import MetricsWriter, ProgressLine, moe_health, peak_flops
 from hunyuan_jax.parallel import hosts
@@ -40,7 +40,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     train_step, eval_step = step_lib.make_train_step(program), step_lib.make_eval_step(program)
     sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
     to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
-    sizes = {"batch_size": train.batch_size, "seq_len": train.seq_len, "rows": hosts.process_rows(sharding, batch_shape)}
+    rows = hosts.process_rows(sharding, batch_shape)
     with hosts.raised_by_all():
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -48,12 +48,12 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                 f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids; "
                 f"config.model.vocab_size = {config.model.vocab_size} must be at least that."
             )
-        documents = source.open_source(config.data)
-        train_documents, validation_documents = source.split_documents(documents, config.data.validation_fraction)
+        opened = loader.open_corpus(config.data, tokenizer)
+        order = loader.Order(opened, config.data, train)
         if hosts.is_first():
             claim_workdir(workdir, config)
-        batches = loader.train_iterator(train_documents, tokenizer, seed=train.seed, **sizes)
-    corpus = {"num_documents": documents.report.num_documents, "num_bytes": documents.report.num_bytes}
+        batches = loader.train_iterator(order, rows)
+    corpus = opened.identity()
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
@@ -66,17 +66,17 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     with hosts.raised_by_all():
         if position and position["corpus"] != corpus:
             raise ConfigError(
-                f"config.data.source = {config.data.source!r} has changed since {workdir} was started: it held {position['corpus']}, "
+                f"the text of config.data has changed since {workdir} was started: it was {position['corpus']}, "
                 f"now {corpus}. Restore the text, or use another --workdir."
             )
         if position:
             batches.set_state(position["batches"])
-        validation = loader.validation_batches(validation_documents, tokenizer, num_batches=train.eval_batches, **sizes)
+        validation = order.validation(train.eval_batches, rows)
         writer = MetricsWriter(workdir, first_step) if hosts.is_first() else None
 
     progress = ProgressLine(train.num_steps, first_step, is_shown=hosts.is_first())
     progress.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
-    progress.print(f"data: {documents.report}")
+    progress.print(f"data: {order}")
     if first_step >= train.num_steps:
         progress.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
     log = _Log(config, program, writer, progress)
