@@ -92,22 +92,6 @@ def train_iterator(
     return TrainIterator(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH_BATCHES)))
 
 
-def documents_of_batch(
-    documents: Sequence[Document], tokenizer: Tokenizer, state: Mapping[str, Any], *, batch_size: int, seq_len: int, seed: int
-) -> list[str]:
-    """Names of the documents in the global batch that a train_iterator with these arguments yields next from `state`, in their order."""
-    from hunyuan_jax.data import pack
-
-    def rows_of_epoch(epoch: int):
-        return pack.epoch_rows(documents, tokenizer, seq_len, pack.epoch_seed(seed, epoch), are_indices=True)
-
-    with contextlib.closing(iter(pack.stack_rows(pack.Epochs(rows_of_epoch), batch_size))) as batches:
-        batches.set_state(state)
-        rows = next(batches)
-    indices = rows["pairs"][rows["pairs_segment_ids"] > 0][:, 0]
-    return [documents[index].name for index in dict.fromkeys(indices.tolist())]
-
-
 def validation_batches(
     documents: Sequence[Document], tokenizer: Tokenizer, *, batch_size: int, seq_len: int, num_batches: int, rows: np.ndarray | None = None
 ) -> list[Batch]:

@@ -19,18 +19,15 @@ from hunyuan_jax.tokenizer import Tokenizer
 SHUFFLE_TOKENS = 2**20
 
 
-def epoch_rows(
-    documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int, seed: int, are_indices: bool = False
-) -> grain.IterDataset:
+def epoch_rows(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int, seed: int) -> grain.IterDataset:
     """Rows of one pass over the documents: pairs [T, 2], pairs_segment_ids [T] and pairs_positions [T], all int32.
 
-    A pair is (token, target); with are_indices, twice the index of the document that it comes from.  The rows are full, but for the last
-    one packed, which ends in zeros.
+    A pair is (token, target).  The rows are full, but for the last one packed, which ends in zeros.
     """
     pairs = (
-        grain.MapDataset.range(len(documents))
+        grain.MapDataset.source(documents)
         .shuffle(seed)
-        .map(lambda index: _document_pairs(documents[index], tokenizer, index if are_indices else None))
+        .map(functools.partial(_document_pairs, tokenizer=tokenizer))
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     )
     packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={"pairs": seq_len})
@@ -92,11 +89,9 @@ class _EpochsIterator(grain.DatasetIterator):
         self._rows.set_state(_restored_tuples(state["rows"]))
 
 
-def _document_pairs(document: Document, tokenizer: Tokenizer, index: int | None) -> dict[str, np.ndarray]:
-    """pairs [n + 1, 2] int32 of the n tokens with bos and eos around them: each token and the one that follows it; or as many `index`."""
+def _document_pairs(document: Document, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """pairs [n + 1, 2] int32 of the n tokens with bos and eos around them: each token and the one that follows it."""
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id], np.int32)
-    if index is not None:
-        ids[:] = index
     return {"pairs": np.lib.stride_tricks.sliding_window_view(ids, 2)}
 
 
