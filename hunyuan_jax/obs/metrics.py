@@ -155,7 +155,7 @@ class ProgressLine:
 
     def print(self, text: str) -> None:
         """A line that stays, above the live one."""
-        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=not self._is_live)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
