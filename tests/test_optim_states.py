@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -367,19 +366,23 @@ def test_scales_and_update_do_not_depend_on_the_sharding():
 # ---------------------------------------------------------------------------------------------------------------------------- training
 
 NUM_STEPS = 200
-ROOT = Path(__file__).parents[1]
 
 
 @functools.cache
-def text_tokens():
-    """Bytes of this project's source as int32 [N]."""
-    names = sorted((ROOT / "hunyuan_jax").rglob("*.py"))
-    return np.frombuffer(b"".join(path.read_bytes() for path in names)[:200_000], np.uint8).astype(np.int32)
+def chain_tokens():
+    """A Markov chain over 256 bytes as int32 [N]: all runs approach its entropy, whatever rounding does to their routing on the way."""
+    rng = np.random.default_rng(0)
+    successors = rng.integers(0, 256, (256, 4))
+    choices = rng.choice(4, 200_000, p=(0.6, 0.25, 0.1, 0.05))
+    tokens = np.zeros(choices.size, np.int32)
+    for index in range(1, tokens.size):
+        tokens[index] = successors[tokens[index - 1], choices[index]]
+    return tokens
 
 
 @functools.cache
 def training_losses(mode):
-    """Losses [200] of the tiny model at two layers and half its width, on source code."""
+    """Losses [200] of the tiny model at two layers and half its width, on `chain_tokens`."""
     cfg = presets.tiny()
     cfg = dataclasses.replace(cfg, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, remat="none")
     graph_def, variables = nnx.split(Transformer(cfg, single_device_mesh(), jax.random.key(0)))
@@ -400,7 +403,7 @@ def training_losses(mode):
         params, state, _ = optimizer.step(grads, state, params)
         return params, state, loss
 
-    tokens = text_tokens()
+    tokens = chain_tokens()
     params = store_params(params, mode)
     state = optimizer.init(params)
     rng, losses = np.random.default_rng(0), []
@@ -412,11 +415,10 @@ def training_losses(mode):
     return np.asarray(losses)
 
 
-# Two float32 runs whose weights differ by 1e-6 at the start are 1.0 % apart in the mean of the last 20 losses and up to 2.1 % at a step
-# (routing amplifies rounding).  Measured against float32: bfloat16 0.6 % and 2.0 %, fp8_lm 0.4 % and 1.9 %.
+# Measured against float32, mean of the last 20 losses and largest at a step: bfloat16 0.005 % and 0.2 %, fp8_lm 0.14 % and 0.43 %.
 @pytest.mark.parametrize("mode", ["bfloat16", "fp8_lm"])
 def test_training_stays_with_float32(mode):
     reference, losses = training_losses("float32"), training_losses(mode)
-    assert reference[0] > 5.5 and reference[-20:].mean() < 3.0  # it has learned
-    assert abs(losses[-20:].mean() / reference[-20:].mean() - 1) < 0.02
-    assert np.abs(losses / reference - 1).max() < 0.05
+    assert reference[0] > 5.5 and reference[-20:].mean() < 1.6  # it has learned
+    assert abs(losses[-20:].mean() / reference[-20:].mean() - 1) < 0.005
+    assert np.abs(losses / reference - 1).max() < 0.01

@@ -239,7 +239,7 @@ def test_a_row_of_skipped_steps_stops_with_a_message(corpus, tmp_path, capsys):
         loop.run(config, tmp_path / "run")
     printed = capsys.readouterr().err
     for step in (2, 3, 4):  # step 1 ruins the parameters
-        assert re.search(rf"step {step} was skipped: loss .*; documents: \d+\.txt", printed)
+        assert re.search(rf"step {step} was skipped: loss .*; documents: text/\d+\.txt", printed)
     assert not steps(tmp_path / "run" / "checkpoints")  # looked at before the save of step 5
 
 

@@ -256,7 +256,7 @@ class _GoneError(Exception):
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """(fsspec filesystem, path in it) of a URL."""
-    import fsspec
+    import fsspec.core
 
     try:
         fs, root = fsspec.core.url_to_fs(url)

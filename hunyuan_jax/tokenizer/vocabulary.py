@@ -1,5 +1,6 @@
 """What the tokenizers share: the bytes of every id, and text made safe to encode."""
 
+import hashlib
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -13,6 +14,8 @@ class Vocabulary:
 
     `tokens` is the bytes of ids 0, 1, ...; `specials` the names (also the text) of the ids after the last of them.
     """
+
+    _rules: tuple[str, ...] = ()  # what else decides the ids of a text
 
     def __init__(self, tokens: Sequence[bytes], specials: Sequence[str]):
         self._num_ordinary = len(tokens)
@@ -33,6 +36,12 @@ class Vocabulary:
                 "use one of them, or the tokenizer of a Hunyuan ranks file"
             )
         return self._special_ids[name]
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with any token, its id, and how text is cut (`_rules`)."""
+        digest = hashlib.blake2b(repr((type(self).__name__, self._rules, self._num_ordinary)).encode(), digest_size=8)
+        digest.update(b"".join(len(token).to_bytes(4, "little") + token for token in self._token_bytes))
+        return digest.hexdigest()
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """Join the bytes of `ids` (a list or an integer array [S]); they need not be whole UTF-8 characters.

@@ -17,7 +17,7 @@ from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.manifest import require_same_run
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
-from hunyuan_jax.data import loader, source
+from hunyuan_jax.data import loader
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     train_step, eval_step = step_lib.make_train_step(program), step_lib.make_eval_step(program)
     sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
     to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
-    sizes = {"batch_size": train.batch_size, "seq_len": train.seq_len, "rows": hosts.process_rows(sharding, batch_shape)}
+    rows = hosts.process_rows(sharding, batch_shape)
     with hosts.raised_by_all():
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -54,12 +54,12 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                 f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids; "
                 f"config.model.vocab_size = {config.model.vocab_size} must be at least that."
             )
-        documents = source.open_source(config.data)
-        train_documents, validation_documents = source.split_documents(documents, config.data.validation_fraction)
+        opened = loader.open_corpus(config.data, tokenizer)
+        order = loader.Order(opened, config.data, train)
         if hosts.is_first():
             claim_workdir(workdir, config)
-        batches = loader.train_iterator(train_documents, tokenizer, seed=train.seed, **sizes)
-    corpus = {"num_documents": documents.report.num_documents, "num_bytes": documents.report.num_bytes}
+        batches = loader.train_iterator(order, rows)
+    corpus = opened.identity()
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
@@ -69,8 +69,8 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")
         if (before := facts["position"]["corpus"]) != corpus:
             raise ConfigError(
-                f"config.data.source = {config.data.source!r} has changed since {workdir} was started: it held {before}, now {corpus}. "
-                "Restore the text, or use another --workdir."
+                f"the text of config.data has changed since {workdir} was started: it was {before}, now {corpus}. Restore the text, or use "
+                "another --workdir."
             )
         return abstract_state(with_state_dtype(program, facts["state_dtype"]))
 
@@ -85,16 +85,15 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     with hosts.raised_by_all():
         if facts:
             batches.set_state(facts["position"]["batches"])
-        validation = loader.validation_batches(validation_documents, tokenizer, num_batches=train.eval_batches, **sizes)
-        validation = evaluate.with_target_bytes(validation, tokenizer)
+        validation = evaluate.with_target_bytes(order.validation(train.eval_batches, rows), tokenizer)
         log.open(first_step, program)
-    log.print(f"data: {documents.report}")
+    log.print(f"data: {order}")
     if facts and (changed := _changed_versions(facts, config, program)):
         log.print(f"step {first_step} was made with {changed}: the losses from here may differ in their last bits.")
 
-    def documents_of(position):
-        order = {"batch_size": train.batch_size, "seq_len": train.seq_len, "seed": train.seed}
-        return loader.documents_of_batch(train_documents, tokenizer, position, **order)
+    def documents_of(step):
+        batch = order.describe(step - 1)["rows"]
+        return [f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]]
 
     skips, schedule = Skips(config, documents_of, log.print), _Saves(config)
     process = f"process {jax.process_index()} of {jax.process_count()}"
@@ -114,13 +113,12 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
             return 0
         log.start(first_step, program)
         for step in range(first_step + 1, train.num_steps + 1):
-            position = batches.get_state()
             with log.time("data"), watchdog.doing("waiting for a batch"):
                 batch = next(batches)
             with log.running(step), watchdog.doing("compiling its first step" if step == first_step + 1 else "in a step"):
                 state, metrics = train_step(state, to_devices(batch))
             is_logged = log.step(step, metrics)
-            skips.add(step, metrics, position)
+            skips.add(step, metrics)
             validation_loss = None
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
                 with log.time("evaluation"), watchdog.doing("in validation"):
