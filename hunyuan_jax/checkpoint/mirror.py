@@ -98,15 +98,14 @@ class Mirror:
 
     # --- Uploading
 
+    def remove_incomplete(self) -> None:
+        """Removes what interrupted uploads left; for one process, while none uploads."""
+        for step in set(self._all_steps()) - set(self.steps()):
+            self._attempt(lambda step=step: self._rm(self._path(step)))
+
     def start(self, steps: list[int]) -> None:
-        """Begins to upload, these finished local steps first.  What an interrupted upload left there is removed."""
-        if self._index == 0:
-            complete = set(self.steps())
-            for step in self._all_steps():
-                if step not in complete:
-                    self._attempt(lambda step=step: self._fs.rm(self._path(step), recursive=True))
-            steps = [step for step in steps if step not in complete]
-        for step in steps:
+        """Begins to upload; those of the finished local `steps` that are not there come first."""
+        for step in sorted(set(steps) - set(self.steps()) - set(self._queue.queue)):
             self._queue.put(step)
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
@@ -117,8 +116,9 @@ class Mirror:
 
     def close(self) -> None:
         """Waits until all is uploaded, or given up."""
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join()
 
     def _work(self) -> None:
         while (step := self._queue.get()) is not None:

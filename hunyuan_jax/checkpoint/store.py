@@ -92,7 +92,10 @@ class Store:
             if self._index == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
-                here, there = set(steps(self._folder)), set(self._mirror.steps() if self._mirror else ())
+                here = set(steps(self._folder))
+                if self._mirror:
+                    self._mirror.remove_incomplete()
+                    there = set(self._mirror.steps())
         found = None
         while found is None and (step := hosts.first_says(max(here | there, default=0))):
             is_here = hosts.first_says(step in here)
@@ -217,7 +220,7 @@ class Store:
                 target = target_of(facts)
             if "files" in facts:
                 return step, self.restore(step, target), facts
-            self._report(
+            self._report_once(
                 f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended between writing it and the checksums. "
                 "It is used unchecked."
             )
@@ -301,6 +304,10 @@ class Store:
         for path in self._folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
+
+    def _report_once(self, text: str) -> None:
+        if self._index == 0:
+            self._report(text)
 
     def _share(self, manifest: Facts) -> list[str]:
         return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)

@@ -63,6 +63,13 @@ class Log:
         elif hosts.is_first():
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """A line about this process, also from other processes than the first and from other threads."""
+        if hosts.is_first():
+            self.print(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+
     def start(self, step: int, program: Any) -> None:
         """Startup is over; `step` steps are done, and the next one compiles."""
         self._step = self._logged_step = step

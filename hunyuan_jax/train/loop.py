@@ -63,7 +63,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
-    store = Store(workdir, config.checkpoint, log.print)
+    store = Store(workdir, config.checkpoint, log.warn)
 
     def target_of(facts):
         require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")

@@ -17,7 +17,7 @@ class Watchdog:
     def __init__(self, minutes: float, file: Path, process: str):
         """minutes: 0 = never; process: such as "process 3 of 4"."""
         self._seconds, self._file, self._process = 60 * minutes, file, process
-        self._doing, self._step, self._since = "starting", 0, time.monotonic()
+        self._doing, self._step, self._since = "in a step", 0, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if minutes:
