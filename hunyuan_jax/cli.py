@@ -100,6 +100,30 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+def export(argv: list[str]) -> int:
+    """Writes the model of --checkpoint as an official folder (adapters merged), or with --adapter the LoRA adapter alone, for PEFT."""
+
+    def options(values):
+        absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run; without --adapter also a model folder.", flag_values=values)
+        absl_flags.DEFINE_string("output", None, "Folder to write.", flag_values=values)
+        absl_flags.DEFINE_boolean("adapter", False, "Write adapter_config.json and adapter_model.safetensors.", flag_values=values)
+
+    values = flags.parse(argv, _define(options))
+    if not values.checkpoint or not values.output:
+        raise ConfigError("export needs --checkpoint=DIR and --output=DIR.")
+    if values.adapter:
+        from hunyuan_jax.checkpoint import store
+        from hunyuan_jax.convert import peft_io
+
+        base = store.read_config(values.checkpoint).train.init_from
+        peft_io.write_adapter(values.output, *store.load_adapters(values.checkpoint), base)
+    else:
+        from hunyuan_jax.infer.pretrained import from_pretrained
+
+        from_pretrained(values.checkpoint).save_pretrained(values.output)
+    return 0
+
+
 def plan(argv: list[str]) -> int:
     """Compiles the train step of --config for the TPU slice --topology, here: memory, estimated time, collectives."""
     values = flags.parse(argv, _define(flags.define_config, _json, _plan_options))
@@ -154,7 +178,7 @@ def _plan_options(values: absl_flags.FlagValues) -> None:
     define(absl_flags.DEFINE_enum, "generation", None, "--fit: this generation only.", list(GENERATIONS))
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate, "plan": plan}
+COMMANDS = {"count": count, "bench": bench, "generate": generate, "export": export, "plan": plan}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import torch_io
+from hunyuan_jax.convert import peft_io, torch_io
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.model import lora
 from hunyuan_jax.model import loss as loss_lib
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -123,12 +124,13 @@ class Pretrained:
         return ids.astype(np.int32)
 
 
-def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretrained:
+def from_pretrained(path: str | os.PathLike, dtype: str | None = None, adapter: str | os.PathLike | None = None) -> Pretrained:
     """Loads a model folder with the official names, or the newest checkpoint of a training run.
 
     Args:
       path: a folder with config.json and *.safetensors or pytorch_model*.bin, or the --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
+      adapter: a folder with a LoRA adapter in PEFT's format, which is merged into the weights.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
@@ -138,8 +140,17 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None) -> Pretra
     if (Path(path) / "checkpoints").is_dir():
         from hunyuan_jax.checkpoint import store
 
-        return Pretrained(*store.load_for_inference(path, dtype))
-    return Pretrained(*torch_io.read_model(path, dtype))
+        model = store.load_for_inference(path, dtype)
+    else:
+        model = torch_io.read_model(path, dtype)
+    return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)))
+
+
+def _with_adapter(adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source) -> tuple[Any, ...]:
+    """The model with a PEFT adapter merged into its weights."""
+    adapted_cfg, adapters = peft_io.read_adapter(adapter, cfg)
+    _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
+    return cfg, jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params), *source
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:
