@@ -1,4 +1,13 @@
-"""DOC"""
+"""Hunyuan-A13B (80.4 B parameters, 12.7 B active; 64 experts, top-8, one shared) from scratch, at sequence length 4096.
+
+    python train.py --config=configs/a13b.py --workdir=/mnt/shared/a13b --config.data.source=/mnt/shared/corpus
+
+Hardware: a multiple of 16 devices: experts lie on 16 shards.
+`hy.tiktoken` is the released tokenizer's; a batch is 4.2 M tokens.  Batch, learning rate and length of the run are
+ours: no recipe was published.
+
+State: shapes of the train step traced; never compiled for a pod, never run.  `python -m hunyuan_jax plan` compiles it for one.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,13 @@
-"""DOC"""
+"""Hunyuan-0.5B (539 M parameters, dense) from scratch, at sequence length 4096.
+
+    python train.py --config=configs/dense_0_5b.py --workdir=/mnt/shared/dense_0_5b --config.data.source=/mnt/shared/corpus
+
+Hardware: a number of devices that divides 8, the sequences of one of the 8 parts of a batch.
+`hunyuan-0.5b/tokenizer.json` is the released tokenizer's; a batch is 0.26 M tokens.  Batch, learning rate and length of the run are
+ours: no recipe was published.
+
+State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan` compiles it for one.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,16 +1,17 @@
 """`python -m hunyuan_jax COMMAND`: parse, call, print."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags as absl_flags
 
 from hunyuan_jax import flags
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.config import ConfigError, MeshConfig
 
 
 def main(argv: list[str]) -> int:
@@ -59,45 +60,112 @@ def generate(argv: list[str]) -> int:
     """Continues --prompt with the model of --checkpoint (a run's workdir or a model folder), printing as it goes."""
 
     def options(values):
-        absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a folder with official weights.", flag_values=values)
         absl_flags.DEFINE_string("prompt", None, "Text to continue.", flag_values=values)
-        absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
-        absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
-        absl_flags.DEFINE_float("temperature", 0.8, "0 is greedy.", flag_values=values)
-        absl_flags.DEFINE_integer("top_k", 20, "0 is off.", flag_values=values)
-        absl_flags.DEFINE_float("top_p", 0.95, "1 is off.", flag_values=values)
-        absl_flags.DEFINE_float("repetition_penalty", 1.0, "1 is off.", flag_values=values)
-        absl_flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
 
-    values = flags.parse(argv, _define(options))
+    values = flags.parse(argv, _define(_model_options, options))
     if not values.checkpoint or not values.prompt:
         raise ConfigError("generate needs --checkpoint=DIR and a non-empty --prompt=TEXT.")
     from hunyuan_jax.infer import text
 
     start, num_tokens = time.perf_counter(), 0
-    try:
-        pieces = text.stream(
-            values.checkpoint,
-            values.prompt,
-            tokenizer=values.tokenizer,
-            max_new_tokens=values.max_new_tokens,
-            temperature=values.temperature,
-            top_k=values.top_k,
-            top_p=values.top_p,
-            repetition_penalty=values.repetition_penalty,
-            seed=values.seed,
-        )
+    with _values_are_settings():
+        pieces = text.stream(*text.load(values.checkpoint, values.tokenizer, _mesh(values)), values.prompt, **_sampling(values))
         print(values.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
             num_tokens += 1
+    print()
+    print(f"({num_tokens} tokens in {time.perf_counter() - start:.1f} s with loading and compiling)", file=sys.stderr)
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """Talks with the model of --checkpoint: /reset forgets, Ctrl-C stops an answer, Ctrl-D leaves; or questions come from a pipe."""
+
+    def options(values):
+        absl_flags.DEFINE_string("system", "", "The system message.", flag_values=values)
+
+    values = flags.parse(argv, _define(_model_options, options))
+    if not values.checkpoint:
+        raise ConfigError("chat needs --checkpoint=DIR.")
+    from hunyuan_jax.infer import text
+
+    with _values_are_settings():
+        model, vocabulary = text.load(values.checkpoint, values.tokenizer, _mesh(values))
+        conversation = text.Chat(model, vocabulary, values.system, **_sampling(values))
+        for question in _questions():
+            if question == "/reset":
+                conversation.reset()
+            elif question:
+                _print_answer(conversation.ask(question))
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    """Lines of a terminal, or of a pipe, until they end."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401  (gives input() a history and editing keys)
+
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _print_answer(pieces: Iterator[str]) -> None:
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+
+
+@contextlib.contextmanager
+def _values_are_settings() -> Iterator[None]:
+    """A ValueError of the library, here about what a flag said, is the user's to change."""
+    try:
+        yield
     except ConfigError:
         raise
     except ValueError as e:
         raise ConfigError(str(e)) from e
-    print()
-    print(f"({num_tokens} tokens in {time.perf_counter() - start:.1f} s with loading and compiling)", file=sys.stderr)
-    return 0
+
+
+def _model_options(values: absl_flags.FlagValues) -> None:
+    absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a folder with official weights.", flag_values=values)
+    absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
+    absl_flags.DEFINE_string("mesh", None, "Axes to spread the model over, such as expert:2,tensor:4.", flag_values=values)
+    absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
+    absl_flags.DEFINE_float("temperature", 0.8, "0 is greedy.", flag_values=values)
+    absl_flags.DEFINE_integer("top_k", 20, "0 is off.", flag_values=values)
+    absl_flags.DEFINE_float("top_p", 0.95, "1 is off.", flag_values=values)
+    absl_flags.DEFINE_float("repetition_penalty", 1.0, "1 is off.", flag_values=values)
+    absl_flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+
+
+def _sampling(values: absl_flags.FlagValues) -> dict[str, Any]:
+    return {name: values[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+
+
+def _mesh(values: absl_flags.FlagValues) -> Any:
+    """The mesh of --mesh over all devices, or None."""
+    if values.mesh is None:
+        return None
+    names = [field.name for field in dataclasses.fields(MeshConfig) if field.name != "num_slices"]
+    pairs = [part.split(":") for part in values.mesh.split(",")]
+    wrong = next((":".join(pair) for pair in pairs if len(pair) != 2 or pair[0] not in names or not pair[1].isdecimal()), None)
+    if wrong is not None:
+        raise ConfigError(f"--mesh={values.mesh}: {wrong!r} is no AXIS:SIZE; axes are {', '.join(names)}.")
+    from hunyuan_jax.parallel.mesh import make_mesh
+
+    return make_mesh(MeshConfig(**dict.fromkeys(names, 1) | {name: int(size) for name, size in pairs}))
 
 
 def export(argv: list[str]) -> int:
@@ -178,7 +246,23 @@ def _plan_options(values: absl_flags.FlagValues) -> None:
     define(absl_flags.DEFINE_enum, "generation", None, "--fit: this generation only.", list(GENERATIONS))
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate, "export": export, "plan": plan}
+def report(argv: list[str]) -> int:
+    """One HTML page about the run in --workdir: curves, goodput, expert load, config; also while it runs."""
+
+    def options(values):
+        absl_flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        absl_flags.DEFINE_string("output", None, "File to write; default: WORKDIR/report.html.", flag_values=values)
+
+    values = flags.parse(argv, _define(options))
+    if not values.workdir:
+        raise ConfigError("--workdir is missing; pass the folder of a run, such as --workdir=runs/tiny.")
+    from hunyuan_jax.obs import report as report_lib
+
+    print(report_lib.write(values.workdir, values.output))
+    return 0
+
+
+COMMANDS = {"count": count, "bench": bench, "generate": generate, "chat": chat, "export": export, "plan": plan, "report": report}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

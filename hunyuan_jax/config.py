@@ -8,6 +8,7 @@ returns `to_config_dict(config)`; `from_config_dict` turns the (possibly overrid
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -159,6 +160,14 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
+    profile_steps: str = ""  # "10:13" traces steps 10, 11, 12 and 13 into DIR/profile; "" = none
+    wandb_project: str = ""  # also log to this project of Weights & Biases (needs wandb); "" = no
+
+    @property
+    def profiled(self) -> range:
+        """The steps of profile_steps."""
+        first, _, last = (self.profile_steps or "1:0").partition(":")
+        return range(int(first), int(last) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +361,10 @@ def _validate_run(config: Config) -> None:
         for name in names.split():
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name} = {value} must be at least 1.")
+    _require(
+        not train.profile_steps or (re.fullmatch(r"[1-9]\d*:[1-9]\d*", train.profile_steps) is not None and len(train.profiled) > 0),
+        f"config.train.profile_steps = {train.profile_steps!r} must be FIRST:LAST, such as 10:13 for steps 10, 11, 12 and 13.",
+    )
     _require(
         train.seq_len <= config.model.max_position,
         f"config.train.seq_len = {train.seq_len} is above config.model.max_position = {config.model.max_position}.",

@@ -238,6 +238,10 @@ BROKEN = [
     *(({f"checkpoint__{name}": 0}, f"config.checkpoint.{name} = 0 must be at least 1") for name in ("every", "keep")),
     ({"train__seq_len": 4096}, "config.train.seq_len = 4096 is above config.model.max_position = 2048"),
     (
+        {"train__profile_steps": "13:10"},
+        "config.train.profile_steps = '13:10' must be FIRST:LAST, such as 10:13 for steps 10, 11, 12 and 13.",
+    ),
+    (
         {"train__grad_accum_steps": 3},
         "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal parts. Use a grad_accum_steps from "
         "[1, 2, 4, 8].",

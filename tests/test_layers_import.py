@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # What each part may import of the others.  A lower layer never imports a higher one.
 _LAYERS = [
     {"pallas_kernels"},
-    {"config", "presets", "obs.metrics"},
+    {"config", "presets", "obs.metrics", "obs.goodput"},
     {"parallel"},
     {"model", "quant"},
     {"optim", "data", "tokenizer"},
@@ -31,6 +31,7 @@ ALLOWED = {
     "config": set(),
     "presets": {"config"},
     "obs.metrics": {"config"},
+    "obs.goodput": {"obs.metrics"},
     "parallel": _upto(1, without=(0,)),
     "model": _upto(2) | {"quant"},
     "quant": _upto(2),
@@ -60,8 +61,8 @@ def part_of(path):
     pieces = path.with_suffix("").parts
     if pieces[0] != "hunyuan_jax":
         return pieces[0] if len(pieces) > 1 else path.name
-    if pieces[1:] == ("obs", "metrics"):
-        return "obs.metrics"
+    if ".".join(pieces[1:]) in ALLOWED:
+        return ".".join(pieces[1:])
     return "" if pieces[1] == "__init__" else pieces[1]
 
 

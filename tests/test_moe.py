@@ -23,6 +23,7 @@ from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
+from hunyuan_jax.train.step import router_metrics
 from pallas_kernels import expert_matmul
 
 SMALL = ModelConfig(
@@ -117,9 +118,10 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(way, k, sizes, alone)
     for name in stats:  # load, recycled and dropped are counts: the same assignment
         assert_close(stats[name], stats_alone[name], 1e-5)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), grads, grads_alone)
-    moved = {"recycle": "recycled", "drop": "dropped"}.get(way)
-    assert moved is None or stats[moved].min() > 0.02
-    assert (stats["recycled"] > 0).any() == (way == "recycle") and (stats["dropped"] > 0).any() == (way == "drop")
+    figures = router_metrics(stats)
+    moved = {"recycle": "recycled_L", "drop": "dropped_L"}.get(way)
+    assert moved is None or figures[moved].min() > 0.02
+    assert (figures["recycled_L"] > 0).any() == (way == "recycle") and (figures["dropped_L"] > 0).any() == (way == "drop")
 
 
 def test_dispatches_differ():
@@ -479,11 +481,10 @@ def test_rematerialisation_changes_no_number(remat):
     total, stats, grads = train_step_alone(dataclasses.replace(SMALL, remat=remat))
     total_none, stats_none, grads_none = train_step_alone(SMALL)
     # Enough is recycled for the gradients to show it, were the draw another one in the backward pass.
-    assert SMALL.moe.dispatch == "recycle" and stats["recycled"].min() > 0.1
+    assert SMALL.moe.dispatch == "recycle" and router_metrics(stats)["recycled_L"].min() > 0.1
     assert_close(total, total_none, 1e-6)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-6), stats, stats_none)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), grads, grads_none)
-    np.testing.assert_allclose(stats["load_E"].sum(-1), np.ones((2, 1)), rtol=1e-5)
 
 
 def test_rematerialisation_keeps_less_for_the_backward_pass():

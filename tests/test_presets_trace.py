@@ -61,7 +61,8 @@ def test_train_step_at_full_size_and_context(name, dispatch):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(after.params)) == count(cfg).total
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype(np.float32)}
     assert metrics["load_LE"].shape == (cfg.num_layers, cfg.moe.num_experts)
-    assert all(metrics[key].shape == () for key in ("loss", "grad_norm", "aux_loss", "z_loss", "recycled", "dropped", "entropy"))
+    assert all(metrics[key].shape == () for key in ("loss", "grad_norm", "aux_loss", "z_loss"))
+    assert all(metrics[key].shape == (cfg.num_layers,) for key in ("recycled_L", "dropped_L", "entropy_L"))
     assert {metric.dtype for metric in metrics.values()} == {np.dtype(np.float32)}
 
 

@@ -89,7 +89,7 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
     # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its length.
     config = config_for(corpus)
     calls = []
-    original = loop._Log.step
+    original = loop.Log.step
 
     def stop_at_three(self, step, metrics):
         original(self, step, metrics)
@@ -98,7 +98,7 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Log, "step", stop_at_three)
+        patch.setattr(loop.Log, "step", stop_at_three)
         assert loop.run(config, tmp_path / "parts") == 0
     assert calls[-1] in (3, 4)
     assert Store(tmp_path / "parts", keep=2).latest_step() == calls[-1]
@@ -112,13 +112,13 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, tmp_path):
     assert loop.run(config_for(corpus), tmp_path / "whole") == 0
     config = config_for(corpus)
 
-    def die_at_five(self, step, metrics, original=loop._Log.step):
+    def die_at_five(self, step, metrics, original=loop.Log.step):
         original(self, step, metrics)
         if step == 5:
             raise RuntimeError("killed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Log, "step", die_at_five)
+        patch.setattr(loop.Log, "step", die_at_five)
         with pytest.raises(RuntimeError, match="killed"):
             loop.run(config, tmp_path / "parts")
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:

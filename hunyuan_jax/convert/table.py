@@ -72,6 +72,20 @@ def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(entry.shape[::-1]).T)
 
 
+def stacked_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
+    """The leading dims of our parameter that `entry.index` points into: groups, experts."""
+    return {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[len(entry.index)]
+
+
+def our_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
+    """Our shape of one tensor, without the stacked dims: heads are split out of the official [out, in]."""
+    letters = entry.path.rsplit("_", 1)[1]
+    sizes = {"N": cfg.num_heads, "K": cfg.num_kv_heads, "H": cfg.head_dim}
+    if not set(letters) & set("NK"):
+        return entry.shape[::-1] if entry.is_transposed else entry.shape
+    return tuple(sizes.get(letter, cfg.hidden_size) for letter in letters)
+
+
 def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
     D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     group, i = divmod(layer, cfg.cla_share_factor)

@@ -19,7 +19,7 @@ from hunyuan_jax.convert import hf_config, table
 _MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 # Kept and written again with a model, so that a saved folder can be used like the one it came from.
-_SIDE_FILES = (
+SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +27,7 @@ _SIDE_FILES = (
     "chat_template.jinja",
     "hy.tiktoken",
 )
-_TEXTS = ("config.json", _INDEX, *_SIDE_FILES)
+_TEXTS = ("config.json", _INDEX, *SIDE_FILES)
 _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -79,7 +79,7 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
     """
     hf = read_config(folder)
     cfg = hf_config.from_hf(hf if dtype is None else hf_config.with_dtype(hf, dtype))
-    cfg = dataclasses.replace(cfg, eos_token_ids=_generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
+    cfg = dataclasses.replace(cfg, eos_token_ids=generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
     wanted = {entry.name: entry for entry in table.entries(cfg)}
     params: dict[str, Any] = {}
     files, router_dtype = {}, ""
@@ -134,7 +134,7 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
         return np.dtype(source.router_dtype) if is_same_dtype else np.dtype(np.float32)
 
     is_same_layout = is_same_dtype and all(file.endswith(".safetensors") for file in source.files.values())
-    files = source.files if is_same_layout else _shards(all_entries, tensor_dtype)
+    files = source.files if is_same_layout else shards(all_entries, tensor_dtype)
     for file in dict.fromkeys(files.values()):
         tensors = {e.name: table.to_official(_lookup(params, e), e).astype(tensor_dtype(e)) for e in all_entries if files[e.name] == file}
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -154,7 +154,7 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
             path.unlink()
 
 
-def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+def generation_stop_ids(folder: Path) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, which is what `generate` of transformers stops at; () if there is none."""
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -219,22 +219,11 @@ def _store(params: dict[str, Any], entry: table.Entry, tensor: np.ndarray, cfg: 
     node = params
     for parent in parents:
         node = node.setdefault(parent, {})
-    stacked = {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[len(entry.index)]
-    shape = _our_shape(entry, cfg)
+    stacked, shape = table.stacked_shape(entry, cfg), table.our_shape(entry, cfg)
     if leaf not in node:
         dtype = np.dtype(np.float32) if leaf == "router_DE" else _NUMPY_DTYPES[cfg.dtype]
         node[leaf] = np.empty((*stacked, *shape), dtype)
     node[leaf][entry.index] = table.to_ours(tensor, entry, shape)
-
-
-def _our_shape(entry: table.Entry, cfg: ModelConfig) -> tuple[int, ...]:
-    """Our shape of one tensor: heads are split out of the official [out, in]."""
-    leaf = entry.path.rsplit("/", 1)[1]
-    letters = leaf.rsplit("_", 1)[1]
-    sizes = {"N": cfg.num_heads, "K": cfg.num_kv_heads, "H": cfg.head_dim}
-    if not set(letters) & set("NK"):
-        return entry.shape[::-1] if entry.is_transposed else entry.shape
-    return tuple(sizes.get(letter, cfg.hidden_size) for letter in letters)
 
 
 def _lookup(params: dict[str, Any], entry: table.Entry) -> np.ndarray:
@@ -243,7 +232,7 @@ def _lookup(params: dict[str, Any], entry: table.Entry) -> np.ndarray:
     return np.asarray(params[entry.index] if entry.index else params)
 
 
-def _shards(all_entries: list[table.Entry], tensor_dtype: Any) -> dict[str, str]:
+def shards(all_entries: list[table.Entry], tensor_dtype: Any) -> dict[str, str]:
     """Tensor name -> file: as many files as needed to stay below _MAX_SHARD_BYTES each, tensors in order."""
     numbers, number, size = {}, 1, 0
     for entry in all_entries:

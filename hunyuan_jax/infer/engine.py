@@ -1,10 +1,12 @@
 """Jitted prefill and decode on token ids; the engine knows nothing about text.
 
-Letters: B batch, S prompt slots, V vocabulary.
+Letters: B batch, S prompt slots, V vocabulary, P CLA groups, N tokens of a chunk.
 """
 
+import functools
+import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +14,45 @@ import numpy as np
 from flax import nnx
 
 from hunyuan_jax.infer.sampling import Sampling, next_token
-from hunyuan_jax.model.cache import KvCache, empty_cache, grow_cache
+from hunyuan_jax.model import params as params_lib
+from hunyuan_jax.model.cache import KvCache, empty_cache, grow_cache, split_cache
 from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel.mesh import device_kind
 
-# Prompt and total lengths are rounded up to these multiples, so that a new length rarely means a new compilation.
+# Lengths are rounded up to multiples of these, and to no more than four lengths an octave: few programs, and at most a quarter wasted.
 _PROMPT_BUCKET = 32
 _CACHE_BUCKET = 128
+# Tokens that one call of the decode program may make, and how long a call should last, so that a reader sees them flow.
+_MAX_CHUNK = 32
+_CHUNK_SECONDS = 0.05
+_CACHE_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
 
 
 class State(NamedTuple):
     """A generation in progress.
 
     cache: slots so far; token_B: the newest token, not yet in the cache; position_B: its RoPE position; seen_BV: bool, tokens that
-    occur in the row; is_done_B: whether the row has produced a stop id; key: typed PRNG key.
+    occur in the row (None without a repetition penalty); is_done_B: whether the row has produced a stop id; num_drawn: int32.
     """
 
     cache: KvCache
     token_B: jax.Array
     position_B: jax.Array
-    seen_BV: jax.Array
+    seen_BV: jax.Array | None
     is_done_B: jax.Array
+    num_drawn: jax.Array
+
+
+class How(NamedTuple):
+    """What a call is told about the tokens to draw: values, none of which makes a new program but whether a part of `sampling` is None.
+
+    stop_ids: int32; fill_id: follows a stop id; key: typed PRNG key of the seed.
+    """
+
+    sampling: Sampling
+    stop_ids: jax.Array
+    fill_id: int
     key: jax.Array
 
 
@@ -39,9 +60,11 @@ class Engine:
     """Generates with one model; holds the compiled functions."""
 
     def __init__(self, graph_def: nnx.GraphDef, params: dict):
-        self._params = params
-        self._prefill = jax.jit(lambda *args: _prefill(graph_def, *args), static_argnums=(1, 5, 6, 7))
-        self._decode = jax.jit(lambda *args: _decode(graph_def, *args), static_argnums=(2, 3), donate_argnums=1)
+        self.params = params
+        self._mesh = nnx.merge(graph_def, params).mesh
+        self._decode_params = None
+        self.prefill = jax.jit(functools.partial(_prefill, graph_def), static_argnames=("num_slots", "top_k", "is_apart"))
+        self.decode = jax.jit(functools.partial(_decode, graph_def), static_argnames="top_k", donate_argnums=1)
 
     def stream(
         self,
@@ -55,49 +78,119 @@ class Engine:
     ) -> Iterator[np.ndarray]:
         """Yields int32 [B] tokens, one step at a time, until max_new_tokens or until every row has stopped.
 
+        What a row draws depends on the seed, its number in the batch and how many tokens it has drawn, not on the other rows.
+
         Args:
           tokens_BS, mask_BS: prompts padded on the left; mask 0 is padding.
           stop_ids: a row ends with the first of these it produces and is filled with fill_id from then on.
         """
-        S = tokens_BS.shape[1]
-        padding = -S % _PROMPT_BUCKET
-        tokens_BS = np.pad(tokens_BS, ((0, 0), (padding, 0)))
-        mask_BS = np.pad(mask_BS, ((0, 0), (padding, 0)))
-        num_slots = S + padding + max_new_tokens
-        num_slots += -num_slots % _CACHE_BUCKET
-        state = self._prefill(self._params, num_slots, tokens_BS, mask_BS, jax.random.key(seed), sampling, stop_ids, fill_id)
-        for step in range(max_new_tokens):
-            token_B, is_finished = np.asarray(state.token_B), bool(np.all(state.is_done_B))
-            yield token_B
-            if is_finished:
-                return
-            if step < max_new_tokens - 1:
-                state = self._decode(self._params, state, (sampling, stop_ids), fill_id)
+        B, S = tokens_BS.shape
+        padding = bucket(S, _PROMPT_BUCKET) - S
+        num_idle = -B % rules.num_shards(self._mesh, "batch")  # rows that only make the batch divide over the mesh
+        tokens_BS = np.pad(tokens_BS, ((0, num_idle), (padding, 0)))
+        mask_BS = np.pad(np.pad(mask_BS, ((0, 0), (padding, 0))), ((0, num_idle), (0, 0)), mode="edge")
+        is_done_B = np.arange(B + num_idle) >= B
+        num_slots = bucket(S + padding + max_new_tokens, _CACHE_BUCKET)
+        how = How(sampling._replace(top_k=0), np.asarray(stop_ids, np.int32), fill_id, jax.random.key(seed))
+        options = {"top_k": sampling.top_k}
+        if self._decode_params is None:
+            self._decode_params = taken_apart(self.params) if _is_one_cpu(self._mesh) else self.params
+        state, is_finished = self.prefill(
+            self.params, tokens_BS, mask_BS, is_done_B, how, num_slots=num_slots, is_apart=_is_one_cpu(self._mesh), **options
+        )
+        token_B = np.asarray(state.token_B)[:B]
+        yield token_B
+        if bool(is_finished):
+            return
+        num_left, length, chunk, start = max_new_tokens - 1, 1, None, time.perf_counter()
+        while num_left or chunk:
+            following = None
+            if num_left:
+                num_steps = min(num_left, length)
+                state, following = self.decode(self._decode_params, state, how, num_steps, **options)
+                num_left -= num_steps
+            if chunk is not None:
+                # Read while the device works on the next chunk.
+                tokens_NB, num_made, is_finished = jax.device_get(chunk)
+                yield from tokens_NB[:num_made, :B]
+                if is_finished:
+                    return
+                now = time.perf_counter()
+                if now - start < _CHUNK_SECONDS:
+                    length = min(2 * length, _MAX_CHUNK)
+                start = now
+            chunk = following
 
 
-def _prefill(graph_def, params, num_slots, tokens_BS, mask_BS, key, sampling, stop_ids, fill_id):
+def bucket(length: int, multiple: int) -> int:
+    """The length rounded up to a multiple of `multiple` and of an eighth of the next power of two."""
+    step = max(multiple, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def taken_apart(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with every CLA group and expert apart, for `_decode`; on a CPU they share the memory of `params`."""
+
+    def parts(array, num_dims):
+        if not num_dims:
+            return jax.device_put(array, may_alias=True)
+        return params_lib.Apart(tuple(parts(part, num_dims - 1) for part in array))
+
+    def apart(path, array):
+        is_expert = "experts" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return parts(np.asarray(array), 2 if is_expert else 1)
+
+    return params | {"groups": jax.tree.map_with_path(apart, params["groups"])}
+
+
+def _is_one_cpu(mesh: Any) -> bool:
+    return mesh.size == 1 and device_kind(mesh) == "cpu"
+
+
+def _prefill(graph_def, params, tokens_BS, mask_BS, is_done_B, how, *, num_slots, top_k, is_apart):
     model: Transformer = nnx.merge(graph_def, params)
     positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=-1) - 1, 0)
     output = model(tokens_BS, positions_BS, mask_BS, cache=empty_cache(model.cfg, *tokens_BS.shape))
     cache = grow_cache(output.cache, num_slots)
+    if is_apart:
+        cache = split_cache(cache)
+    else:
+        pinned = (rules.constrain(x_PBSKH, model.mesh, _CACHE_DIMS) for x_PBSKH in (cache.k_PBSKH, cache.v_PBSKH))
+        cache = KvCache(*pinned, cache.segment_BS, cache.num_filled)
     logits_BV = model.logits(output.hidden_BTD[:, -1:])[:, 0]
-    seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(tokens_BS, mask_BS)
-    is_done_B = jnp.zeros(tokens_BS.shape[0], bool)
-    return _advance(logits_BV, cache, positions_BS[:, -1] + 1, seen_BV, is_done_B, key, (sampling, stop_ids), fill_id)
+    seen_BV = None
+    if how.sampling.repetition_penalty is not None:
+        seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(tokens_BS, mask_BS)
+    state = _advance(logits_BV, cache, positions_BS[:, -1] + 1, seen_BV, is_done_B, jnp.int32(0), how, top_k)
+    return state, state.is_done_B.all()
 
 
-def _decode(graph_def, params, state, how, fill_id):
+def _decode(graph_def, params, state, how, num_steps, *, top_k):
+    """(state, (tokens [N, B], how many of N are made, whether every row has stopped)) after num_steps or when every row has."""
     model: Transformer = nnx.merge(graph_def, params)
-    token_B1 = state.token_B[:, None]
-    output = model(token_B1, state.position_B[:, None], jnp.ones_like(token_B1), cache=state.cache)
-    logits_BV = model.logits(output.hidden_BTD)[:, 0]
-    return _advance(logits_BV, output.cache, state.position_B + 1, state.seen_BV, state.is_done_B, state.key, how, fill_id)
+
+    def goes_on(carry):
+        step, state, _ = carry
+        return (step < num_steps) & ~state.is_done_B.all()
+
+    def one_step(carry):
+        step, state, tokens_NB = carry
+        token_B1 = state.token_B[:, None]
+        output = model(token_B1, state.position_B[:, None], jnp.ones_like(token_B1), cache=state.cache)
+        logits_BV = model.logits(output.hidden_BTD)[:, 0]
+        state = _advance(logits_BV, output.cache, state.position_B + 1, state.seen_BV, state.is_done_B, state.num_drawn, how, top_k)
+        return step + 1, state, tokens_NB.at[step].set(state.token_B)
+
+    tokens_NB = jnp.zeros((_MAX_CHUNK, state.token_B.shape[0]), jnp.int32)
+    num_made, state, tokens_NB = jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), state, tokens_NB))
+    return state, (tokens_NB, num_made, state.is_done_B.all())
 
 
-def _advance(logits_BV, cache, position_B, seen_BV, is_done_B, key, how, fill_id) -> State:
-    sampling, stop_ids = how
-    key, draw_key = jax.random.split(key)
-    token_B = jnp.where(is_done_B, fill_id, next_token(logits_BV, seen_BV, sampling, draw_key)).astype(jnp.int32)
-    seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-    is_done_B = is_done_B | jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
-    return State(cache, token_B, position_B, seen_BV, is_done_B, key)
+def _advance(logits_BV, cache, position_B, seen_BV, is_done_B, num_drawn, how, top_k) -> State:
+    sampling = how.sampling._replace(top_k=top_k)
+    key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(how.key, row), num_drawn))(jnp.arange(len(logits_BV)))
+    token_B = jnp.where(is_done_B, how.fill_id, next_token(logits_BV, seen_BV, sampling, key_B)).astype(jnp.int32)
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    is_done_B = is_done_B | (token_B[:, None] == how.stop_ids).any(-1)
+    return State(cache, token_B, position_B, seen_BV, is_done_B, num_drawn + 1)

@@ -13,27 +13,28 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import peft_io, torch_io
+from hunyuan_jax.convert import peft_io, scale, torch_io
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.model import lora
 from hunyuan_jax.model import loss as loss_lib
-from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
 
 
 class Pretrained:
     """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S] integers.
 
-    config: ModelConfig; params: nested dict of arrays; routing is dropless.
+    config: ModelConfig; params: nested dict of arrays, on the mesh as the rules table says; routing is dropless.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], source: torch_io.Source | None = None, mesh: Mesh | None = None):
         self.config = dropless(config)
-        self.params = jax.tree.map(jnp.asarray, params)
         self._source = source
-        mesh = single_device_mesh() if mesh is None else mesh
-        graph_def = nnx.split(nnx.eval_shape(lambda: Transformer(self.config, mesh, jax.random.key(0))))[0]
+        self._mesh = single_device_mesh() if mesh is None else mesh
+        graph_def, _, shardings = abstract_model(self.config, self._mesh)
+        self.params = jax.device_put(params, shardings)
         self._engine = Engine(graph_def, self.params)
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
         self._loss = jax.jit(lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels))
@@ -42,7 +43,8 @@ class Pretrained:
         """float32 [B, S, V].  Positions default to 0 .. S-1 whatever the mask, as the official forward does."""
         ids = self._ids("input_ids", input_ids)
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
-        return self._logits(self.params, ids, mask, _like("position_ids", position_ids, ids, _arange(ids)))
+        arrays = (ids, mask, _like("position_ids", position_ids, ids, _arange(ids)))
+        return self._logits(self.params, *map(self._filled_up, arrays))[: len(ids)]
 
     def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> float:
         """Mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats; label -100 is ignored."""
@@ -52,7 +54,7 @@ class Pretrained:
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
         if wrong.size:
             raise ValueError(f"labels holds {wrong[0]}; a label is an id from 0 to {self.config.vocab_size - 1}, or -100 to ignore it.")
-        return float(self._loss(self.params, ids, labels, mask))
+        return float(self._loss(self.params, self._filled_up(ids), self._filled_up(labels, -100), self._filled_up(mask)))
 
     def generate(
         self,
@@ -105,12 +107,22 @@ class Pretrained:
                 "model; shorten the prompt or ask for fewer tokens."
             )
         eos = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
-        sampling = Sampling(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
+        sampling = Sampling(
+            float(temperature) if temperature else None,
+            int(top_k) if temperature else 0,
+            float(top_p) if temperature and top_p < 1 else None,
+            float(repetition_penalty) if repetition_penalty != 1 else None,
+        )
         return self._engine.stream(ids, mask, max_new_tokens, sampling, tuple(eos), self._fill_id(), seed)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes a model folder with the official names; one that was loaded unchanged comes out byte for byte the same."""
         torch_io.write_model(folder, self.config, jax.tree.map(np.asarray, self.params), self._source)
+
+    def _filled_up(self, array_BS: np.ndarray, value: int = 0) -> np.ndarray:
+        """With rows of `value` that make the batch divide over the mesh."""
+        num_idle = -len(array_BS) % rules.num_shards(self._mesh, "batch")
+        return np.pad(array_BS, ((0, num_idle), (0, 0)), constant_values=value)
 
     def _fill_id(self) -> int:
         return max(self.config.pad_token_id, 0)
@@ -124,12 +136,15 @@ class Pretrained:
         return ids.astype(np.int32)
 
 
-def from_pretrained(path: str | os.PathLike, dtype: str | None = None, adapter: str | os.PathLike | None = None) -> Pretrained:
-    """Loads a model folder with the official names, or the newest checkpoint of a training run.
+def from_pretrained(
+    path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
+) -> Pretrained:
+    """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or the newest one of a training run.
 
     Args:
-      path: a folder with config.json and *.safetensors or pytorch_model*.bin, or the --workdir of a run.
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an import, or the --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
+      mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first device if None.
       adapter: a folder with a LoRA adapter in PEFT's format, which is merged into the weights.
 
     Raises:
@@ -141,9 +156,11 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None, adapter: 
         from hunyuan_jax.checkpoint import store
 
         model = store.load_for_inference(path, dtype)
+    elif scale.is_converted(path):
+        model = scale.read_params(path, dtype)
     else:
         model = torch_io.read_model(path, dtype)
-    return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)))
+    return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)), mesh=mesh)
 
 
 def _with_adapter(adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source) -> tuple[Any, ...]:

@@ -7,45 +7,48 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; hashable, so that each setting is compiled once.
+    """How the next token is drawn; None (top_k: 0) is off.
 
-    temperature 0 is greedy (top_k and top_p then have no effect); top_k 0 and top_p 1.0 are off; repetition_penalty 1.0 is off.
+    Without a temperature it is greedy, and top_k and top_p have no effect.  Numbers but top_k may be traced.
     """
 
-    temperature: float = 0.0
+    temperature: float | jax.Array | None = None
     top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    top_p: float | jax.Array | None = None
+    repetition_penalty: float | jax.Array | None = None
 
 
-def process(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling) -> jax.Array:
+def process(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
     """Repetition penalty, temperature, top-k, top-p, in this order; excluded tokens become -inf.  float32 [B, V].
 
     Args:
-      seen_BV: bool, whether the token occurs in the prompt or the text so far.
+      seen_BV: bool, whether the token occurs in the prompt or the text so far; None without a penalty.
     """
-    if sampling.repetition_penalty != 1.0:
+    if sampling.repetition_penalty is not None:
         penalty = sampling.repetition_penalty
         penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
         logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-    if sampling.temperature == 0.0:
+    if sampling.temperature is None:
         return logits_BV
     logits_BV = logits_BV / sampling.temperature
+    sorted_BV = None
     if 0 < sampling.top_k < logits_BV.shape[-1]:
-        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1.0:
-        # Keep the smallest set of most likely tokens whose probability reaches top_p; at least one.
-        sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
-        mass_before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+        sorted_BV = jax.lax.top_k(logits_BV, sampling.top_k)[0]
+        logits_BV = jnp.where(logits_BV < sorted_BV[:, -1:], -jnp.inf, logits_BV)
+    if sampling.top_p is not None:
+        # Keep the smallest set of most likely tokens whose probability reaches top_p; at least one.  What top-k left is sorted already,
+        # but for tokens that tie with the last of them: they have its logit, and share its fate.
+        sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1] if sorted_BV is None else sorted_BV
+        p_BV = jnp.exp(sorted_BV - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
+        mass_before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
         threshold_B1 = jnp.min(jnp.where(mass_before_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
-def next_token(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """int32 [B]: the most likely token if greedy, else a draw."""
+def next_token(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling, key_B: jax.Array) -> jax.Array:
+    """int32 [B]: the most likely token if greedy, else a draw, by a typed key for each row."""
     logits_BV = process(logits_BV, seen_BV, sampling)
-    if sampling.temperature == 0.0:
+    if sampling.temperature is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)

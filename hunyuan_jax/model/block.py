@@ -3,7 +3,8 @@
 Letters: B batch, T queries, S keys, D model, K kv heads, H head dim, F layers of the group (the share factor).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ class Sequence(NamedTuple):
     cos_sin_BTh: tuple[jax.Array, jax.Array]
     visibility: Visibility
     is_valid_BT: jax.Array
+
+
+# (k, v) [B, T, K, H] of new tokens -> ((k, v) [B, S, K, H] to attend to, the cache that holds them).
+Extend = Callable[[tuple[jax.Array, jax.Array]], tuple[tuple[jax.Array, jax.Array], Any]]
 
 
 class Layer(nnx.Module):
@@ -89,27 +94,23 @@ class ClaGroup(nnx.Module):
         sequence: Sequence,
         key: jax.Array | None,
         is_training: bool,
-        cached_kv: tuple[jax.Array, jax.Array] | None = None,
-        first_slot: jax.Array | int = 0,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-        """The residual stream after the group, its keys and values [B, S, K, H], and router figures [F, ...].
+        extend: Extend | None = None,
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """The residual stream after the group, what `extend` made of the cache (None without), and router figures [F, ...].
 
         Args:
           key: typed key of this (seed, step, group).
-          cached_kv: keys and values to continue, written from first_slot on; None starts afresh with S = T.
+          extend: puts the tokens' keys and values into a cache; None attends to them alone.
         """
         producer = self.layer_0
         y_BTD = producer.attn_norm(x_BTD)
-        kv = producer.attn.keys_values(y_BTD, sequence.cos_sin_BTh)
-        if cached_kv is not None:
-            kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first_slot, axis=1)
-                for old, new in zip(cached_kv, kv, strict=True)
-            )
+        kv, extended = producer.attn.keys_values(y_BTD, sequence.cos_sin_BTh), None
+        if extend is not None:
+            kv, extended = extend(kv)
         stats = []
         for i, layer in enumerate(self.layers()):
             layer_key = None if key is None else jax.random.fold_in(key, i)
             y_BTD = y_BTD if i == 0 else layer.attn_norm(x_BTD)
             x_BTD, layer_stats = layer(x_BTD, y_BTD, kv, sequence, layer_key, is_training)
             stats.append(layer_stats)
-        return x_BTD, kv, jax.tree.map(lambda *a: jnp.stack(a), *stats)
+        return x_BTD, extended, jax.tree.map(lambda *a: jnp.stack(a), *stats)

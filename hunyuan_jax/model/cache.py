@@ -11,7 +11,8 @@ from hunyuan_jax.config import ModelConfig
 class KvCache(NamedTuple):
     """Keys and values of the slots filled so far; slots are filled in order, the same ones for every row of the batch.
 
-    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group.
+    k_PBSKH, v_PBSKH: keys rotated and normalised without scale, and values, of each CLA group; where the groups' parameters lie
+      apart, tuples of P arrays, the keys as [B, K, H, S].
     segment_BS: int32, 1 where a slot holds a token, 0 where it is padding or empty.
     num_filled: int32 scalar.
     """
@@ -41,3 +42,12 @@ def grow_cache(cache: KvCache, num_slots: int) -> KvCache:
     num_new = num_slots - cache.segment_BS.shape[1]
     k_PBSKH, v_PBSKH = (jnp.pad(x, ((0, 0), (0, 0), (0, num_new), (0, 0), (0, 0))) for x in (cache.k_PBSKH, cache.v_PBSKH))
     return KvCache(k_PBSKH, v_PBSKH, jnp.pad(cache.segment_BS, ((0, 0), (0, num_new))), cache.num_filled)
+
+
+def split_cache(cache: KvCache) -> KvCache:
+    """The same cache with arrays for each CLA group, keys as [B, K, H, S].
+
+    XLA:CPU multiplies heads in that order, and would transpose all keys for every token.  Values it masks first, and transposes on the
+    way; as [B, K, S, H] it would fuse the mask with the write of new rows, and write to a copy.
+    """
+    return cache._replace(k_PBSKH=tuple(cache.k_PBSKH.transpose(0, 1, 3, 4, 2)), v_PBSKH=tuple(cache.v_PBSKH))

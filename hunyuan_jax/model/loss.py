@@ -115,7 +115,11 @@ def _losses_bwd(logical, residuals, dloss_M):
         return dhidden_MD, to_storage(apart(jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MVn)))[0]
 
     dhidden_MD, dw_nvd = jax.lax.scan(add_part, jnp.zeros(hidden_MD.shape, jnp.float32), parts)
-    return dw_nvd.reshape(-1, w_Vd.shape[1])[: w_Vd.shape[0]], dhidden_MD.astype(hidden_MD.dtype), np.zeros(targets_M.shape, jax.dtypes.float0)
+    return (
+        dw_nvd.reshape(-1, w_Vd.shape[1])[: w_Vd.shape[0]],
+        dhidden_MD.astype(hidden_MD.dtype),
+        np.zeros(targets_M.shape, jax.dtypes.float0),
+    )
 
 
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)

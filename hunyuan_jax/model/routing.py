@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from hunyuan_jax.config import ConfigError, MoeConfig
 
+# Figures of a layer that are means over its routing groups; those of `health` are sums.
+LOSSES = ("aux_loss", "z_loss")
+
 # float32 epsilon: the official clamp of the top-k normaliser.
 _EPSILON = 1.19e-7
 
@@ -141,22 +144,23 @@ def z_loss(logits_TE: jax.Array, is_valid_T: jax.Array) -> jax.Array:
 
 
 def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dict[str, jax.Array]:
-    """Figures of one group for the log, all float32.
+    """Figures of one group for the log, all float32 and sums over its valid tokens: those of several groups, parts of a batch or hosts add
+    up to those of the whole, however much padding each has.  Exact up to 2^24 choices.
 
-    load_E: share of the served choices of valid tokens that each expert has; recycled, dropped: share of the valid choices;
-    entropy: mean entropy of the router in nats.
+    wished_E: choices of each expert, before any capacity; served_E: choices that each expert serves; recycled: choices that were moved;
+    entropy: of the router, in nats; tokens: how many.
     """
-    probs_TE = choice.probs_TE
-    is_served_Tk = assignment.is_kept_Tk & is_valid_T[:, None]
-    count_E = _one_hot(assignment.expert_Tk, is_served_Tk, probs_TE.shape[1]).sum((0, 1)).astype(jnp.float32)
+    probs_TE, num_experts = choice.probs_TE, choice.probs_TE.shape[1]
+    is_valid_Tk = jnp.broadcast_to(is_valid_T[:, None], choice.expert_Tk.shape)
     entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), axis=-1)
-    num_choices = jnp.maximum(is_valid_T.sum() * choice.expert_Tk.shape[1], 1).astype(jnp.float32)
-    return {
-        "load_E": count_E / jnp.maximum(count_E.sum(), 1.0),
-        "recycled": assignment.is_recycled_Tk.sum().astype(jnp.float32) / num_choices,
-        "dropped": (is_valid_T[:, None] & ~assignment.is_kept_Tk).sum().astype(jnp.float32) / num_choices,
-        "entropy": _masked_mean(entropy_T[:, None], is_valid_T)[0],
+    sums = {
+        "wished_E": _one_hot(choice.expert_Tk, is_valid_Tk, num_experts).sum((0, 1)),
+        "served_E": _one_hot(assignment.expert_Tk, is_valid_Tk & assignment.is_kept_Tk, num_experts).sum((0, 1)),
+        "recycled": assignment.is_recycled_Tk.sum(),
+        "entropy": jnp.where(is_valid_T, entropy_T, 0.0).sum(),
+        "tokens": is_valid_T.sum(),
     }
+    return {name: total.astype(jnp.float32) for name, total in sums.items()}
 
 
 def _one_hot(expert_n: jax.Array, is_counted_n: jax.Array, num_experts: int) -> jax.Array:

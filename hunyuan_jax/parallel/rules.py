@@ -78,6 +78,11 @@ def stored_sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int], na
     return _checked(mesh, _storage_axes(logical), logical, shape, name)
 
 
+def num_shards(mesh: Mesh, name: str) -> int:
+    """Over how many parts of a mesh the work of a logical dim is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name].compute)
+
+
 def first_that_divides(mesh: Mesh, shape: Sequence[int], options: Sequence[tuple[str, ...]], name: str) -> tuple[str, ...]:
     """The first of several ways to name a parameter's dims that its shape allows on this mesh.
 

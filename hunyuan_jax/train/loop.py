@@ -2,25 +2,21 @@
 
 import contextlib
 import functools
-import math
 import os
 import signal
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
 
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
 from hunyuan_jax.data import loader, source
-from hunyuan_jax.model.count import count
-from hunyuan_jax.obs.metrics import MetricsWriter, ProgressLine, moe_health, peak_flops
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
+from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.log import Log
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import abstract_state, build_program, init_state
 
@@ -36,6 +32,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     """
     # --- What can go wrong quickly goes first: the mesh, the text, the workdir.
     join_processes()
+    log = Log(config, workdir)
     train = config.train
     program = build_program(config, make_mesh(config.mesh))
     train_step, eval_step = step_lib.make_train_step(program), step_lib.make_eval_step(program)
@@ -61,7 +58,8 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     store = Store(workdir, config.checkpoint.keep)
     first_step = store.latest_step() or 0
     if first_step:
-        state, position = store.restore(first_step, abstract_state(program))
+        with log.time("restore"):
+            state, position = store.restore(first_step, abstract_state(program))
     else:
         with hosts.raised_by_all():
             weights = read_weights(train.init_from, config.model) if train.init_from else None
@@ -75,95 +73,42 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         if position:
             batches.set_state(position["batches"])
         validation = loader.validation_batches(validation_documents, tokenizer, num_batches=train.eval_batches, **sizes)
-        writer = MetricsWriter(workdir, first_step) if hosts.is_first() else None
-
-    progress = ProgressLine(train.num_steps, first_step, is_shown=hosts.is_first())
-    progress.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
-    progress.print(f"data: {documents.report}")
-    if first_step >= train.num_steps:
-        progress.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
-    log = _Log(config, program, writer, progress)
+        validation = evaluate.with_target_bytes(validation, tokenizer)
+        log.open(first_step, program)
+    log.print(f"data: {documents.report}")
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     with (
+        contextlib.closing(log),
         contextlib.closing(batches),
         contextlib.closing(store),
-        contextlib.closing(writer) if writer else contextlib.nullcontext(),
-        contextlib.closing(progress),
         _stop_signals() as stop,
     ):
-        log.start(first_step)
+        if first_step >= train.num_steps:
+            log.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
+            return 0
+        log.start(first_step, program)
         for step in range(first_step + 1, train.num_steps + 1):
-            state, metrics = train_step(state, to_devices(next(batches)))
-            if step % train.log_every == 0 or step in (first_step + 1, train.num_steps):
-                log.step(step, metrics)
+            with log.time("data"):
+                batch = next(batches)
+            with log.running(step):
+                state, metrics = train_step(state, to_devices(batch))
+            log.step(step, metrics)
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
-                log.validation(step, _evaluate(eval_step, state.params, map(to_devices, validation)))
+                with log.time("evaluation"):
+                    found = evaluate.evaluate(eval_step, state.params, map(to_devices, validation))
+                log.validation(step, found)
             is_stopping = hosts.reached_stop(step, bool(stop))  # read once: a signal that comes while saving waits for the next step
             if step % config.checkpoint.every == 0 or step == train.num_steps or is_stopping:
-                store.save(step, state, {"batches": batches.get_state(), "corpus": corpus})
+                with log.time("checkpoint"):
+                    store.save(step, state, {"batches": batches.get_state(), "corpus": corpus})
             if is_stopping:
                 received = stop[0] if stop else signal.SIGTERM  # which may have come to another process
-                progress.print(f"{received.name}: saved step {step}; the same command continues from there.")
+                log.stop(is_finished=step == train.num_steps)
+                log.print(f"{received.name}: saved step {step}; the same command continues from there.")
                 return 130 if received == signal.SIGINT else 0
+        log.stop(is_finished=True)
     return 0
-
-
-class _Log:
-    """Turns device metrics into rows and the progress line, and keeps the clock."""
-
-    def __init__(self, config: Config, program: Any, writer: MetricsWriter | None, progress: ProgressLine):
-        self._config, self._schedule, self._writer, self._progress = config, program.schedule, writer, progress
-        self._tokens_per_step = config.train.batch_size * config.train.seq_len
-        peak = peak_flops(program.mesh.devices.flat[0].device_kind)
-        self._peak = peak and peak * program.mesh.size
-        self._flops_per_token = count(config.model, config.train.seq_len).flops_per_token
-
-    def start(self, step: int) -> None:
-        self._last_step, self._last_time = step, time.perf_counter()
-
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        metrics = jax.tree.map(np.asarray, metrics)  # waits for the step
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise ConfigError(
-                f"the loss is {loss} at step {step}; the run has stopped without saving this state. Continue from the last checkpoint "
-                f"with a lower config.schedule.peak_lr (now {self._config.schedule.peak_lr}) or a longer warm-up."
-            )
-        seconds = (time.perf_counter() - self._last_time) / (step - self._last_step)
-        row = {
-            "loss": loss,
-            "learning_rate": float(self._schedule(step - 1)),
-            "grad_norm": float(metrics["grad_norm"]),
-            "seconds_per_step": seconds,
-            "tokens_per_second": self._tokens_per_step / seconds,
-        }
-        if self._peak:
-            row["mfu"] = self._flops_per_token * row["tokens_per_second"] / self._peak
-        self._write(step, {**row, **moe_health(metrics)})
-        self._progress.update(step, loss, row["tokens_per_second"], seconds)
-        self.start(step)
-
-    def validation(self, step: int, loss: float) -> None:
-        self._write(step, {"validation_loss": loss})
-        self._progress.print(f"step {step}: validation loss {loss:.4f} nats a token")
-        self.start(step)  # the next rate is of training alone
-
-    def _write(self, step: int, row: dict[str, Any]) -> None:
-        if self._writer:
-            self._writer.write(step, row)
-
-
-def _evaluate(eval_step, params, batches) -> float:
-    """Mean cross entropy over the targets of all batches."""
-    sums = [eval_step(params, batch) for batch in batches]
-    return float(sum(total for total, _ in sums) / sum(num for _, num in sums))
-
-
-def _describe(config: Config, program: Any) -> str:
-    counts = count(config.model, config.train.seq_len)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    return f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; {program.mesh.size} device(s), {mesh}"
 
 
 @contextlib.contextmanager

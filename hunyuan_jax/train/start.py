@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import torch_io
+from hunyuan_jax.convert import scale, torch_io
 
 # How the model is computed, trained and ended: a run may choose these anew.  Everything else decides what the weights mean.
 _FREE = {"max_position", "attention_dropout", "hidden_dropout", "init_std", "pad_token_id", "bos_token_id", "eos_token_ids"}
@@ -14,7 +14,7 @@ _FREE_MOE = {"dispatch", "capacity_factor", "min_capacity", "group_size", "aux_l
 
 
 def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
-    """The parameters of a model folder or of the newest checkpoint of a workdir, a nested dict of numpy arrays.
+    """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a workdir, a nested dict of arrays.
 
     They are float32, as a run's master weights are, or in the dtype of `cfg` where LoRA freezes them.  Every process reads all of them.
 
@@ -26,6 +26,8 @@ def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
         from hunyuan_jax.checkpoint import store
 
         theirs, params = store.load_for_inference(path, dtype)
+    elif scale.is_converted(path):
+        theirs, params, _ = scale.read_params(path, dtype)
     else:
         theirs, params, _ = torch_io.read_model(path, dtype)
     require_same_model(path, theirs, cfg)

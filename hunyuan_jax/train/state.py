@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, ModelConfig
 from hunyuan_jax.model import lora
+from hunyuan_jax.model.abstract import abstract_model, path_of
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
@@ -45,23 +46,6 @@ class Program(NamedTuple):
     taps: dict[str, Any]
 
 
-def abstract_model(cfg: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """(graph_def, shapes, shardings) of the model; nothing is allocated."""
-    graph_def, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0))))
-    shapes = nnx.to_pure_dict(state)
-    declared = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    shape_leaves, treedef = jax.tree.flatten_with_path(shapes)
-
-    def sharding(path, shape, param):
-        # Stacked parameters have one more dim, the CLA group, than their declaration named.
-        logical = param.get_metadata("logical")
-        logical = ("layers",) * (len(shape.shape) - len(logical)) + logical
-        return rules.stored_sharding(mesh, logical, shape.shape, _path(path))
-
-    shardings = [sharding(path, shape, param) for (path, shape), param in zip(shape_leaves, declared, strict=True)]
-    return graph_def, shapes, jax.tree.unflatten(treedef, shardings)
-
-
 def build_program(config: Config, mesh: Mesh) -> Program:
     """Model, optimizer and shardings of a run.
 
@@ -72,16 +56,16 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     schedule = build_schedule(config.schedule, config.train.num_steps)
     trained, _ = lora.split(shapes, config.model)
     tx = build_optimizer(config.optimizer, schedule, trained, is_moe=config.model.is_moe, is_lora=config.model.lora.rank > 0)
-    by_path = {_path(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
+    by_path = {path_of(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
 
     def sharding(path, _):
         # A path ends in its parameter's, a moment's too; counts and scales stand alone.
-        owners = [name for name in by_path if f"/{_path(path).removesuffix('/value')}".endswith("/" + name)]
+        owners = [name for name in by_path if f"/{path_of(path).removesuffix('/value')}".endswith("/" + name)]
         return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
     shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
     taps = jax.tree.map_with_path(
-        lambda path, shape, s: jax.ShapeDtypeStruct(shape.shape, _dtype_in_use(_path(path), config.model), sharding=s),
+        lambda path, shape, s: jax.ShapeDtypeStruct(shape.shape, _dtype_in_use(path_of(path), config.model), sharding=s),
         trained,
         lora.split(param_shardings, config.model)[0],
     )
@@ -102,9 +86,9 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
     def place(path, array):
         # Each device takes its part: there is no whole copy on any.
-        return jax.make_array_from_callback(array.shape, shardings[_path(path)], lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, shardings[path_of(path)], lambda index: array[index])
 
-    shardings = {_path(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])}
+    shardings = {path_of(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])}
     placed = jax.tree.map_with_path(place, weights or {})
     # Runs once: on a CPU, LLVM would spend seconds on optimising what takes 0.05 s.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -122,7 +106,7 @@ def abstract_state(program: Program) -> TrainState:
 def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
     trained, frozen = lora.split(params, config.model)
     trained = store_params(jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype)
-    frozen = jax.tree.map_with_path(lambda path, a: a.astype(_dtype_in_use(_path(path), config.model)), frozen)
+    frozen = jax.tree.map_with_path(lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen)
     return TrainState(lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32))
 
 
@@ -133,7 +117,3 @@ def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> Trai
 def _dtype_in_use(path: str, cfg: ModelConfig) -> str:
     """The dtype in which the model multiplies with a parameter: norms, biases and the router stay float32."""
     return cfg.dtype if re.search(r"/(w|embedding_)[^/]*$", path) else "float32"
-
-
-def _path(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.model import lora
+from hunyuan_jax.model import lora, routing
 from hunyuan_jax.model import loss as loss_lib
 from hunyuan_jax.model.params import Weight, in_use
 from hunyuan_jax.model.transformer import Transformer
@@ -34,8 +34,7 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
 def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Jitted (state, batch) -> (new state, metrics); the old state is donated.
 
-    Metrics, float32: loss (cross entropy in nats a token), grad_norm (before clipping), and for MoE models aux_loss, z_loss,
-    recycled, dropped, entropy (means over layers) and load_LE (share of the served tokens per layer and expert).
+    Metrics, float32: loss (cross entropy in nats a token), grad_norm (before clipping), and for MoE models those of `router_metrics`.
     """
     config = program.config
 
@@ -45,7 +44,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         grads, loss, stats = gradients(program, state.params, batch, key)
         trained, frozen = lora.split(state.params, config.model)
         trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained)
-        metrics = {"loss": loss, "grad_norm": grad_norm, **_router_metrics(stats)}
+        metrics = {"loss": loss, "grad_norm": grad_norm, **router_metrics(stats)}
         return TrainState(lora.join(frozen, trained), opt_state, state.step + 1), metrics
 
     return jax.jit(
@@ -101,7 +100,7 @@ def gradients(program: Program, params: dict, batch: Batch, key: jax.Array) -> t
     first = jax.eval_shape(part_gradients, jax.tree.map(lambda a: a[0], parts), key)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
     (grads, loss, stats), _ = jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))
-    return grads, loss, jax.tree.map(lambda total: total / num_parts, stats)
+    return grads, loss, {name: total / num_parts if name in routing.LOSSES else total for name, total in stats.items()}
 
 
 def _split(program: Program, batch: Batch) -> Batch:
@@ -122,10 +121,11 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
 
 
-def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
-    """Jitted (params, batch) -> (sum of the cross entropy, number of targets); routes dropless, as inference does.
+def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Jitted (params, batch) -> (sum of the cross entropy, number of targets, bytes of text); routes dropless, as inference does.
 
-    The batch goes through the model in train.grad_accum_steps equal parts, as in training.
+    The batch has one more array, target_bytes (see evaluate.py).  It goes through the model in train.grad_accum_steps equal parts, as in
+    training.
     """
     moe = dataclasses.replace(program.config.model.moe, dispatch="dropless")
     graph_def = abstract_model(dataclasses.replace(program.config.model, moe=moe), program.mesh)[0]
@@ -138,15 +138,30 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array,
             return total + (model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]).sum(), None
 
         total, _ = jax.lax.scan(add_part, jnp.zeros((), jnp.float32), _split(program, batch))
-        return total, batch["loss_weights"].sum()
+        return total, batch["loss_weights"].sum(), batch["target_bytes"].sum()
 
     return jax.jit(step, in_shardings=(program.shardings.params, batch_sharding(program)))
 
 
-def _router_metrics(stats: dict[str, jax.Array]) -> Metrics:
-    """Router figures [P, F, ...] of every layer as means over layers, and the load [L, E] as it is."""
+def router_metrics(stats: dict[str, jax.Array]) -> Metrics:
+    """Health of the mixtures of one step from router figures [P, F, ...], {} for a dense model.
+
+    demand_LE: share of a layer's choices that name the expert, before any capacity; load_LE: share of the served choices that it serves;
+    recycled_L, dropped_L: shares of the choices; entropy_L: mean of the router in nats; aux_loss, z_loss: means over layers.
+    """
     if not stats:
         return {}
-    means = {name: jnp.mean(value) for name, value in stats.items() if name != "load_E"}
-    load_PFE = stats["load_E"]
-    return {**means, "load_LE": load_PFE.reshape(-1, load_PFE.shape[-1])}
+    layers = {name: a.reshape(-1, *a.shape[2:]) for name, a in stats.items()}
+    choices_L, served_L = layers["wished_E"].sum(-1), layers["served_E"].sum(-1)
+
+    def share(part, whole):
+        return part / jnp.maximum(whole, 1.0)
+
+    return {
+        "demand_LE": share(layers["wished_E"], choices_L[:, None]),
+        "load_LE": share(layers["served_E"], served_L[:, None]),
+        "recycled_L": share(layers["recycled"], choices_L),
+        "dropped_L": share(choices_L - served_L, choices_L),
+        "entropy_L": share(layers["entropy"], layers["tokens"]),
+        **{name: layers[name].mean() for name in routing.LOSSES},
+    }

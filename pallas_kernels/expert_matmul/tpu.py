@@ -13,6 +13,7 @@ scales, R rows of a group of granules, c columns of a block, b row blocks.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from pallas_kernels.expert_matmul.rows import Quantized, Weights, is_valid
 from pallas_kernels.select import only_on
 
 _GRANULE = 32  # rows; whole tiles of every dtype down to 8 bits
+_LANES = 128
 _MIB = 2**20
 
 
@@ -45,8 +47,8 @@ class Config:
     block_cols: tuple[int, int] = (512, 256)
     contraction_part: int = 2048
     gradient_rows: int = 4096
-    gradient_in: int = 640
-    gradient_out: int = 1408
+    gradient_in: int = 1280
+    gradient_out: int = 1152
     vmem_bytes: int = 60 * _MIB
 
 
@@ -408,7 +410,7 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
     x_eCI, dy_eCO = jnp.pad(x_eCI, padding), jnp.pad(dy_eCO, padding)
     C = x_eCI.shape[1]
     rows, block_in, block_out = _fit_gradient(cfg, C, num_in, num_out, itemsize)
-    R = min(cfg.group_rows, rows)
+    R, width = min(cfg.group_rows, rows), math.gcd(block_in, 256) if block_in % _LANES == 0 else block_in
     num_blocks, per_block, per_group = pl.cdiv(C, rows), rows // _GRANULE, R // _GRANULE
     valid_eC = jnp.pad(is_valid(count_es, (e, num_rows)), padding[:2])
     # With rows missing in the last block, what lies beyond the array has to be left out.
@@ -426,11 +428,25 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
         )
         block = pl.program_id(0) * num_blocks + pl.program_id(3)
 
-        def whole_block():
-            return jax.lax.dot_general(x_ref[...], dy_ref[...], contract, precision=precision, preferred_element_type=jnp.float32)
+        def whole_block(put):
+            """put(inputs, product) for a few inputs at a time: a loop, since all of them unrolled take long to compile."""
+
+            def some_inputs(part, carry):
+                inputs = pl.ds(pl.multiple_of(part * width, width), width)
+                product = jax.lax.dot_general(
+                    x_ref[:, inputs], dy_ref[...], contract, precision=precision, preferred_element_type=jnp.float32
+                )
+                put(inputs, product)
+                return carry
+
+            jax.lax.fori_loop(0, block_in // width, some_inputs, 0)
 
         if is_dense and num_blocks == 1:
-            dw_ref[...] = whole_block().astype(dw_ref.dtype)
+
+            def write(inputs, product):
+                dw_ref[inputs, :] = product.astype(dw_ref.dtype)
+
+            whole_block(write)
             return
         (acc_ref,) = scratch
 
@@ -438,8 +454,11 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
         def _():
             acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
+        def add(inputs, product):
+            acc_ref[inputs, :] += product
+
         def add_whole_block():
-            acc_ref[...] += whole_block()
+            whole_block(add)
 
         def add_groups(num_ref, offset_ref):
             def offset(j):
