@@ -94,8 +94,10 @@ class Log:
     def running(self, step: int) -> Iterator[None]:
         """Around the call of the train step: the first one compiles, and a trace shows each by its number."""
         if hosts.is_first() and step in self._config.train.profiled and not self._is_profiling:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # following Python crashes at the end of a trace while other threads save a checkpoint
             with self.time("profile"):
-                jax.profiler.start_trace(self._workdir / "profile")
+                jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
             self._is_profiling = True
         compiling = contextlib.nullcontext() if self._is_compiled else self._goodput.time("compile")
         with jax.profiler.StepTraceAnnotation("train", step_num=step), compiling:
@@ -172,6 +174,7 @@ class Log:
 
     def _stop_trace(self) -> None:
         with self.time("profile"):
+            jax.block_until_ready(self._metrics)  # or the devices would still be at the last steps
             jax.profiler.stop_trace()
         self._is_profiling = False
         self.print(f"wrote a trace of steps {self._config.train.profile_steps} to {self._workdir / 'profile'}")
