@@ -394,7 +394,7 @@ def plain_layer(params, x_MD, k):
 
 @pytest.mark.parametrize(("k", "num_shared"), [(1, 1), (2, 0), (2, 2)])
 def test_layer_is_shared_plus_weighted_experts(k, num_shared):
-    cfg = small(dispatch="dropless", top_k=k, num_shared_experts=num_shared)
+    cfg = small(dispatch="dropless", top_k=k, norm_topk_prob=k > 1, num_shared_experts=num_shared)
     layer = filled(functools.partial(moe.Moe, cfg, single_device_mesh(), jax.random.key(0)))
     graph_def, state = nnx.split(layer)
     params = nnx.to_pure_dict(state)
