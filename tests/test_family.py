@@ -15,7 +15,8 @@ from test_convert import flat, random_params
 
 from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.config import ConfigError, ModelConfig, MoeConfig
-from hunyuan_jax.convert import hf_config, torch_io
+from hunyuan_jax.convert import hf_config, scale, torch_io, verify, weights
+from hunyuan_jax.convert.place import Place
 from hunyuan_jax.infer.pretrained import Pretrained
 
 # The config.json of Hunyuan-A13B: every field of it that a model's code could read.
@@ -233,6 +234,40 @@ def test_bad_generation_config_is_refused(tmp_path):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- convert_torch.py
+
+
+@pytest.mark.parametrize("case", ["moe_top1", "dense_bias_untied", "hub_moe_bf16", "moe_alpha_tied_lists"])
+def test_folders_go_through_the_converter(case, tmp_path):
+    source = golden_cases.folder_of(case)
+    scale.import_model(source, tmp_path / "ours")
+    assert verify.verify(source, tmp_path / "ours") == []
+    model = from_pretrained(tmp_path / "ours")
+    assert model.config == from_pretrained(source).config
+    scale.export_model(tmp_path / "ours", tmp_path / "exported")
+    model.save_pretrained(tmp_path / "saved")
+    wanted = {path.name: path.read_bytes() for path in source.iterdir() if not path.name.startswith("golden")}
+    for written in ("exported", "saved"):
+        assert {name: (tmp_path / written / name).read_bytes() for name in wanted} == wanted
+    scale.import_model(source, tmp_path / "other", dtype="bfloat16")
+    assert from_pretrained(tmp_path / "other").config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "value"),
+    [("moe_top1", "norm_topk_prob", False), ("moe_top1", "rope_type", "plain"), ("dense_bias_untied", "rope_type", "plain")],
+)
+def test_the_converters_layers_tell_the_families_apart(case, field, value, tmp_path):
+    """The plain forward pass knows by itself what transformers' classes fix."""
+    source = golden_cases.folder_of(case)
+    scale.import_model(source, tmp_path / "ours")
+    opened, converted = weights.Weights(Place(source)), scale.open_converted(tmp_path / "ours")
+    assert verify.compare_layers(opened, converted) == []
+    cfg = converted.cfg
+    part = {"moe": dataclasses.replace(cfg.moe, **{field: value})} if field == "norm_topk_prob" else {field: value}
+    assert verify.compare_layers(opened, converted._replace(cfg=dataclasses.replace(cfg, **part)))
 
 
 # ----------------------------------------------------------------------------------------------------- transformers reads what we write

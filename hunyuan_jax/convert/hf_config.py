@@ -92,7 +92,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     missing = [name for name in _REQUIRED if name not in hf]
     if missing:
         raise ConfigError(f"config.json: {missing[0]} is missing; a Hunyuan config needs {', '.join(_REQUIRED)}.")
-    given = _one_spelling(hf)
+    given = one_spelling(hf)
     hf = _DEFAULTS | given
     _check_types(hf)
     _check_fixed(given, kind)
@@ -196,7 +196,7 @@ def stop_ids(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
     return () if eos_token_id is None else tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else (eos_token_id,)
 
 
-def _one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
+def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
     """`hf` with torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and rope_parameters, and integers for lists."""
     hf = dict(hf)
     if "dtype" in hf:

@@ -43,7 +43,7 @@ def _attention(hf, read, index, y_TD, kv, eps):
     prefix = f"model.layers.{index}.self_attn."
     num_heads = hf["num_attention_heads"]
     num_kv_heads = hf.get("num_key_value_heads") or num_heads
-    width, num_tokens = hf["hidden_size"] // num_heads, len(y_TD)
+    width, num_tokens = hf.get("head_dim") or hf.get("attention_head_dim") or hf["hidden_size"] // num_heads, len(y_TD)
 
     def project(letter, x):
         out = x @ read(f"{prefix}{letter}_proj.weight").T
@@ -54,7 +54,7 @@ def _attention(hf, read, index, y_TD, kv, eps):
         kv = tuple(project(letter, y_TD).reshape(num_tokens, num_kv_heads, width) for letter in "kv")
     k_TKH, v_TKH = kv
     q_TNH, k_TKH = _rotate(hf, q_TNH), _rotate(hf, k_TKH)
-    if hf.get("use_qk_norm"):
+    if hf.get("use_qk_norm") or _is_v1(hf):
         q_TNH = _rms_norm(q_TNH, read(prefix + "query_layernorm.weight"), eps)
         k_TKH = _rms_norm(k_TKH, read(prefix + "key_layernorm.weight"), eps)
     k_TNH, v_TNH = (np.repeat(a, num_heads // num_kv_heads, axis=1) for a in (k_TKH, v_TKH))
@@ -68,13 +68,17 @@ def _rotate(hf, x_TNH):
     width, scaling = x_TNH.shape[-1], hf.get("rope_scaling")
     exponent, theta = np.arange(0, width, 2, dtype=np.float32) / np.float32(width), hf.get("rope_theta", 10_000.0)
     positions = np.arange(len(x_TNH), dtype=np.float32)
-    if scaling and scaling["type"] == "dynamic":
+    rope_type = scaling and scaling.get("type", scaling.get("rope_type"))
+    if rope_type == "dynamic":
         inverse = 1.0 / np.float32(theta * scaling["alpha"] ** (width / (width - 2))) ** exponent
         angles = positions[:, None] * inverse
         cos, sin = np.cos(angles), np.sin(angles)
+    elif _is_v1(hf):
+        angles = positions[:, None] * (1.0 / np.float32(theta) ** exponent)
+        cos, sin = np.cos(angles), np.sin(angles)
     else:
         inverse = _bfloat16(1.0 / np.float32(theta) ** exponent)
-        if scaling:
+        if rope_type == "linear":
             angles = _bfloat16(_bfloat16(_bfloat16(positions) / np.float32(scaling["factor"]))[:, None] * inverse)
             cos, sin = _bfloat16(np.cos(angles)), _bfloat16(np.sin(angles))
         else:
@@ -90,13 +94,18 @@ def _moe(hf, read, prefix, y_TD):
     probs_TE = _softmax(y_TD @ read(prefix + "gate.wg.weight").T)
     chosen_Tk = np.argsort(-probs_TE, axis=-1, kind="stable")[:, :top_k]
     weights_Tk = np.take_along_axis(probs_TE, chosen_Tk, axis=-1)
-    if top_k > 1:
+    if top_k > 1 or _is_v1(hf):
         weights_Tk = weights_Tk / np.maximum(weights_Tk.sum(-1, keepdims=True), np.finfo(np.float32).eps)
-    out_TD = _swiglu(read, prefix + "shared_mlp.", y_TD) if hf.get("use_mixed_mlp_moe") else np.zeros_like(y_TD)
+    out_TD = _swiglu(read, prefix + "shared_mlp.", y_TD) if hf.get("use_mixed_mlp_moe") or _is_v1(hf) else np.zeros_like(y_TD)
     for expert in np.unique(chosen_Tk):
         tokens, choices = np.nonzero(chosen_Tk == expert)
         out_TD[tokens] += weights_Tk[tokens, choices, None] * _swiglu(read, f"{prefix}experts.{expert}.", y_TD[tokens])
     return out_TD
+
+
+def _is_v1(hf):
+    """Whether it is transformers' class, in which some of Hunyuan-Large's options are fixed."""
+    return hf["model_type"] != "hunyuan"
 
 
 def _dense(hf, read, prefix, y_TD):

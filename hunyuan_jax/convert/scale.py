@@ -4,9 +4,11 @@ A checkpoint folder holds conversion.json (what it was made from, and whether it
 the source as they were, params/ (chunks.py; orbax restores it onto any mesh) and source/ (headers and index, to write the same bytes).
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -214,7 +216,10 @@ def read_params(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mo
         files |= {name: file for name, _, _ in layout}
     if about["is_exact"] and about["index_name"]:
         texts[about["index_name"]] = converted.place.read(f"source/{about['index_name']}").decode()
-    cfg = converted.cfg if dtype is None else hf_config.from_hf({**converted.hf, "torch_dtype": dtype})
+    cfg = converted.cfg if dtype is None else hf_config.from_hf(hf_config.with_dtype(converted.hf, dtype))
+    cfg = dataclasses.replace(cfg, eos_token_ids=torch_io.generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
+    for name in set(about["copied"]) & set(torch_io.SIDE_FILES):
+        texts[name] = converted.place.read(name).decode(errors="surrogateescape")
     files = files or {entry.name: "converted.bin" for entry in table.entries(cfg)}
     return cfg, params, torch_io.Source(texts, files, about["router_dtype"])
 

@@ -19,7 +19,7 @@ from hunyuan_jax.convert import hf_config, table
 _MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 # Kept and written again with a model, so that a saved folder can be used like the one it came from.
-_SIDE_FILES = (
+SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +27,7 @@ _SIDE_FILES = (
     "chat_template.jinja",
     "hy.tiktoken",
 )
-_TEXTS = ("config.json", _INDEX, *_SIDE_FILES)
+_TEXTS = ("config.json", _INDEX, *SIDE_FILES)
 _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -79,7 +79,7 @@ def read_model(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mod
     """
     hf = read_config(folder)
     cfg = hf_config.from_hf(hf if dtype is None else hf_config.with_dtype(hf, dtype))
-    cfg = dataclasses.replace(cfg, eos_token_ids=_generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
+    cfg = dataclasses.replace(cfg, eos_token_ids=generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
     wanted = {entry.name: entry for entry in table.entries(cfg)}
     params: dict[str, Any] = {}
     files, router_dtype = {}, ""
@@ -154,7 +154,7 @@ def write_model(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, A
             path.unlink()
 
 
-def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+def generation_stop_ids(folder: Path) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, which is what `generate` of transformers stops at; () if there is none."""
     path = folder / "generation_config.json"
     if not path.is_file():

@@ -41,7 +41,7 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
 
 def compare_configs(opened: weights.Weights, converted: Converted) -> list[str]:
     """The fields of the two models that differ; the parameters' dtype is the converter's choice."""
-    hf = {**opened.config, "torch_dtype": converted.cfg.dtype}
+    hf = hf_config.with_dtype(opened.config, converted.cfg.dtype)
     return [
         f"config: {name} = {theirs!r} in the source, {ours!r} in the checkpoint"
         for name, theirs, ours in _fields(hf_config.from_hf(hf), converted.cfg)
@@ -179,8 +179,9 @@ def _float32(cfg: ModelConfig) -> ModelConfig:
 
 
 def _defaults(hf: dict[str, Any]) -> dict[str, Any]:
-    """A copy without what only says how the weights are stored."""
-    return json.loads(json.dumps({name: value for name, value in hf.items() if name != "quantization_config"}))
+    """A copy in one spelling, without what only says how the weights are stored."""
+    hf = {name: value for name, value in hf.items() if name != "quantization_config"}
+    return hf_config.one_spelling(json.loads(json.dumps(hf)))
 
 
 def _fields(theirs: ModelConfig, ours: ModelConfig):

@@ -183,7 +183,7 @@ def plan(weights: Weights, dtype: str | None) -> Plan:
     Raises:
       ConfigError: what `from_hf` refuses; tensors without a use, targets without a tensor, other shapes: all of them, by name.
     """
-    hf = weights.config if dtype is None else {**weights.config, "torch_dtype": dtype}
+    hf = weights.config if dtype is None else hf_config.with_dtype(weights.config, dtype)
     quantization = hf.get("quantization_config")
     if quantization is not None:
         if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
@@ -238,7 +238,7 @@ def plan(weights: Weights, dtype: str | None) -> Plan:
                 "set it to false to keep both."
             )
         dropped.append(tied_head)
-    is_same_dtype = hf.get("torch_dtype", "float32") == weights.config.get("torch_dtype", "float32")
+    is_same_dtype = hf_config.dtype_of(hf) == hf_config.dtype_of(weights.config)
     is_exact = bool(weights.headers) and is_same_dtype and not other and not quantization and set(dropped) <= {tied_head}
     return Plan(cfg, hf, tensors, scales, extra, dropped, is_exact)
 
