@@ -140,7 +140,7 @@ def _values_are_settings() -> Iterator[None]:
 
 def _model_options(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a folder with official weights.", flag_values=values)
-    absl_flags.DEFINE_string("tokenizer", None, "'byte' or a ranks file; default: what the run used.", flag_values=values)
+    absl_flags.DEFINE_string("tokenizer", None, "'byte', a folder or a file; default: that of the checkpoint.", flag_values=values)
     absl_flags.DEFINE_string("mesh", None, "Axes to spread the model over, such as expert:2,tensor:4.", flag_values=values)
     absl_flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", flag_values=values)
     absl_flags.DEFINE_float("temperature", 0.8, "0 is greedy.", flag_values=values)

@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -188,6 +188,15 @@ def to_config_dict(config: Config) -> ConfigDict:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of any config dataclass, as written to config.json."""
     return dataclasses.asdict(config)
+
+
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of a nested dict, such as that of `to_dict`."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

@@ -12,6 +12,7 @@ from test_convert import random_params, small
 
 from hunyuan_jax import cli
 from hunyuan_jax.config import ConfigError, MoeConfig
+from hunyuan_jax.data.chat import render_chat
 from hunyuan_jax.infer import engine as engine_lib
 from hunyuan_jax.infer import text
 from hunyuan_jax.infer.pretrained import Pretrained
@@ -150,7 +151,7 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
     assert chat.messages[-1]["content"] == answer
     model, vocabulary = talker
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    ids = text.chat_ids(asked, vocabulary)
+    ids = render_chat(asked, vocabulary)
     expected = model.generate([ids], max_new_tokens=5, eos_token_id=vocabulary.stop_ids)[0, len(ids) :]
     assert answer == vocabulary.decode(expected, skip_special=True)
     pieces = chat.ask("And now?")

@@ -10,8 +10,8 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 BATCH, LENGTH, STEPS = 8, 256, 20
 
 
-def main():
-    """Prints one JSON line."""
+def new_model(eos_token_id):
+    """A random float32 model; eos_token_id: where `generate` stops, or None."""
     torch.manual_seed(0)
     config = HunYuanMoEV1Config(
         vocab_size=1024,
@@ -26,10 +26,15 @@ def main():
         max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=eos_token_id,
         tie_word_embeddings=False,
     )
-    model = HunYuanMoEV1ForCausalLM(config).float().train()
+    return HunYuanMoEV1ForCausalLM(config).float()
+
+
+def main():
+    """Prints one JSON line."""
+    model = new_model(eos_token_id=2).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     ids = torch.randint(3, 1024, (BATCH, LENGTH))
 

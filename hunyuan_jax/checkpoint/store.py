@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from hunyuan_jax.config import Config, ConfigError, ModelConfig, from_config_dict, to_dict
+from hunyuan_jax.config import Config, ConfigError, ModelConfig, flat_fields, from_config_dict, to_dict
 from hunyuan_jax.quant.scaled import load_params
 
 # What may not change between the runs of a workdir: the model, the text, what decides the order of the batches, how the state is kept.
@@ -131,16 +131,8 @@ def read_config(workdir: str | os.PathLike) -> Config:
 def _fixed_fields(old: dict[str, Any], new: dict[str, Any]):
     """(section, field, old value, new value) of everything that may not change."""
     for section in _FIXED_SECTIONS:
-        flat_old, flat_new = dict(_flatten(old.get(section, {}))), dict(_flatten(new[section]))
+        flat_old, flat_new = dict(flat_fields(old.get(section, {}))), dict(flat_fields(new[section]))
         for name in {**flat_new, **flat_old}:
             yield section, name, flat_old.get(name), flat_new.get(name)
     for section, name in _FIXED_FIELDS:
         yield section, name, old.get(section, {}).get(name), new[section][name]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -1,7 +1,7 @@
 """Text in, text out: a tokenizer around `Pretrained.stream`, and a conversation around that."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ConfigError
-from hunyuan_jax.data import chat as chat_lib
+from hunyuan_jax.data.chat import render_chat
 from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -39,11 +39,6 @@ def stream(model: Pretrained, vocabulary: Tokenizer, prompt: str, **sampling: An
     return _decoded(model, vocabulary, vocabulary.encode(prompt), **sampling)
 
 
-def chat_ids(messages: Sequence[Mapping[str, str]], vocabulary: Tokenizer) -> list[int]:
-    """The ids after which the model answers the last of `messages`."""
-    return chat_lib.render_chat(messages, vocabulary)
-
-
 class Chat:
     """A conversation.
 
@@ -60,7 +55,7 @@ class Chat:
         self._opening = [{"role": "system", "content": system}] if system else []
         self.reset()
         try:
-            chat_ids([{"role": "user", "content": "?"}], vocabulary)
+            render_chat([{"role": "user", "content": "?"}], vocabulary)
         except ValueError as e:
             raise ConfigError(f"this tokenizer cannot chat: {e}; use `generate`, or pass --tokenizer=FILE with chat tokens.") from e
 
@@ -75,7 +70,7 @@ class Chat:
           ValueError: the conversation fills the model's positions, or bad sampling settings; the question is then forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
-        ids = chat_ids(asked, self._vocabulary)
+        ids = render_chat(asked, self._vocabulary)
         room = self._model.config.max_position - len(ids)
         if room < 1:
             raise ValueError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.config import ConfigError, flat_fields
 from hunyuan_jax.obs import goodput, metrics
 
 _MAX_POINTS = 1200  # of a curve; more than a screen has pixels
@@ -83,7 +83,7 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
 <div class="tiles">{_tiles(rows, ledger, config)}</div>
 <main>{cards}
 <section class="card half"><h2>Environment</h2>{_table(environment)}</section>
-<section class="card half"><h2>Configuration</h2>{_table(dict(_flat(config)))}</section></main>
+<section class="card half"><h2>Configuration</h2>{_table(dict(flat_fields(config)))}</section></main>
 <script type="application/json" id="data">{_for_script(data)}</script>
 <script>{scripts[0]}</script><script>{scripts[1]}</script></body></html>
 """
@@ -333,14 +333,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _flat(tree: dict[str, Any], prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _subtitle(environment: dict[str, Any]) -> str:
