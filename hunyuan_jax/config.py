@@ -7,6 +7,7 @@ returns `to_config_dict(config)`; `from_config_dict` turns the (possibly overrid
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -197,6 +198,21 @@ def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flat_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def json_object(where: str, text: bytes) -> dict[str, Any]:
+    """The object of fields that a file holds; `where` names it.
+
+    Raises:
+      ConfigError: it is not JSON, or another kind of value.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as e:  # not JSON, or not even UTF-8
+        raise ConfigError(f"{where} is not valid JSON: {e}.") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} holds a JSON {type(value).__name__}; it must be an object of fields.")
+    return value
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

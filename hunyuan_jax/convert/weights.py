@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from hunyuan_jax.config import ConfigError, ModelConfig
+from hunyuan_jax.config import ConfigError, ModelConfig, json_object
 from hunyuan_jax.convert import hf_config, table
 from hunyuan_jax.convert.place import Place
 
@@ -53,7 +53,7 @@ class Weights:
         if "config.json" not in sizes:
             raise ConfigError(f"{place} is no model folder: it has no config.json.")
         self.config_bytes = place.read("config.json")
-        self.config = _json_object(f"{place}/config.json", self.config_bytes)
+        self.config = json_object(f"{place}/config.json", self.config_bytes)
         self.index_name, files = self._files(sizes)
         self.index = place.read(self.index_name) if self.index_name else None
         self.headers: dict[str, bytes] = {}
@@ -93,7 +93,7 @@ class Weights:
         for single in ("model.safetensors", "pytorch_model.bin"):
             index = f"{single}.index.json"
             if index in sizes:
-                promised = _json_object(f"{self.place}/{index}", self.place.read(index)).get("weight_map")
+                promised = json_object(f"{self.place}/{index}", self.place.read(index)).get("weight_map")
                 if not isinstance(promised, dict) or not promised:
                     raise ConfigError(f"{self.place}/{index} has no weight_map.")
                 files = sorted(set(promised.values()))
@@ -272,16 +272,6 @@ def listed(names: list[str]) -> str:
     """Names for a message: all of them, up to a screenful."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return f"{len(names)} ({', '.join(names[:_MAX_LISTED])}{more})" if len(names) > 1 else names[0]
-
-
-def _json_object(where: str, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as e:
-        raise ConfigError(f"{where} is not valid JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} holds a JSON {type(value).__name__}; it must be an object of fields.")
-    return value
 
 
 def _numpy_dtype(place: Place, name: str, tensor: Any) -> np.dtype:

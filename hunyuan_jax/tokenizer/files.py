@@ -1,10 +1,9 @@
 """What lies beside a tokenizer in a model folder: the names of its special tokens, its chat template, the stop ids."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.config import ConfigError, json_object
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -59,12 +58,4 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
     """{} if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ConfigError(f"{path} is not valid JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}; it must be an object of fields.")
-    return value
+    return json_object(str(path), path.read_bytes()) if path.is_file() else {}

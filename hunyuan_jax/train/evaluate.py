@@ -11,11 +11,13 @@ from hunyuan_jax.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 
-def with_target_bytes(batches: Iterable[Batch], tokenizer: Tokenizer) -> list[Batch]:
+def with_target_bytes(batches: list[Batch], tokenizer: Tokenizer) -> list[Batch]:
     """The batches with target_bytes, float32 [R, T]: UTF-8 bytes of text behind each target; 0 for padding, eos and other special tokens.
 
     Bytes of the text as the tokenizer sees it, so in NFC for Hunyuan's.
     """
+    if not batches:
+        return []
     bytes_V = np.array([len(tokenizer.decode_bytes([i], skip_special=True)) for i in range(tokenizer.vocab_size)], np.float32)
     return [{**batch, "target_bytes": bytes_V[batch["targets"]] * (batch["loss_weights"] > 0)} for batch in batches]
 
