@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from hunyuan_jax.config import Config, ConfigError, ModelConfig, flat_fields, from_config_dict, to_dict
+from hunyuan_jax.model import lora
 from hunyuan_jax.quant.scaled import load_params
 
 # What may not change between the runs of a workdir: the model, the text, what decides the order of the batches, how the state is kept.
@@ -91,11 +93,32 @@ def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, params) of the newest checkpoint of a run.
+    """(model config, params) of the newest checkpoint of a run, LoRA adapters merged into the weights they belong to.
 
     Raises:
       ConfigError: no checkpoint yet.
     """
+    cfg, params = lora.merge(*_load_newest(workdir))
+    dtype = dtype or cfg.dtype
+    params = jax.tree.map_with_path(
+        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype), params
+    )
+    return dataclasses.replace(cfg, dtype=dtype), params
+
+
+def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+    """(model config with its lora section, the adapters as float32 numpy arrays) of the newest checkpoint of a run.
+
+    Raises:
+      ConfigError: no checkpoint yet, or a run without adapters.
+    """
+    cfg, params = _load_newest(workdir)
+    if not cfg.lora.rank:
+        raise ConfigError(f"{workdir} has trained all parameters (config.model.lora.rank = 0); it has no adapter. Export the whole model.")
+    return cfg, jax.tree.map(np.asarray, lora.split(params, cfg)[0])
+
+
+def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
     store = Store(workdir, keep=config.checkpoint.keep)
     step = store.latest_step()
@@ -108,12 +131,7 @@ def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[M
 
     state, _ = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
     store.close()
-    dtype = dtype or config.model.dtype
-    params = jax.tree.map_with_path(
-        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype),
-        load_params(state.params),
-    )
-    return dataclasses.replace(config.model, dtype=dtype), params
+    return config.model, load_params(state.params)
 
 
 def read_config(workdir: str | os.PathLike) -> Config:

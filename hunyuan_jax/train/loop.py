@@ -17,6 +17,7 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.log import Log
+from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import abstract_state, build_program, init_state
 
 
@@ -60,7 +61,9 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         with log.time("restore"):
             state, position = store.restore(first_step, abstract_state(program))
     else:
-        state, position = init_state(program), None
+        with hosts.raised_by_all():
+            weights = read_weights(train.init_from, config.model) if train.init_from else None
+        state, position = init_state(program, weights), None
     with hosts.raised_by_all():
         if position and position["corpus"] != corpus:
             raise ConfigError(
