@@ -8,7 +8,8 @@
 The text is this project's own documentation.  For an official model take its preset, and its folder as `config.train.init_from`:
 docs/family.md has the line.
 
-Hardware: any CPU; TIMING
+Hardware: any CPU; 2 cores, shared with other work, took 143 s.  From a tiny model at step 810, training on this text began at
+2.80 nats a byte; validation came to 2.19 after 200 steps.
 """
 
 import dataclasses
