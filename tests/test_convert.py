@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import ConfigError, ModelConfig, MoeConfig
-from hunyuan_jax.convert import hf_config, table, torch_io
+from hunyuan_jax.convert import hf_config, scale, table, torch_io, verify
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
@@ -477,6 +477,13 @@ def test_bin_shards_hold_the_same_model(case, num_shards, tmp_path):
     model.save_pretrained(tmp_path / "saved")  # as safetensors, without the copy of the embedding
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".safetensors"}
     assert_identical(from_pretrained(tmp_path / "saved").params, model.params)
+    # Through convert_torch.py: safetensors again, with the source's names and bits.
+    scale.import_model(tmp_path / "bin", tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/conversion.json").read_text())["dropped"] == ["lm_head.weight"]
+    assert verify.verify(tmp_path / "bin", tmp_path / "ours") == []
+    scale.export_model(tmp_path / "ours", tmp_path / "back")
+    exported = {name: array for name, array, _ in torch_io._tensors(tmp_path / "back")}
+    assert_identical(exported, {name: array for name, array, _ in torch_io._tensors(source)})
 
 
 # ------------------------------------------------------------------------------------------------------------- what callers may pass

@@ -1,9 +1,12 @@
 """convert_torch.py: every tensor in and out once, the same bytes back, killed runs continued, faults found, bad input named."""
 
 import dataclasses
+import filecmp
+import functools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -137,6 +140,36 @@ def test_urls_of_both_sides(source):
     assert {name: memory.cat_file(f"/back/{name}") for name in contents(source)} == contents(source)
     for folder in ("/source", "/ours", "/back"):
         memory.rm(folder, recursive=True)
+
+
+def test_a_file_system_without_sizes_is_refused(source, monkeypatch):
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "ls", lambda *_, **__: [{"name": "/web/a", "size": None, "type": "file"}])
+    with pytest.raises(ConfigError, match=r"memory://web does not tell the sizes of its files.*copy"):
+        scale.import_model("memory://web", "memory://ours")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """0.86 GB of weights in an address space of 0.7 GB, of which the program itself takes up to 0.5; the largest tensor has 8 MB."""
+    hf = HF | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_experts": 16, "torch_dtype": "bfloat16"}
+    entries = table.entries(hf_config.from_hf(hf))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/config.json").write_text(json.dumps(hf))
+    with open(tmp_path / "source/model.safetensors", "wb") as f:
+        f.write(weights.header([(e.name, BFLOAT16, e.shape) for e in entries]))
+        f.truncate(f.tell() + sum(2 * int(np.prod(e.shape)) for e in entries))  # zeros, which take no room
+    assert os.path.getsize(tmp_path / "source/model.safetensors") > 8.5e8
+
+    def limited(*arguments):
+        command = [sys.executable, ROOT / "convert_torch.py", *arguments]
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (700_000_000, 700_000_000))
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}  # its threads reserve memory for each core
+        return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, env=env, check=False)
+
+    for command, source, output in (("import", "source", "ours"), ("export", "ours", "back")):
+        where = "source" if command == "import" else "checkpoint"
+        done = limited(command, f"--{where}={tmp_path / source}", f"--output={tmp_path / output}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert filecmp.cmp(tmp_path / "source/model.safetensors", tmp_path / "back/model.safetensors", shallow=False)
 
 
 def test_dtype_of_the_command_line(source, tmp_path):

@@ -41,17 +41,24 @@ def write_source(folder: Path, hf: dict, num_shards: int) -> int:
     return total
 
 
-def import_killed(folder: Path, num_kills: int) -> None:
-    """Imports and exports again, with kill -9 at random moments of the import."""
+def run_killed(folder: Path, num_kills: int) -> None:
+    """Imports and exports again, both with kill -9 at random moments."""
     for name in ("checkpoint", "back"):
         shutil.rmtree(folder / name)
-    command = [sys.executable, ROOT / "convert_torch.py", "import", f"--source={folder / 'source'}", f"--output={folder / 'checkpoint'}"]
+    source, checkpoint, back = (folder / name for name in ("source", "checkpoint", "back"))
+    kill(["import", f"--source={source}", f"--output={checkpoint}"], checkpoint / "conversion.json", num_kills)
+    kill(["export", f"--checkpoint={checkpoint}", f"--output={back}"], back / "export.json", num_kills)
+    same = subprocess.run(["diff", "-r", source, back], check=False).returncode == 0
+    print(f"export is {'byte-identical' if same else 'DIFFERENT'}")
+
+
+def kill(arguments: list[str], about: Path, num_kills: int) -> None:
+    """Kills a command at random moments of its work, which begins when it writes the file `about`; then lets it finish."""
+    command = [sys.executable, ROOT / "convert_torch.py", *arguments]
     done = 0
     for _ in range(num_kills):
-        about = folder / "checkpoint/conversion.json"
         before = about.stat().st_mtime_ns if about.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # It writes this file when it has read the headers and starts to convert.
         while process.poll() is None and (about.stat().st_mtime_ns if about.exists() else 0) == before:
             time.sleep(0.01)
         time.sleep(random.uniform(0.0, 0.25))
@@ -59,10 +66,7 @@ def import_killed(folder: Path, num_kills: int) -> None:
         process.kill()
         process.wait()
     subprocess.run(command, check=True)
-    export = ["export", f"--checkpoint={folder / 'checkpoint'}", f"--output={folder / 'back'}"]
-    subprocess.run([sys.executable, ROOT / "convert_torch.py", *export], check=True)
-    same = subprocess.run(["diff", "-r", folder / "source", folder / "back"], check=False).returncode == 0
-    print(f"after {done} kills: {'byte-identical' if same else 'DIFFERS'}")
+    print(f"{arguments[0]}: killed {done} times, then finished", flush=True)
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--ffn", type=int, default=912)
-    parser.add_argument("--kills", type=int, default=0, help="Afterwards import again, killed this often.")
+    parser.add_argument("--kills", type=int, default=0, help="Afterwards import and export again, each killed this often.")
     args = parser.parse_args()
     hf = {
         "model_type": "hunyuan", "vocab_size": 1024, "hidden_size": args.width, "intermediate_size": args.ffn, "num_hidden_layers": 64,
@@ -95,8 +99,14 @@ def main() -> None:
         print(f"{command[0]}: {seconds:.1f} s with start, {total / seconds / 1e9:.2f} GB/s, peak memory {peak / 1e9:.2f} GB", flush=True)
     same = subprocess.run(["diff", "-r", source, back], check=False).returncode == 0
     print("export is byte-identical" if same else "EXPORT DIFFERS", flush=True)
+    # What the disk and the copy alone take: the same bytes into as many files.
+    begin = time.monotonic()
+    subprocess.run(["cp", "-r", checkpoint, args.folder / "copy"], check=True)
+    seconds = time.monotonic() - begin
+    print(f"cp -r of the checkpoint: {seconds:.1f} s, {total / seconds / 1e9:.2f} GB/s", flush=True)
+    shutil.rmtree(args.folder / "copy")
     if args.kills:
-        import_killed(args.folder, args.kills)
+        run_killed(args.folder, args.kills)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class Place:
         return self._fs.isfile(self.path(name))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of each file directly in a folder; empty if there is no such folder."""
+        """Bytes of each file directly in a folder; empty if there is no such folder.
+
+        Raises:
+          ConfigError: a file system that does not tell sizes.
+        """
         path = self.path(folder)
         if self.is_local:  # a few times quicker than asking fsspec for everything about each file
             if not os.path.isdir(path):
@@ -47,7 +51,10 @@ class Place:
             found = self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        if None in sizes.values():  # a web server
+            raise ConfigError(f"{self.url} does not tell the sizes of its files; copy the folder to a disk or a bucket first.")
+        return sizes
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes [start, end) of a file; all by default."""

@@ -269,8 +269,10 @@ def _layout(raw: bytes) -> list[tuple[str, np.dtype, int]]:
 def _new_headers(converted: Converted, entries: list[table.Entry]) -> tuple[dict[str, bytes], bytes | None]:
     """(header by file name, index) for a folder whose dtypes or format the source did not have."""
 
+    router = np.dtype(converted.about["router_dtype"] or np.float32)
+
     def dtype(entry: table.Entry) -> np.dtype:
-        return converted.params[entry.path].dtype
+        return router if entry.path.endswith("router_DE") else converted.params[entry.path].dtype
 
     files = torch_io.shards(entries, dtype)
     by_file: dict[str, list] = {}
