@@ -106,12 +106,10 @@ def test_train_then_generate_then_bench(tmp_path):
     assert "validation loss" in result.stderr
 
     generate = ("-m", "hunyuan_jax", "generate", f"--checkpoint={workdir}", "--prompt=def ", "--max_new_tokens=8")
-    first, again = run(*generate), run(*generate)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("def ")
-    assert first.stdout == again.stdout
+    result = run(*generate)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("def ")
     assert "nor hy.tiktoken" in error_of("-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x")
-    assert "must not be negative" in error_of(*generate, "--temperature=-1")
 
     result = run("-m", "hunyuan_jax", "bench", TINY, *small[::2], "--num_steps=1", "--json")
     figures = json.loads(result.stdout.splitlines()[-1])
