@@ -20,6 +20,7 @@ where a run was resumed have no say, and each process reads its own rows only.
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -61,16 +62,32 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         tokenizer.
     """
     opened = []
-    for entry in config.sources or (SourceConfig("text", config.source),):
+    for entry, path in zip(config.sources or (SourceConfig("text", config.source),), _paths(config), strict=True):
         option = f"config.data.sources[{entry.name!r}]" if config.sources else "config.data.source"
-        if tokens.is_shards(entry.path):
-            opened.append(tokens.open_shards(entry.path, tokenizer, config.tokenizer))
+        if tokens.is_shards(path):
+            opened.append(tokens.open_shards(path, tokenizer, config.tokenizer))
             continue
         spans = source.find_files(entry.path, option)
         tally = source.Tally(config.max_bad_fraction, "config.data.max_bad_fraction")
         opened.append(tokens.in_memory(spans, config.text_field, tokenizer, tally, f"{option} = {entry.path!r}"))
     names = tuple(entry.name for entry in config.sources) or ("text",)
     return Corpus(names, tuple(opened), tokenizer.pad_id)
+
+
+def damaged_shards(config: DataConfig) -> list[str]:
+    """Files of the config's token shards that are not what their manifest says; reads all of them.
+
+    Raises:
+      ConfigError: no source is a folder of token shards.
+    """
+    folders = [path for path in _paths(config) if tokens.is_shards(path)]
+    if not folders:
+        raise ConfigError(f"none of the sources {_paths(config)} is a folder of token shards; only these have hashes.")
+    return [os.path.join(folder, name) for folder in folders for name in tokens.damaged_files(folder)]
+
+
+def _paths(config: DataConfig) -> list[str]:
+    return [os.path.expanduser(entry.path) for entry in config.sources] or [os.path.expanduser(config.source)]
 
 
 class Order:

@@ -16,7 +16,7 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,19 +83,19 @@ class FileCounts:
 class Tally:
     """Counts documents and bad rows by file, and says when there are too many of the latter."""
 
-    def __init__(self, max_bad_fraction: float, option: str):
+    def __init__(self, max_bad_fraction: float, option: str, others: Callable[[], tuple[int, int]] = lambda: (0, 0)):
+        """`others` returns (documents, bad rows) counted elsewhere, `option` is what the limit is called."""
         self.files: dict[str, FileCounts] = {}
-        self._max_bad_fraction, self._option = max_bad_fraction, option
+        self.total = FileCounts()
+        self._max_bad_fraction, self._option, self._others = max_bad_fraction, option, others
 
     def add_document(self, file: str, num_bytes: int) -> None:
         """Counts a good document."""
-        counts = self.files.setdefault(file, FileCounts())
-        counts.num_documents += 1
-        counts.num_bytes += num_bytes
+        self.add_file(file, FileCounts(num_documents=1, num_bytes=num_bytes))
 
     def add_bytes(self, file: str, num_bytes: int) -> None:
         """Counts another part of the last document."""
-        self.files[file].num_bytes += num_bytes
+        self.add_file(file, FileCounts(num_bytes=num_bytes))
 
     def add_bad(self, file: str, bad: Bad) -> None:
         """Counts a bad row.
@@ -103,56 +103,41 @@ class Tally:
         Raises:
           ConfigError: there are too many of them.
         """
-        counts = self.files.setdefault(file, FileCounts())
-        counts.num_bad += 1
-        counts.first_bad = counts.first_bad or f"{bad.where}: {bad.reason}"
-        self.check(bad)
+        self.add_file(file, FileCounts(num_bad=1, first_bad=f"{bad.where}: {bad.reason}"))
+        self.check(f"{bad.where}: {bad.reason}")
 
     def add_file(self, file: str, counts: FileCounts) -> None:
         """Adds what somebody else has counted."""
-        sums = self.files.setdefault(file, FileCounts())
-        sums.num_documents += counts.num_documents
-        sums.num_bytes += counts.num_bytes
-        sums.num_bad += counts.num_bad
-        sums.first_bad = sums.first_bad or counts.first_bad
+        for sums in (self.files.setdefault(file, FileCounts()), self.total):
+            sums.num_documents += counts.num_documents
+            sums.num_bytes += counts.num_bytes
+            sums.num_bad += counts.num_bad
+            sums.first_bad = sums.first_bad or counts.first_bad
 
-    @property
-    def num_documents(self) -> int:
-        """Good documents of all files."""
-        return sum(counts.num_documents for counts in self.files.values())
-
-    @property
-    def num_bad(self) -> int:
-        """Bad rows of all files."""
-        return sum(counts.num_bad for counts in self.files.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the good documents."""
-        return sum(counts.num_bytes for counts in self.files.values())
-
-    def check(self, last: Bad, others: tuple[int, int] = (0, 0)) -> None:
-        """Compares the share of bad rows, `others` (documents, bad) included, with the limit.
+    def check(self, last: str = "") -> None:
+        """Compares the share of bad rows with the limit.
 
         The share is of at least 1000 rows: one bad row of three stops no run, unless none is allowed.
 
         Raises:
-          ConfigError: the share is above the limit, naming the `last` bad row.
+          ConfigError: the share is above the limit, naming the `last` bad row ("": names the first).
         """
-        num_bad = self.num_bad + others[1]
-        num_rows = self.num_documents + others[0] + num_bad
+        num_documents, num_bad = self._others()
+        num_bad += self.total.num_bad
+        num_rows = num_documents + self.total.num_documents + num_bad
         if num_bad > self._max_bad_fraction * max(num_rows, 1000):
+            example = f"the last is {last}" if last else f"the first is {self.total.first_bad}"
             raise ConfigError(
-                f"{num_bad} of {num_rows} rows cannot be used, the last is {last.where}: {last.reason}. That is more than {self._option} = "
-                f"{self._max_bad_fraction} allows (of at least 1000 rows). Repair or remove the file, or raise the limit."
+                f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than {self._option} = {self._max_bad_fraction} "
+                "allows (of at least 1000 rows). Repair or remove the file, or raise the limit."
             )
 
     def __str__(self) -> str:
         """For the log: sums, and the files with bad rows."""
         bad = {name: counts for name, counts in self.files.items() if counts.num_bad}
-        lines = [f"{self.num_documents} documents, {self.num_bytes / 1e6:.1f} MB"]
+        lines = [f"{self.total.num_documents} documents, {self.total.num_bytes / 1e6:.1f} MB"]
         if bad:
-            lines[0] += f"; {self.num_bad} bad row(s) skipped in {len(bad)} file(s)"
+            lines[0] += f"; {self.total.num_bad} bad row(s) skipped in {len(bad)} file(s)"
         for name, counts in list(bad.items())[:_NUM_PATHS_SHOWN]:
             lines.append(f"  {name}: {counts.num_bad} skipped, first: {counts.first_bad}")
         if len(bad) > _NUM_PATHS_SHOWN:
@@ -224,6 +209,11 @@ def size_of(path: str) -> int:
 def can_split(path: str) -> bool:
     """Whether spans of a file can be read by themselves."""
     return path.lower().endswith(".jsonl")
+
+
+def is_plain(path: str) -> bool:
+    """Whether a file has the size of its text, about."""
+    return path.lower().endswith((*TEXT_SUFFIXES, ".jsonl"))
 
 
 # --- finding ---

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ class ShardTokens:
     def _records(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        _allow_open_files(len(self._manifest["shards"]) + 512)
+        _allow_open_files(len(self._manifest["shards"]) + 256)
         paths = [f"{self._folder / shard['file']}[0:{shard['num_pieces']}]" for shard in self._manifest["shards"]]
         return ArrayRecordDataSource(paths)  # with counts it opens a file when it is first read
 
@@ -133,7 +134,7 @@ class ShardTokens:
         tally = source.Tally(1.0, "")
         for name, counts in self._manifest["files"].items():
             tally.add_file(name, source.FileCounts(**counts))
-        return f"{tally}; {len(self._manifest['shards'])} token shards" if not tally.num_bad else f"{tally}"
+        return str(tally)
 
 
 def in_memory(spans: Iterable[source.Span], text_field: str, tokenizer: Tokenizer, tally: source.Tally, option: str) -> MemoryTokens:
@@ -150,14 +151,12 @@ def in_memory(spans: Iterable[source.Span], text_field: str, tokenizer: Tokenize
             if isinstance(item, source.Bad):
                 tally.add_bad(span.name, item)
                 continue
-            ids = np.concatenate([ids for ids, _ in document_ids(item, span.name, tokenizer, tally)])
-            documents.append((item.name, ids))
-        _check_size(tally.num_bytes, option)
+            documents.append((item.name, np.concatenate([*document_ids(item, span.name, tokenizer, tally)])))
+        _check_size(tally.total.num_bytes, option)
     if not documents:
-        first = next((counts.first_bad for counts in tally.files.values() if counts.first_bad), "no rows")
         raise ConfigError(
-            f"{option} holds no usable document ({tally.num_bad} skipped: {first}); training needs UTF-8 text. "
-            f"Repair the files, or set config.data.text_field (now {text_field!r}) to the field with the text."
+            f"{option} holds no usable document ({tally.total.num_bad} skipped: {tally.total.first_bad or 'no rows'}); training needs "
+            f"UTF-8 text. Repair the files, or set config.data.text_field (now {text_field!r}) to the field with the text."
         )
     return MemoryTokens(documents, tally)
 
@@ -209,7 +208,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
-def damaged_shards(folder: str | os.PathLike) -> list[str]:
+def damaged_files(folder: str | os.PathLike) -> list[str]:
     """Files of a finished folder whose SHA-256 is not the manifest's; reads all of them."""
     manifest = read_manifest(folder)
     files = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]] + [(INDEX, manifest["index_sha256"])]
@@ -222,16 +221,15 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def document_ids(document: source.Document, file: str, tokenizer: Tokenizer, tally: source.Tally) -> Iterator[tuple[np.ndarray, bool]]:
-    """(ids, whether they are the last) of the parts of a document, bos and eos included; counts it in `tally`."""
+def document_ids(document: source.Document, file: str, tokenizer: Tokenizer, tally: source.Tally) -> Iterator[np.ndarray]:
+    """Ids of a document in parts, bos and eos included; counts it in `tally`."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     tally.add_document(file, 0)
-    waiting = np.array([tokenizer.bos_id], dtype)
+    yield np.array([tokenizer.bos_id], dtype)
     for part in document.parts:
         tally.add_bytes(file, len(part.encode()))
-        yield waiting, False
-        waiting = tokenizer.encode_array(part).astype(dtype, copy=False)
-    yield np.append(waiting, np.array([tokenizer.eos_id], dtype)), True
+        yield tokenizer.encode_array(part).astype(dtype, copy=False)
+    yield np.array([tokenizer.eos_id], dtype)
 
 
 def name_hash(name: str) -> int:
@@ -261,9 +259,16 @@ def _check_size(num_bytes: int, option: str) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's own limit of open files, as far as the system lets it."""
-    import resource
+    """Raises this process's own limit of open files.
 
+    Raises:
+      ConfigError: the system does not let it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
+    if resource.RLIM_INFINITY != hard < count:
+        raise ConfigError(
+            f"reading the token shards takes up to {count} open files, this machine allows {hard}. Raise `ulimit -Hn`, or make fewer "
+            "shards with `tokenize --shard_mb`."
+        )
+    if resource.RLIM_INFINITY != soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
