@@ -335,6 +335,7 @@ RESUME_IN_NEW_PROCESS = """
 import hashlib, json, sys
 from hunyuan_jax.config import DataConfig, TrainConfig
 from hunyuan_jax.data import loader
+from hunyuan_jax.tokenizer import ByteTokenizer
 
 data = DataConfig(source=sys.argv[1], validation_fraction=0.1)
 order = loader.Order(loader.open_corpus(data, ByteTokenizer()), data, TrainConfig(batch_size=4, seq_len=16, seed=7))

@@ -336,16 +336,16 @@ def test_bad_rows_are_counted_by_file_and_above_the_limit_they_stop(tmp_path):
     (tmp_path / "a.jsonl").write_text(good * 5 + "bad\n")
     (tmp_path / "b.jsonl").write_text("bad\n" * 9 + good)
     tally = tally_of(tmp_path, 0.01)  # 10 bad of 16: no more than 1 % of 1000
-    assert (tally.num_documents, tally.num_bad, tally.num_bytes) == (6, 10, 24)
+    assert (tally.total.num_documents, tally.total.num_bad, tally.total.num_bytes) == (6, 10, 24)
     assert tally.files["b.jsonl"] == source.FileCounts(1, 4, 9, "b.jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0))")
     (tmp_path / "c.jsonl").write_text(good + "\nbad\n")
     with pytest.raises(ConfigError, match=r"11 of 18 rows cannot be used, the last is c.jsonl:3: not JSON .*data.max_bad_fraction = 0.01"):
         tally_of(tmp_path, 0.01)
     with pytest.raises(ConfigError, match=r"1 of 6 rows.*a.jsonl:6"):
         tally_of(tmp_path, 0.0)
-    assert tally_of(tmp_path, 0.02).num_bad == 11
+    assert tally_of(tmp_path, 0.02).total.num_bad == 11
     (tmp_path / "a.jsonl").write_text(good * 2000 + "bad\n" * 9)
-    assert tally_of(tmp_path, 0.01).num_bad == 19  # of 2021
+    assert tally_of(tmp_path, 0.01).total.num_bad == 19  # of 2021
 
 
 def test_report_is_short_and_complete():

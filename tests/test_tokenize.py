@@ -245,7 +245,8 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     shard = tmp_path / "out" / "00000-000.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ConfigError, match=f"00000-000.array_record has {len(whole) - 1} bytes, the manifest says {len(whole)}; copy it again"):
+    message = f"00000-000.array_record has {len(whole) - 1} bytes, the manifest says {len(whole)}; copy it again"
+    with pytest.raises(ConfigError, match=message):
         loader.open_corpus(data, TOKENIZER)
     assert loader.damaged_shards(data) == [str(shard)]
     # One byte of the record: found when it is read, and by its hash.
@@ -291,7 +292,7 @@ def test_killed_and_continued_gives_identical_shards(big_rows, whole, tmp_path):
     while not (tmp_path / "out" / "manifest.json").exists():
         process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Wait for one more unit than the last time, then strike at a random moment.
-        while process.poll() is None and len(list(tmp_path.glob("out/unfinished/*.json"))) <= num_done:
+        while process.poll() is None and len(list(tmp_path.glob("out/unfinished/0*.json"))) <= num_done:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         num_kills += process.poll() is None
