@@ -246,12 +246,13 @@ def tokenize(argv: list[str]) -> int:
         def define(kind, name, default, text, **kwargs):
             kind(name, default, text, flag_values=values, **kwargs)
 
+        share = {"lower_bound": 0.0, "upper_bound": 1.0}
         define(absl_flags.DEFINE_string, "input", None, "Folder, file or glob of text, gs://... too; or stdlib.")
         define(absl_flags.DEFINE_string, "output", None, "New folder, or one that an earlier attempt has begun.")
-        define(absl_flags.DEFINE_string, "tokenizer", None, "'byte' or a ranks file.")
+        define(absl_flags.DEFINE_string, "tokenizer", None, "'byte', or a model folder, a tokenizer.json or a ranks file.")
         define(absl_flags.DEFINE_string, "text_field", "text", "Field of .jsonl rows, column of .parquet files.")
         define(absl_flags.DEFINE_integer, "num_workers", os.cpu_count() or 1, "Processes.", lower_bound=1)
-        define(absl_flags.DEFINE_float, "max_bad_fraction", 0.01, "Stop above this share of bad rows (of at least 1000).", lower_bound=0.0)
+        define(absl_flags.DEFINE_float, "max_bad_fraction", 0.01, "Stop above this share of bad rows (of at least 1000).", **share)
         define(absl_flags.DEFINE_integer, "shard_mb", 128, "Text in a shard; a worker takes a few times that memory.", lower_bound=1)
         define(absl_flags.DEFINE_string, "runner", None, "Run as an Apache Beam pipeline: DirectRunner, DataflowRunner, FlinkRunner, ...")
         define(absl_flags.DEFINE_string, "beam_options", None, "Of the pipeline, such as '--region=europe-west4 --project=p'.")
@@ -259,7 +260,7 @@ def tokenize(argv: list[str]) -> int:
     values = flags.parse(argv, _define(options, _json))
     for name in ("input", "output", "tokenizer"):
         if not values[name].value:
-            raise ConfigError(f"--{name} is missing; tokenize needs --input=TEXT, --output=DIR and --tokenizer=byte or a ranks file.")
+            raise ConfigError(f"--{name} is missing; tokenize needs --input=TEXT, --output=DIR and --tokenizer=byte or a path.")
     if values.beam_options and not values.runner:
         raise ConfigError("--beam_options acts with --runner only; add --runner=NAME or leave it out.")
     if values.runner and values["num_workers"].present:
@@ -284,6 +285,10 @@ def tokenize(argv: list[str]) -> int:
 
         manifest = tokenize_lib.tokenize(job, values.num_workers)
     seconds = time.perf_counter() - start
+    if not values.json:
+        from hunyuan_jax.data import tokens
+
+        print(tokens.report_of(manifest))
     names = ("num_documents", "num_tokens", "num_bytes", "num_bad")
     _print_table({name: manifest[name] for name in names} | {"shards": len(manifest["shards"]), "seconds": seconds}, values.json)
     return 0

@@ -1,11 +1,13 @@
 """Token shards: the documents of the text, the same bytes after any kill and by any runner, refused when they do not fit."""
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -263,6 +265,54 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
         loader.damaged_shards(DataConfig(source=str(tmp_path / "a.txt")))
 
 
+def test_damaged_manifest_and_index_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    run_here(Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte"))
+    data = DataConfig(source=str(tmp_path / "out"))
+    for name, rest, message in [("index.npy", -8, "cannot be read"), ("manifest.json", -9, "is damaged")]:
+        path = tmp_path / "out" / name
+        path.write_bytes(path.read_bytes()[:rest])
+        with pytest.raises(ConfigError, match=rf"{name} {message} .*; copy it again, or "):
+            loader.open_corpus(data, TOKENIZER)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [f"row {i}" for i in range(2000)])
+    job = Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for room, name in ((40_000, "00000-000.array_record"), (100, "plan.json")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # a write beyond it fails as on a full disk
+        try:
+            with pytest.raises(ConfigError, match=f"{name} cannot be written .*; the same command continues") as error:
+                run_here(job if name != "plan.json" else dataclasses.replace(job, output=str(tmp_path / "other")))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert "\n" not in str(error.value)
+    assert {path.name for path in (tmp_path / "out" / "unfinished").iterdir()} == {"plan.json"}
+    assert run_here(job)["num_documents"] == 2000
+
+
+def test_one_command_at_a_time(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    job = Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte")
+    tokenize.prepare(job)
+    left_by_a_killed_one = tmp_path / "out" / "unfinished" / "00000-000.array_record.1.tmp"
+    left_by_a_killed_one.write_text("half")
+    with shards.alone(job):
+        assert not left_by_a_killed_one.exists()
+        with pytest.raises(ConfigError, match="another command is writing to --output = .*; wait for it"), shards.alone(job):
+            pass
+    with shards.alone(job):
+        pass
+
+
+def test_text_without_a_document_makes_no_shards(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n')
+    with pytest.raises(ConfigError, match=r"no usable document \(1 skipped: rows.jsonl:1: no field 'text'.*set --text_field"):
+        run_here(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 # --- the command, in processes of its own ---
 
 
@@ -385,7 +435,7 @@ def test_data_command_names_the_documents_of_a_step(big_rows, whole):
 
 @pytest.mark.filterwarnings("ignore")  # Beam's own
 def test_beam_gives_the_shards_of_tokenize(big_rows, whole, tmp_path):
-    pytest.importorskip("apache_beam")
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install 'hunyuan_jax[beam]'")
     from hunyuan_jax.data import beam
 
     job = Job(str(big_rows), str(tmp_path / "out"), "byte", shard_bytes=2**20)
@@ -397,5 +447,16 @@ def test_beam_gives_the_shards_of_tokenize(big_rows, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
     assert (tmp_path / "out" / "00002-000.array_record").stat().st_mtime_ns == left
     assert beam.tokenize(job, "DirectRunner", []) == manifest
+    other = Job(str(big_rows), str(tmp_path / "other"), "byte")
     with pytest.raises(ConfigError, match="--runner=NoRunner .* is refused"):
-        beam.tokenize(Job(str(big_rows), str(tmp_path / "other"), "byte"), "NoRunner", [])
+        beam.tokenize(other, "NoRunner", [])
+    with pytest.raises(ConfigError, match="with --beam_options='--directly=1' is refused: Beam has no option directly"):
+        beam.tokenize(other, "DirectRunner", ["--directly=1"])
+
+
+def test_beam_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    from hunyuan_jax.data import beam
+
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(ConfigError, match=r"--runner needs Apache Beam: pip install 'hunyuan_jax\[beam\]'"):
+        beam.tokenize(Job(str(tmp_path), str(tmp_path / "out"), "byte"), "DirectRunner", [])

@@ -8,6 +8,7 @@ that, however large a file or a document is.  A shard is written under another n
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -22,6 +23,8 @@ from hunyuan_jax.data import source, tokens
 from hunyuan_jax.tokenizer import Tokenizer, load_tokenizer
 
 LIMIT_OPTION = "--max_bad_fraction"
+
+_TEMPORARY = ".tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
     """Joins what the units left to index and manifest, removes the rest, and returns the manifest, `settings` in it.
 
     Raises:
-      ConfigError: too many bad rows in all.
+      ConfigError: too many bad rows in all, or no document.
     """
     output, work = Path(job.output), Path(job.output) / tokens.WORK
     reports = [read_report(job, number) for number in range(num_units)]
@@ -121,6 +124,12 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
     for report in reports:
         add_report(tally, report)
     tally.check()
+    if not tally.total.num_documents:
+        raise ConfigError(
+            f"--input = {job.input} holds no usable document ({tally.total.num_bad} skipped: {tally.total.first_bad or 'no rows'}); it "
+            f"needs UTF-8 text. Repair the files, or set --text_field (now {job.text_field!r}) to the field with the text; remove "
+            f"{job.output}."
+        )
     shards = [shard for report in reports for shard in report["shards"]]
     with finished(output / tokens.INDEX, work) as path:
         _join([work / f"{number:05d}.npy" for number in range(num_units)], sum(shard["num_pieces"] for shard in shards), path)
@@ -149,7 +158,7 @@ def remove_work(job: Job) -> None:
     """Removes what only an unfinished job needs."""
     work = Path(job.output) / tokens.WORK
     for path in work.glob("*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         work.rmdir()
 
@@ -171,15 +180,22 @@ class _Shard:
         self._num_pairs.append(len(ids) - 1)
 
     def write(self, path: Path) -> np.ndarray:
-        """Writes the pieces by the hash of their document's name; returns pairs, hashes and numbers, uint64 [3, P], in that order."""
+        """Writes the pieces by the hash of their document's name; returns pairs, hashes and numbers, uint64 [3, P], in that order.
+
+        Raises:
+          OSError: the disk is full, and the like.
+        """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         columns = np.array([self._num_pairs, self._hashes, self._numbers], np.uint64)
         order = np.argsort(columns[1], kind="stable")
-        writer = ArrayRecordWriter(str(path), tokens.WRITER_OPTIONS)
-        for i in order:
-            writer.write(self.records[i])
-        writer.close()
+        try:
+            writer = ArrayRecordWriter(str(path), tokens.WRITER_OPTIONS)
+            for i in order:
+                writer.write(self.records[i])
+            writer.close()
+        except RuntimeError as error:
+            raise OSError(" ".join(str(error).split())) from error
         return columns[:, order]
 
 
@@ -212,12 +228,21 @@ def _join(paths: Sequence[Path], num_pieces: int, joined: Path) -> None:
 
 @contextlib.contextmanager
 def finished(path: Path, work: Path) -> Iterator[Path]:
-    """A place to write a file at, which gets its name when it is whole and on disk."""
-    temporary = work / f"{path.name}.{os.getpid()}.tmp"
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """A place to write a file at, which gets its name when it is whole and on disk.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    temporary = work / f"{path.name}.{os.getpid()}{_TEMPORARY}"
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"{path} cannot be written ({error}). Make room or repair it; the same command continues.") from error
 
 
 @functools.cache
@@ -238,3 +263,23 @@ def make_folder(job: Job) -> None:
         (output / tokens.WORK).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output = {job.output} cannot be made ({error.strerror}); give a folder that can.") from error
+
+
+@contextlib.contextmanager
+def alone(job: Job) -> Iterator[None]:
+    """Keeps other commands out of the output folder, and removes what a killed one was writing.
+
+    Raises:
+      ConfigError: another command is at work there.
+    """
+    folder = os.open(job.output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError as error:
+            raise ConfigError(f"another command is writing to --output = {job.output}; wait for it, or give another folder.") from error
+        for path in (Path(job.output) / tokens.WORK).glob(f"*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(folder)

@@ -5,6 +5,7 @@ which the plan knows the number of the first row.  The same command continues a 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -46,27 +47,29 @@ def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
     """Does what is left of a job with `num_workers` processes; returns the manifest.
 
     Raises:
-      ConfigError: no text, too many bad rows, a worker that died, or an output folder of another job.
+      ConfigError: no text, too many bad rows, a worker that died, no room, or an output folder of another job or another command.
     """
     # A row of counts for what earlier attempts did, and one for each worker: nobody writes another's, so no lock can be left behind.
     shared = _PROCESSES.RawArray("q", 3 * (num_workers + 1))
     next_row, is_stopped = _PROCESSES.Value("i", 1), _PROCESSES.RawValue("b", 0)
     arguments = (shared, next_row, is_stopped)
-    with concurrent.futures.ProcessPoolExecutor(num_workers, _PROCESSES, _start_worker, arguments) as pool:
-        try:
-            plan = prepare(job, pool.map)
-            if plan is None:
-                return tokens.read_manifest(job.output)
-            _run_units(job, plan, pool, _rows(shared))
-        except BrokenProcessPool as error:
-            raise ConfigError(
-                "a worker process has died, perhaps for lack of memory; the same command continues. Lower --num_workers or --shard_mb if "
-                "it happens again."
-            ) from error
-        finally:
-            is_stopped.value = 1
-            pool.shutdown(cancel_futures=True)
-    return shards.finish(job, len(plan.units), plan.settings)
+    with contextlib.ExitStack() as stack:
+        with concurrent.futures.ProcessPoolExecutor(num_workers, _PROCESSES, _start_worker, arguments) as pool:
+            try:
+                plan = prepare(job, pool.map)
+                if plan is None:
+                    return tokens.read_manifest(job.output)
+                stack.enter_context(shards.alone(job))
+                _run_units(job, plan, pool, _rows(shared))
+            except BrokenProcessPool as error:
+                raise ConfigError(
+                    "a worker process has died, perhaps for lack of memory; the same command continues. Lower --num_workers or --shard_mb "
+                    "if it happens again."
+                ) from error
+            finally:
+                is_stopped.value = 1
+                pool.shutdown(cancel_futures=True)
+        return shards.finish(job, len(plan.units), plan.settings)
 
 
 def prepare(job: Job, map_spans: Callable[..., Iterator[int]] = map) -> Plan | None:
@@ -169,10 +172,7 @@ def _run_units(job: Job, plan: Plan, pool: concurrent.futures.Executor, counts: 
         while futures:
             finished, futures = concurrent.futures.wait(futures, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in finished:
-                try:
-                    future.result()
-                except OSError as error:
-                    raise ConfigError(f"--output = {job.output} cannot be written ({error}); the same command continues.") from error
+                future.result()
             progress.show(len(plan.units) - len(futures), counts.sum(0))
 
 

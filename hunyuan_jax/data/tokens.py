@@ -93,9 +93,17 @@ class ShardTokens:
     """Token shards in a folder.  Nothing but the manifest is read until it is needed."""
 
     def __init__(self, folder: str | os.PathLike, manifest: dict[str, Any]):
+        """From a folder and its manifest.
+
+        Raises:
+          ConfigError: the index is gone or cut off.
+        """
         self._folder, self._manifest = Path(folder), manifest
-        self.ends, self.hashes, self.numbers = np.load(self._folder / INDEX, mmap_mode="r")
         self.shard_pieces = np.cumsum([0, *(shard["num_pieces"] for shard in manifest["shards"])])
+        try:
+            self.ends, self.hashes, self.numbers = np.load(self._folder / INDEX, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._folder / INDEX} cannot be read ({error}); copy it again, or make the folder again.") from error
         self.num_documents = manifest["num_documents"]
 
     @functools.cached_property
@@ -120,8 +128,9 @@ class ShardTokens:
         return {"num_documents": self.num_documents, "num_pairs": int(self.ends[-1]), "digest": digest.hexdigest()}
 
     def _record(self, piece: int) -> bytes:
+        records = self._records
         try:
-            return self._records[piece]
+            return records[piece]
         except (ValueError, RuntimeError, OSError) as error:
             shard = int(np.searchsorted(self.shard_pieces, piece, side="right")) - 1
             raise ConfigError(
@@ -131,10 +140,7 @@ class ShardTokens:
             ) from error
 
     def __str__(self) -> str:
-        tally = source.Tally(1.0, "")
-        for name, counts in self._manifest["files"].items():
-            tally.add_file(name, source.FileCounts(**counts))
-        return str(tally)
+        return report_of(self._manifest)
 
 
 def in_memory(spans: Iterable[source.Span], text_field: str, tokenizer: Tokenizer, tally: source.Tally, option: str) -> MemoryTokens:
@@ -195,17 +201,28 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """The manifest of a finished folder.
 
     Raises:
-      ConfigError: none there, or of another format.
+      ConfigError: none there, damaged, or of another format.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ConfigError(
             f"{folder} is unfinished: it has no {MANIFEST}. Run the same `python -m hunyuan_jax tokenize` again; it continues."
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); copy it again, or remove the folder and tokenize again.") from error
     if manifest["format"] != FORMAT:
         raise ConfigError(f"{path} has format {manifest['format']}, this version reads {FORMAT}; tokenize again.")
     return manifest
+
+
+def report_of(manifest: dict[str, Any]) -> str:
+    """Documents, bytes and bad rows of a manifest, as `source.Tally` prints them."""
+    tally = source.Tally(1.0, "")
+    for name, counts in manifest["files"].items():
+        tally.add_file(name, source.FileCounts(**counts))
+    return str(tally)
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
