@@ -31,7 +31,7 @@ from hunyuan_jax.config import ConfigError, DataConfig, PhaseConfig, SourceConfi
 from hunyuan_jax.data import loader, pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
 
-few_examples = settings(max_examples=25, deadline=None, derandomize=True)
+few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 corpora = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8)
 row_lengths = st.integers(1, 24)
 
@@ -283,8 +283,7 @@ def two_sources(weights=((1.0, 3.0), (1.0, 1.0)), starts=(0.0, 0.5), seed=0):
     return order_of(*map(memory, TWO), batch_size=8, seq_len=16, weights=weights, starts=starts, num_steps=10, seed=seed)
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
-@pytest.mark.parametrize("num_threads", [0, 1, 3])
+@pytest.mark.parametrize(("num_hosts", "num_threads"), [(1, 0), (1, 3), (2, 1), (4, 0), (8, 3)])
 def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
     expected = [two_sources(seed=3).batch(step) for step in range(10)]
     hosts = []
@@ -297,7 +296,7 @@ def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
             assert_same_batches([kept[step]], [{name: batch[name][rows] for name in FIELDS}])
 
 
-@settings(few_examples, max_examples=8)  # each starts nine iterators
+@settings(few_examples, max_examples=5)  # each starts nine iterators
 @given(corpora, row_lengths, st.integers(1, 4), st.lists(st.integers(0, 10**7), min_size=3, max_size=3))
 def test_resume_at_any_step_continues_bit_equal(texts, seq_len, batch_size, steps):
     arguments = {"batch_size": batch_size, "seq_len": seq_len}

@@ -8,6 +8,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import fsspec
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -86,7 +87,6 @@ def test_file_and_glob_give_names_that_other_files_do_not_change(tmp_path, monke
 
 
 def test_urls_are_read_through_fsspec():
-    fsspec = pytest.importorskip("fsspec")
     files = fsspec.filesystem("memory")
     try:
         files.pipe({"/corpus/a.txt": b"first", "/corpus/sub/b.jsonl.gz": gzip.compress(b'{"text": "second"}'), "/corpus/.c.txt": b"hidden"})
@@ -97,6 +97,8 @@ def test_urls_are_read_through_fsspec():
         assert source.size_of("memory://corpus/a.txt") == 5
         with pytest.raises(ConfigError, match="does not exist"):
             source.find_files("memory://nothing", "data.source")
+        with pytest.raises(ConfigError, match="data.source = 'nowhere://corpus' cannot be read: Protocol not known: nowhere"):
+            source.find_files("nowhere://corpus", "data.source")
     finally:
         files.rm("/corpus", recursive=True)
 

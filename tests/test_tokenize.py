@@ -7,7 +7,9 @@ import json
 import math
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from data_helpers import (
 )
 from hypothesis import given, settings
 
+from hunyuan_jax import cli
 from hunyuan_jax.config import ConfigError, DataConfig, PhaseConfig, SourceConfig
 from hunyuan_jax.data import loader, shards, source, tokenize, tokens
 from hunyuan_jax.data.shards import Job
@@ -60,6 +63,14 @@ def command(*arguments):
 def run(*arguments, timeout=120):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def main(*arguments):
+    """The command in this process; overrides of the config are read from sys.argv."""
+    argv = ["hunyuan_jax", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        return cli.main(argv)
 
 
 def contents(folder):
@@ -400,37 +411,69 @@ def test_bad_rows_of_other_units_count(tmp_path):
     source.Tally(0.01, "limit", lambda: (2000, 10)).add_bad("a", bad)
 
 
-def test_command_lines_that_cannot_work(tmp_path):
-    for arguments, message in [
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--output=x", "--tokenizer=byte"), "--input is missing"),
         (("--input=stdlib", "--output=x", "--tokenizer=/no/ranks"), "/no/ranks"),
         (("--input=/no/text", "--output=x", "--tokenizer=byte"), "--input = '/no/text' does not exist"),
+        (("--input=stdlib", "--output=x", "--tokenizer=byte", "--max_bad_fraction=2"), "--max_bad_fraction=2"),
         (("--input=stdlib", "--output=x", "--tokenizer=byte", "--beam_options=--a"), "--beam_options acts with --runner only"),
-        (
-            ("--input=stdlib", "--output=x", "--tokenizer=byte", "--runner=DirectRunner", "--num_workers=2"),
-            "--num_workers is of this machine's",
-        ),
-    ]:
-        result = run("tokenize", *arguments)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert message in result.stderr
-    assert "needs --step=N or --verify" in run("data", "--config=configs/tiny.py").stderr
+        (("--input=stdlib", "--output=x", "--tokenizer=byte", "--runner=R", "--num_workers=2"), "--num_workers is of this machine's"),
+    ],
+)
+def test_command_lines_that_cannot_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as error:
+        main("tokenize", *arguments)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
-def test_data_command_names_the_documents_of_a_step(big_rows, whole):
-    arguments = ("data", "--config=configs/tiny.py", f"--config.data.source={big_rows.parent / 'whole'}")
-    result = run(*arguments, "--step=1000000007", "--json")
-    described = json.loads(result.stdout.splitlines()[-1])
-    data = DataConfig(source=str(big_rows.parent / "whole"))
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_data_command_names_the_documents_of_a_step(big_rows, whole, capsys):
+    folder = big_rows.parent / "whole"
+    arguments = ["data", "--config=configs/tiny.py", f"--config.data.source={folder}"]
+    assert main(*arguments, "--step=1000000007", "--json") == 0
+    described = json.loads(capsys.readouterr().out.splitlines()[-1])
+    data = DataConfig(source=str(folder))
     order = loader.Order(loader.open_corpus(data, TOKENIZER), data, loader.TrainConfig(batch_size=8, seq_len=256))
     start = time.process_time()
     assert described == {"step": 1_000_000_007, **order.describe(1_000_000_006)}
     assert time.process_time() - start < 1  # any step is as near as the first
     assert described["rows"][0]["documents"][0]["name"].startswith("rows.jsonl:")
-    text = run(*arguments, "--step=3").stdout
-    assert "step 3, phase all, " in text
-    assert "% full" in text
-    assert run(*arguments, "--verify").returncode == 0
+    assert main(*arguments, "--step=3") == 0
+    text = capsys.readouterr().out
+    assert "\nstep 3, phase all, 100.00% of its positions hold tokens\nrow 0: text, epoch 0\n  rows.jsonl:" in text
+    assert "% full\n" in text
+    with pytest.raises(ConfigError, match="needs --step=N or --verify, and not both"):
+        main(*arguments)
+    assert main(*arguments, "--verify") == 0
+    assert capsys.readouterr().out == "every token shard is as its manifest says\n"
+    copy = big_rows.parent / "copy"
+    shutil.copytree(folder, copy)
+    with open(copy / "00001-000.array_record", "r+b") as file:
+        file.seek(100_000)
+        file.write(b"flip")
+    assert main(*arguments, f"--config.data.source={copy}", "--verify", "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"damaged": [str(copy / "00001-000.array_record")]}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_the_recipe_of_the_docs_mixes_its_sources(tmp_path, monkeypatch, capsys):
+    [recipe] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    (tmp_path / "recipe.py").write_text(recipe)
+    for name in ("web", "code", "books"):
+        (tmp_path / "shards" / name).mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / "shards" / name / f"{i}.txt").write_text(f"{name} {i} " * 500)
+    monkeypatch.chdir(tmp_path)
+    sources = []
+    for step in (1, 1000):
+        assert main("data", "--config=recipe.py", f"--step={step}", "--json") == 0
+        described = json.loads(capsys.readouterr().out)
+        sources.append((described["phase"], {row["source"] for row in described["rows"]}))
+    assert sources == [("main", {"web", "code", "books"}), ("anneal", {"code", "books"})]
 
 
 @pytest.mark.filterwarnings("ignore")  # Beam's own

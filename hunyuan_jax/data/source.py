@@ -157,7 +157,10 @@ def find_files(source: str, option: str) -> list[Span]:
         root = sysconfig.get_path("stdlib")
         found = [(Path(path).relative_to(root).as_posix(), path) for path in _walk(root, _STDLIB_SKIPPED) if path.endswith(".py")]
     else:
-        found = _find_remote(source) if "://" in source else _find_local(source)
+        try:
+            found = _find_remote(source) if "://" in source else _find_local(source)
+        except (ImportError, ValueError, OSError) as error:  # no gcsfs for gs://, no such protocol, no network
+            raise ConfigError(f"{option} = {source!r} cannot be read: {error}") from error
         if not found:
             raise ConfigError(
                 f"{option} = {source!r} does not exist; it must be 'stdlib', or a folder, file or glob of {_kinds()}. "
@@ -254,10 +257,8 @@ def _find_remote(source: str) -> list[tuple[str, str]]:
 
 
 def _fsspec():
-    try:
-        import fsspec.core
-    except ImportError as error:
-        raise ConfigError("a source behind a URL needs fsspec: pip install 'hunyuan_jax[data]' (and gcsfs for gs://).") from error
+    import fsspec.core  # a quarter of a second, which a local source need not wait for
+
     return fsspec.core
 
 
