@@ -95,6 +95,10 @@ def test_urls_are_read_through_fsspec():
         assert texts("memory://corpus/**/*.gz") == {"sub/b.jsonl.gz:1": "second"}
         assert texts("memory://corpus/a.txt") == {"a.txt": "first"}
         assert source.size_of("memory://corpus/a.txt") == 5
+        [gone] = source.find_files("memory://corpus/a.txt", "data.source")
+        files.rm("/corpus/a.txt")  # as a failing network: not a bad row, which would be the end of the matter
+        with pytest.raises(ConfigError, match=r"memory:///?corpus/a.txt cannot be read"):
+            list(source.read(gone, "text"))
         with pytest.raises(ConfigError, match="does not exist"):
             source.find_files("memory://nothing", "data.source")
         with pytest.raises(ConfigError, match="data.source = 'nowhere://corpus' cannot be read: Protocol not known: nowhere"):

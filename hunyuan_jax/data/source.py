@@ -178,7 +178,7 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
     """Documents of a file or span in order, and what could not be used.
 
     Raises:
-      ConfigError: a package that the kind of file needs is not installed.
+      ConfigError: a package that the kind of file needs is not installed, or a URL that cannot be read.
     """
     kind = _kind(span.path)
     try:
@@ -191,6 +191,8 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
         else:
             yield from _read_text(span)
     except OSError as error:
+        if "://" in span.path:  # perhaps but for a moment, and the rest of the file would be lost
+            raise ConfigError(f"{span.path} cannot be read ({error}); the same command may succeed later.") from error
         yield Bad(span.name, f"cannot be read ({error.strerror or error})")
 
 

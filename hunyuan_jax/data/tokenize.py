@@ -135,6 +135,7 @@ def _units(spans: list[source.Span], shard_bytes: int, map_spans: Callable[..., 
 
 def _ranges(span: source.Span, size: int, step: int, map_spans: Callable[..., Iterator[int]]) -> Iterator[source.Span]:
     """Ranges of `step` bytes of a .jsonl file.  The first row of one is the first that begins in it."""
+    print(f"counting the rows of {span.name}", file=sys.stderr, flush=True)
     starts = range(0, size, step)
     first_row = 1
     for start, num_lines in zip(starts, map_spans(_count_lines, [span.path] * len(starts), starts, [step] * len(starts)), strict=True):

@@ -103,7 +103,9 @@ class ShardTokens:
         try:
             self.ends, self.hashes, self.numbers = np.load(self._folder / INDEX, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._folder / INDEX} cannot be read ({error}); copy it again, or make the folder again.") from error
+            raise ConfigError(
+                f"{self._folder / INDEX} cannot be read ({error}); copy it again, or remove the folder and tokenize again."
+            ) from error
         self.num_documents = manifest["num_documents"]
 
     @functools.cached_property
@@ -136,7 +138,7 @@ class ShardTokens:
             raise ConfigError(
                 f"{self._folder / self._manifest['shards'][shard]['file']}: record {piece - self.shard_pieces[shard]} cannot be "
                 f"read ({' '.join(str(error).split())[:200]}). The shard is damaged: `python -m hunyuan_jax data --verify` says which are; "
-                "restore them, or make the folder again."
+                "copy them again, or remove the folder and tokenize again."
             ) from error
 
     def __str__(self) -> str:
@@ -183,8 +185,8 @@ def open_shards(folder: str | os.PathLike, tokenizer: Tokenizer, tokenizer_name:
         found = source.size_of(str(Path(folder) / shard["file"]))
         if found != shard["num_bytes"]:
             raise ConfigError(
-                f"{Path(folder) / shard['file']} has {found} bytes, the manifest says {shard['num_bytes']}; copy it again, or make it "
-                "again with `python -m hunyuan_jax tokenize`."
+                f"{Path(folder) / shard['file']} has {found} bytes, the manifest says {shard['num_bytes']}; copy it again, or "
+                "remove the folder and make it again with `python -m hunyuan_jax tokenize`."
             )
     if not manifest["shards"]:
         raise ConfigError(f"{folder} holds no token; tokenize text that has some.")
