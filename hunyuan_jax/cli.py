@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -262,7 +263,104 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate, "chat": chat, "export": export, "plan": plan, "report": report}
+def tokenize(argv: list[str]) -> int:
+    """Makes token shards of the text --input in the folder --output; started again, it continues."""
+
+    def options(values):
+        def define(kind, name, default, text, **kwargs):
+            kind(name, default, text, flag_values=values, **kwargs)
+
+        share = {"lower_bound": 0.0, "upper_bound": 1.0}
+        define(absl_flags.DEFINE_string, "input", None, "Folder, file or glob of text, gs://... too; or stdlib.")
+        define(absl_flags.DEFINE_string, "output", None, "New folder, or one that an earlier attempt has begun.")
+        define(absl_flags.DEFINE_string, "tokenizer", None, "'byte', or a model folder, a tokenizer.json or a ranks file.")
+        define(absl_flags.DEFINE_string, "text_field", "text", "Field of .jsonl rows, column of .parquet files.")
+        define(absl_flags.DEFINE_integer, "num_workers", os.cpu_count() or 1, "Processes.", lower_bound=1)
+        define(absl_flags.DEFINE_float, "max_bad_fraction", 0.01, "Stop above this share of bad rows (of at least 1000).", **share)
+        define(absl_flags.DEFINE_integer, "shard_mb", 128, "Text in a shard; a worker takes a few times that memory.", lower_bound=1)
+        define(absl_flags.DEFINE_string, "runner", None, "Run as an Apache Beam pipeline: DirectRunner, DataflowRunner, FlinkRunner, ...")
+        define(absl_flags.DEFINE_string, "beam_options", None, "Of the pipeline, such as '--region=europe-west4 --project=p'.")
+
+    values = flags.parse(argv, _define(options, _json))
+    for name in ("input", "output", "tokenizer"):
+        if not values[name].value:
+            raise ConfigError(f"--{name} is missing; tokenize needs --input=TEXT, --output=DIR and --tokenizer=byte or a path.")
+    if values.beam_options and not values.runner:
+        raise ConfigError("--beam_options acts with --runner only; add --runner=NAME or leave it out.")
+    if values.runner and values["num_workers"].present:
+        raise ConfigError("--num_workers is of this machine's processes; say it to the runner, in --beam_options.")
+    from hunyuan_jax.data import shards
+
+    job = shards.Job(
+        input=values.input,
+        output=os.path.expanduser(values.output),
+        tokenizer=values.tokenizer,
+        text_field=values.text_field,
+        max_bad_fraction=values.max_bad_fraction,
+        shard_bytes=values.shard_mb * 2**20,
+    )
+    start = time.perf_counter()
+    if values.runner:
+        from hunyuan_jax.data import beam
+
+        manifest = beam.tokenize(job, values.runner, (values.beam_options or "").split())
+    else:
+        from hunyuan_jax.data import tokenize as tokenize_lib
+
+        manifest = tokenize_lib.tokenize(job, values.num_workers)
+    seconds = time.perf_counter() - start
+    if not values.json:
+        from hunyuan_jax.data import tokens
+
+        print(tokens.report_of(manifest))
+    names = ("num_documents", "num_tokens", "num_bytes", "num_bad")
+    _print_table({name: manifest[name] for name in names} | {"shards": len(manifest["shards"]), "seconds": seconds}, values.json)
+    return 0
+
+
+def data(argv: list[str]) -> int:
+    """Which documents are in the batch of train step --step of --config, and how full its rows are; --verify checks token shards."""
+
+    def options(values):
+        absl_flags.DEFINE_integer("step", None, "As in metrics.jsonl: the first is 1.", lower_bound=1, flag_values=values)
+        absl_flags.DEFINE_boolean("verify", False, "Compare every token shard with the manifest's hash.", flag_values=values)
+
+    values = flags.parse(argv, _define(flags.define_config, _json, options))
+    config = flags.config_of(values)
+    if (values.step is None) != values.verify:
+        raise ConfigError("data needs --step=N or --verify, and not both.")
+    from hunyuan_jax.data import loader
+    from hunyuan_jax.tokenizer import load_tokenizer
+
+    if values.verify:
+        damaged = loader.damaged_shards(config.data)
+        print(json.dumps({"damaged": damaged}) if values.json else "\n".join(damaged) or "every token shard is as its manifest says")
+        return 1 if damaged else 0
+    order = loader.Order(loader.open_corpus(config.data, load_tokenizer(config.data.tokenizer)), config.data, config.train)
+    described = {"step": values.step, **order.describe(values.step - 1)}
+    if values.json:
+        print(json.dumps(described))
+        return 0
+    print(order)
+    print(f"\nstep {values.step}, phase {described['phase']}, {described['efficiency']:.2%} of its positions hold tokens")
+    for number, row in enumerate(described["rows"]):
+        print(f"row {number}: {row['source']}, epoch {row['epoch']}")
+        for part in row["documents"]:
+            print(f"  {part['name']}, piece {part['piece']}, tokens {part['start']} to {part['stop'] - 1}")
+    return 0
+
+
+COMMANDS = {
+    "count": count,
+    "bench": bench,
+    "generate": generate,
+    "chat": chat,
+    "export": export,
+    "plan": plan,
+    "report": report,
+    "tokenize": tokenize,
+    "data": data,
+}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

@@ -113,13 +113,33 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Text source and tokenizer."""
+class SourceConfig:
+    """One source of a mixture."""
 
-    source: str = "stdlib"  # "stdlib", or a folder, file or glob of .txt, .py, .md, .jsonl
+    name: str
+    path: str  # as data.source
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """A part of the run and the shares of the sources in it."""
+
+    name: str
+    weights: tuple[float, ...]  # one for each of data.sources, in their order; only their ratios count
+    start: float = 0.0  # share of train.num_steps after which the phase begins
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text sources and tokenizer (docs/data.md)."""
+
+    source: str = "stdlib"  # "stdlib"; a folder, file or glob of text; or a folder made by `python -m hunyuan_jax tokenize`
+    sources: tuple[SourceConfig, ...] = ()  # a mixture, instead of source
+    phases: tuple[PhaseConfig, ...] = ()  # of a mixture, in order
     tokenizer: str = "byte"  # "byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file
-    text_field: str = "text"  # the field of a .jsonl row that holds the text
-    validation_fraction: float = 0.02  # share of the documents held out
+    text_field: str = "text"  # the field of a .jsonl row, or column of a .parquet file, that holds the text
+    validation_fraction: float = 0.02  # share of the documents held out, of each source
+    max_bad_fraction: float = 0.01  # share of unusable rows (of at least 1000) above which the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,13 +263,7 @@ def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(unknown_key_message(prefix + key, [prefix + name for name in fields]))
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"config.{prefix}{key} = {value!r} must be a section of fields.")
-            kwargs[key] = from_dict(hint, value, f"{prefix}{key}.")
-        else:
-            kwargs[key] = _checked(prefix + key, value, hint)
+        kwargs[key] = _checked(prefix + key, value, hints[key])
     missing = [
         name
         for name, f in fields.items()
@@ -283,7 +297,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"config.{name} = {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}.")
         return value
     if origin is tuple and isinstance(value, tuple | list):
-        return tuple(_checked(name, v, typing.get_args(hint)[0]) for v in value)
+        return tuple(_checked(f"{name}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.{name} = {value!r} must be a section of fields.")
+        return from_dict(hint, value, f"{name}.")
     if hint is float and type(value) is int:
         return float(value)
     expected = origin or hint
@@ -426,10 +444,35 @@ def _validate_run(config: Config) -> None:
     for name in ("expert_lr_ratio", "max_grad_norm", "eps"):
         value = getattr(config.optimizer, name)
         _require(value > 0, f"config.optimizer.{name} = {value} must be positive.")
+    _validate_data(config.data)
+
+
+def _validate_data(data: DataConfig) -> None:
+    for name in ("validation_fraction", "max_bad_fraction"):
+        _require(0 <= getattr(data, name) < 1, f"config.data.{name} = {getattr(data, name)} must be in [0, 1).")
+    names, starts = [source.name for source in data.sources], [phase.start for phase in data.phases]
     _require(
-        0 <= config.data.validation_fraction < 1,
-        f"config.data.validation_fraction = {config.data.validation_fraction} must be in [0, 1).",
+        len(set(names)) == len(names) and "" not in names, f"config.data.sources are named {names}; names must differ and not be empty."
     )
+    _require(
+        bool(names) == bool(starts),
+        f"config.data has {len(names)} sources and {len(starts)} phases; a mixture needs both (one phase is enough), config.data.source "
+        "alone needs neither.",
+    )
+    _require(
+        not names or data.source == DataConfig.source,
+        f"config.data.source = {data.source!r} and config.data.sources {names} exclude each other; list it in sources, or leave it out.",
+    )
+    _require(
+        not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1),
+        f"config.data.phases start at {starts}; shares of the run must rise from 0 and stay below 1.",
+    )
+    for phase in data.phases:
+        _require(
+            len(phase.weights) == len(names) and min(phase.weights) >= 0 and sum(phase.weights) > 0,
+            f"config.data.phases: {phase.name!r} has weights {phase.weights}; it needs one for each of the sources {names}, none negative "
+            "and not all 0.",
+        )
 
 
 def _require(is_ok: bool, message: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import dis
 import inspect
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from hunyuan_jax.config import (
     Config,
     ConfigError,
     MoeConfig,
+    PhaseConfig,
     ScheduleConfig,
+    SourceConfig,
     TrainConfig,
     field_names,
     from_config_dict,
@@ -48,6 +51,12 @@ def with_values(**changes):
     for path, value in changes.items():
         config = replaced(config, path.replace("__", "."), value)
     return config
+
+
+def test_a_mixture_survives_recipe_and_json():
+    config = with_values(**mixture())
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
 # Keys
@@ -112,7 +121,15 @@ def test_a_section_must_be_a_mapping():
         ("model.dtype", "float16", "config.model.dtype = 'float16' is not one of 'float32', 'bfloat16'."),
         ("model.remat", True, "config.model.remat = True is not one of 'none', 'dots', 'full'."),
         ("model.eos_token_ids", 5, "config.model.eos_token_ids = 5 is a int; it must be a tuple."),
-        ("model.eos_token_ids", (1, 2.0), "config.model.eos_token_ids = 2.0 is a float; it must be a int."),
+        ("model.eos_token_ids", (1, 2.0), "config.model.eos_token_ids[1] = 2.0 is a float; it must be a int."),
+        ("data.sources", ("a",), "config.data.sources[0] = 'a' must be a section of fields."),
+        ("data.sources", ({"name": "a", "path": 1},), "config.data.sources[0].path = 1 is a int; it must be a str."),
+        (
+            "data.sources",
+            ({"name": "a", "pth": ""},),
+            "config.data.sources[0].pth does not exist. Did you mean config.data.sources[0].path?",
+        ),
+        ("data.phases", ({"name": "a"},), "config.data.phases[0].weights is missing; it has no default. Set it in the recipe."),
     ],
 )
 def test_a_wrong_type_is_refused_with_field_value_and_rule(path, value, message):
@@ -197,6 +214,13 @@ def test_derived_figures():
 # The rules
 
 
+def mixture(names="ab", weights=(1.0, 2.0), starts=(0.0, 0.5)):
+    return {
+        "data__sources": tuple(SourceConfig(name, "folder") for name in names),
+        "data__phases": tuple(PhaseConfig(f"phase {i}", weights, start) for i, start in enumerate(starts)),
+    }
+
+
 # (changes, what the message holds).  Each line breaks one rule of `validate`; a test below checks that none is missing.
 BROKEN = [
     *(({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1") for name in ("vocab_size", "num_layers", "cla_share_factor")),
@@ -269,6 +293,23 @@ BROKEN = [
     ({"optimizer__max_grad_norm": 0.0}, "config.optimizer.max_grad_norm = 0.0 must be positive"),
     ({"optimizer__eps": 0.0}, "config.optimizer.eps = 0.0 must be positive"),
     ({"data__validation_fraction": 1.0}, "config.data.validation_fraction = 1.0 must be in [0, 1)"),
+    ({"data__max_bad_fraction": -0.1}, "config.data.max_bad_fraction = -0.1 must be in [0, 1)"),
+    (mixture(names="aa"), "config.data.sources are named ['a', 'a']; names must differ and not be empty"),
+    (mixture(names=["a", ""]), "names must differ and not be empty"),
+    (mixture(starts=()), "config.data has 2 sources and 0 phases; a mixture needs both"),
+    ({"data__phases": (PhaseConfig("main", (1.0,)),)}, "config.data has 0 sources and 1 phases"),
+    (mixture() | {"data__source": "folder"}, "config.data.source = 'folder' and config.data.sources ['a', 'b'] exclude each other"),
+    *(
+        (
+            mixture(starts=starts),
+            f"config.data.phases start at {[*starts]}; shares of the run must rise from 0 and stay below 1",
+        )
+        for starts in [(0.1,), (0.0, 0.5, 0.5), (0.0, 0.5, 0.4), (0.0, 1.0)]
+    ),
+    *(
+        (mixture(weights=weights), f"config.data.phases: 'phase 0' has weights {weights}; it needs one for each of the sources ['a', 'b']")
+        for weights in [(1.0,), (1.0, -1.0), (0.0, 0.0)]
+    ),
 ]
 
 
@@ -318,6 +359,7 @@ def test_every_rule_is_broken_above(monkeypatch):
         {"schedule__name": "cosine_with_min_lr", "schedule__decay_ratio": 7.0, "schedule__min_lr": 3e-4},
         {"mesh__data": 1, "mesh__expert": -1},
         {"model__moe": MoeConfig(group_size=100)},  # a dense model routes nothing
+        mixture(weights=(0.0, 1.0)),
     ],
     ids=str,
 )

@@ -168,6 +168,21 @@ def test_plain_text_never_gives_a_special_id(tokenizer, text):
 
 
 @SETTINGS
+@given(text=st.text() | TRICKY_TEXT)
+def test_the_array_of_a_text_is_its_list(tokenizer, text):
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+
+
+def test_fingerprint_changes_with_tokens_and_rules(tmp_path, tiny):
+    same = HyTokenizer(write_ranks(tmp_path / "same", BYTES + MERGES))
+    swapped = HyTokenizer(write_ranks(tmp_path / "swapped", [*BYTES, *reversed(MERGES)]))
+    joined = HyTokenizer(write_ranks(tmp_path / "joined", [*BYTES, *MERGES[:-1], MERGES[-1] + b"<"]))
+    assert tiny.fingerprint() == same.fingerprint()
+    other_rules = type("HyTokenizer", (HyTokenizer,), {"_rules": ("NFC", "x")})(tmp_path / "same")
+    assert len({each.fingerprint() for each in (tiny, swapped, joined, ByteTokenizer(), other_rules)}) == 5
+
+
+@SETTINGS
 @given(names=st.lists(st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "hello ", "12", "<|", "\u6d77"])))
 def test_parsed_names_become_their_ids_in_place(tokenizer, names):
     ids = tokenizer.encode("".join(names), parse_special=True)

@@ -1,4 +1,4 @@
-"""Documents to packed batches: endless and resumable for training, a fixed list for validation.
+"""Batches of a run: endless and resumable for training, a fixed list for validation, and what is in any of them.
 
 Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch is a dict of numpy arrays, all
 [R, T]:
@@ -9,21 +9,27 @@ Shapes: B rows of the global batch, R of them kept by one process, T positions o
   positions     int32    0, 1, ... restarting at every document piece
   loss_weights  float32  1 where there is a target, 0 for padding
 
-A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are packed from the pairs by concatenation and
-splitting.  So a target never crosses documents, each pair appears exactly once an epoch, and only the last row of an epoch
-holds padding.  The piece that continues a document in another row is a new segment and starts at position 0, without bos.
+A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are cut from the pairs of consecutive documents
+(pack.py).  So a target never crosses documents, each pair appears exactly once an epoch of its source, and only the last row of a
+shard holds padding.  The piece that continues a document in another row is a new segment and starts at position 0, without bos.
+
+Batch s of a run is rows [s B, (s + 1) B) of one endless sequence; the mixture says which source a row comes from, and the source's
+rows are taken epoch by epoch, each in its own order.  All of that is a function of (data, train.seed, row): processes, threads and
+where a run was resumed have no say, and each process reads its own rows only.
 """
 
-import contextlib
+import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
-from hunyuan_jax.data.source import Document
+from hunyuan_jax.config import ConfigError, DataConfig, SourceConfig, TrainConfig
+from hunyuan_jax.data import pack, source, tokens
+from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,93 +38,210 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 _PREFETCH_BATCHES = 8
-_VALIDATION_SEED = 0  # not the run's: runs with different seeds are compared on the same rows
+_NUM_THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The opened sources of a config."""
+
+    names: tuple[str, ...]
+    sources: tuple[tokens.Tokens, ...]
+    pad_id: int
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this text from another, for the checkpoint: a small dict that survives JSON."""
+        return {name: opened.identity() for name, opened in zip(self.names, self.sources, strict=True)}
+
+
+def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    """Opens token shards, reads and tokenises text.
+
+    Raises:
+      ConfigError: a source that does not exist, holds nothing usable, too much that is not, too much for memory, or tokens of another
+        tokenizer.
+    """
+    opened = []
+    for entry, path in zip(config.sources or (SourceConfig("text", config.source),), _paths(config), strict=True):
+        option = f"config.data.sources[{entry.name!r}]" if config.sources else "config.data.source"
+        if tokens.is_shards(path):
+            opened.append(tokens.open_shards(path, tokenizer, config.tokenizer))
+            continue
+        spans = source.find_files(entry.path, option)
+        tally = source.Tally(config.max_bad_fraction, "config.data.max_bad_fraction")
+        opened.append(tokens.in_memory(spans, config.text_field, tokenizer, tally, f"{option} = {entry.path!r}"))
+    names = tuple(entry.name for entry in config.sources) or ("text",)
+    return Corpus(names, tuple(opened), tokenizer.pad_id)
+
+
+def damaged_shards(config: DataConfig) -> list[str]:
+    """Files of the config's token shards that are not what their manifest says; reads all of them.
+
+    Raises:
+      ConfigError: no source is a folder of token shards.
+    """
+    folders = [path for path in _paths(config) if tokens.is_shards(path)]
+    if not folders:
+        raise ConfigError(f"none of the sources {_paths(config)} is a folder of token shards; only these have hashes.")
+    return [os.path.join(folder, name) for folder in folders for name in tokens.damaged_files(folder)]
+
+
+def _paths(config: DataConfig) -> list[str]:
+    return [os.path.expanduser(entry.path) for entry in config.sources] or [os.path.expanduser(config.source)]
+
+
+class Order:
+    """Which rows make up each batch of a run."""
+
+    def __init__(self, corpus: Corpus, config: DataConfig, train: TrainConfig):
+        """Makes no batch yet.
+
+        Raises:
+          ConfigError: a source that cannot be split, or has too many rows.
+        """
+        self._corpus, self._batch_size, self._seq_len = corpus, train.batch_size, train.seq_len
+        self._phase_names = [phase.name for phase in config.phases] or ["all"]
+        both = [
+            pack.sides(opened, config.validation_fraction, train.seq_len, f"{train.seed}/{name}", name)
+            for name, opened in zip(corpus.names, corpus.sources, strict=True)
+        ]
+        self._training, self._held_out = [sides[0] for sides in both], [sides[1] for sides in both]
+        starts = [round(phase.start * train.num_steps) * train.batch_size for phase in config.phases] or [0]
+        weights = [phase.weights for phase in config.phases] or [(1.0,)]
+        self._mixture = Mixture(starts, weights, pack.draw(2**32, train.seed, "mixture"))
+
+    def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        """The batch of 0-based `step`, [B, T], or `rows` of it, [R, T]."""
+        places = [self._place(step * self._batch_size + int(row)) for row in self._kept(rows)]
+        return self._stack([(self._training[index], epoch, row) for index, epoch, row in places])
+
+    def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
+        """The first `num_batches` batches of one fixed shuffle of what is held out of all sources, fewer if it ends; [] if nothing is.
+
+        The shuffle does not depend on the run's seed: runs are compared on the same rows.  Each process keeps its own `rows` (all if
+        None).  The last batch is filled with rows of padding.
+        """
+        ends = np.cumsum([len(held_out) for held_out in self._held_out])
+        batches = []
+        for step in range(min(num_batches, -(-int(ends[-1]) // self._batch_size))):
+            places = []
+            for number in (step * self._batch_size + int(row) for row in self._kept(rows)):
+                if number >= ends[-1]:
+                    places.append(None)
+                    continue
+                row = pack.shuffled(number, int(ends[-1]), "validation")
+                index = int(np.searchsorted(ends, row, side="right"))
+                places.append((self._held_out[index], 0, row - int(ends[index - 1]) if index else row))
+            batches.append(self._stack(places))
+        return batches
+
+    def rows_before(self, step: int) -> dict[str, int]:
+        """How many rows of each source come before 0-based `step`."""
+        return dict(zip(self._corpus.names, self._mixture.counts(step * self._batch_size), strict=True))
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """What is in the batch of 0-based `step`: phase, efficiency, and of each row source, epoch and documents; survives JSON.
+
+        A document has a name, the `piece` of it that was read, and the range [start, stop) of its tokens (bos is token 0) that are
+        inputs here.
+        """
+        first = step * self._batch_size
+        described, num_pairs = [], 0
+        for number in range(first, first + self._batch_size):
+            index, epoch, row = self._place(number)
+            opened, documents = self._corpus.sources[index], []
+            for part in self._training[index].slices(epoch, row):
+                piece = int(opened.numbers[part.piece])
+                start, stop = (piece * tokens.PIECE_PAIRS + place for place in (part.start, part.stop))
+                documents.append({"name": opened.document(part.piece), "piece": piece, "start": start, "stop": stop})
+                num_pairs += stop - start
+            described.append({"source": self._corpus.names[index], "epoch": epoch, "documents": documents})
+        return {
+            "phase": self._phase_names[self._mixture.phase(first)],
+            "efficiency": num_pairs / (self._batch_size * self._seq_len),
+            "rows": described,
+        }
+
+    def __str__(self) -> str:
+        """For the log: each source with its report, what is held out, and the share of positions that are no padding."""
+        lines = []
+        for name, opened, rows, held_out in zip(self._corpus.names, self._corpus.sources, self._training, self._held_out, strict=True):
+            first, *rest = str(opened).splitlines()
+            prefix = f"{name}: " if len(self._training) > 1 else ""
+            lines.append(
+                f"{prefix}{first}; {rows.num_pairs:,} training and {held_out.num_pairs:,} held-out tokens; {len(rows):,} rows an epoch, "
+                f"{rows.num_pairs / (len(rows) * self._seq_len):.2%} full"
+            )
+            lines += rest
+        return "\n".join(lines)
+
+    def _kept(self, rows: np.ndarray | None) -> np.ndarray:
+        return np.arange(self._batch_size) if rows is None else rows
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """(source, epoch, row of it) of the run's row `number`."""
+        index = self._mixture.source(number)
+        rows = self._training[index]
+        epoch, place = divmod(self._mixture.counts(number)[index] if len(self._training) > 1 else number, len(rows))
+        return index, epoch, rows.order(epoch, place)
+
+    def _stack(self, places: list[tuple[pack.Rows, int, int] | None]) -> Batch:
+        """Rows of (rows, epoch, row), or of padding for None, as a batch."""
+        shape = (len(places), self._seq_len)
+        batch = {name: np.full(shape, self._corpus.pad_id, np.int32) for name in ("tokens", "targets")}
+        batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions")}
+        for place, *arrays in zip(places, *batch.values(), strict=True):
+            if place is not None:
+                rows, epoch, row = place
+                rows.fill(epoch, row, *arrays)
+        return {**batch, "loss_weights": (batch["segment_ids"] > 0).astype(np.float32)}
 
 
 class TrainIterator(Iterator[Batch]):
-    """Endless batches.  The state names the last batch yielded, never one that is only prefetched.
+    """Endless batches.  The state names the next batch, never one that is only prefetched.
 
     Close it (`contextlib.closing`), or grain's destructors may print errors at interpreter exit.
     """
 
-    def __init__(self, batches: "grain.DatasetIterator"):
-        self._batches = batches
+    def __init__(self, batches: "grain.DatasetIterator", order: Order):
+        self._batches, self._order = batches, order
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
         """Position after the last batch yielded: a small dict that survives JSON."""
-        return self._batches.get_state()
+        state = self._batches.get_state()
+        return {**state, "rows": self._order.rows_before(state["next_index"])}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken, from an iterator made with the same arguments."""
-        self._batches.set_state(state)
+        """Goes on behind the batch after which `state` was taken, from an iterator made with the same arguments.
+
+        Raises:
+          ConfigError: the state is of another mixture, or of a version that cannot be continued.
+        """
+        if set(state) != {"next_index", "rows"}:
+            raise ConfigError(
+                f"the checkpoint's data position {dict(state)} is of an earlier version of hunyuan_jax; use another --workdir."
+            )
+        expected = self._order.rows_before(state["next_index"])
+        if state["rows"] != expected:
+            raise ConfigError(
+                f"the checkpoint was made after {state['rows']} rows of each source; config.data.phases and train.num_steps now give "
+                f"{expected} by batch {state['next_index']}. Phases may change only from the checkpoint on; set back what came before."
+            )
+        self._batches.set_state({"next_index": state["next_index"]})
 
     def close(self) -> None:
-        """Stops the prefetch thread; the iterator cannot be used afterwards."""
+        """Stops the reading threads; the iterator cannot be used afterwards."""
         self._batches.close()
         del self._batches
 
 
-def train_iterator(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    seq_len: int,
-    seed: int,
-    rows: np.ndarray | None = None,
-) -> TrainIterator:
-    """Endless batches [R, T], prefetched by a thread; every epoch has its own order.
-
-    All processes pack the same global batch of batch_size rows, a function of the arguments and the step alone, and each keeps its
-    own R `rows` of it (all if None).  (So every host tokenizes everything: right for text that fits one host's memory.)
-
-    Raises:
-      ConfigError: no documents.
-    """
-    if not documents:
-        raise ConfigError("config.data.source leaves 0 documents to train on; at least 1 is needed. Point it at more text.")
+def train_iterator(order: Order, rows: np.ndarray | None = None, num_threads: int = _NUM_THREADS) -> TrainIterator:
+    """Endless batches [R, T], `rows` of each (all if None), read ahead by `num_threads` threads."""
     import grain
 
-    from hunyuan_jax.data import pack
-
-    def rows_of_epoch(epoch: int) -> grain.IterDataset:
-        return pack.epoch_rows(documents, tokenizer, seq_len, pack.epoch_seed(seed, epoch))
-
-    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=slice(None) if rows is None else rows)
-    batches = pack.stack_rows(pack.Epochs(rows_of_epoch), batch_size).map(to_batch)
-    return TrainIterator(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH_BATCHES)))
-
-
-def validation_batches(
-    documents: Sequence[Document], tokenizer: Tokenizer, *, batch_size: int, seq_len: int, num_batches: int, rows: np.ndarray | None = None
-) -> list[Batch]:
-    """The first `num_batches` batches [R, T] of one fixed shuffle, fewer if the documents end before; [] without documents.
-
-    Batches have batch_size rows, of which each process keeps its own R `rows` (all if None).  The shuffle makes few batches a sample
-    of all documents.  The last batch is filled with rows of padding.
-    """
-    if not documents:
-        return []
-    from hunyuan_jax.data import pack
-
-    to_batch = functools.partial(_to_batch, pad_id=tokenizer.pad_id, kept=slice(None) if rows is None else rows)
-    batches = pack.stack_rows(pack.epoch_rows(documents, tokenizer, seq_len, _VALIDATION_SEED), batch_size).map(to_batch)
-    with contextlib.closing(iter(batches)) as iterator:
-        return list(itertools.islice(iterator, num_batches))
-
-
-def _to_batch(rows: Mapping[str, np.ndarray], *, pad_id: int, kept: slice | np.ndarray) -> Batch:
-    """Names, padding and loss weights for the `kept` ones of packed rows ([B, T, 2] and twice [B, T])."""
-    segment_ids = rows["pairs_segment_ids"][kept]
-    is_pair = segment_ids > 0
-    pairs = np.where(is_pair[..., None], rows["pairs"][kept], np.int32(pad_id))
-    return {
-        "tokens": np.ascontiguousarray(pairs[..., 0]),
-        "targets": np.ascontiguousarray(pairs[..., 1]),
-        "segment_ids": segment_ids,
-        "positions": rows["pairs_positions"][kept],
-        "loss_weights": is_pair.astype(np.float32),
-    }
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_PREFETCH_BATCHES)
+    batches = grain.MapDataset.range(sys.maxsize).map(functools.partial(order.batch, rows=rows))
+    return TrainIterator(iter(batches.to_iter_dataset(options)), order)

@@ -1,109 +1,144 @@
-"""The grain pipeline behind loader.py: documents to shuffled, packed rows, epoch after epoch, and rows to batches.
+"""Rows of fixed length out of tokenised documents, each found by itself: row r of epoch e is a function of (tokens, seed, e, r).
 
-Apart from loader.py because grain loads jax and costs most of a second, which an error in config or data should not wait for.
+Shapes: S shards, T positions of a row.  The pairs of a shard, training or held-out side, are one long ring of documents.  An epoch
+cuts the ring into rows of T pairs, starting at a place that depends on seed and epoch, so that each pair is in exactly one row and
+documents are cut elsewhere every time; the last row of a shard ends in padding.  Rows are numbered over all shards; `order` shuffles
+the numbers.
 """
 
-import functools
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import grain
 import numpy as np
 
-from hunyuan_jax.data.source import Document
-from hunyuan_jax.tokenizer import Tokenizer
+from hunyuan_jax.config import ConfigError
+from hunyuan_jax.data.tokens import Tokens
 
-# Rows are shuffled within windows of this many tokens (16 bytes each in memory).  Documents are shuffled already, but one that
-# fills hundreds of rows would otherwise fill whole batches.  Restoring a state repacks at most one window.
-SHUFFLE_TOKENS = 2**20
+MAX_ROWS = 2**32  # of grain's shuffle
 
 
-def epoch_rows(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int, seed: int) -> grain.IterDataset:
-    """Rows of one pass over the documents: pairs [T, 2], pairs_segment_ids [T] and pairs_positions [T], all int32.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """Pairs [start, stop) of a piece; `is_new` unless they follow those of the slice before in the same document."""
 
-    A pair is (token, target).  The rows are full, but for the last one packed, which ends in zeros.
+    piece: int
+    start: int
+    stop: int
+    is_new: bool
+
+
+class Rows:
+    """The rows of one side of a token source."""
+
+    def __init__(self, tokens: Tokens, first_S: np.ndarray, stop_S: np.ndarray, seq_len: int, seed: str):
+        """Of pieces [first, stop) of each shard."""
+        self.tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        begin_S = np.array([int(tokens.ends[first - 1]) if first else 0 for first in first_S], np.int64)
+        end_S = np.array([int(tokens.ends[stop - 1]) if stop else 0 for stop in stop_S], np.int64)
+        self._first_S, self._stop_S, self._begin_S = first_S, stop_S, begin_S
+        self._pairs_S = np.where(stop_S > first_S, end_S - begin_S, 0)
+        self._rows_S = np.cumsum(-(-self._pairs_S // seq_len))  # up to and with each shard
+        self.num_pairs = int(self._pairs_S.sum())
+        if len(self) >= MAX_ROWS:
+            raise ConfigError(
+                f"a source has {len(self)} rows of {seq_len} tokens, at most {MAX_ROWS} can be shuffled; split it into several sources."
+            )
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return int(self._rows_S[-1])
+
+    def order(self, epoch: int, index: int) -> int:
+        """The row that comes `index`-th in an epoch."""
+        return shuffled(index, len(self), self._seed, "order", epoch)
+
+    def slices(self, epoch: int, row: int) -> list[Slice]:
+        """What a row consists of."""
+        shard = int(np.searchsorted(self._rows_S, row, side="right"))
+        row -= int(self._rows_S[shard - 1]) if shard else 0
+        begin, num_pairs = int(self._begin_S[shard]), int(self._pairs_S[shard])
+        start = (draw(num_pairs, self._seed, "start", epoch, shard) + row * self._seq_len) % num_pairs
+        left = min(self._seq_len, num_pairs - row * self._seq_len)
+        parts: list[Slice] = []
+        while left:
+            stop = min(start + left, num_pairs)
+            parts += self._between(begin + start, begin + stop, int(self._first_S[shard]), int(self._stop_S[shard]))
+            left -= stop - start
+            start = 0
+        return parts
+
+    def fill(
+        self, epoch: int, row: int, tokens_T: np.ndarray, targets_T: np.ndarray, segment_ids_T: np.ndarray, positions_T: np.ndarray
+    ) -> None:
+        """Writes a row into arrays that hold padding."""
+        place, segment, position = 0, 0, 0
+        for part in self.slices(epoch, row):
+            ids = self.tokens.read(part.piece)[part.start : part.stop + 1]
+            count = part.stop - part.start
+            segment, position = (segment + 1, 0) if part.is_new else (segment, position)
+            here = slice(place, place + count)
+            tokens_T[here], targets_T[here] = ids[:-1], ids[1:]
+            segment_ids_T[here] = segment
+            positions_T[here] = np.arange(position, position + count)
+            place, position = place + count, position + count
+
+    def _between(self, start: int, stop: int, first: int, last: int) -> Iterator[Slice]:
+        """Slices of the pairs [start, stop) of the whole source, which lie in pieces [first, last)."""
+        ends = self.tokens.ends
+        piece = first + int(np.searchsorted(ends[first:last], np.uint64(start), side="right"))
+        is_new = True
+        while start < stop:
+            begin, end = int(ends[piece - 1]) if piece else 0, int(ends[piece])
+            yield Slice(piece, start - begin, min(stop, end) - begin, is_new)
+            start, piece = end, piece + 1
+            is_new = start < stop and not self._continues(piece)
+
+    def _continues(self, piece: int) -> bool:
+        """Whether a piece continues the document of the one in front of it."""
+        numbers, hashes = self.tokens.numbers, self.tokens.hashes
+        return int(numbers[piece]) == int(numbers[piece - 1]) + 1 and hashes[piece] == hashes[piece - 1]
+
+
+def split(tokens: Tokens, validation_fraction: float, option: str) -> np.ndarray:
+    """int64 [S]: how many pieces at the head of each shard are held out.
+
+    A document is held out if the hash of its name falls below the fraction: other documents, their order and the seed have no
+    say, so a corpus that grows does not move text from one side to the other.  Where that leaves a side empty (few documents),
+    the one document whose hash is nearest to it moves over.
+
+    Raises:
+      ConfigError: a fraction above 0 with a single document.
     """
-    pairs = (
-        grain.MapDataset.source(documents)
-        .shuffle(seed)
-        .map(functools.partial(_document_pairs, tokenizer=tokenizer))
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    )
-    packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={"pairs": seq_len})
-    return grain.experimental.WindowShuffleIterDataset(packed, window_size=max(1, SHUFFLE_TOKENS // seq_len), seed=seed)
+    shards = list(zip(tokens.shard_pieces[:-1].tolist(), tokens.shard_pieces[1:].tolist(), strict=True))
+    if validation_fraction == 0:
+        return np.zeros(len(shards), np.int64)
+    lowest = min(int(tokens.hashes[first]) for first, _ in shards)
+    highest = max(int(tokens.hashes[stop - 1]) for _, stop in shards)
+    if lowest == highest:
+        raise ConfigError(
+            f"config.data.validation_fraction = {validation_fraction} needs at least 2 documents, {option} holds 1; whole documents are "
+            "held out. Set it to 0, or split the text into more files or rows."
+        )
+    threshold = np.uint64(min(max(int(validation_fraction * 2**64), lowest + 1), highest))
+    return np.array([np.searchsorted(tokens.hashes[first:stop], threshold) for first, stop in shards], np.int64)
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed per epoch; hashed, for with `seed + epoch` run 1 would repeat the epochs of run 0.
-
-    31 bits: grain adds the number of the shuffle window, and the sum must fit 32.
-    """
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest(), "big") >> 1
-
-
-def stack_rows(rows: grain.IterDataset, batch_size: int) -> grain.IterDataset:
-    """Rows stacked [B, ...]; a last batch with fewer rows is filled up with zeros."""
-    return rows.batch(batch_size, batch_fn=functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size))
+def sides(tokens: Tokens, validation_fraction: float, seq_len: int, seed: str, option: str) -> tuple[Rows, Rows]:
+    """(training, held-out) rows of a source."""
+    first_S, stop_S = tokens.shard_pieces[:-1], tokens.shard_pieces[1:]
+    middle_S = first_S + split(tokens, validation_fraction, option)
+    return Rows(tokens, middle_S, stop_S, seq_len, seed), Rows(tokens, first_S, middle_S, seq_len, "validation")
 
 
-class Epochs(grain.IterDataset):
-    """The rows of epoch 0, then of epoch 1, ... without end.
+def shuffled(index: int, count: int, *key: int | str) -> int:
+    """Where `index` goes in a permutation of range(count) that depends on `key`."""
+    import grain  # loads jax
 
-    An endless stream of documents (`repeat`) would be less code, but its shuffle windows reach across epochs: a small corpus
-    would show some rows many times before others.
-    """
-
-    def __init__(self, rows_of_epoch: Callable[[int], grain.IterDataset]):
-        super().__init__()
-        self._rows_of_epoch = rows_of_epoch
-
-    def __iter__(self) -> "_EpochsIterator":
-        return _EpochsIterator(self._rows_of_epoch)
+    return int(grain.experimental.index_shuffle(index, max_index=count - 1, seed=draw(2**32, *key), rounds=4))
 
 
-class _EpochsIterator(grain.DatasetIterator):
-    """State: the epoch, and the state of grain's iterator inside it."""
-
-    def __init__(self, rows_of_epoch: Callable[[int], grain.IterDataset]):
-        super().__init__()
-        self._rows_of_epoch = rows_of_epoch
-        self._start(0)
-
-    def _start(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._rows = iter(self._rows_of_epoch(epoch))
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        while True:
-            try:
-                return next(self._rows)
-            except StopIteration:
-                self._start(self._epoch + 1)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "rows": self._rows.get_state()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        self._start(state["epoch"])
-        self._rows.set_state(_restored_tuples(state["rows"]))
-
-
-def _document_pairs(document: Document, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """pairs [n + 1, 2] int32 of the n tokens with bos and eos around them: each token and the one that follows it."""
-    ids = np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id], np.int32)
-    return {"pairs": np.lib.stride_tricks.sliding_window_view(ids, 2)}
-
-
-def _restored_tuples(state: Any) -> Any:
-    """A copy of a state that has been through JSON, with the tuples JSON turned into lists.
-
-    grain 0.2.18 compares each of `remainder_slices` with a tuple; from a list it concludes that a piece of a document is left
-    over where none is, and loses that document.
-    """
-    if not isinstance(state, Mapping):
-        return state
-    return {
-        key: {name: tuple(ends) for name, ends in value.items()} if key == "remainder_slices" else _restored_tuples(value)
-        for key, value in state.items()
-    }
+def draw(below: int, *key: int | str) -> int:
+    """A number in [0, below), uniform but for 2^-64, that depends on `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "big") % below

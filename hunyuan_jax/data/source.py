@@ -1,24 +1,36 @@
-"""Documents to train on: where they come from, which ones are skipped and why, and their split into training and validation.
+"""Documents of text files: which files a source has, what is in them, and what cannot be used.
 
-Imports neither jax nor grain, so that a misspelled path is answered before anything slow is loaded.
+A document arrives in parts of about a million characters, cut where no token of any tokenizer here can span (behind a line break), so
+that a file of any size takes little memory.  Imports neither jax nor grain: a misspelled path is answered before anything slow is
+loaded.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import fnmatch
 import glob
-import hashlib
+import gzip
+import io
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from hunyuan_jax.config import ConfigError, DataConfig
+from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import replace_surrogates
 
-SUFFIXES = (".txt", ".py", ".md", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".py", ".md")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".array_record")
+COMPRESSIONS = (".gz", ".zst")  # of text and .jsonl; the others compress inside
+
+PART_CHARS = 2**20
+MAX_ROW_BYTES = 2**26  # a longer .jsonl row is a bad one: parsing it takes several times its size
+_TEXT_AT_ONCE = 2**26  # bytes; a longer text file is read twice, first to see that it is UTF-8
+_BATCH_ROWS = 256  # of .parquet and .array_record
 
 # Folders and files left out of a walk, as name patterns.  The standard library loses its tests and what depends on the
 # machine that built it, so that one Python version gives one corpus; a user's folder loses .git, .venv and the like.
@@ -29,143 +41,227 @@ _NUM_PATHS_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """A file, or the .jsonl rows that begin at bytes [start, stop) of it."""
+
+    name: str  # relative to the source, with '/', printable
+    path: str
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """One text.  `name` is its path relative to the source, plus ':row' (from 1) in a .jsonl; it decides the split."""
+    """One text.  `name` is its file's, plus ':row' (from 1) where a file holds several; it decides the split.
+
+    `parts` may be a generator: it must be used up before the next document is asked for.
+    """
 
     name: str
-    utf8: bytes  # not str: one wide character would make the whole text two to four times as large
-
-    @property
-    def text(self) -> str:
-        """The decoded text; it cannot fail, `open_source` has checked it."""
-        return self.utf8.decode()
+    parts: Iterable[str]
 
 
-class _SkippedError(Exception):
-    """Why one document cannot be used."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bad:
+    """What could not be used, and why; `where` is the file's name, with the row if there is one."""
+
+    where: str
+    reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceReport:
-    """What was read and what was not; `str()` of it is meant for the log."""
+@dataclasses.dataclass
+class FileCounts:
+    """What one file gave."""
 
-    num_documents: int
-    num_bytes: int  # UTF-8 bytes of the documents kept
-    skipped: Mapping[str, tuple[int, str]]  # path -> (number of documents skipped, reason of the first)
+    num_documents: int = 0
+    num_bytes: int = 0  # of UTF-8
+    num_bad: int = 0
+    first_bad: str = ""
+
+
+class Tally:
+    """Counts documents and bad rows by file, and says when there are too many of the latter."""
+
+    def __init__(self, max_bad_fraction: float, option: str, others: Callable[[], tuple[int, int]] = lambda: (0, 0)):
+        """`others` returns (documents, bad rows) counted elsewhere, `option` is what the limit is called."""
+        self.files: dict[str, FileCounts] = {}
+        self.total = FileCounts()
+        self._max_bad_fraction, self._option, self._others = max_bad_fraction, option, others
+
+    def add_document(self, file: str, num_bytes: int) -> None:
+        """Counts a good document."""
+        self.add_file(file, FileCounts(num_documents=1, num_bytes=num_bytes))
+
+    def add_bytes(self, file: str, num_bytes: int) -> None:
+        """Counts another part of the last document."""
+        self.add_file(file, FileCounts(num_bytes=num_bytes))
+
+    def add_bad(self, file: str, bad: Bad) -> None:
+        """Counts a bad row.
+
+        Raises:
+          ConfigError: there are too many of them.
+        """
+        self.add_file(file, FileCounts(num_bad=1, first_bad=f"{bad.where}: {bad.reason}"))
+        self.check(f"{bad.where}: {bad.reason}")
+
+    def add_file(self, file: str, counts: FileCounts) -> None:
+        """Adds what somebody else has counted."""
+        for sums in (self.files.setdefault(file, FileCounts()), self.total):
+            sums.num_documents += counts.num_documents
+            sums.num_bytes += counts.num_bytes
+            sums.num_bad += counts.num_bad
+            sums.first_bad = sums.first_bad or counts.first_bad
+
+    def check(self, last: str = "") -> None:
+        """Compares the share of bad rows with the limit.
+
+        The share is of at least 1000 rows: one bad row of three stops no run, unless none is allowed.
+
+        Raises:
+          ConfigError: the share is above the limit, naming the `last` bad row ("": names the first).
+        """
+        num_documents, num_bad = self._others()
+        num_bad += self.total.num_bad
+        num_rows = num_documents + self.total.num_documents + num_bad
+        if num_bad > self._max_bad_fraction * max(num_rows, 1000):
+            example = f"the last is {last}" if last else f"the first is {self.total.first_bad}"
+            raise ConfigError(
+                f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than {self._option} = {self._max_bad_fraction} "
+                "allows (of at least 1000 rows). Repair or remove the file, or raise the limit."
+            )
 
     def __str__(self) -> str:
-        lines = [f"{self.num_documents} documents, {self.num_bytes / 1e6:.1f} MB"]
-        if self.skipped:
-            num_skipped = sum(count for count, _ in self.skipped.values())
-            lines[0] += f"; {num_skipped} skipped in {len(self.skipped)} file(s)"
-        for path, (count, reason) in list(self.skipped.items())[:_NUM_PATHS_SHOWN]:
-            lines.append(f"  {path}: {count} skipped, first: {reason}")
-        if len(self.skipped) > _NUM_PATHS_SHOWN:
-            lines.append(f"  and {len(self.skipped) - _NUM_PATHS_SHOWN} more file(s)")
+        """For the log: sums, and the files with bad rows."""
+        bad = {name: counts for name, counts in self.files.items() if counts.num_bad}
+        lines = [f"{self.total.num_documents} documents, {self.total.num_bytes / 1e6:.1f} MB"]
+        if bad:
+            lines[0] += f"; {self.total.num_bad} bad row(s) skipped in {len(bad)} file(s)"
+        for name, counts in list(bad.items())[:_NUM_PATHS_SHOWN]:
+            lines.append(f"  {name}: {counts.num_bad} skipped, first: {counts.first_bad}")
+        if len(bad) > _NUM_PATHS_SHOWN:
+            lines.append(f"  and {len(bad) - _NUM_PATHS_SHOWN} more file(s)")
         return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Documents(Sequence[Document]):
-    """Documents in a fixed order (by name, rows of a file in file order), and the report of what was read."""
+def find_files(source: str, option: str) -> list[Span]:
+    """Sorted files of a source: "stdlib", or a folder, a file or a glob of text, on this machine or behind an fsspec URL (gs://...).
 
-    items: tuple[Document, ...]
-    report: SourceReport
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-def open_source(config: DataConfig) -> Documents:
-    """Reads every document of `config.source` into memory.
-
-    Files that are not UTF-8, broken .jsonl rows and empty texts are skipped, counted and reported.  Hidden files and folders
-    are not visited, unless the source names them.
+    Hidden files and folders are not visited, unless the source names them.  `option` is what errors call the source.
 
     Raises:
-      ConfigError: the source does not exist, holds no file of a known kind, or none of its documents can be used.
+      ConfigError: the source does not exist, or holds no file of a known kind.
     """
-    items: list[Document] = []
-    skipped: dict[str, tuple[int, str]] = {}
-    for name, path in _find_files(config.source):
-        documents, reasons = _read_file(path, name, config.text_field)
-        items += documents
-        if reasons:
-            skipped[name] = (len(reasons), reasons[0])
-    if not items:
-        first = next((f"{name}: {reason}" for name, (_, reason) in skipped.items()), "no rows")
-        num_skipped = sum(count for count, _ in skipped.values())
-        raise ConfigError(
-            f"config.data.source = {config.source!r} holds no usable document ({num_skipped} skipped: {first}); training needs UTF-8 text. "
-            f"Repair the files, or set config.data.text_field (now {config.text_field!r}) to the field with the text."
-        )
-    return Documents(tuple(items), SourceReport(len(items), sum(len(item.utf8) for item in items), skipped))
-
-
-def split_documents(documents: Sequence[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, validation), each in the order of `documents`.
-
-    A document is held out if the hash of its name falls below the fraction: other documents, their order and the seed have no
-    say, so a corpus that grows does not move text from one side to the other.  Where that leaves a side empty (few documents),
-    the one document whose hash is nearest to it moves over.
-
-    Raises:
-      ConfigError: a fraction above 0 with a single document.
-    """
-    if validation_fraction == 0:
-        return list(documents), []
-    if len(documents) < 2:
-        raise ConfigError(
-            f"config.data.validation_fraction = {validation_fraction} needs at least 2 documents, the source holds {len(documents)}; "
-            "whole documents are held out. Set it to 0, or split the text into more files or rows."
-        )
-    hashes = [_unit_hash(document.name) for document in documents]
-    num_held_out = sum(value < validation_fraction for value in hashes)
-    num_held_out = min(max(num_held_out, 1), len(documents) - 1)
-    held_out = set(sorted(range(len(documents)), key=hashes.__getitem__)[:num_held_out])
-    training = [document for index, document in enumerate(documents) if index not in held_out]
-    validation = [document for index, document in enumerate(documents) if index in held_out]
-    return training, validation
-
-
-def _unit_hash(name: str) -> float:
-    """Uniform in [0, 1), the same in every process (unlike `hash`)."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def _find_files(source: str) -> list[tuple[str, str]]:
-    """Sorted (name, path) of the source's text files; the name is relative to the source, with '/', and printable."""
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
-        paths = [path for path in _walk(root, _STDLIB_SKIPPED) if path.endswith(".py")]
+        found = [(Path(path).relative_to(root).as_posix(), path) for path in _walk(root, _STDLIB_SKIPPED) if path.endswith(".py")]
     else:
-        root, paths = _find_user_files(source)
-    names = {_printable(Path(path).relative_to(root).as_posix()): path for path in paths if path.lower().endswith(SUFFIXES)}
+        try:
+            found = _find_remote(source) if "://" in source else _find_local(source)
+        except (ImportError, ValueError, OSError) as error:  # no gcsfs for gs://, no such protocol, no network
+            raise ConfigError(f"{option} = {source!r} cannot be read: {error}") from error
+        if not found:
+            raise ConfigError(
+                f"{option} = {source!r} does not exist; it must be 'stdlib', or a folder, file or glob of {_kinds()}. "
+                f"Correct the path (a relative one starts at {os.getcwd()})."
+            )
+    names = {_printable(name): path for name, path in found if _kind(path) is not None}
     if not names:
         raise ConfigError(
-            f"config.data.source = {source!r} holds no {_kinds()} file; only these are read. "
-            "Point it at a folder, file or glob that has some."
+            f"{option} = {source!r} holds no {_kinds()} file; only these are read. Point it at a folder, file or glob that has some."
         )
-    return sorted(names.items())
+    return [Span(name, path) for name, path in sorted(names.items())]
 
 
-def _find_user_files(source: str) -> tuple[str, list[str]]:
-    """(root that names are relative to, paths) of a file, a folder or a glob."""
+def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
+    """Documents of a file or span in order, and what could not be used.
+
+    Raises:
+      ConfigError: a package that the kind of file needs is not installed, or a URL that cannot be read.
+    """
+    kind = _kind(span.path)
+    try:
+        if kind == ".jsonl":
+            yield from _read_rows(span, text_field)
+        elif kind == ".parquet":
+            yield from _read_parquet(span, text_field)
+        elif kind == ".array_record":
+            yield from _read_array_record(span)
+        else:
+            yield from _read_text(span)
+    except OSError as error:
+        if "://" in span.path:  # perhaps but for a moment, and the rest of the file would be lost
+            raise ConfigError(f"{span.path} cannot be read ({error}); the same command may succeed later.") from error
+        yield Bad(span.name, f"cannot be read ({error.strerror or error})")
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A local file or an fsspec URL, as it is stored."""
+    if "://" not in path:
+        return open(path, "rb")
+    return _fsspec().open(path, "rb").open()
+
+
+def size_of(path: str) -> int:
+    """Bytes of a local file or an fsspec URL, as it is stored; 0 for one that is gone."""
+    try:
+        return _fsspec().url_to_fs(path)[0].size(path) if "://" in path else os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def can_split(path: str) -> bool:
+    """Whether spans of a file can be read by themselves."""
+    return path.lower().endswith(".jsonl")
+
+
+def is_plain(path: str) -> bool:
+    """Whether a file has the size of its text, about."""
+    return path.lower().endswith((*TEXT_SUFFIXES, ".jsonl"))
+
+
+# --- finding ---
+
+
+def _kind(path: str) -> str | None:
+    """The suffix that says how a file is read, or None."""
+    lower = path.lower()
+    stem = next((lower.removesuffix(suffix) for suffix in COMPRESSIONS if lower.endswith(suffix)), lower)
+    kind = os.path.splitext(stem)[1]
+    if kind not in SUFFIXES or (stem != lower and kind in (".parquet", ".array_record")):
+        return None
+    return kind
+
+
+def _find_local(source: str) -> list[tuple[str, str]]:
+    """(name relative to the source's root, path) of a file, a folder or a glob."""
     path = os.path.expanduser(source)
     if os.path.isfile(path):
-        return os.path.dirname(path), [path]
-    if os.path.isdir(path):
-        return path, list(_walk(path, _FOLDER_SKIPPED))
-    found = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
-    if not found:
-        raise ConfigError(
-            f"config.data.source = {source!r} does not exist; it must be 'stdlib', or a folder, file or glob of {_kinds()}. "
-            f"Correct the path (a relative one starts at {os.getcwd()})."
-        )
-    return _glob_root(path), found
+        root, paths = os.path.dirname(path), [path]
+    elif os.path.isdir(path):
+        root, paths = path, list(_walk(path, _FOLDER_SKIPPED))
+    else:
+        root, paths = _glob_root(path), [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+    return [(Path(path).relative_to(root).as_posix(), path) for path in paths] or ([("", path)] if os.path.isdir(path) else [])
+
+
+def _find_remote(source: str) -> list[tuple[str, str]]:
+    files, path = _fsspec().url_to_fs(source)
+    if glob.has_magic(path):
+        root, found = _glob_root(path), [match for match in files.glob(path) if files.isfile(match)]
+    elif files.isdir(path):
+        root, found = path, files.find(path)
+    else:
+        root, found = os.path.dirname(path), [path] if files.exists(path) else []
+    names = [(match.removeprefix(root).lstrip("/"), files.unstrip_protocol(match)) for match in found]
+    return [(name, url) for name, url in names if not any(piece.startswith(".") for piece in name.split("/"))]
+
+
+def _fsspec():
+    import fsspec.core  # a quarter of a second, which a local source need not wait for
+
+    return fsspec.core
 
 
 def _walk(root: str, skipped: Sequence[str]) -> Iterator[str]:
@@ -188,7 +284,7 @@ def _glob_root(pattern: str) -> str:
 
 
 def _kinds() -> str:
-    return ", ".join(SUFFIXES)
+    return f"{', '.join((*TEXT_SUFFIXES, '.jsonl'))} (plain, {', '.join(COMPRESSIONS)}), .parquet, .array_record"
 
 
 def _printable(name: str) -> str:
@@ -196,57 +292,236 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _read_file(path: str, name: str, text_field: str) -> tuple[list[Document], list[str]]:
-    """(documents, one reason per skipped document) of one file."""
-    try:
-        with open(path, "rb") as file:
-            return _read_rows(file, name, text_field) if path.lower().endswith(".jsonl") else _read_text(file, name)
-    except OSError as error:
-        return [], [f"cannot be read ({error.strerror})"]
+# --- reading ---
 
 
-def _read_text(file: BinaryIO, name: str) -> tuple[list[Document], list[str]]:
-    try:
-        return [Document(name, _checked_utf8(file.read()))], []
-    except _SkippedError as reason:
-        return [], [str(reason)]
+@contextlib.contextmanager
+def _open_plain(path: str) -> Iterator[BinaryIO]:
+    """A file without its compression."""
+    with open_binary(path) as file:
+        if path.lower().endswith(".gz"):
+            with gzip.GzipFile(fileobj=file, mode="rb") as plain:
+                yield plain
+        elif path.lower().endswith(".zst"):
+            with io.BufferedReader(_ZstdFile(file), 2**17) as plain:
+                yield plain
+        else:
+            yield file
 
 
-def _read_rows(file: BinaryIO, name: str, text_field: str) -> tuple[list[Document], list[str]]:
-    """One document a row; a blank line is not a row but keeps its number, which editors show."""
-    documents, reasons = [], []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+class _TruncatedError(OSError):
+    """A compressed file that ends before its end, or is damaged."""
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd as one stream; unlike the library's own reader it raises where the last frame is cut off."""
+
+    def __init__(self, file: BinaryIO):
         try:
-            documents.append(Document(f"{name}:{number}", _row_utf8(line, text_field)))
-        except _SkippedError as reason:
-            reasons.append(f"row {number}: {reason}")
-    return documents, reasons
+            import zstandard
+        except ImportError as error:
+            raise ConfigError("a .zst file needs zstandard: pip install 'hunyuan_jax[data]'.") from error
+        self._file, self._library, self._frame, self._pending = file, zstandard, None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._pending:
+            data = self._file.read(2**17) if self._frame is None or not self._frame.unused_data else self._frame.unused_data
+            if self._frame is None or self._frame.eof:
+                if not data:
+                    return 0
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            if not data:
+                raise _TruncatedError("truncated archive")
+            try:
+                self._pending = memoryview(self._frame.decompress(data))
+            except self._library.ZstdError as error:
+                raise _TruncatedError(f"damaged archive ({error})") from error
+        count = min(len(buffer), len(self._pending))
+        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count
 
 
-def _row_utf8(line: bytes, text_field: str) -> bytes:
+def _fault_of(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "truncated archive"
+    return str(error) if isinstance(error, _TruncatedError) else f"damaged archive ({error})"
+
+
+_ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, _TruncatedError)
+
+
+def _read_text(span: Span) -> Iterator[Document | Bad]:
+    """One document, or one Bad."""
+    try:
+        with _open_plain(span.path) as file:
+            data = file.read(_TEXT_AT_ONCE)
+            if len(data) < _TEXT_AT_ONCE:
+                yield Document(span.name, cut(_text_of(data)))
+                return
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            while data:
+                decoder.decode(data)
+                data = file.read(PART_CHARS)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        yield Bad(span.name, f"not UTF-8 ({error.reason})")
+    except _UnusableError as error:
+        yield Bad(span.name, str(error))
+    except _ARCHIVE_ERRORS as error:
+        yield Bad(span.name, _fault_of(error))
+    else:
+        yield Document(span.name, _stream_text(span.path))
+
+
+def _stream_text(path: str) -> Iterator[str]:
+    """Parts of a text file that is known to be UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    text = ""
+    with _open_plain(path) as file:
+        while data := file.read(PART_CHARS):
+            text += decoder.decode(data)
+            if len(text) > 2 * PART_CHARS:
+                *parts, text = cut(text)
+                yield from parts
+    yield from cut(text)
+
+
+def cut(text: str) -> list[str]:
+    """The text in parts of at most PART_CHARS, cut behind a line break that no blank follows, where there is one.
+
+    No token spans such a place (of a HyTokenizer: `hy.SPLIT_PATTERN`), so the parts' tokens are those of the text.
+    """
+    parts, start = [], 0
+    while len(text) - start > PART_CHARS:
+        end = start + PART_CHARS
+        while end > start and not (text[end - 1] == "\n" and not text[end].isspace()):
+            end = text.rfind("\n", start, end - 1) + 1
+        end = end if end > start else start + PART_CHARS
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+class _UnusableError(Exception):
+    """Why one document cannot be used."""
+
+
+def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
+    """One document a row; a blank line is not a row but keeps its number, which editors show."""
+    row = span.first_row
+    try:
+        with _open_plain(span.path) as file:
+            position = span.start
+            if position:  # a row begins behind a line break, perhaps the one in front of the span
+                file.seek(position - 1)
+                position += _skip_line(file) - 1
+            while span.stop is None or position < span.stop:
+                line = file.readline(MAX_ROW_BYTES)
+                if not line:
+                    return
+                position += len(line)
+                where = f"{span.name}:{row}"
+                if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                    position += _skip_line(file)
+                    yield Bad(where, f"longer than {MAX_ROW_BYTES} bytes")
+                elif line.strip():
+                    try:
+                        yield Document(where, cut(_row_text(line, text_field)))
+                    except _UnusableError as error:
+                        yield Bad(where, str(error))
+                row += 1
+    except _ARCHIVE_ERRORS as error:
+        yield Bad(f"{span.name}:{row}", _fault_of(error))
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Reads to the end of the line; returns the number of bytes."""
+    count = 0
+    while line := file.readline(PART_CHARS):
+        count += len(line)
+        if line.endswith(b"\n"):
+            break
+    return count
+
+
+def _row_text(line: bytes, text_field: str) -> str:
     """The text of a .jsonl row."""
     try:
-        row = json.loads(_checked_utf8(line))
+        row = json.loads(_text_of(line))
     except (ValueError, RecursionError) as error:
-        raise _SkippedError(f"not JSON ({error})") from error
+        raise _UnusableError(f"not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise _SkippedError(f"a {type(row).__name__}, not an object")
+        raise _UnusableError(f"a {type(row).__name__}, not an object")
     if text_field not in row:
-        raise _SkippedError(f"no field {text_field!r}, it has {list(row)[:5]}")
-    if not isinstance(row[text_field], str):
-        raise _SkippedError(f"field {text_field!r} is a {type(row[text_field]).__name__}, not a string")
-    return _checked_utf8(replace_surrogates(row[text_field]).encode())  # JSON can escape half of a surrogate pair
+        raise _UnusableError(f"no field {text_field!r}, it has {list(row)[:5]}")
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise _UnusableError(f"field {text_field!r} is a {type(text).__name__}, not a string")
+    text = text.removeprefix("\ufeff")
+    if not text:
+        raise _UnusableError("empty")
+    return replace_surrogates(text)  # JSON can escape half of a surrogate pair
 
 
-def _checked_utf8(data: bytes) -> bytes:
-    """`data` without a byte order mark, known to be non-empty UTF-8."""
-    data = data.removeprefix(codecs.BOM_UTF8)
-    if not data:
-        raise _SkippedError("empty")
+def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
+    """One document a row; memory is that of one row group."""
     try:
-        data.decode()
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError("a .parquet file needs pyarrow: pip install 'hunyuan_jax[data]'.") from error
+    row = 1
+    try:
+        with open_binary(span.path) as file, pyarrow.parquet.ParquetFile(file) as table:
+            fields = {field.name: field.type for field in table.schema_arrow}
+            if text_field not in fields:
+                raise _UnusableError(f"no column {text_field!r}, it has {list(fields)[:5]}")
+            kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+            if not any(is_kind(fields[text_field]) for is_kind in kinds):
+                raise _UnusableError(f"column {text_field!r} is {fields[text_field]}, not string")
+            for batch in table.iter_batches(_BATCH_ROWS, columns=[text_field]):
+                for value in batch.column(0).cast(pyarrow.large_binary()):  # bytes: a string column may hold any
+                    where, row = f"{span.name}:{row}", row + 1
+                    try:
+                        yield Document(where, cut(_text_of(value.as_py())))
+                    except _UnusableError as error:
+                        yield Bad(where, str(error))
+    except _UnusableError as error:
+        yield Bad(span.name, str(error))
+    except pyarrow.ArrowException as error:
+        yield Bad(f"{span.name}:{row}", f"damaged file ({' '.join(str(error).split())[:200]})")
+
+
+def _read_array_record(span: Span) -> Iterator[Document | Bad]:
+    """One document a record, which is UTF-8 text."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    if "://" in span.path:
+        yield Bad(span.name, "cannot be read (ArrayRecord files must be on this machine)")
+        return
+    row = 0
+    try:
+        reader = ArrayRecordReader(span.path)
+        for row in range(reader.num_records()):
+            [record] = reader.read([row])
+            try:
+                yield Document(f"{span.name}:{row + 1}", cut(_text_of(record)))
+            except _UnusableError as error:
+                yield Bad(f"{span.name}:{row + 1}", str(error))
+        reader.close()
+    except (ValueError, RuntimeError) as error:
+        yield Bad(f"{span.name}:{row + 1}", f"damaged file ({' '.join(str(error).split())[:200]})")
+
+
+def _text_of(data: bytes | None) -> str:
+    """`data` as text without a byte order mark, known not to be empty."""
+    data = (data or b"").removeprefix(codecs.BOM_UTF8)
+    if not data:
+        raise _UnusableError("empty")
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise _SkippedError(f"not UTF-8 (byte {data[error.start]:#04x} at {error.start})") from error
-    return data
+        raise _UnusableError(f"not UTF-8 (byte {data[error.start]:#04x} at {error.start})") from error

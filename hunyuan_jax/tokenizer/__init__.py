@@ -3,13 +3,16 @@
 import codecs
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
 from hunyuan_jax.tokenizer.hy import HyTokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["ByteTokenizer", "HfTokenizer", "HyTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -37,6 +40,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Return the ids of `text`, no bos or eos added; names of special tokens are text unless `parse_special`."""
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        """Return `encode(text)` as an array of unsigned integers [S]."""
+
+    def fingerprint(self) -> str:
+        """Return a short text that differs for tokenizers that give any text other ids."""
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 character become U+FFFD."""

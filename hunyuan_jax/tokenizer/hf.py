@@ -1,12 +1,16 @@
 """Tokenizers in a tokenizer.json, as the dense models have: byte-level BPE by the `tokenizers` library."""
 
+import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.vocabulary import UNUSED_ID, Vocabulary, replace_surrogates
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class HfTokenizer(Vocabulary):
@@ -46,6 +50,7 @@ class HfTokenizer(Vocabulary):
                 f"{path}: a token holds {e.args[0]!r}, which stands for no byte; only ByteLevel tokenizers can be read."
             ) from e
         super().__init__(token_bytes, special)
+        self._rules = (hashlib.sha256(path.read_bytes()).hexdigest(),)
         settings = read_settings(path.parent)
         self.chat_template, self.named_tokens = settings.chat_template, settings.named_tokens
         ids = {}
@@ -70,6 +75,12 @@ class HfTokenizer(Vocabulary):
         """
         tokenizer = self._parsing if parse_special else self._plain
         return tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        """Return `encode(text)` as uint32 [S]."""
+        import numpy as np
+
+        return np.asarray(self.encode(text), np.uint32)
 
 
 def _decoder_kinds(decoder: dict | None) -> list[str]:

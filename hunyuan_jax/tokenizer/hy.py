@@ -5,9 +5,13 @@ import binascii
 import pathlib
 import re
 import unicodedata
+from typing import TYPE_CHECKING
 
 from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import Vocabulary, replace_surrogates
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NUM_EXTRA_TOKENS = 204
 SPECIAL_TOKENS = (
@@ -48,6 +52,8 @@ class HyTokenizer(Vocabulary):
     Raises ValueError for a file that is missing or is not a ranks file, see `read_ranks`.
     """
 
+    _rules = ("NFC", SPLIT_PATTERN)
+
     def __init__(self, path: str | pathlib.Path, num_ids: int | None = None):
         """`num_ids`: of the model's table; A13B's tokenizer has one token more, <|extra_204|>, and its table just as many rows."""
         tokens = read_ranks(path)
@@ -82,6 +88,13 @@ class HyTokenizer(Vocabulary):
             else:
                 ids += self._encoding.encode_ordinary(piece)
         return ids
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        """Return `encode(text)` as uint32 [S]; no int object is made for a token, which counts with several processes."""
+        import numpy as np
+
+        pieces = _cut_long_blanks(unicodedata.normalize("NFC", replace_surrogates(text)))
+        return np.concatenate([self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
 
 def read_ranks(path: str | pathlib.Path) -> list[bytes]:

@@ -1,5 +1,6 @@
 """What the tokenizers share: the bytes of every id, and text made safe to encode."""
 
+import hashlib
 import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ class Vocabulary:
     # What a folder can bring besides: the jinja text of its chat template, and the texts that it calls bos_token and the like.
     chat_template: str | None = None
     named_tokens: Mapping[str, str] = types.MappingProxyType({})
+    _rules: tuple[str, ...] = ()  # what else decides the ids of a text
 
     def __init__(self, token_bytes: Sequence[bytes], special_ids: Mapping[str, int]):
         self._token_bytes = list(token_bytes)
@@ -43,6 +45,12 @@ class Vocabulary:
                 "use one of them, or the tokenizer of a Hunyuan ranks file"
             )
         return self._special_ids[name]
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with any token, its id, and how text is cut (`_rules`)."""
+        digest = hashlib.blake2b(repr((type(self).__name__, self._rules, sorted(self._special_ids.items()))).encode(), digest_size=8)
+        digest.update(b"".join(len(token).to_bytes(4, "little") + token for token in self._token_bytes))
+        return digest.hexdigest()
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """Join the bytes of `ids` (a list or an integer array [S]); they need not be whole UTF-8 characters.

@@ -10,7 +10,7 @@ import jax
 
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
-from hunyuan_jax.data import loader, source
+from hunyuan_jax.data import loader
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     train_step, eval_step = step_lib.make_train_step(program), step_lib.make_eval_step(program)
     sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
     to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
-    sizes = {"batch_size": train.batch_size, "seq_len": train.seq_len, "rows": hosts.process_rows(sharding, batch_shape)}
+    rows = hosts.process_rows(sharding, batch_shape)
     with hosts.raised_by_all():
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -46,12 +46,12 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                 f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids; "
                 f"config.model.vocab_size = {config.model.vocab_size} must be at least that."
             )
-        documents = source.open_source(config.data)
-        train_documents, validation_documents = source.split_documents(documents, config.data.validation_fraction)
+        opened = loader.open_corpus(config.data, tokenizer)
+        order = loader.Order(opened, config.data, train)
         if hosts.is_first():
             claim_workdir(workdir, config)
-        batches = loader.train_iterator(train_documents, tokenizer, seed=train.seed, **sizes)
-    corpus = {"num_documents": documents.report.num_documents, "num_bytes": documents.report.num_bytes}
+        batches = loader.train_iterator(order, rows)
+    corpus = opened.identity()
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
@@ -67,15 +67,15 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     with hosts.raised_by_all():
         if position and position["corpus"] != corpus:
             raise ConfigError(
-                f"config.data.source = {config.data.source!r} has changed since {workdir} was started: it held {position['corpus']}, "
+                f"the text of config.data has changed since {workdir} was started: it was {position['corpus']}, "
                 f"now {corpus}. Restore the text, or use another --workdir."
             )
         if position:
             batches.set_state(position["batches"])
-        validation = loader.validation_batches(validation_documents, tokenizer, num_batches=train.eval_batches, **sizes)
+        validation = order.validation(train.eval_batches, rows)
         validation = evaluate.with_target_bytes(validation, tokenizer)
         log.open(first_step, program)
-    log.print(f"data: {documents.report}")
+    log.print(f"data: {order}")
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     with (
