@@ -168,6 +168,30 @@ def _mesh(values: absl_flags.FlagValues) -> Any:
     return make_mesh(MeshConfig(**dict.fromkeys(names, 1) | {name: int(size) for name, size in pairs}))
 
 
+def export(argv: list[str]) -> int:
+    """Writes the model of --checkpoint as an official folder (adapters merged), or with --adapter the LoRA adapter alone, for PEFT."""
+
+    def options(values):
+        absl_flags.DEFINE_string("checkpoint", None, "Workdir of a run; without --adapter also a model folder.", flag_values=values)
+        absl_flags.DEFINE_string("output", None, "Folder to write.", flag_values=values)
+        absl_flags.DEFINE_boolean("adapter", False, "Write adapter_config.json and adapter_model.safetensors.", flag_values=values)
+
+    values = flags.parse(argv, _define(options))
+    if not values.checkpoint or not values.output:
+        raise ConfigError("export needs --checkpoint=DIR and --output=DIR.")
+    if values.adapter:
+        from hunyuan_jax.checkpoint import store
+        from hunyuan_jax.convert import peft_io
+
+        base = store.read_config(values.checkpoint).train.init_from
+        peft_io.write_adapter(values.output, *store.load_adapters(values.checkpoint), base)
+    else:
+        from hunyuan_jax.infer.pretrained import from_pretrained
+
+        from_pretrained(values.checkpoint).save_pretrained(values.output)
+    return 0
+
+
 def plan(argv: list[str]) -> int:
     """Compiles the train step of --config for the TPU slice --topology, here: memory, estimated time, collectives."""
     values = flags.parse(argv, _define(flags.define_config, _json, _plan_options))
@@ -238,7 +262,7 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"count": count, "bench": bench, "generate": generate, "chat": chat, "plan": plan, "report": report}
+COMMANDS = {"count": count, "bench": bench, "generate": generate, "chat": chat, "export": export, "plan": plan, "report": report}
 
 
 def _define(*parts: Callable[[absl_flags.FlagValues], None]) -> Callable[[absl_flags.FlagValues], None]:

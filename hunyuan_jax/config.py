@@ -46,6 +46,15 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Fine-tuning by adapters of low rank on the attention; everything else is frozen."""
+
+    rank: int = 0  # 0 = off: all parameters are trained
+    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
+    targets: tuple[str, ...] = ("q", "k", "v", "o")  # the projections that have one
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture and how it is computed; numbers of released models live in presets.py."""
 
@@ -76,6 +85,7 @@ class ModelConfig:
     remat: Remat = "none"
     kernels: str = "auto"  # or the implementations to take, the first that can: "pallas_tpu", "pallas_gpu,xla", "reference", ...
     moe: MoeConfig = MoeConfig()
+    lora: LoraConfig = LoraConfig()
 
     @property
     def is_moe(self) -> bool:
@@ -167,6 +177,7 @@ class TrainConfig:
     num_steps: int = 1000
     batch_size: int = 8  # sequences a step over all hosts
     seq_len: int = 256
+    init_from: str = ""  # start from these weights: a model folder or the workdir of a run; "" = drawn from `seed`
     grad_accum_steps: int = 1  # equal parts of the batch, one after another, before each update
     seed: int = 0
     log_every: int = 10
@@ -347,7 +358,18 @@ def validate_model(m: ModelConfig) -> ModelConfig:
         -1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}."
     )
     _validate_moe(m.moe)
+    _validate_lora(m.lora)
     return m
+
+
+def _validate_lora(lora: LoraConfig) -> None:
+    _require(lora.rank >= 0, f"config.model.lora.rank = {lora.rank} must not be negative; 0 trains all parameters.")
+    _require(lora.alpha > 0, f"config.model.lora.alpha = {lora.alpha} must be positive.")
+    _require(
+        0 < len(lora.targets) == len(set(lora.targets)) and set(lora.targets) <= set("qkvo"),
+        f"config.model.lora.targets = {lora.targets} must name projections of the attention, each once: q, k, v, o. Others, such as "
+        "the experts', have no adapters.",
+    )
 
 
 def _validate_moe(moe: MoeConfig) -> None:

@@ -244,6 +244,12 @@ BROKEN = [
     ({"model__moe__top_k": 0}, "top_k = 0 must be between 1 and num_experts = 8"),
     ({"model__moe__num_shared_experts": -1}, "num_shared_experts = -1 must not be negative"),
     ({"model__moe__num_experts": 1}, "num_shared_experts = 1 needs num_experts > 1"),
+    ({"model__lora__rank": -1}, "config.model.lora.rank = -1 must not be negative; 0 trains all parameters"),
+    ({"model__lora__alpha": 0.0}, "config.model.lora.alpha = 0.0 must be positive"),
+    *(
+        ({"model__lora__targets": targets}, "must name projections of the attention, each once: q, k, v, o")
+        for targets in (("q", "experts"), ("q", "q"), ())
+    ),
     ({"model__moe__capacity_factor": 0.0}, "capacity_factor = 0.0 must be positive"),
     ({"model__moe__min_capacity": 0}, "min_capacity = 0 must be at least 1"),
     ({"model__moe__group_size": -1}, "group_size = -1 must be a token count, or 0"),

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import Config, ConfigError, to_dict
+from hunyuan_jax.config import Config, ConfigError, flat_fields, to_dict
 
 FILE = "manifest.json"
 
@@ -51,7 +51,7 @@ def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], 
 
 def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Those fields of a config, as a nested dict, that may not change during a run: dotted name -> value."""
-    found = {name: value for section in _FIXED_SECTIONS for name, value in _flatten(values.get(section, {}), f"{section}.")}
+    found = {name: value for section in _FIXED_SECTIONS for name, value in flat_fields(values.get(section, {}), f"{section}.")}
     return found | {f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS}
 
 
@@ -185,11 +185,3 @@ def _checksum(path: Path) -> list:
 
 def _digest_of(values: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _flatten(tree: dict[str, Any], prefix: str):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

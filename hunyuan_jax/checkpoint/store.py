@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.mirror import Mirror
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, to_dict
+from hunyuan_jax.model import lora
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
 
@@ -349,11 +351,32 @@ def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, params) of the newest good checkpoint of a run; nothing is changed in the workdir.
+    """(model config, params) of the newest good checkpoint of a run, LoRA adapters merged; nothing is changed in the workdir.
 
     Raises:
       ConfigError: no checkpoint yet.
     """
+    cfg, params = lora.merge(*_load_newest(workdir))
+    dtype = dtype or cfg.dtype
+    params = jax.tree.map_with_path(
+        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype), params
+    )
+    return dataclasses.replace(cfg, dtype=dtype), params
+
+
+def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+    """(model config with its lora section, the adapters as float32 numpy arrays) of the newest checkpoint of a run.
+
+    Raises:
+      ConfigError: no checkpoint yet, or a run without adapters.
+    """
+    cfg, params = _load_newest(workdir)
+    if not cfg.lora.rank:
+        raise ConfigError(f"{workdir} has trained all parameters (config.model.lora.rank = 0); it has no adapter. Export the whole model.")
+    return cfg, jax.tree.map(np.asarray, lora.split(params, cfg)[0])
+
+
+def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
     store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr))
     step, facts = store.newest_good()
@@ -364,12 +387,7 @@ def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[M
     config = dataclasses.replace(config, optimizer=OptimizerConfig(state_dtype=facts["state_dtype"]))
     state = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
     store.close()
-    dtype = dtype or config.model.dtype
-    params = jax.tree.map_with_path(
-        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype),
-        load_params(state.params),
-    )
-    return dataclasses.replace(config.model, dtype=dtype), params
+    return config.model, load_params(state.params)
 
 
 def read_config(workdir: str | os.PathLike) -> Config:

@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import scale, torch_io
+from hunyuan_jax.convert import peft_io, scale, torch_io
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.model import lora
 from hunyuan_jax.model import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
@@ -135,13 +136,16 @@ class Pretrained:
         return ids.astype(np.int32)
 
 
-def from_pretrained(path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None) -> Pretrained:
+def from_pretrained(
+    path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
+) -> Pretrained:
     """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or the newest one of a training run.
 
     Args:
       path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an import, or the --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
       mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first device if None.
+      adapter: a folder with a LoRA adapter in PEFT's format, which is merged into the weights.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
@@ -151,10 +155,19 @@ def from_pretrained(path: str | os.PathLike, dtype: str | None = None, mesh: Mes
     if (Path(path) / "checkpoints").is_dir():
         from hunyuan_jax.checkpoint import store
 
-        return Pretrained(*store.load_for_inference(path, dtype), mesh=mesh)
-    if scale.is_converted(path):
-        return Pretrained(*scale.read_params(path, dtype), mesh=mesh)
-    return Pretrained(*torch_io.read_model(path, dtype), mesh=mesh)
+        model = store.load_for_inference(path, dtype)
+    elif scale.is_converted(path):
+        model = scale.read_params(path, dtype)
+    else:
+        model = torch_io.read_model(path, dtype)
+    return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)), mesh=mesh)
+
+
+def _with_adapter(adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source) -> tuple[Any, ...]:
+    """The model with a PEFT adapter merged into its weights."""
+    adapted_cfg, adapters = peft_io.read_adapter(adapter, cfg)
+    _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
+    return cfg, jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params), *source
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:

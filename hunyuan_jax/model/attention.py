@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.model import params, rope
+from hunyuan_jax.model import lora, params, rope
 from hunyuan_jax.model.kernels import kernel_options
 from hunyuan_jax.model.linear import apart, linear
 from hunyuan_jax.model.norm import rms_normalize
@@ -51,6 +51,8 @@ class Attention(nnx.Module):
         if cfg.use_qk_norm:
             self.q_norm_H = params.ones((H,), ("norm",))
             self.k_norm_H = params.ones((H,), ("norm",))
+        if cfg.lora.rank:
+            lora.declare(self, cfg, jax.random.fold_in(key, 4), is_producer=is_producer)
 
     def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""
@@ -100,8 +102,7 @@ def keys_values(
     """`Attention.keys_values` on one shard: its sequences and its kv heads."""
     dtype = y_BTD.dtype
     k_BTKH, v_BTKH = (
-        linear(y_BTD, island.whole_matrix(weights[name], logical[name], dtype, num_in=1)).reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
-        for name in ("wk_DKH", "wv_DKH")
+        _project(weights, logical, target, y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim) for target in "kv"
     )
     if cfg.attention_bias:
         k_bias_KH, v_bias_KH = (island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH"))
@@ -115,8 +116,7 @@ def queries(
 ) -> jax.Array:
     """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale included."""
     dtype = y_BTD.dtype
-    q_BTR = linear(y_BTD, island.whole_matrix(weights["wq_DNH"], logical["wq_DNH"], dtype, num_in=1))
-    q_BTNH = q_BTR.reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
+    q_BTNH = _project(weights, logical, "q", y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
     if cfg.attention_bias:
         q_BTNH = q_BTNH + island.whole(weights["bq_NH"], logical["bq_NH"], dtype)
     q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
@@ -129,9 +129,16 @@ def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: Mode
     """The heads' outputs back to [B, T, D], summed over the shards of the heads."""
     dtype = out_BTNH.dtype
     out_BTR = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-    out_BTD = apart(linear(out_BTR, island.whole_matrix(weights["wo_NHD"], logical["wo_NHD"], dtype, num_in=2)))
+    out_BTD = apart(_project(weights, logical, "o", out_BTR, cfg, num_in=2))
     out_BTD = island.reduce_sum(out_BTD, "heads")
     return out_BTD + weights["bo_D"].astype(dtype) if cfg.attention_bias else out_BTD
+
+
+def _project(weights: dict[str, jax.Array], logical: dict, target: str, x_BTI: jax.Array, cfg: ModelConfig, num_in: int) -> jax.Array:
+    """[B, T, O] of the projection q, k, v or o, whose first num_in dims are the input, and of its adapter."""
+    name = lora.names(target)[0]
+    out_BTO = linear(x_BTI, island.whole_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in))
+    return out_BTO + lora.added(x_BTI, weights, logical, target, cfg) if cfg.lora.rank and target in cfg.lora.targets else out_BTO
 
 
 class Visibility(NamedTuple):

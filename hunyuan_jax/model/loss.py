@@ -20,6 +20,7 @@ from hunyuan_jax.parallel import island
 # Of one part, float32, on one shard.  With twice as much, the part's gradient is above what the TPU compiler (libtpu 0.0.50) turns into
 # a reduce-scatter: it then all-reduces.
 _MAX_LOGITS_BYTES = 2**28
+_LANES = 128
 
 
 def token_losses(table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh) -> jax.Array:
@@ -58,10 +59,22 @@ def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
 def num_parts(num_tokens: int, num_rows: int, num_shards: int) -> int:
     """In how many parts num_rows rows of the table on each of num_shards shards are multiplied with num_tokens tokens.
 
-    The smallest divisor of num_rows that keeps a part's logits small.
+    The smallest divisor of num_rows that keeps a part's logits small.  Where that is more than twice as many parts as are needed (128167
+    is 13 times a prime, and 13 rows are no matrix) their number is what is needed, and the last part is filled up with zeros.
     """
-    fitting = (n for n in range(1, num_rows) if num_rows % n == 0 and num_tokens * num_shards * (num_rows // n) * 4 <= _MAX_LOGITS_BYTES)
-    return next(fitting, num_rows)
+    most_rows = max(1, _MAX_LOGITS_BYTES // (4 * num_tokens * num_shards))
+    needed = -(-num_rows // most_rows)
+    divisor = next((n for n in range(needed, num_rows) if num_rows % n == 0), num_rows)
+    if divisor <= 2 * needed:
+        return divisor
+    return -(-num_rows // (most_rows // _LANES * _LANES or most_rows))
+
+
+def rows_of_part(num_rows: int, num_parts: int) -> int:
+    """Rows of the table in each part; more than num_rows in all parts together where num_parts is no divisor."""
+    rows = -(-num_rows // num_parts)
+    # Filled up in any case, it may as well be whole tiles of a TPU.
+    return rows if num_rows % num_parts == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,7 +87,7 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
 
     def add_part(carry, part):
         max_M, sum_M, target_M = carry
-        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, parts)
+        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, w_Vd.shape[0])
         new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
         sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.exp(logits_MVn - new_max_M[:, None]).sum(-1)
         return (new_max_M, sum_M, target_M + jnp.where(is_target_MVn, logits_MVn, 0.0).sum(-1)), None
@@ -95,23 +108,30 @@ def _losses_bwd(logical, residuals, dloss_M):
 
     def add_part(dhidden_MD, part):
         w_DVn, to_storage = jax.vjp(lambda w_vd: _whole_part(logical, w_vd, hidden_MD.dtype), part[1])
-        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, parts, w_DVn)
+        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, w_Vd.shape[0], w_DVn)
         probs_MVn = jnp.exp(logits_MVn - log_sum_M[:, None])
         dlogits_MVn = apart((dloss_M[:, None] * (probs_MVn - is_target_MVn.astype(jnp.float32))).astype(hidden_MD.dtype))
         dhidden_MD = dhidden_MD + jnp.einsum("MV,DV->MD", dlogits_MVn, w_DVn, preferred_element_type=jnp.float32)
         return dhidden_MD, to_storage(apart(jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MVn)))[0]
 
     dhidden_MD, dw_nvd = jax.lax.scan(add_part, jnp.zeros(hidden_MD.shape, jnp.float32), parts)
-    return dw_nvd.reshape(w_Vd.shape), dhidden_MD.astype(hidden_MD.dtype), np.zeros(targets_M.shape, jax.dtypes.float0)
+    return (
+        dw_nvd.reshape(-1, w_Vd.shape[1])[: w_Vd.shape[0]],
+        dhidden_MD.astype(hidden_MD.dtype),
+        np.zeros(targets_M.shape, jax.dtypes.float0),
+    )
 
 
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
 
 
 def _parts(logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(index [n], rows [n, v, d]): part i is the i-th stretch of v rows of every shard."""
-    n = num_parts(hidden_MD.shape[0], w_Vd.shape[0], island.num_stored_shards(logical[0]))
-    return jnp.arange(n), w_Vd.reshape(n, w_Vd.shape[0] // n, w_Vd.shape[1])
+    """(index [n], rows [n, v, d]): part i is the i-th stretch of v rows of every shard; the last may be filled up with zeros."""
+    num_rows, width = w_Vd.shape
+    n = num_parts(hidden_MD.shape[0], num_rows, island.num_stored_shards(logical[0]))
+    v = rows_of_part(num_rows, n)
+    w_Vd = w_Vd if n * v == num_rows else jnp.pad(w_Vd, ((0, n * v - num_rows), (0, 0)))
+    return jnp.arange(n), w_Vd.reshape(n, v, width)
 
 
 def _whole_part(logical, w_vd, dtype):
@@ -119,14 +139,18 @@ def _whole_part(logical, w_vd, dtype):
     return island.whole(w_vd.T, logical[::-1], dtype)
 
 
-def _part_logits(logical, part, hidden_MD, targets_M, parts, w_DVn=None):
-    """Logits float32 [M, Vn] of a part of the vocabulary, and whether each is the target's."""
+def _part_logits(logical, part, hidden_MD, targets_M, num_rows, w_DVn=None):
+    """Logits float32 [M, Vn] of a part of the vocabulary, and whether each is the target's; num_rows: that a shard really stores."""
     index, w_vd = part
-    n, v, _ = parts[1].shape
+    v = w_vd.shape[0]
     w_DVn = _whole_part(logical, w_vd, hidden_MD.dtype) if w_DVn is None else w_DVn
     logits_MVn = apart(jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32))
     # Row r of the part is row r % v of the stretch that shard r // v stores.
     num_shards, row_Vn = island.num_stored_shards(logical[0]), jnp.arange(w_DVn.shape[1])
     shard_Vn = island.shard_index("vocab") * num_shards + row_Vn // v
-    token_Vn = (shard_Vn * n + index) * v + row_Vn % v
-    return logits_MVn, token_Vn[None, :] == targets_M[:, None]
+    stored_row_Vn = index * v + row_Vn % v
+    is_target_MVn = (shard_Vn * num_rows + stored_row_Vn)[None, :] == targets_M[:, None]
+    if num_rows % v == 0:
+        return logits_MVn, is_target_MVn
+    is_row_Vn = stored_row_Vn < num_rows  # behind them, the numbers would be those of the next shard's tokens
+    return jnp.where(is_row_Vn, logits_MVn, -jnp.inf), is_target_MVn & is_row_Vn

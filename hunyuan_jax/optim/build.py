@@ -40,7 +40,9 @@ class QuantizedState(NamedTuple):
     root_nu: Any
 
 
-def build_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule, params_or_shapes: Any, *, is_moe: bool) -> Optimizer:
+def build_optimizer(
+    cfg: OptimizerConfig, schedule: optax.Schedule, params_or_shapes: Any, *, is_moe: bool, is_lora: bool = False
+) -> Optimizer:
     """AdamW over the parameter tree.
 
     One step for a parameter p of a group with ratio r and decay wd, where m and v are the bias-corrected moments of the clipped
@@ -67,11 +69,12 @@ def build_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule, params_or_sh
       schedule: step -> learning rate, as `build_schedule` returns it.
       params_or_shapes: nested dict of the parameters (plain arrays) or their shape structs; only the paths are used.
       is_moe: whether the model has routed experts (`ModelConfig.is_moe`).
+      is_lora: whether the parameters are LoRA adapters.
 
     Raises:
       ConfigError: a parameter without a group, a group without a parameter, or a moment that decays too slowly for its dtype.
     """
-    by_name = {group.name: group for group in default_groups(cfg, is_moe=is_moe)}
+    by_name = {group.name: group for group in default_groups(cfg, is_moe=is_moe, is_lora=is_lora)}
     names = assign_groups(params_or_shapes, tuple(by_name.values()))
     groups = jax.tree.map(lambda name: by_name[name], names)
     if cfg.state_dtype == "fp8_lm":

@@ -25,8 +25,8 @@ class ParamGroup:
     weight_decay: float
 
 
-def default_groups(cfg: OptimizerConfig, *, is_moe: bool) -> tuple[ParamGroup, ...]:
-    """The groups of a model, in order; the first match wins.
+def default_groups(cfg: OptimizerConfig, *, is_moe: bool, is_lora: bool = False) -> tuple[ParamGroup, ...]:
+    """The groups of a model, in order; the first match wins.  With LoRA there is one, of the adapters, which are matrices.
 
     Groups that only a mixture of experts has are left out for a dense model, so that a pattern without a parameter is always a mistake.
 
@@ -38,6 +38,8 @@ def default_groups(cfg: OptimizerConfig, *, is_moe: bool) -> tuple[ParamGroup, .
     * router and matrices: decayed.  An untied lm_head counts as a matrix: all its rows have a gradient at each step, and decay keeps
       the logits from growing.
     """
+    if is_lora:
+        return (ParamGroup("adapters", r"groups/.*/attn/w[qkvo]_lora_\w+", 1.0, cfg.weight_decay),)
     experts = ParamGroup("experts", r"groups/.*/moe/experts/w_\w+", cfg.expert_lr_ratio, cfg.weight_decay)
     router = ParamGroup("router", r"groups/.*/moe/router_DE", 1.0, cfg.weight_decay)
     everywhere = (

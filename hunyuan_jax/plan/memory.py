@@ -232,7 +232,7 @@ def _part_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
     table = (config.model.vocab_size, config.model.hidden_size)
     storage_ways = _storage_ways(mesh, first_that_divides(axes, table, embedding.TABLES, "the table of tokens")[0])
     stored = config.model.vocab_size // mesh.tensor // storage_ways
-    return stored // loss.num_parts(tokens, stored, storage_ways) * storage_ways
+    return loss.rows_of_part(stored, loss.num_parts(tokens, stored, storage_ways)) * storage_ways
 
 
 def _storage_ways(mesh: MeshConfig, logical: str) -> int:

@@ -25,6 +25,7 @@ from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.log import Log
 from hunyuan_jax.train.skips import Skips
+from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import Program, abstract_state, build_program, convert, init_state, with_state_dtype
 from hunyuan_jax.train.watchdog import Watchdog
 
@@ -78,7 +79,9 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         restored = store.restore_newest(target_of)
     first_step, state, facts = restored or (0, None, None)
     if facts is None:
-        state = init_state(program)
+        with hosts.raised_by_all():
+            weights = read_weights(train.init_from, config.model) if train.init_from else None
+        state = init_state(program, weights)
     elif facts["state_dtype"] != config.optimizer.state_dtype:
         state = convert(program, state)
         log.print(f"the state of step {first_step} was converted from {facts['state_dtype']} to {config.optimizer.state_dtype}.")

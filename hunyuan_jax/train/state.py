@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, ModelConfig, OptimizerConfig, StateDtype
+from hunyuan_jax.model import lora
 from hunyuan_jax.model.abstract import abstract_model, path_of
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
@@ -22,8 +23,9 @@ from hunyuan_jax.quant.scaled import store_params
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like params; step: int32, steps done, skipped
-    ones included; guard: which steps were skipped."""
+    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like those that are trained; step: int32, steps
+    done, skipped ones included; guard: which steps were skipped.  What LoRA freezes is kept in the dtype in which it is used.
+    """
 
     params: dict[str, Any]
     opt_state: Any
@@ -35,7 +37,8 @@ class Program(NamedTuple):
     """What a run's functions are made from.
 
     graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step -> learning rate;
-    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of every parameter's gradient.
+    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of the gradient of every parameter that is
+    trained.
     """
 
     config: Config
@@ -55,7 +58,8 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     """
     graph_def, shapes, param_shardings = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
-    tx = build_optimizer(config.optimizer, schedule, shapes, is_moe=config.model.is_moe)
+    trained, _ = lora.split(shapes, config.model)
+    tx = build_optimizer(config.optimizer, schedule, trained, is_moe=config.model.is_moe, is_lora=config.model.lora.rank > 0)
     by_path = {path_of(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
 
     def sharding(path, _):
@@ -66,23 +70,34 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
     taps = jax.tree.map_with_path(
         lambda path, shape, s: jax.ShapeDtypeStruct(shape.shape, _dtype_in_use(path_of(path), config.model), sharding=s),
-        shapes,
-        param_shardings,
+        trained,
+        lora.split(param_shardings, config.model)[0],
     )
     return Program(config, mesh, graph_def, tx, schedule, shardings, taps)
 
 
-def init_state(program: Program) -> TrainState:
-    """A fresh state from train.seed, created in place on the mesh."""
+def init_state(program: Program, weights: dict[str, Any] | None = None) -> TrainState:
+    """A fresh state, created in place on the mesh: drawn from train.seed, all but `weights`.
 
-    def init(key):
-        model = Transformer(program.config.model, program.mesh, key)
-        return _new_state(program.config, program.tx, nnx.to_pure_dict(nnx.split(model)[1]))
+    Args:
+      weights: a nested dict of numpy arrays for some or all of the parameters; every process passes the same.
+    """
+    cfg, mesh = program.config.model, program.mesh
 
+    def init(key, weights):
+        drawn = nnx.to_pure_dict(nnx.split(Transformer(cfg, mesh, key))[1])
+        return _new_state(program.config, program.tx, lora.join(drawn, weights))
+
+    def place(path, array):
+        # Each device takes its part: there is no whole copy on any.
+        return jax.make_array_from_callback(array.shape, shardings[path_of(path)], lambda index: array[index])
+
+    shardings = {path_of(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])}
+    placed = jax.tree.map_with_path(place, weights or {})
     # Runs once: on a CPU, LLVM would spend seconds on optimising what takes 0.05 s.
-    is_cpu = program.mesh.devices.flat[0].platform == "cpu"
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
-    return jax.jit(init, out_shardings=program.shardings, compiler_options=options)(jax.random.key(program.config.train.seed))
+    return jax.jit(init, out_shardings=program.shardings, compiler_options=options)(jax.random.key(program.config.train.seed), placed)
 
 
 def abstract_state(program: Program) -> TrainState:
@@ -102,15 +117,18 @@ def convert(program: Program, state: TrainState) -> TrainState:
     """A state of any state_dtype in that of `program`; while it runs, both are in memory."""
 
     def run(state):
-        params, opt_state = convert_state(state.params, state.opt_state, program.config.optimizer.state_dtype, program.tx)
-        return state._replace(params=params, opt_state=opt_state)
+        trained, frozen = lora.split(state.params, program.config.model)
+        trained, opt_state = convert_state(trained, state.opt_state, program.config.optimizer.state_dtype, program.tx)
+        return state._replace(params=lora.join(frozen, trained), opt_state=opt_state)
 
     return jax.jit(run, out_shardings=program.shardings)(state)
 
 
 def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
-    params = store_params(params, config.optimizer.state_dtype)
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), new_guard())
+    trained, frozen = lora.split(params, config.model)
+    trained = store_params(jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype)
+    frozen = jax.tree.map_with_path(lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen)
+    return TrainState(lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 
 def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from hunyuan_jax.model import lora, routing
 from hunyuan_jax.model import loss as loss_lib
-from hunyuan_jax.model import routing
 from hunyuan_jax.model.params import Weight, in_use
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
@@ -46,12 +46,13 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         # Routing draws and dropout depend on the seed and the step alone, so a resumed run repeats them.
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grads, loss, stats = gradients(program, state.params, batch, key)
+        trained, frozen = lora.split(state.params, config.model)
         accept = functools.partial(guard_lib.accepts, config.optimizer, state.guard, loss)
-        params, opt_state, grad_norm = program.tx.step(grads, state.opt_state, state.params, accept)
+        trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained, accept)
         guard = guard_lib.after_step(state.guard, grad_norm, accept(grad_norm))
         counts = {"num_updates": state.guard.num_accepted, "num_skipped": guard.num_skipped, "skipped_in_row": guard.num_in_row}
         metrics = {"loss": loss, "grad_norm": grad_norm, **counts, **router_metrics(stats)}
-        return TrainState(params, opt_state, state.step + 1, guard), metrics
+        return TrainState(lora.join(frozen, trained), opt_state, state.step + 1, guard), metrics
 
     return jax.jit(
         step,
@@ -85,7 +86,7 @@ def gradients(program: Program, params: dict, batch: Batch, key: jax.Array) -> t
     num_targets = jnp.maximum(batch["loss_weights"].sum(), 1.0)
 
     def loss_fn(taps, part, key):
-        model: Transformer = nnx.merge(program.graph_def, _weights(params, taps))
+        model: Transformer = nnx.merge(program.graph_def, _weights(program, params, taps))
         output = model(part["tokens"], part["positions"], part["segment_ids"], key=key, is_training=True)
         loss = (model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]).sum() / num_targets
         return loss + loss_lib.router_loss(output.stats, program.config.model.moe) / num_parts, (loss, output.stats)
@@ -120,9 +121,10 @@ def _taps(program: Program) -> dict:
     return jax.tree.map(lambda tap: jnp.zeros(tap.shape, tap.dtype), program.taps)
 
 
-def _weights(params: dict, taps: dict) -> dict:
-    """The parameters for the model: those of the layers become arrays layer by layer, the others at once."""
-    weights = jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, params)
+def _weights(program: Program, params: dict, taps: dict) -> dict:
+    """The parameters for the model: those of the layers become arrays layer by layer, the others at once; frozen ones already are."""
+    trained, frozen = lora.split(params, program.config.model)
+    weights = lora.join(frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained))
     return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
 
 
@@ -136,7 +138,7 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], tuple[jax.Array,
     graph_def = abstract_model(dataclasses.replace(program.config.model, moe=moe), program.mesh)[0]
 
     def step(params, batch):
-        model: Transformer = nnx.merge(graph_def, _weights(params, _taps(program)))
+        model: Transformer = nnx.merge(graph_def, _weights(program, params, _taps(program)))
 
         def add_part(total, part):
             output = model(part["tokens"], part["positions"], part["segment_ids"])

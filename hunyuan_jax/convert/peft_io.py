@@ -1,0 +1,161 @@
+"""LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from hunyuan_jax.config import ConfigError, LoraConfig, ModelConfig, validate_model
+from hunyuan_jax.convert import table
+from hunyuan_jax.model import lora
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TARGET = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight")
+_MODULES = {f"{target}_proj": target for target in "qkvo"}
+# What else PEFT can do with an adapter: other values change the product, or add weights.
+_FIXED = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "megatron_config": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "exclude_modules": None,
+    "lora_bias": False,
+}
+
+
+def write_adapter(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], base: str) -> None:
+    """Writes the adapters of a run.
+
+    Args:
+      folder: made if it is not there.
+      cfg: with its lora section; params: nested dict that holds the adapters, float32.
+      base: path or name of the model that they belong to, as PEFT notes it.
+    """
+    tensors = {}
+    for entry, target in _projections(cfg):
+        for name, part in zip(lora.names(target)[1:], "AB", strict=True):
+            array = _leaf(params, entry, name)[entry.index[0]].astype(np.float32)
+            # Ours are [in, r] and [r, out], torch's [r, in] and [out, r].
+            matrix = array.reshape(-1, cfg.lora.rank) if part == "A" else array.reshape(cfg.lora.rank, -1)
+            tensors[_name(entry, part)] = np.ascontiguousarray(matrix.T)
+    settings = _FIXED | {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "lora_alpha": cfg.lora.alpha,
+        "lora_dropout": 0.0,
+        "r": cfg.lora.rank,
+        "target_modules": [f"{target}_proj" for target in cfg.lora.targets],
+        "task_type": "CAUSAL_LM",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config with the adapter's lora section, the adapters as a nested dict of numpy arrays) for a model of `cfg`.
+
+    Raises:
+      ConfigError: no adapter there, one that does more than LoRA on the attention, or tensors that do not fit the model, by name.
+    """
+    folder = Path(folder)
+    cfg = _with_settings(folder, cfg)
+    wanted = {_name(entry, part): (entry, target, part) for entry, target in _projections(cfg) for part in "AB"}
+    params: dict[str, Any] = {}
+    for name, tensor in _read_tensors(folder / _WEIGHTS).items():
+        if name not in wanted:
+            raise ConfigError(f"{folder / _WEIGHTS} holds {name!r}, {_why_not(name, cfg)}.")
+        entry, target, part = wanted.pop(name)
+        rank = cfg.lora.rank
+        shape = (rank, entry.shape[1]) if part == "A" else (entry.shape[0], rank)
+        if tensor.shape != shape:
+            raise ConfigError(f"{folder / _WEIGHTS}: {name} has shape {tensor.shape}; this model and r = {rank} ask for {shape}.")
+        leaf = lora.names(target)["AB".index(part) + 1]
+        dims = lora.shapes(cfg, target)["AB".index(part)]
+        node = params
+        for key in entry.path.split("/")[:-1]:
+            node = node.setdefault(key, {})
+        stacked = node.setdefault(leaf, np.empty((cfg.num_groups, *dims), np.float32))
+        stacked[entry.index[0]] = tensor.astype(np.float32).T.reshape(dims)
+    if wanted:
+        raise ConfigError(f"{folder / _WEIGHTS} lacks {len(wanted)} tensors that {_CONFIG} promises, the first one {next(iter(wanted))}.")
+    return cfg, params
+
+
+def _projections(cfg: ModelConfig) -> list[tuple[table.Entry, str]]:
+    """The official weights that have an adapter, each with its target."""
+    found = [(entry, _TARGET.fullmatch(entry.name)) for entry in table.entries(cfg)]
+    return [(entry, match[2]) for entry, match in found if match and match[2] in cfg.lora.targets]
+
+
+def _name(entry: table.Entry, part: str) -> str:
+    return f"{_PREFIX}{entry.name.removesuffix('.weight')}.lora_{part}.weight"
+
+
+def _leaf(params: dict[str, Any], entry: table.Entry, name: str) -> np.ndarray:
+    for key in entry.path.split("/")[:-1]:
+        params = params[key]
+    return np.asarray(params[name])
+
+
+def _with_settings(folder: Path, cfg: ModelConfig) -> ModelConfig:
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no PEFT adapter: it has no {_CONFIG}.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha, modules = settings["r"], settings["lora_alpha"], settings["target_modules"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path} is not the JSON of a LoRA adapter: {type(e).__name__}: {e}.") from e
+    for name, value in _FIXED.items():
+        if name in settings and settings[name] != value and (settings[name] or value):  # all that is empty means the same
+            raise ConfigError(f"{path}: {name} = {settings[name]!r}; only {value!r} is implemented. Merge the adapter with PEFT itself.")
+    modules = [modules] if isinstance(modules, str) else list(modules or [])
+    wrong = [module for module in modules if module not in _MODULES]
+    if wrong or not modules:
+        raise ConfigError(
+            f"{path}: target_modules = {modules}; only {', '.join(_MODULES)} can have adapters here. Merge the adapter with PEFT itself."
+        )
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise ConfigError(f"{path}: r = {rank!r} and lora_alpha = {alpha!r} must be a positive integer and a number.")
+    targets = tuple(target for module, target in _MODULES.items() if module in modules)
+    return validate_model(dataclasses.replace(cfg, lora=LoraConfig(rank, float(alpha), targets)))
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path.parent} holds no {path.name}; PEFT writes one unless it was asked for .bin. Save the adapter as safetensors."
+        )
+    try:
+        return safetensors.numpy.load_file(path)
+    except SafetensorError as e:
+        raise ConfigError(f"{path} is no safetensors file ({e}); was it downloaded whole, and not as a git-lfs pointer?") from e
+
+
+def _why_not(name: str, cfg: ModelConfig) -> str:
+    match = re.fullmatch(re.escape(_PREFIX) + r"model\.layers\.(\d+)\.self_attn\.([kv])_proj\.lora_[AB]\.weight", name)
+    if match and int(match[1]) < cfg.num_layers and int(match[1]) % cfg.cla_share_factor:
+        producer = int(match[1]) - int(match[1]) % cfg.cla_share_factor
+        return (
+            f"but layer {match[1]} has no {match[2]}_proj: with cla_share_factor = {cfg.cla_share_factor} it uses those of layer "
+            f"{producer}. The adapter belongs to another model"
+        )
+    return "which an adapter of this model and these target_modules does not have"
