@@ -14,7 +14,7 @@ import pytest
 from helpers import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
 
 from hunyuan_jax import bench
-from hunyuan_jax.checkpoint import store
+from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import (
     CheckpointConfig,
     Config,
@@ -241,15 +241,15 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     config = config_for(state_dtype=mode)
     state = random_state(build_program(config, mesh_of(*SIZES)))
     store.claim_workdir(tmp_path, config)
-    saving = store.Store(tmp_path, keep=1)
-    saving.save(3, state, {"row": 7})
+    saving = store.Store(tmp_path, config.checkpoint, print)
+    saving.save(3, state, manifest.facts(config, {}, {"row": 7}, None))
     saving.close()
     for sizes in (SIZES, (1, 4, 2)):
         program = build_program(config, mesh_of(*sizes))
-        loading = store.Store(tmp_path, keep=1)
-        restored, position = loading.restore(3, abstract_state(program))
+        loading = store.Store(tmp_path, config.checkpoint, print)
+        step, restored, facts = loading.restore_newest(lambda facts, program=program: abstract_state(program))
         loading.close()
-        assert position == {"row": 7}
+        assert step == 3 and facts["position"] == {"row": 7}
         assert_same(restored, state)
         for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)

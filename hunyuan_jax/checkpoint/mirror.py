@@ -37,7 +37,6 @@ class Mirror:
         index: int,
         count: int,
         report: Callable[[str], None],
-        first_pause: float = _FIRST_PAUSE,
     ):
         """Connects to cfg.mirror; `folder` holds the local steps; process `index` of `count`.
 
@@ -45,7 +44,7 @@ class Mirror:
           ConfigError: no such filesystem.
         """
         self._cfg, self._folder, self._index, self._count = cfg, folder, index, count
-        self._report, self._first_pause = report, first_pause
+        self._report = report
         self._fs, self._root = _filesystem(cfg.mirror)
         self._losses: dict[int, float | None] | None = None  # of the complete steps there
         self._queue: queue.Queue[int | None] = queue.Queue()
@@ -137,7 +136,8 @@ class Mirror:
         for name in self._share(manifest):
             self._attempt(lambda name=name: self._put(folder / name, self._path(step, name)))
         if self._index == 0:
-            self._wait_for(step, {name: size for name, (size, _) in manifest["files"].items()})
+            if self._count > 1:
+                self._wait_for(step, {name: size for name, (size, _) in manifest["files"].items()})
             self._attempt(lambda: self._put(folder / manifest_lib.FILE, self._path(step, manifest_lib.FILE)))
             self._delete_old(step, manifest)
 
@@ -172,9 +172,7 @@ class Mirror:
         """Waits for the files of the other processes."""
         deadline = time.monotonic() + _PEER_SECONDS
         while True:
-            found = {
-                path.removeprefix(self._path(step) + "/"): info["size"] for path, info in self._attempt(lambda: self._find(step)).items()
-            }
+            found = self._attempt(lambda: self._sizes(step))
             missing = [name for name, size in sizes.items() if found.get(name) != size]
             if not missing:
                 return
@@ -229,7 +227,7 @@ class Mirror:
           MirrorError: it failed in every attempt.
           FileNotFoundError: the local file it needs is gone.
         """
-        pause = self._first_pause
+        pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return function()
