@@ -231,6 +231,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"1", "damaged-1", "mine"}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
@@ -244,7 +245,7 @@ def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path):
         store.restore_newest(target)
         store.save(2, state_of(2), facts_of())
         with pytest.raises(
-            ConfigError, match=rf"no space is left in {tmp_path}: .*untouched, the newest is 1. Make room, or lower .*keep \(now 2\)"
+            ConfigError, match=rf"no space is left in {tmp_path}: .*untouched; the newest is 1. Make room, or lower .*keep \(now 2\)"
         ):
             store.close()
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1"}

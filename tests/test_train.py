@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from hunyuan_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from hunyuan_jax.train import loop
+from hunyuan_jax.train import loop, watchdog
 
 MODEL = ModelConfig(
     vocab_size=259,
@@ -139,8 +141,10 @@ def test_finished_run_started_again_changes_nothing(corpus, tmp_path, capsys):
 
 def test_what_a_run_writes(corpus, tmp_path):
     workdir = tmp_path / "run"
-    config = config_for(corpus)
+    config = config_for(corpus, watchdog_minutes=0.002)
     assert loop.run(config, workdir) == 0
+    stacks = (workdir / "stacks-0.txt").read_text()
+    assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "loop.py" in stacks
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
     assert list((workdir / "tensorboard").glob("events*"))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [4, 6]
@@ -241,6 +245,66 @@ def test_a_row_of_skipped_steps_stops_with_a_message(corpus, tmp_path, capsys):
     for step in (2, 3, 4):  # step 1 ruins the parameters
         assert re.search(rf"step {step} was skipped: loss .*; documents: text/\d+\.txt", printed)
     assert not steps(tmp_path / "run" / "checkpoints")  # looked at before the save of step 5
+
+
+def test_the_time_of_skipped_steps_is_a_cause_of_its_own(corpus, tmp_path):
+    """All that goodput knows of them comes from the metrics of the step."""
+    config = dataclasses.replace(config_for(corpus, num_steps=4, log_every=4), schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0))
+    assert loop.run(config, tmp_path) == 0
+    seconds = rows(tmp_path)[-2]
+    assert seconds["skipped_steps"] == 3 and seconds["loss"] is None
+    lost, productive = seconds["goodput/skipped_seconds"], seconds["goodput/productive_seconds"]
+    assert lost > 0 and productive > 0
+
+
+def test_checkpoints_by_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    config = Config(MODEL, checkpoint=CheckpointConfig(every=0, every_minutes=2.0))
+    schedule = loop._Saves(config)
+    now[0] = 119.0
+    assert not schedule.is_due(100, is_logged=True)
+    now[0] = 121.0
+    assert schedule.is_due(101, is_logged=True) and not schedule.is_due(101, is_logged=False)
+    schedule.saved()
+    assert not schedule.is_due(102, is_logged=True)
+    by_steps = loop._Saves(dataclasses.replace(config, checkpoint=CheckpointConfig(every=7)))
+    now[0] = 1e6
+    assert [step for step in range(1, 15) if by_steps.is_due(step, is_logged=True)] == [7, 14]
+
+
+def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path):
+    released = threading.Event()
+
+    def a_hung_collective():
+        released.wait()
+
+    hung = threading.Thread(target=a_hung_collective)
+    hung.start()
+    watching = watchdog.Watchdog(0.1 / 60, tmp_path / "stacks.txt", "process 3 of 4")
+    watching.finished(17)
+    try:
+        with watching.doing("in a step"):
+            deadline = time.monotonic() + 20
+            while not (tmp_path / "stacks.txt").is_file() or (tmp_path / "stacks.txt").read_text().count("watchdog: ") < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    finally:
+        released.set()
+        watching.close()
+        hung.join()
+    text = (tmp_path / "stacks.txt").read_text()
+    assert "process 3 of 4 has done 17 steps and is in a step." in text and "in a_hung_collective" in text
+
+
+def test_a_watchdog_of_a_run_that_makes_progress_is_silent(tmp_path):
+    watching = watchdog.Watchdog(0.3 / 60, tmp_path / "stacks.txt", "process 0 of 1")
+    for step in range(10):
+        time.sleep(0.05)
+        watching.finished(step)
+    watching.close()
+    watchdog.Watchdog(0.0, tmp_path / "stacks.txt", "never").close()
+    assert not (tmp_path / "stacks.txt").exists()
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus, tmp_path):

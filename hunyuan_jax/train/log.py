@@ -70,9 +70,10 @@ class Log:
         else:
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
-    def start(self, step: int, program: Any) -> None:
-        """Startup is over; `step` steps are done, and the next one compiles."""
-        self._step = self._logged_step = step
+    def start(self, step: int, num_skipped: int, program: Any) -> None:
+        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one compiles."""
+        self._step = self._logged_step = self._flushed_step = step
+        self._num_skipped = num_skipped
         self._goodput.start(self._workdir if hosts.is_first() else None, step)
         self._goodput.switch(PRODUCTIVE)
         self._training_seconds = 0.0
@@ -173,7 +174,12 @@ class Log:
         """A row of the ledger; the devices are idle."""
         self._goodput.switch(PRODUCTIVE)
         self._training_seconds += self._goodput.spent(PRODUCTIVE, "data")
-        self._goodput.flush(self._step)
+        num_steps, self._flushed_step = self._step - self._flushed_step, self._step
+        if not num_steps:
+            self._goodput.flush(self._step)
+            return
+        before, self._num_skipped = self._num_skipped, int(self._metrics["num_skipped"])
+        self._goodput.flush(self._step, (self._num_skipped - before) / num_steps)
 
     def _stop_trace(self) -> None:
         with self.time("profile"):

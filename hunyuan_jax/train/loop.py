@@ -114,7 +114,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         if first_step >= train.num_steps:
             log.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
             return 0
-        log.start(first_step, program)
+        log.start(first_step, int(state.guard.num_skipped), program)
         for step in range(first_step + 1, train.num_steps + 1):
             with log.time("data"), watchdog.doing("waiting for a batch"):
                 batch = next(batches)

@@ -1,0 +1,294 @@
+"""Real runs in real processes that are killed, starved and damaged: each is started again, and its losses are those of an undisturbed run,
+bit for bit.
+
+docs/reliability.md has the last result of the slow ones: `pytest -m slow tests/test_failures.py -n 0 -s` prints the rows of its table.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_checkpoint import DAMAGE
+from test_distributed import SMALL, finish, losses, processes
+
+from hunyuan_jax.checkpoint.store import finished_steps
+
+ROOT = Path(__file__).parent.parent
+NUM_STEPS = 150
+FIELDS = SMALL | {
+    "model.hidden_size": 64,
+    "model.intermediate_size": 128,
+    "train.num_steps": NUM_STEPS,
+    "train.eval_every": 25,
+    "checkpoint.every": 4,
+    "checkpoint.keep": 3,
+    "mesh.data": 2,
+}
+NUM_KILLS = 20
+
+# Kills its own process, as kill -9 does, so many seconds after the n-th call of a function.
+KILLER = """
+import itertools, os, runpy, signal, sys, threading
+from hunyuan_jax.checkpoint.store import Store
+from hunyuan_jax.data.loader import Order
+from hunyuan_jax.train import step
+
+place, n, delay = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
+calls = itertools.count(1)
+
+def armed(function):
+    def wrapper(*args, **kwargs):
+        if next(calls) == n:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **kwargs)
+    return wrapper
+
+if place == "in a step":
+    make = step.make_train_step
+    step.make_train_step = lambda program: armed(make(program))
+elif place == "in the data worker":
+    Order.batch = armed(Order.batch)
+elif place == "in the save":
+    Store._write = armed(Store._write)
+elif place == "in the checksums":
+    Store._finish = armed(Store._finish)
+runpy.run_path("train.py", run_name="__main__")
+"""
+# (first and last call, longest delay): batches are read eight ahead, and a save takes about a tenth of a second.
+PLACES = {
+    "in a step": ((2, 9), 0.02),
+    "in the data worker": ((10, 18), 0.005),
+    "in the save": ((1, 2), 0.15),
+    "in the checksums": ((1, 2), 0.03),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20)))
+    return folder
+
+
+def start(corpus, workdir, script=("train.py",), env=None, **fields):
+    """One process with two devices."""
+    fields = {**FIELDS, "data.source": str(corpus), "data.validation_fraction": 0.2, **fields}
+    command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # each process would compile the same for seconds
+    }
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **flags, **(env or {})}, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    """Its exit status and standard error."""
+    error = process.communicate(timeout=200)[1]
+    return process.returncode, error
+
+
+def run(corpus, workdir, **arguments):
+    """What a run that must be done says."""
+    status, error = finished(start(corpus, workdir, **arguments))
+    assert status == 0, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    """{step: numbers} of a run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("reference")
+    run(corpus, workdir)
+    found = losses(workdir)
+    assert list(found) == list(range(1, NUM_STEPS + 1))
+    return found
+
+
+def assert_same(workdir, reference, is_whole=True):
+    found = losses(workdir)
+    assert found == {step: numbers for step, numbers in reference.items() if is_whole or step <= max(found)}
+
+
+def report(case, count, text):
+    """A row of the table in docs/reliability.md."""
+    print(f"\n| {case} | {count} | {text} |")
+
+
+def damage(workdir, kind):
+    newest = max(finished_steps(workdir / "checkpoints"))
+    DAMAGE[kind](workdir / "checkpoints" / str(newest))
+    return newest
+
+
+# ------------------------------------------------------------------------------------------------------------------ cheap, in every CI run
+
+
+def test_killed_in_a_save_and_started_again_as_if_nothing_had_happened(corpus, tmp_path):
+    short = {"train.num_steps": 8, "data.validation_fraction": 0.0}
+    run(corpus, tmp_path / "whole", **short)
+    process = start(corpus, tmp_path / "run", ("-c", KILLER, "in the save", "2", "0.001"), **short)
+    status, error = finished(process)
+    assert status == -signal.SIGKILL, error
+    assert 4 in finished_steps(tmp_path / "run" / "checkpoints")
+    error = run(corpus, tmp_path / "run", **short)
+    assert re.search("resuming at step [48]:", error)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the whole matrix
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_kill_9_at_random_moments(corpus, reference, tmp_path):
+    rng, counts, lines = random.Random(int(os.environ.get("SEED", "0"))), dict.fromkeys([*PLACES, "by the clock"], 0), []
+    for place in itertools.islice(itertools.cycle(counts), NUM_KILLS):
+        if place == "by the clock":
+            process = start(corpus, tmp_path)
+            time.sleep(rng.uniform(1.0, 12.0))
+            process.kill()
+        else:
+            (first, last), delay = PLACES[place]
+            process = start(corpus, tmp_path, ("-c", KILLER, place, str(rng.randint(first, last)), str(rng.uniform(0, delay))))
+        status, error = finished(process)
+        assert status == -signal.SIGKILL, error
+        lines += [line for line in error.splitlines() if "resuming at" in line or "has no manifest" in line]
+        counts[place] += 1
+        assert_same(tmp_path, reference, is_whole=False)
+    print(*lines, sep="\n")
+    run(corpus, tmp_path)
+    assert_same(tmp_path, reference)
+    report("kill -9", NUM_KILLS, ", ".join(f"{count} {place}" for place, count in counts.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_at_random_moments(corpus, reference, tmp_path):
+    rng, seconds = random.Random(1), []
+    for _ in range(5):
+        process = start(corpus, tmp_path)
+        wait_for_line(process, "starting", "resuming")
+        time.sleep(rng.uniform(0.0, 2.0))
+        before = time.monotonic()
+        process.terminate()
+        status, error = finished(process)
+        seconds.append(time.monotonic() - before)
+        assert status == 0 and "the same command continues from there" in error, error
+        assert max(finished_steps(tmp_path / "checkpoints")) == max(losses(tmp_path))
+    run(corpus, tmp_path)
+    assert_same(tmp_path, reference)
+    report("SIGTERM", 5, f"exit 0, {min(seconds):.1f} to {max(seconds):.1f} s after the signal (compiling the first step included)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_newest_checkpoint_is_damaged(corpus, reference, tmp_path, kind):
+    process = start(corpus, tmp_path, ("-c", KILLER, "in a step", "30", "0"))
+    assert finished(process)[0] == -signal.SIGKILL
+    newest = damage(tmp_path, kind)
+    error = run(corpus, tmp_path)
+    assert f"warning: checkpoint {newest} is damaged: " in error and f"resuming at step {newest - 4}" in error
+    assert_same(tmp_path, reference)
+    report(f"newest checkpoint: {kind}", 1, f"{newest} set aside, went on from {newest - 4}")
+
+
+@pytest.mark.slow
+def test_the_disk_is_full(corpus, reference, tmp_path):
+    with tmpfs(tmp_path, "60m"):
+        workdir = tmp_path / "run"
+        process = start(corpus, workdir)
+        wait_for_line(process, "step 25")
+        (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 2**16))
+        status, error = finished(process)
+        message = error.splitlines()[-1]
+        assert status == 2 and message.startswith(f"error: no space is left in {workdir}: "), error
+        assert "Finished checkpoints are untouched; the newest is" in message
+        (tmp_path / "ballast").unlink()
+        run(corpus, workdir)
+        assert_same(workdir, reference)
+    report("disk full", 1, "exit 2 with one message; goes on when there is room")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("days", [-400, 400])
+def test_the_clock_is_changed(corpus, reference, tmp_path, days):
+    """Between two processes, and the times of all files with it."""
+    process = start(corpus, tmp_path, ("-c", KILLER, "in a step", "30", "0"))
+    assert finished(process)[0] == -signal.SIGKILL
+    for path in [*tmp_path.rglob("*"), *corpus.rglob("*")]:
+        os.utime(path, (time.time() + days * 86400,) * 2)
+    clock = f"import time, runpy; real = time.time; time.time = lambda: real() + {-days * 86400}; "
+    run(corpus, tmp_path, script=("-c", clock + "runpy.run_path('train.py', run_name='__main__')"))
+    assert_same(tmp_path, reference)
+    report(f"files {days:+} days, clock {-days:+} days", 1, "bit-equal")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_of_four_is_lost(corpus, tmp_path):
+    fields = {
+        **FIELDS,
+        "data.source": str(corpus),
+        "data.validation_fraction": 0.2,
+        "mesh.data": 4,
+        "mesh.tensor": 2,
+        "train.num_steps": 40,
+    }
+    with processes([fields] * 4, tmp_path / "whole") as started:
+        statuses, errors = finish(started)
+    assert statuses == [0] * 4, errors
+    with processes([fields] * 4, tmp_path / "run") as started:
+        wait_for_rows(tmp_path / "run", 10)
+        started[2].kill()
+        before = time.monotonic()
+        statuses, errors = finish(started)
+        seconds = time.monotonic() - before
+    assert statuses[2] == -signal.SIGKILL and 0 not in statuses
+    with processes([fields] * 4, tmp_path / "run") as started:
+        statuses, errors = finish(started)
+    assert statuses == [0] * 4 and "resuming at step" in errors[0], errors
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    report("one of four processes killed", 1, f"the others ended {seconds:.0f} s later; all four started again")
+
+
+def wait_for_line(process, *texts):
+    """Reads its standard error until a line has one of the texts."""
+    for line in process.stderr:
+        if any(text in line for text in texts):
+            return
+    raise AssertionError(f"{texts} did not come")
+
+
+def wait_for_rows(workdir, count):
+    deadline = time.monotonic() + 200
+    path = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.is_file() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{count} rows did not come")
+
+
+@contextlib.contextmanager
+def tmpfs(folder, size):
+    """A small filesystem in memory."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
