@@ -144,7 +144,7 @@ def test_what_a_run_writes(corpus, tmp_path):
     config = config_for(corpus, watchdog_minutes=0.002)
     assert loop.run(config, workdir) == 0
     stacks = (workdir / "stacks-0.txt").read_text()
-    assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "loop.py" in stacks
+    assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "in run\n" in stacks
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
     assert list((workdir / "tensorboard").glob("events*"))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [4, 6]

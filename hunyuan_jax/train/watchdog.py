@@ -1,13 +1,12 @@
 """What every thread is doing, written down when a run makes no progress: a hung collective says nothing by itself."""
 
 import contextlib
-import faulthandler
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 
 class Watchdog:
@@ -49,14 +48,16 @@ class Watchdog:
             reported = now
             text = (
                 f"watchdog: no step has finished for {(now - self._since) / 60:.1f} minutes. {self._process} has done {self._step} steps "
-                f"and is {self._doing}. The stacks of its threads follow; they are in {self._file} too.\n"
+                f"and is {self._doing}. The stacks of its threads follow; they are in {self._file} too.\n{_stacks()}"
             )
-            _write(sys.__stderr__, text)  # the real one: a notebook's has no file behind it
+            print(text, file=sys.stderr, flush=True)
             with self._file.open("a", encoding="utf-8") as file:
-                _write(file, text)
+                file.write(text)
 
 
-def _write(stream: TextIO, text: str) -> None:
-    stream.write(text)
-    stream.flush()
-    faulthandler.dump_traceback(stream, all_threads=True)
+def _stacks() -> str:
+    """Of all threads that run Python, by name; innermost call last."""
+    # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a run that was only slow.
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = sys._current_frames().items()
+    return "\n".join(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in stacks)
