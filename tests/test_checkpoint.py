@@ -300,6 +300,7 @@ def mirrored(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror, "_LONGEST_PAUSE", 0.01)
     monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(mirror, "_ATTEMPTS", 30)  # of which all fail once in 3^30
+    monkeypatch.setattr(mirror, "_PATIENCE", 30)
     return dataclasses.replace(KEEP, keep_best=1, mirror=f"faulty://{tmp_path}/bucket"), tmp_path / "bucket"
 
 
@@ -347,6 +348,7 @@ def test_what_was_not_uploaded_is_uploaded_at_the_next_start(tmp_path, mirrored)
 def test_a_mirror_that_is_gone_does_not_stop_a_run(tmp_path, mirrored, monkeypatch):
     cfg, bucket = mirrored
     monkeypatch.setattr(mirror, "_ATTEMPTS", 2)
+    monkeypatch.setattr(mirror, "_PATIENCE", 1)
     monkeypatch.setattr(FaultyFileSystem, "rate", 0)
     lines = []
     store = Store(tmp_path / "run", cfg, lines.append)
@@ -354,7 +356,9 @@ def test_a_mirror_that_is_gone_does_not_stop_a_run(tmp_path, mirrored, monkeypat
     monkeypatch.setattr(FaultyFileSystem, "rate", 1)
     store.save(1, state_of(1), facts_of())
     store.close()
-    assert len(lines) == 1 and lines[0].startswith(f"warning: step 1 was not uploaded to {cfg.mirror}: ") and "the line is bad" in lines[0]
+    trying, given_up = lines
+    assert trying == f"warning: {cfg.mirror} has failed 1 times (the line is bad); it is tried 2 times in all."
+    assert given_up.startswith(f"warning: step 1 was not uploaded to {cfg.mirror}: ") and "the line is bad" in given_up
     with pytest.raises(ConfigError, match=r"config.checkpoint.mirror = 'faulty://.*' has failed 2 times: ConnectionError: the line is bad"):
         save_steps(tmp_path / "run", [], cfg)
     monkeypatch.setattr(FaultyFileSystem, "rate", 0)
@@ -385,6 +389,12 @@ def test_a_mirror_takes_its_share_of_several_processes(tmp_path, mirrored):
     targets = [each.download(1, tmp_path / "target") for each in mirrors]
     assert targets == [None, None]
     assert manifest.files(tmp_path / "target") == manifest.files(tmp_path / "run" / "checkpoints" / "1")
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--workdir=.*/file/run cannot be written to: Not a directory"):
+        store_lib.claim_workdir(tmp_path / "file" / "run", Config(presets.tiny()))
 
 
 load_quietly = functools.partial(store_lib.load_for_inference, dtype=None)

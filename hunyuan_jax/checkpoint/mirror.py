@@ -16,6 +16,7 @@ from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.config import CheckpointConfig, ConfigError
 
 _ATTEMPTS = 8  # with the pauses below: two minutes
+_PATIENCE = 4  # attempts before the user is told: 7 s
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts, doubled each time
 _POLL_SECONDS = 1.0
 _PEER_SECONDS = 3600.0  # for the other processes to upload their share
@@ -239,6 +240,8 @@ class Mirror:
                         f"config.checkpoint.mirror = {self._cfg.mirror!r} has failed {_ATTEMPTS} times: {type(error).__name__}: {error}. "
                         "Check the address and the credentials, or set it to '' to go on without a mirror."
                     ) from error
+                if attempt == _PATIENCE:
+                    self._report(f"warning: {self._cfg.mirror} has failed {attempt} times ({error}); it is tried {_ATTEMPTS} times in all.")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("not reached")

@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.mirror import Mirror
-from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, to_dict
+from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
 from hunyuan_jax.model import lora
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
@@ -334,14 +334,17 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
     """Writes config.json, or checks that the run in the workdir is this one.
 
     Raises:
-      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order, naming the first field.
+      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order, naming the first field; or it cannot
+        be written to.
     """
     path = Path(workdir) / "config.json"
     if path.is_file() and steps(_folder(workdir)):
-        old = json.loads(path.read_text(encoding="utf-8"))
-        manifest_lib.require_same_run(manifest_lib.fixed_fields(old), config, f"{workdir} holds checkpoints")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest_lib.write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+        manifest_lib.require_same_run(manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest_lib.write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your own with room.") from error
 
 
 def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -399,7 +402,11 @@ def read_config(workdir: str | os.PathLike) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} is no run: it has no config.json. Pass the --workdir of `python train.py`.")
-    return from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+    return from_config_dict(_read_json(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json_object(str(path), path.read_bytes())
 
 
 def _folder(workdir: str | os.PathLike) -> Path:
