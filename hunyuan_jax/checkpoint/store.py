@@ -142,7 +142,7 @@ class Store:
         """Starts saving in the background; the state may be donated when this returns.  Waits for the save before.
 
         Args:
-          step: steps done; nothing happens if it is saved already.
+          step: steps done, more than at any save before.
           state: pytree of arrays.
           facts: see `manifest.facts`.
 
@@ -150,8 +150,6 @@ class Store:
           ConfigError: no space was left for the save before.
         """
         self.wait()
-        if (self._folder / str(step)).exists():
-            return
         if facts["validation_loss"] is not None:
             self.best_loss = min(self.best_loss, facts["validation_loss"])
         start = time.monotonic()

@@ -107,7 +107,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         contextlib.closing(log),
         contextlib.closing(batches),
         _disk_full_explained(store),
-        contextlib.closing(store),
+        _waited_for(store),
         contextlib.closing(watchdog),
         _stop_signals() as stop,
     ):
@@ -176,6 +176,18 @@ def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
     start = time.monotonic()
     store.wait()
     log.print(f"{received.name}: saved step {step} in {time.monotonic() - start:.1f} s; the same command continues from there.")
+
+
+@contextlib.contextmanager
+def _waited_for(store: Store) -> Iterator[None]:
+    """At the end saves and uploads in progress are waited for, unless Ctrl-C was pressed twice."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        try:
+            yield
+        except KeyboardInterrupt:
+            stack.pop_all()
+            raise
 
 
 @contextlib.contextmanager
