@@ -301,6 +301,41 @@ def test_a_worker_of_four_is_lost(corpus, tmp_path):
     report("one of four processes killed", 1, f"the others ended {seconds:.0f} s later, statuses {statuses_after}; all four started again")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_hang_and_later_lose_their_disk(corpus, tmp_path):
+    """One is stopped, so that the other waits in a collective; then both are killed, and the workdir is gone but for the mirror."""
+    fields = {**FIELDS, "data.source": str(corpus), "data.validation_fraction": 0.2, "mesh.expert": 2, "train.num_steps": 60}
+    with processes([fields] * 2, tmp_path / "whole") as started:
+        statuses, errors = finish(started)
+    assert statuses == [0] * 2, errors
+    fields |= {"checkpoint.mirror": f"file://{tmp_path}/bucket", "train.watchdog_minutes": 0.1}
+    stacks = tmp_path / "run" / "stacks-0.txt"
+    with processes([fields] * 2, tmp_path / "run") as started:
+        wait_for_rows(tmp_path / "run", 10)
+        stacks.unlink(missing_ok=True)  # it may have been compiling for long
+        started[1].send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while not (stacks.is_file() and "in run\n" in stacks.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        started[1].send_signal(signal.SIGCONT)
+        wait_for_rows(tmp_path / "run", 25)
+        for process in started:
+            process.kill()
+    text = stacks.read_text()
+    assert "process 0 of 2 has done" in text and "Thread MainThread" in text
+    shutil.rmtree(tmp_path / "run")
+    kept = max(finished_steps(tmp_path / "bucket"))
+    with processes([fields] * 2, tmp_path / "run") as started:
+        statuses, errors = finish(started)
+    assert statuses == [0] * 2 and f"checkpoint {kept} was brought back from file://{tmp_path}/bucket" in errors[0], errors
+    found, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert found == {step: expected[step] for step in range(kept + 1, 61)}
+    report("one of two processes hangs (SIGSTOP)", 1, "the other's watchdog wrote its stacks; both went on after SIGCONT")
+    report("both killed, workdir deleted", 1, f"went on from step {kept} of the mirror")
+
+
 def wait_for_line(process, *texts):
     """Reads its standard error until a line has one of the texts."""
     for line in process.stderr:

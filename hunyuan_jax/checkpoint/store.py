@@ -110,10 +110,13 @@ class Store:
                     f"no checkpoint in {self._folder} can be used any more, only damaged ones are there, and a run does not start over by "
                     "itself. Use another --workdir, or delete them."
                 )
-            finished = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
-            self.best_loss = min((loss for loss in finished.values() if loss is not None), default=math.inf)
-            if self._mirror:
-                self._mirror.start(sorted(finished)[-1:])
+            losses = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
+        best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
+        # Process 0 speaks for all: it may just have written a manifest that the others do not see yet.
+        newest, self.best_loss = json.loads(hosts.gathered(json.dumps([max(losses, default=0), best]))[0])
+        if self._mirror:
+            with hosts.raised_by_all():
+                self._mirror.start([newest] if newest else [])
         return found
 
     def newest_good(self) -> tuple[int, Facts]:
