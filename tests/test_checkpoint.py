@@ -243,13 +243,17 @@ def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path):
         (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 2**13))
         store = Store(tmp_path, KEEP, print)
         store.restore_newest(target)
+        with pytest.raises(ConfigError, match="not enough space is left"):
+            store.require_room()
         store.save(2, state_of(2), facts_of())
         with pytest.raises(
-            ConfigError, match=rf"no space is left in {tmp_path}: .*untouched; the newest is 1. Make room, or lower .*keep \(now 2\)"
+            ConfigError,
+            match=rf"not enough space is left in {tmp_path}: .*the newest is 1. Make room, or lower .*keep \(now 2\)",
         ):
             store.close()
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1"}
         (tmp_path / "ballast").unlink()
+        store.require_room()
         assert_is(save_steps(tmp_path, [2]), 1)
         assert_is(save_steps(tmp_path, []), 2)
     finally:

@@ -125,7 +125,11 @@ def reference(corpus, tmp_path_factory):
 
 def assert_same(workdir, reference, is_whole=True):
     found = losses(workdir)
-    assert found == {step: numbers for step, numbers in reference.items() if is_whole or step <= max(found)}
+    last = max(found)
+    expected = {step: numbers for step, numbers in reference.items() if is_whole or step <= last}
+    if not is_whole:  # it may have been killed before the validation of its last step
+        expected[last] = {name: expected[last][name] for name in found[last]}
+    assert found == expected
 
 
 def report(case, count, text):
@@ -234,7 +238,7 @@ def test_another_optimizer_dtype_and_mesh(corpus, reference, tmp_path):
     assert finished(process)[0] == -signal.SIGKILL
     changed = {"optimizer.state_dtype": "bfloat16", "mesh.data": 1, "mesh.expert": 2}
     error = run(corpus, tmp_path, **changed)
-    assert re.search(r"the state of step \d+ was converted from float32 to bfloat16", error)
+    assert re.search(r"the state of step \d+ is converted from float32 to bfloat16", error)
     found = losses(tmp_path)
     differences = [abs(found[step]["loss"] / reference[step]["loss"] - 1) for step in range(1, 51)]
     assert max(differences) < 0.05
@@ -251,7 +255,7 @@ def test_the_disk_is_full(corpus, reference, tmp_path):
             (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 2**16))
         status, error = finished(process)
         message = error.splitlines()[-1]
-        assert status == 2 and message.startswith(f"error: no space is left in {workdir}: "), error
+        assert status == 2 and message.startswith(f"error: not enough space is left in {workdir}: "), error
         assert "Finished checkpoints are untouched; the newest is" in message
         (tmp_path / "ballast").unlink()
         run(corpus, workdir)

@@ -26,8 +26,10 @@ _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
 _NUM_THREADS = 4  # that read files; hashing leaves the interpreter to others
 _BLOCK_BYTES = 2**22
 
+Facts = dict[str, Any]  # what `facts` returns; a manifest is that and "files": {name: [bytes, checksum]}
 
-def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], validation_loss: float | None) -> dict[str, Any]:
+
+def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], validation_loss: float | None) -> Facts:
     """What a checkpoint says about its run; survives JSON.
 
     config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions; mesh: axis -> size; position: of the

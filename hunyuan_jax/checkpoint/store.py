@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hunyuan_jax.checkpoint import manifest as manifest_lib
+from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
 from hunyuan_jax.model import lora
@@ -40,8 +41,6 @@ _LEFTOVER = re.compile(r"(deleting|downloading|checksums)-\d+|\d+\.orbax-checkpo
 _POLL_SECONDS = 0.05
 _PEER_SECONDS = 3600.0  # for the other processes to checksum their share
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
-
-Facts = dict[str, Any]
 
 
 class Store:
@@ -187,6 +186,14 @@ class Store:
             self._remove_leftovers()
         raise self.disk_full() from error
 
+    def require_room(self) -> None:
+        """Raises ConfigError if less is free than the newest checkpoint takes: orbax meets a full disk with pages of traces."""
+        manifests = finished_steps(self._folder)
+        if manifests:
+            needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
+            if shutil.disk_usage(self._folder).free < needed:
+                raise self.disk_full()
+
     def disk_full(self) -> ConfigError:
         """What to tell the user when the workdir's disk is full."""
         usage, newest = shutil.disk_usage(self._folder), max(finished_steps(self._folder), default=None)
@@ -194,8 +201,8 @@ class Store:
             "There is no finished checkpoint yet" if newest is None else f"Finished checkpoints are untouched; the newest is {newest}"
         )
         return ConfigError(
-            f"no space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of {usage.total / 1e9:.3g} GB are free. {untouched}. "
-            f"Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the same command continues."
+            f"not enough space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of {usage.total / 1e9:.3g} GB are free. "
+            f"{untouched}. Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the same command continues."
         )
 
     def wait(self) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from hunyuan_jax.checkpoint import manifest
-from hunyuan_jax.checkpoint.manifest import require_same_run
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
 from hunyuan_jax.data import loader
@@ -26,7 +25,7 @@ from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.log import Log
 from hunyuan_jax.train.skips import Skips
 from hunyuan_jax.train.start import read_weights
-from hunyuan_jax.train.state import Program, abstract_state, build_program, convert, init_state, with_state_dtype
+from hunyuan_jax.train.state import Program, TrainState, abstract_state, build_program, convert, init_state, with_state_dtype
 from hunyuan_jax.train.watchdog import Watchdog
 
 
@@ -65,26 +64,11 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
 
     # --- Resume, or start.
     store = Store(workdir, config.checkpoint, log.warn)
-
-    def target_of(facts):
-        require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")
-        if (before := facts["position"]["corpus"]) != corpus:
-            raise ConfigError(
-                f"the text of config.data has changed since {workdir} was started: it was {before}, now {corpus}. Restore the text, or use "
-                "another --workdir."
-            )
-        return abstract_state(with_state_dtype(program, facts["state_dtype"]))
-
-    with log.time("restore"):
-        restored = store.restore_newest(target_of)
-    first_step, state, facts = restored or (0, None, None)
+    first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (0, None, None)
     if facts is None:
         with hosts.raised_by_all():
             weights = read_weights(train.init_from, config.model) if train.init_from else None
         state = init_state(program, weights)
-    elif facts["state_dtype"] != config.optimizer.state_dtype:
-        state = convert(program, state)
-        log.print(f"the state of step {first_step} was converted from {facts['state_dtype']} to {config.optimizer.state_dtype}.")
     with hosts.raised_by_all():
         if facts:
             batches.set_state(facts["position"]["batches"])
@@ -104,9 +88,9 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     with (
+        _disk_full_explained(store),
         contextlib.closing(log),
         contextlib.closing(batches),
-        _disk_full_explained(store),
         _waited_for(store),
         contextlib.closing(watchdog),
         _stop_signals() as stop,
@@ -135,6 +119,8 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                 with hosts.raised_by_all():
                     skips.look()
                     store.check()
+                    if is_saving:
+                        store.require_room()
             if is_saving:
                 with log.time("checkpoint"), watchdog.doing("saving"):
                     position = {"batches": batches.get_state(), "corpus": corpus}
@@ -148,6 +134,33 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                 return 130 if received == signal.SIGINT else 0
         log.stop(is_finished=True)
     return 0
+
+
+def _restored(
+    config: Config, workdir: str | os.PathLike, program: Program, corpus: dict[str, Any], store: Store, log: Log
+) -> tuple[int, TrainState, manifest.Facts] | None:
+    """(steps done, state, facts) of the newest good checkpoint, None if there is none yet.
+
+    Raises:
+      ConfigError: it is of another run or text, or only damaged ones are there.
+    """
+
+    def target_of(facts):
+        manifest.require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")
+        if (before := facts["position"]["corpus"]) != corpus:
+            raise ConfigError(
+                f"the text of config.data has changed since {workdir} was started: it was {before}, now {corpus}. Restore the text, or use "
+                "another --workdir."
+            )
+        return abstract_state(with_state_dtype(program, facts["state_dtype"]))
+
+    with log.time("restore"):
+        restored = store.restore_newest(target_of)
+    if restored is None or restored[2]["state_dtype"] == config.optimizer.state_dtype:
+        return restored
+    step, state, facts = restored
+    log.print(f"the state of step {step} is converted from {facts['state_dtype']} to {config.optimizer.state_dtype}.")
+    return step, convert(program, state), facts
 
 
 class _Saves:
