@@ -153,6 +153,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     state_dtype: StateDtype = "float32"  # master weight + two moments: 12, 8 (bf16 moments) or 5 bytes a parameter
     expert_lr_ratio: float = 0.31  # specialised experts against everything else, paper section 3.2
+    spike_factor: float = 0.0  # skip a step whose gradient norm is above this many times the running mean; 0 = only if not finite
+    spike_after: int = 100  # accepted steps before spike_factor acts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
+    max_skipped_steps: int = 20  # skipped in a row (loss or gradient not finite, or optimizer.spike_factor): stop the run
+    watchdog_minutes: float = 30.0  # without a finished step: write the stacks of all threads; 0 = never
     profile_steps: str = ""  # "10:13" traces steps 10, 11, 12 and 13 into DIR/profile; "" = none
     wandb_project: str = ""  # also log to this project of Weights & Biases (needs wandb); "" = no
 
@@ -193,10 +197,17 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and how many to keep."""
+    """When to save, what to keep, and where a second copy goes.
 
-    every: int = 100
-    keep: int = 3
+    What `keep`, `keep_every` and `keep_best` each ask for is kept.
+    """
+
+    every: int = 100  # steps; 0 = by every_minutes alone
+    every_minutes: float = 0.0  # also when so much time has passed since the last save, looked at every train.log_every steps; 0 = never
+    keep: int = 3  # the newest
+    keep_every: int = 0  # those whose step is a multiple of this; 0 = none
+    keep_best: int = 1  # those with the lowest validation loss; a new lowest is saved when it is found. 0 = none
+    mirror: str = ""  # finished checkpoints are copied to this fsspec URL, such as gs://BUCKET/RUN, and come back from there; "" = no copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,12 +409,25 @@ def _validate_mesh(config: Config) -> None:
 def _validate_run(config: Config) -> None:
     train, schedule, moe = config.train, config.schedule, config.model.moe
     for section, names in {
-        "train": "num_steps batch_size seq_len grad_accum_steps log_every eval_every eval_batches",
-        "checkpoint": "every keep",
+        "train": "num_steps batch_size seq_len grad_accum_steps log_every eval_every eval_batches max_skipped_steps",
+        "checkpoint": "keep",
+        "optimizer": "spike_after",
     }.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name} = {value} must be at least 1.")
+    for section, names in {"train": "watchdog_minutes", "checkpoint": "every every_minutes keep_every keep_best"}.items():
+        for name in names.split():
+            value = getattr(getattr(config, section), name)
+            _require(value >= 0, f"config.{section}.{name} = {value} must not be negative; 0 is off.")
+    _require(
+        config.checkpoint.every > 0 or config.checkpoint.every_minutes > 0,
+        "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing before the end; set one of them.",
+    )
+    _require(
+        config.optimizer.spike_factor == 0 or config.optimizer.spike_factor > 1,
+        f"config.optimizer.spike_factor = {config.optimizer.spike_factor} must be above 1 (times the mean norm), or 0 for no limit.",
+    )
     _require(
         not train.profile_steps or (re.fullmatch(r"[1-9]\d*:[1-9]\d*", train.profile_steps) is not None and len(train.profiled) > 0),
         f"config.train.profile_steps = {train.profile_steps!r} must be FIRST:LAST, such as 10:13 for steps 10, 11, 12 and 13.",

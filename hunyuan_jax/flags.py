@@ -66,7 +66,10 @@ def exit_with_message(main: Callable[[], int]) -> NoReturn:
         print(f"error: {e}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        status = 130
+        # At once: native threads that are still at work would abort the process when the interpreter ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
     sys.exit(status)
 
 

@@ -265,7 +265,16 @@ BROKEN = [
         for name in ("num_steps", "batch_size", "seq_len", "grad_accum_steps", "log_every")
     ),
     *(({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1") for name in ("eval_every", "eval_batches")),
-    *(({f"checkpoint__{name}": 0}, f"config.checkpoint.{name} = 0 must be at least 1") for name in ("every", "keep")),
+    ({"checkpoint__keep": 0}, "config.checkpoint.keep = 0 must be at least 1"),
+    ({"checkpoint__every": 0}, "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing before the end"),
+    *(
+        ({f"checkpoint__{name}": -1}, f"config.checkpoint.{name} = -1 must not be negative; 0 is off")
+        for name in ("every", "every_minutes", "keep_every", "keep_best")
+    ),
+    ({"train__watchdog_minutes": -0.5}, "config.train.watchdog_minutes = -0.5 must not be negative; 0 is off"),
+    ({"train__max_skipped_steps": 0}, "config.train.max_skipped_steps = 0 must be at least 1"),
+    ({"optimizer__spike_after": 0}, "config.optimizer.spike_after = 0 must be at least 1"),
+    *(({"optimizer__spike_factor": factor}, f"spike_factor = {factor} must be above 1") for factor in (-2.0, 0.5, 1.0)),
     ({"train__seq_len": 4096}, "config.train.seq_len = 4096 is above config.model.max_position = 2048"),
     (
         {"train__profile_steps": "13:10"},

@@ -66,6 +66,19 @@ def test_time_has_a_cause_each_and_steps_lost_by_a_crash_are_not_productive(tmp_
     assert one_process(clock, tmp_path, 20, [("productive", 4, 30)]).seconds["down"] == pytest.approx(30)
 
 
+def test_time_of_skipped_steps_is_not_productive(tmp_path):
+    clock = Clock()
+    watch = clock.goodput()
+    watch.start(tmp_path, 0)
+    watch.switch("productive")
+    clock.now += 10
+    watch.flush(10, skipped=0.3)
+    watch.close()
+    expected = {"productive": 7, "skipped": 3}
+    assert {cause: seconds for cause, seconds in watch.ledger.seconds.items() if seconds} == pytest.approx(expected)
+    assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).goodput == pytest.approx(0.7)
+
+
 def test_nested_causes_share_the_time():
     clock = Clock()
     watch = clock.goodput()

@@ -325,8 +325,8 @@ def test_a_stacked_parameter_is_updated_in_place_slice_by_slice():
     memory = step.lower(*arguments).compile().memory_analysis()
     num_entries = math.prod(shape)
     assert memory.alias_size_in_bytes >= 5 * num_entries
-    # A float32 copy of the whole leaf does not fit: one float16 copy, XLA's own on CPU, and four float32 slices do.
-    assert memory.temp_size_in_bytes <= 2 * num_entries + 4 * 4 * num_entries // shape[0]
+    # A float32 copy of the whole leaf does not fit: one float16 copy, XLA's own on CPU, four float32 slices and a few scalars do.
+    assert memory.temp_size_in_bytes <= 2 * num_entries + 4 * 4 * num_entries // shape[0] + 2**12
 
 
 def test_scales_and_update_do_not_depend_on_the_sharding():

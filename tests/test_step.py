@@ -14,7 +14,7 @@ import pytest
 from helpers import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
 
 from hunyuan_jax import bench
-from hunyuan_jax.checkpoint import store
+from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import (
     CheckpointConfig,
     Config,
@@ -26,9 +26,10 @@ from hunyuan_jax.config import (
     TrainConfig,
     validate,
 )
+from hunyuan_jax.optim import guard
 from hunyuan_jax.quant.scaled import Scaled, load_params
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import abstract_state, build_program, init_state
+from hunyuan_jax.train.state import abstract_state, build_program, convert, init_state
 
 BATCH, LENGTH = 8, 12
 MODEL = ModelConfig(
@@ -48,7 +49,7 @@ MODEL = ModelConfig(
 def config_for(model=MODEL, state_dtype="float32", **train):
     return Config(
         model=model,
-        optimizer=OptimizerConfig(state_dtype=state_dtype),
+        optimizer=OptimizerConfig(state_dtype=state_dtype, spike_factor=100.0, spike_after=3),
         schedule=ScheduleConfig(peak_lr=3e-3, warmup_steps=0),
         train=TrainConfig(**{"num_steps": 3, "batch_size": BATCH, "seq_len": LENGTH} | train),
         checkpoint=CheckpointConfig(keep=1),
@@ -173,14 +174,20 @@ SIZES = (2, 2, 1)
 
 
 @functools.cache
-def short_run(state_dtype):
-    """(program, state after three steps, the losses) on one batch."""
+def compiled_step(state_dtype):
+    """(program, its train step)"""
     program = build_program(config_for(state_dtype=state_dtype), mesh_of(*SIZES))
-    state, losses = init_state(program), []
-    placed = jax.device_put(batch(), step_lib.batch_sharding(program))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_lib, "compiler_options", lambda mesh: COMPILER_OPTIONS)
-        step = step_lib.make_train_step(program)
+        return program, step_lib.make_train_step(program)
+
+
+@functools.cache
+def short_run(state_dtype):
+    """(program, state after three steps, the losses) on one batch."""
+    program, step = compiled_step(state_dtype)
+    state, losses = init_state(program), []
+    placed = jax.device_put(batch(), step_lib.batch_sharding(program))
     for _ in range(3):
         state, metrics = step(state, placed)
         losses.append(float(metrics["loss"]))
@@ -213,7 +220,9 @@ def assert_promised_layout(mode, program, state):
         owner = next((name for name in tap_of if f"/{path.removesuffix('/value')}".endswith(f"/{name}")), None)
         if owner is None:  # counts and scales
             is_scale = path.endswith("/inv_scale")
-            assert leaf.dtype == (jnp.float32 if is_scale else jnp.int32) and leaf.sharding.is_fully_replicated, path
+            assert (
+                leaf.dtype == (jnp.float32 if is_scale or path == "guard/mean_norm" else jnp.int32) and leaf.sharding.is_fully_replicated
+            ), path
             continue
         found.append(owner)
         assert leaf.dtype.name in (matrix_dtypes if is_matrix(owner) else other_dtypes), path
@@ -239,21 +248,94 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     config = config_for(state_dtype=mode)
     state = random_state(build_program(config, mesh_of(*SIZES)))
     store.claim_workdir(tmp_path, config)
-    saving = store.Store(tmp_path, keep=1)
-    saving.save(3, state, {"row": 7})
+    saving = store.Store(tmp_path, config.checkpoint, print)
+    saving.save(3, state, manifest.facts(config, {}, {"row": 7}, None))
     saving.close()
     for sizes in (SIZES, (1, 4, 2)):
         program = build_program(config, mesh_of(*sizes))
-        loading = store.Store(tmp_path, keep=1)
-        restored, position = loading.restore(3, abstract_state(program))
+        loading = store.Store(tmp_path, config.checkpoint, print)
+        step, restored, facts = loading.restore_newest(lambda facts, program=program: abstract_state(program))
         loading.close()
-        assert position == {"row": 7}
+        assert step == 3 and facts["position"] == {"row": 7}
         assert_same(restored, state)
         for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     cfg, params = store.load_for_inference(tmp_path, "float32")
     assert cfg == config.model
     assert_same(params, load_params(state.params))
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "fp8_lm"])
+def test_a_skipped_step_changes_no_bit_of_parameters_and_moments(mode):
+    (program, step), before = compiled_step(mode), short_run(mode)[1]
+    spoiled = batch() | {"loss_weights": np.where(batch()["loss_weights"], np.float32("nan"), 0)}
+    calm = before.guard._replace(mean_norm=before.guard.mean_norm / 1000)
+
+    def after(numbers, guard=before.guard):
+        copy = jax.tree.map(lambda a: jax.device_put(np.asarray(a), a.sharding), before._replace(guard=guard))  # the step donates it
+        return step(copy, jax.device_put(numbers, step_lib.batch_sharding(program)))
+
+    for is_accepted, (state, metrics) in ((True, after(batch())), (False, after(spoiled)), (False, after(batch(), calm))):
+        assert int(metrics["num_updates"]) == 3 and int(state.step) == 4
+        assert int(metrics["skipped_in_row"]) == int(metrics["num_skipped"]) == int(state.guard.num_skipped) == 1 - is_accepted
+        if not is_accepted:
+            assert_same((state.params, state.opt_state), (before.params, before.opt_state))
+            assert int(state.guard.num_accepted) == 3
+    with pytest.raises(AssertionError):
+        assert_same(after(batch())[0].params, before.params)
+
+
+def test_the_guard_follows_the_mean_of_the_accepted_norms():
+    rng, cfg, state, kept, mean = np.random.default_rng(0), OptimizerConfig(spike_factor=3.0, spike_after=5), guard.new_guard(), [], 0.0
+    for number in range(300):
+        norm = rng.uniform(0.5, 1.5) * (10 if number % 7 == 6 else 1)
+        accepted = guard.accepts(cfg, state, jnp.float32(2.0), jnp.float32(norm))
+        assert bool(accepted) == (len(kept) < 5 or norm <= 3.0 * mean)
+        state = guard.after_step(state, jnp.float32(norm), accepted)
+        if accepted:
+            kept.append(norm)
+            mean = np.mean(kept) if len(kept) <= 100 else mean + (norm - mean) / 100
+        np.testing.assert_allclose(state.mean_norm, mean, rtol=1e-4)
+    assert (int(state.num_accepted), int(state.num_skipped), int(state.num_in_row)) == (258, 42, 0) == (len(kept), 300 - len(kept), 0)
+
+
+@pytest.mark.parametrize("loss", [1.0, np.nan, np.inf])
+@pytest.mark.parametrize("norm", [1e6, np.nan, np.inf])
+def test_what_is_not_finite_is_never_accepted(loss, norm):
+    for cfg in (OptimizerConfig(), OptimizerConfig(spike_factor=1e9, spike_after=1)):
+        accepted = guard.accepts(cfg, guard.new_guard(), jnp.float32(loss), jnp.float32(norm))
+        assert bool(accepted) == np.isfinite([loss, norm]).all()
+
+
+# A state in another dtype
+
+
+@pytest.mark.parametrize(
+    ("mode", "other"), [("bfloat16", "float32"), ("fp8_lm", "float32"), ("float32", "bfloat16"), ("float32", "fp8_lm")]
+)
+def test_a_state_is_converted_to_another_dtype(mode, other):
+    _, state, _ = short_run(mode)
+    program = build_program(config_for(state_dtype=other), mesh_of(*SIZES))
+    converted = convert(program, state)
+    assert_promised_layout(other, program, converted)
+    assert (converted.step, converted.guard) == (state.step, state.guard)
+    for tree, tolerance in ((state.params, 1e-3), (moments(state), 0.07)):  # float16, float8
+        other_tree = converted.params if tree is state.params else moments(converted)
+        for got, want in zip(jax.tree.leaves(load_params(other_tree)), jax.tree.leaves(load_params(tree)), strict=True):
+            assert_close(got, want, tolerance)
+    if other == "float32":
+        back = convert(compiled_step(mode)[0], converted)
+        assert_same(load_params(back.params), load_params(state.params))
+        if mode == "bfloat16":  # float8 chooses its scales anew, which moves its smallest numbers
+            assert_same(back, state)
+
+
+def moments(state):
+    """(first moments, roots of the second ones)"""
+    if hasattr(state.opt_state, "root_nu"):
+        return state.opt_state.mu, state.opt_state.root_nu
+    (adam,) = (part for part in state.opt_state if hasattr(part, "nu"))
+    return jax.tree.map(lambda a: a.astype(jnp.float32), (adam.mu, jax.tree.map(jnp.sqrt, adam.nu)))
 
 
 def test_bench_prefills_from_a_state_of_scaled_matrices():

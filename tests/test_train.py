@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from hunyuan_jax.checkpoint.store import Store
+from hunyuan_jax.checkpoint.store import steps
 from hunyuan_jax.config import (
     CheckpointConfig,
     Config,
@@ -21,7 +24,7 @@ from hunyuan_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from hunyuan_jax.train import loop
+from hunyuan_jax.train import loop, watchdog
 
 MODEL = ModelConfig(
     vocab_size=259,
@@ -101,7 +104,7 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
         patch.setattr(loop.Log, "step", stop_at_three)
         assert loop.run(config, tmp_path / "parts") == 0
     assert calls[-1] in (3, 4)
-    assert Store(tmp_path / "parts", keep=2).latest_step() == calls[-1]
+    assert steps(tmp_path / "parts" / "checkpoints")[-1] == calls[-1]
     assert loop.run(config, tmp_path / "parts") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert validation_losses(tmp_path / "parts") == validation_losses(tmp_path / "whole")
@@ -138,8 +141,10 @@ def test_finished_run_started_again_changes_nothing(corpus, tmp_path, capsys):
 
 def test_what_a_run_writes(corpus, tmp_path):
     workdir = tmp_path / "run"
-    config = config_for(corpus)
+    config = config_for(corpus, watchdog_minutes=0.002)
     assert loop.run(config, workdir) == 0
+    stacks = (workdir / "stacks-0.txt").read_text()
+    assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "in run\n" in stacks
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
     assert list((workdir / "tensorboard").glob("events*"))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [4, 6]
@@ -180,10 +185,6 @@ def test_it_learns(corpus, tmp_path):
         (lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, validation_fraction=0.2)), "config.data.validation_fraction"),
         (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "config.train.seed = 0"),
         (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)), "config.train.batch_size = 2"),
-        (
-            lambda c: dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, state_dtype="fp8_lm")),
-            "config.optimizer.state_dtype = 'float32'",
-        ),
     ],
 )
 def test_workdir_of_another_run_is_refused(corpus, tmp_path, finished, change, name):
@@ -232,10 +233,71 @@ def test_changed_text_is_refused(finished):
         extra.unlink()
 
 
-def test_non_finite_loss_stops_with_a_message(corpus, tmp_path):
-    config = dataclasses.replace(config_for(corpus), schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0))
-    with pytest.raises(ConfigError, match=r"the loss is (nan|inf) at step .*lower config.schedule.peak_lr"):
+def test_a_row_of_skipped_steps_is_reported_and_stops_the_run(corpus, tmp_path, capsys):
+    config = config_for(corpus, max_skipped_steps=3, num_steps=20, log_every=2)
+    config = dataclasses.replace(
+        config, schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0), checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0)
+    )
+    message = r"3 steps in a row were skipped, up to step 4: loss (nan|inf), .*max_skipped_steps = 3.*lower config.schedule.peak_lr"
+    with pytest.raises(ConfigError, match=message):
         loop.run(config, tmp_path / "run")
+    printed = capsys.readouterr().err
+    for step in (2, 3, 4):  # step 1 ruins the parameters
+        assert re.search(rf"step {step} was skipped: loss .*; documents: text/\d+\.txt", printed)
+    assert not steps(tmp_path / "run" / "checkpoints")
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == 4 and last["skipped_steps"] == 3 and last["loss"] is None
+    assert last["goodput/skipped_seconds"] > 0
+
+
+def test_checkpoints_by_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    config = Config(MODEL, checkpoint=CheckpointConfig(every=0, every_minutes=2.0))
+    schedule = loop._Saves(config)
+    now[0] = 119.0
+    assert not schedule.is_due(100, is_logged=True)
+    now[0] = 121.0
+    assert schedule.is_due(101, is_logged=True) and not schedule.is_due(101, is_logged=False)
+    schedule.saved()
+    assert not schedule.is_due(102, is_logged=True)
+    by_steps = loop._Saves(dataclasses.replace(config, checkpoint=CheckpointConfig(every=7)))
+    now[0] = 1e6
+    assert [step for step in range(1, 15) if by_steps.is_due(step, is_logged=True)] == [7, 14]
+
+
+def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path):
+    released = threading.Event()
+
+    def a_hung_collective():
+        released.wait()
+
+    hung = threading.Thread(target=a_hung_collective)
+    hung.start()
+    watching = watchdog.Watchdog(0.1 / 60, tmp_path / "stacks.txt", "process 3 of 4")
+    watching.finished(17)
+    try:
+        with watching.doing("in a step"):
+            deadline = time.monotonic() + 20
+            while not (tmp_path / "stacks.txt").is_file() or (tmp_path / "stacks.txt").read_text().count("watchdog: ") < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    finally:
+        released.set()
+        watching.close()
+        hung.join()
+    text = (tmp_path / "stacks.txt").read_text()
+    assert "process 3 of 4 has done 17 steps and is in a step." in text and "in a_hung_collective" in text
+
+
+def test_a_watchdog_of_a_run_that_makes_progress_is_silent(tmp_path):
+    watching = watchdog.Watchdog(0.3 / 60, tmp_path / "stacks.txt", "process 0 of 1")
+    for step in range(10):
+        time.sleep(0.05)
+        watching.finished(step)
+    watching.close()
+    watchdog.Watchdog(0.0, tmp_path / "stacks.txt", "never").close()
+    assert not (tmp_path / "stacks.txt").exists()
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus, tmp_path):

@@ -1,11 +1,27 @@
-"""Saving and restoring a run: train state (orbax), data position and the config it belongs to.
+"""Saving and restoring a run: train state (orbax), what the run is, and which checkpoints are good.
 
-A workdir holds config.json and checkpoints/STEP/{state,position}.
+A workdir holds config.json and checkpoints/STEP/{state,run,manifest.json}.  A checkpoint is
+
+  committed  when checkpoints/STEP is there: orbax renames a folder in which everything is written.  `run` is the JSON of `manifest.facts`.
+  finished   when it has its manifest too: the size and checksum of every file, made in the background after the commit.
+
+Beside them may lie damaged-STEP (set aside at a restore, for a person to look at), and what a killed process left (_LEFTOVER), removed at
+the next start.
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +29,340 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hunyuan_jax.config import Config, ConfigError, ModelConfig, flat_fields, from_config_dict, to_dict
+from hunyuan_jax.checkpoint import manifest as manifest_lib
+from hunyuan_jax.checkpoint.manifest import Facts
+from hunyuan_jax.checkpoint.mirror import Mirror
+from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
 from hunyuan_jax.model import lora
+from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
 
-# What may not change between the runs of a workdir: the model, the text, what decides the order of the batches, how the state is kept.
-_FIXED_SECTIONS = ("model", "data")
-_FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"), ("optimizer", "state_dtype"))
+_LEFTOVER = re.compile(r"(deleting|downloading|checksums)-\d+|\d+\.orbax-checkpoint-tmp.*")
+_POLL_SECONDS = 0.05
+_PEER_SECONDS = 3600.0  # for the other processes to checksum their share
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class Store:
-    """The checkpoints of one workdir.  All processes of a run make one and take part in each call; each writes its own shards."""
+    """The checkpoints of one workdir.  All processes of a run make one and take part in each call; each writes its own shards.
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
-        self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    What takes time happens in a thread: writing, checksums (each process takes a share of the files), deleting what `config.checkpoint`
+    does not keep.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None]):
+        """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several threads.
+
+        Raises:
+          ConfigError: the mirror cannot be used.
+        """
+        self._cfg, self._report, self._folder = cfg, report, _folder(workdir)
+        self._index, self._count = jax.process_index(), jax.process_count()
+        # Told which processes take part, orbax waits for them through jax's service and not through the devices: a thread may do that.
+        processes = None if self._count == 1 else set(range(self._count))
+        options = ocp.options.MultiprocessingOptions(active_processes=processes)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+            run=ocp.JsonCheckpointHandler(multiprocessing_options=options),
         )
+        self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
+        self._mirror = Mirror(cfg, self._folder, self._index, self._count, report) if cfg.mirror else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.best_loss = math.inf  # lowest validation loss of the steps that are kept
+        self.save_seconds: float | None = None  # from the call of the last save until its manifest was there
 
-    def latest_step(self) -> int | None:
-        """Steps done at the newest checkpoint, or None."""
-        return self._manager.latest_step()
+    # --- Restoring
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Starts saving in the background; the state's arrays are copied before this returns.
+    def restore_newest(self, target_of: Callable[[Facts], Any]) -> tuple[int, Any, Facts] | None:
+        """(step, state, facts) of the newest good checkpoint, here or in the mirror, or None.  Call it once, before the first save.
+
+        Every file is read and compared with the manifest.  A step that is damaged is set aside with a warning, and the one before it is
+        looked at.  A step without manifest, whose process was killed right after the commit, has no checksums to compare with: it is
+        taken, with a warning, if it can be read, and gets its manifest.
 
         Args:
-          step: steps done.
-          state: pytree of arrays.
-          position: JSON-serialisable position of the data.
-        """
-        if step == self.latest_step():
-            return
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+          target_of: facts -> pytree of shapes, dtypes and shardings to restore to; may refuse the checkpoint with ConfigError.
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, position) of a step, with the shapes, dtypes and shardings of `abstract_state`."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
+        Raises:
+          ConfigError: there were only damaged ones.
+        """
+        here, there = set(), set()
+        with hosts.raised_by_all():
+            if self._index == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                here = set(steps(self._folder))
+                if self._mirror:
+                    self._mirror.remove_incomplete()
+                    there = set(self._mirror.steps())
+        found = None
+        while found is None and (step := hosts.first_says(max(here | there, default=0))):
+            is_here = hosts.first_says(step in here)
+            (here if is_here else there).discard(step)
+            if is_here or self._bring_back(step):
+                found = self._restore_or_set_aside(step, target_of)
+        with hosts.raised_by_all():
+            if found is None and any(self._folder.glob("damaged-*")):
+                raise ConfigError(
+                    f"no checkpoint in {self._folder} can be used any more, only damaged ones are there, and a run does not start over by "
+                    "itself. Use another --workdir, or delete them."
+                )
+            losses = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
+        best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
+        # Process 0 speaks for all: it may just have written a manifest that the others do not see yet.
+        newest, self.best_loss = json.loads(hosts.gathered(json.dumps([max(losses, default=0), best]))[0])
+        if self._mirror:
+            with hosts.raised_by_all():
+                self._mirror.start([newest] if newest else [])
+        return found
+
+    def newest_good(self) -> tuple[int, Facts]:
+        """(step, facts) of the newest checkpoint here that is not damaged; changes nothing.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        for step in reversed(steps(self._folder)):
+            facts, wrong = self._verified(step)
+            if not wrong:
+                return step, facts
+            self._report(f"warning: checkpoint {step} of {self._folder} is damaged: {wrong}. The one before is tried.")
+        raise ConfigError(
+            f"{self._folder.parent} holds no finished checkpoint yet; train until config.checkpoint.every = {self._cfg.every} steps."
         )
-        return restored["state"], restored["position"]
+
+    def restore(self, step: int, target: Any) -> Any:
+        """The state of a committed step, with the shapes, dtypes and shardings of `target`."""
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return self._checkpointer.restore(self._folder / str(step), args=arguments)["state"]
+
+    # --- Saving
+
+    def save(self, step: int, state: Any, facts: Facts) -> None:
+        """Starts saving in the background; the state may be donated when this returns.  Waits for the save before.
+
+        Args:
+          step: steps done, more than at any save before.
+          state: pytree of arrays.
+          facts: see `manifest.facts`.
+
+        Raises:
+          ConfigError: no space was left for the save before.
+        """
+        self.wait()
+        if facts["validation_loss"] is not None:
+            self.best_loss = min(self.best_loss, facts["validation_loss"])
+        start = time.monotonic()
+        # orbax copies the arrays to the host while its caller waits, and does more.  Where the host is the device, one pass over the memory
+        # makes a copy, and all of orbax can run in the thread; an accelerator has no room for a second state.
+        if is_on_cpu := _is_on_cpu(state):
+            state = _copied(state)
+        else:
+            self._write(step, state, facts)
+
+        def work():
+            try:
+                if is_on_cpu:
+                    self._write(step, state, facts)
+                self._checkpointer.wait_until_finished()
+                self._finish(step, facts)
+                self.save_seconds = time.monotonic() - start
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name=f"save {step}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what the last save has met by now; ConfigError if no space was left."""
+        if self._error is None:
+            return
+        error, self._error = self._error, None
+        if not any(text in str(error) for text in _DISK_FULL):
+            raise error
+        if self._index == 0:
+            self._remove_leftovers()
+        raise self.disk_full() from error
+
+    def require_room(self) -> None:
+        """Raises ConfigError if less is free than the newest checkpoint takes: orbax meets a full disk with pages of traces."""
+        manifests = finished_steps(self._folder)
+        if manifests:
+            needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
+            if shutil.disk_usage(self._folder).free < needed:
+                raise self.disk_full()
+
+    def disk_full(self) -> ConfigError:
+        """What to tell the user when the workdir's disk is full."""
+        usage, newest = shutil.disk_usage(self._folder), max(finished_steps(self._folder), default=None)
+        untouched = (
+            "There is no finished checkpoint yet" if newest is None else f"Finished checkpoints are untouched; the newest is {newest}"
+        )
+        return ConfigError(
+            f"not enough space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of {usage.total / 1e9:.3g} GB are free. "
+            f"{untouched}. Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the same command continues."
+        )
+
+    def wait(self) -> None:
+        """Waits for the save in progress, its manifest included; raises what `check` raises."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
     def close(self) -> None:
-        """Waits for saves in progress."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save in progress and for the mirror; raises what `check` raises."""
+        try:
+            self.wait()
+        finally:
+            if self._mirror:
+                self._mirror.close()
+            self._checkpointer.close()
+
+    # --- Restoring, step by step
+
+    def _restore_or_set_aside(self, step: int, target_of: Callable[[Facts], Any]) -> tuple[int, Any, Facts] | None:
+        facts, wrong = self._verified(step)
+        if not wrong:
+            with hosts.raised_by_all():
+                target = target_of(facts)
+            if "files" in facts:
+                return step, self.restore(step, target), facts
+            self._report_once(
+                f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended between writing it and the checksums. "
+                "It is used unchecked."
+            )
+            try:
+                state = self.restore(step, target)
+            except Exception as error:  # orbax and its file format have many for a broken file
+                wrong = f"{type(error).__name__}: {error}"
+            wrong = _first_of_all(wrong)
+            if not wrong:
+                self._finish(step, facts)
+                return step, state, facts
+        with hosts.raised_by_all():
+            if self._index == 0:
+                target = _unused(self._folder / f"damaged-{step}")
+                (self._folder / str(step)).rename(target)
+                self._report(f"warning: checkpoint {step} is damaged: {wrong}. It is now {target}; the one before is tried.")
+        return None
+
+    def _verified(self, step: int) -> tuple[Facts, str]:
+        """(manifest, or without one the facts; what is wrong with the files or "") on all processes, each of which reads a share."""
+        folder, facts, wrong = self._folder / str(step), {}, ""
+        try:
+            manifest = manifest_lib.read(folder)
+            facts = manifest or json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))
+            if manifest:
+                wrong = manifest_lib.problem(folder, manifest, self._share(manifest)) or ""
+        except (ValueError, OSError) as error:
+            wrong = str(error)
+        return facts, _first_of_all(wrong)
+
+    def _bring_back(self, step: int) -> bool:
+        """Copies a step from the mirror; False if it is damaged there."""
+        target = self._folder / f"downloading-{step}"
+        with hosts.raised_by_all():
+            wrong = self._mirror.download(step, target) or ""
+        wrong = _first_of_all(wrong)
+        with hosts.raised_by_all():
+            if self._index == 0 and wrong:
+                where = self._mirror.set_aside(step)
+                self._report(f"warning: checkpoint {step} in the mirror is damaged: {wrong}. It is now {where}; the one before is tried.")
+            elif self._index == 0:
+                manifest_lib.write(target, self._mirror.manifest(step))
+                target.rename(self._folder / str(step))
+                self._report(f"checkpoint {step} was brought back from {self._cfg.mirror}.")
+        return not wrong
+
+    # --- Saving, step by step
+
+    def _write(self, step: int, state: Any, facts: Facts) -> None:
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts))
+        self._checkpointer.save(self._folder / str(step), args=arguments)
+
+    def _finish(self, step: int, facts: Facts) -> None:
+        """Writes the manifest of a committed step, deletes the steps that are not kept, and tells the mirror."""
+        folder, parts = self._folder / str(step), self._folder / f"checksums-{step}"
+        _wait_until(folder.is_dir, f"process 0 to commit checkpoint {step}")
+        sums = manifest_lib.checksums(folder, manifest_lib.share(manifest_lib.files(folder), self._index, self._count))
+        if self._index > 0:
+            parts.mkdir(exist_ok=True)
+            manifest_lib.write_whole(parts / str(self._index), json.dumps(sums).encode())
+        else:
+            for other in (parts / str(index) for index in range(1, self._count)):
+                _wait_until(other.is_file, f"process {other.name} to checksum its share of checkpoint {step}")
+                sums |= json.loads(other.read_bytes())
+            manifest_lib.write(folder, facts | {"files": dict(sorted(sums.items()))})
+            if self._count > 1:
+                shutil.rmtree(parts)
+            self._delete_old()
+        if self._mirror:
+            self._mirror.add(step)
+
+    def _delete_old(self) -> None:
+        losses = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
+        kept = manifest_lib.kept(losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best)
+        for step in set(steps(self._folder)) - kept - {self._mirror and self._mirror.uploading}:
+            target = self._folder / f"deleting-{step}"  # no half-deleted step, wherever the process may be killed
+            (self._folder / str(step)).rename(target)
+            shutil.rmtree(target)
+
+    def _remove_leftovers(self) -> None:
+        for path in self._folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+
+    def _report_once(self, text: str) -> None:
+        if self._index == 0:
+            self._report(text)
+
+    def _share(self, manifest: Facts) -> list[str]:
+        return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)
+
+
+def steps(folder: Path) -> list[int]:
+    """Committed steps in a folder of checkpoints, rising."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def finished_steps(folder: Path) -> dict[int, Facts]:
+    """{step: manifest} of the finished ones, rising; a damaged manifest is none."""
+    found = {}
+    for step in steps(folder):
+        with contextlib.suppress(ValueError):
+            if manifest := manifest_lib.read(folder / str(step)):
+                found[step] = manifest
+    return found
 
 
 def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
     """Writes config.json, or checks that the run in the workdir is this one.
 
     Raises:
-      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order, naming the first field.
+      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order, naming the first field; or it cannot
+        be written to.
     """
     path = Path(workdir) / "config.json"
-    if path.is_file() and any((Path(workdir) / "checkpoints").glob("[0-9]*")):
-        old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(config)))
-        changed = [
-            (f"{prefix}.{name}", old_value, new_value)
-            for prefix, name, old_value, new_value in _fixed_fields(old, new)
-            if old_value != new_value
-        ]
-        if changed:
-            name, old_value, new_value = changed[0]
-            raise ConfigError(
-                f"{workdir} holds checkpoints made with config.{name} = {old_value!r}; now it is {new_value!r}. "
-                "Use another --workdir, or set it back."
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    if path.is_file() and steps(_folder(workdir)):
+        manifest_lib.require_same_run(manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest_lib.write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your own with room.") from error
 
 
 def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What this process sees in a workdir, for comparing with the others: config.json and the names of the checkpoints."""
+    """What this process sees in a workdir, for comparing with the others: config.json and the committed steps."""
     path = Path(workdir) / "config.json"
-    return {
-        "config": path.read_text(encoding="utf-8") if path.is_file() else None,
-        "checkpoints": sorted(folder.name for folder in (Path(workdir) / "checkpoints").glob("[0-9]*")),
-    }
+    return {"config": path.read_text(encoding="utf-8") if path.is_file() else None, "checkpoints": steps(_folder(workdir))}
 
 
 def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, params) of the newest checkpoint of a run, LoRA adapters merged into the weights they belong to.
+    """(model config, params) of the newest good checkpoint of a run, LoRA adapters merged; nothing is changed in the workdir.
 
     Raises:
       ConfigError: no checkpoint yet.
@@ -120,16 +389,14 @@ def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, An
 
 def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
-    store = Store(workdir, keep=config.checkpoint.keep)
-    step = store.latest_step()
-    if step is None:
-        raise ConfigError(
-            f"{workdir} holds no finished checkpoint yet; train until config.checkpoint.every = {config.checkpoint.every} steps."
-        )
+    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr))
+    step, facts = store.newest_good()
     from hunyuan_jax.parallel.mesh import single_device_mesh
     from hunyuan_jax.train.state import abstract_state, build_program
 
-    state, _ = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
+    # Of the optimizer's fields, this one alone changes what lies in a checkpoint; config.json may already name the next one.
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(state_dtype=facts["state_dtype"]))
+    state = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
     store.close()
     return config.model, load_params(state.params)
 
@@ -143,14 +410,46 @@ def read_config(workdir: str | os.PathLike) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} is no run: it has no config.json. Pass the --workdir of `python train.py`.")
-    return from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+    return from_config_dict(_read_json(path))
 
 
-def _fixed_fields(old: dict[str, Any], new: dict[str, Any]):
-    """(section, field, old value, new value) of everything that may not change."""
-    for section in _FIXED_SECTIONS:
-        flat_old, flat_new = dict(flat_fields(old.get(section, {}))), dict(flat_fields(new[section]))
-        for name in {**flat_new, **flat_old}:
-            yield section, name, flat_old.get(name), flat_new.get(name)
-    for section, name in _FIXED_FIELDS:
-        yield section, name, old.get(section, {}).get(name), new[section][name]
+def _read_json(path: Path) -> dict[str, Any]:
+    return json_object(str(path), path.read_bytes())
+
+
+def _folder(workdir: str | os.PathLike) -> Path:
+    return (Path(workdir) / "checkpoints").absolute()
+
+
+def _first_of_all(text: str) -> str:
+    """The first text of all processes that is not empty, or ""."""
+    return next(filter(None, hosts.gathered(text)), "")
+
+
+def _wait_until(is_so: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _PEER_SECONDS
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {_PEER_SECONDS / 60:.0f} minutes for {what}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with -2, -3, ... behind it, whichever does not exist."""
+    names = (path.name if n == 1 else f"{path.name}-{n}" for n in itertools.count(1))
+    return next(p for name in names if not (p := path.with_name(name)).exists())
+
+
+def _is_on_cpu(state: Any) -> bool:
+    return all(device.platform == "cpu" for device in jax.tree.leaves(state)[0].sharding.device_set)
+
+
+def _copied(state: Any) -> Any:
+    """The arrays once more, on the same devices; compiles nothing, and waits for nothing."""
+    leaves, treedef = jax.tree.flatten(state)
+    shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
+    copies = iter(jax.device_put(shards, [shard.sharding for shard in shards], may_alias=False))
+    return treedef.unflatten(
+        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [next(copies) for _ in leaf.addressable_shards])
+        for leaf in leaves
+    )

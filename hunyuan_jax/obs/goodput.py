@@ -30,6 +30,7 @@ CAUSES = {
     "startup": "from the start of a process to its first step: mesh, text, initial state",
     "restore": "reading a checkpoint",
     "compile": "tracing and compiling the first step of a process",
+    "skipped": "training steps whose loss or gradient was refused, so that they changed nothing",
     "data": "waiting for a batch while the devices had nothing to do",
     "evaluation": "validation",
     "checkpoint": "saving, as far as the loop waits for it",
@@ -130,10 +131,12 @@ class Goodput:
         """Seconds of some causes since the last `flush`, as of the last `switch`."""
         return sum(self._spent[cause] for cause in causes)
 
-    def flush(self, step: int) -> None:
-        """Writes a row: `step` steps are done, and all that they took has passed."""
+    def flush(self, step: int, skipped: float = 0.0) -> None:
+        """Writes a row: `step` steps are done, and all that they took has passed; `skipped` is the share of them that were skipped."""
         self.switch(self._cause)
         spent, self._spent = self._spent, Counter()
+        spent["skipped"] = skipped * spent[PRODUCTIVE]
+        spent[PRODUCTIVE] -= spent["skipped"]
         self._add({"time": self._offset + self._since, "step": step, "seconds": {k: round(v, 6) for k, v in spent.items() if v > 0}})
 
     def end(self, step: int, reason: str) -> None:

@@ -29,6 +29,7 @@ _CAUSE_COLOURS = {
     "startup": "#94a3b8",
     "restore": "#64748b",
     "compile": "#6366f1",
+    "skipped": "#be185d",
     "data": "#eab308",
     "evaluation": "#38bdf8",
     "checkpoint": _ORANGE,
@@ -122,9 +123,11 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
         name: _curve(rows, name)[1][-1] for name in ("loss", "validation_loss", "validation_bits_per_byte", "mfu") if _curve(rows, name)[1]
     }
     speed = _curve(rows, "tokens_per_second")[1][-20:]
-    step = rows[-1]["step"]
+    step, skipped = rows[-1]["step"], (_curve(rows, "skipped_steps")[1] or [0])[-1]
+    notes = [f"of {num_steps:,}"] if isinstance(num_steps, int) else []
+    notes += [f"{skipped:,.0f} skipped"] if skipped else []
     tiles = [
-        ("Step", f"{step:,}", f"of {num_steps:,}" if isinstance(num_steps, int) else ""),
+        ("Step", f"{step:,}", ", ".join(notes)),
         ("Training loss", _number(last.get("loss"), ".4f"), "nats a token"),
         (
             "Validation loss",

@@ -1,5 +1,6 @@
 """The optimizer: global-norm clip, then AdamW with a learning-rate ratio and a weight decay per parameter group."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +18,14 @@ class Optimizer(NamedTuple):
     """Pure functions of the parameters as `scaled.store_params` made them.
 
     init: params -> opt_state, all zeros.
-    step: (grads, opt_state, params) -> (new params, new opt_state, norm of the gradient before the clip, a float32 scalar).  grads:
-      one float32 or bfloat16 array per parameter, never Scaled.  Call it under jit, and donate opt_state and params to a function that
+    step: (grads, opt_state, params, accept) -> (new params, new opt_state, norm of the gradient before the clip, a float32 scalar).
+      grads: one float32 or bfloat16 array per parameter, never Scaled.  accept: norm -> bool []; where it is False, params and opt_state
+      come back as they were; by default a norm that is finite.  Call it under jit, and donate opt_state and params to a function that
       returns them in the order it takes them: a donated buffer goes to the first result of its shape and dtype.
     """
 
     init: Callable[[Any], Any]
-    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
+    step: Callable[..., tuple[Any, Any, jax.Array]]
 
 
 class QuantizedState(NamedTuple):
@@ -92,10 +94,12 @@ def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) ->
         optax.scale_by_learning_rate(schedule),
     )
 
-    def step(grads, state, params):
+    def step(grads, state, params, accept=jnp.isfinite):
         grads = optax.tree.cast(grads, jnp.float32)
-        updates, state = chain.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(grads)
+        updates, new_state = chain.update(grads, state, params)
+        new = optax.apply_updates(params, updates), new_state
+        return *_selected(accept(grad_norm), new, (params, state)), grad_norm
 
     return Optimizer(chain.init, step)
 
@@ -133,9 +137,9 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
 
         return QuantizedState(jnp.zeros((), jnp.int32), zeros(jnp.float8_e4m3fn), zeros(jnp.float16))
 
-    def step(grads, state, params):
+    def step(grads, state, params, accept=jnp.isfinite):
         grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
-        factor = _clip_factor(cfg, grad_norm)
+        is_accepted, factor = accept(grad_norm), _clip_factor(cfg, grad_norm)
         lr = schedule(state.count)
 
         def update(group, grad, param, mu, root_nu):
@@ -147,21 +151,29 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
 
         treedef = jax.tree.structure(grads)
         columns = (treedef.flatten_up_to(tree) for tree in (groups, grads, params, state.mu, state.root_nu))
-        new_leaves = [_update_leaf(update, group, grad, *stored) for group, grad, *stored in zip(*columns, strict=True)]
+        new_leaves = [_update_leaf(update, is_accepted, group, grad, *stored) for group, grad, *stored in zip(*columns, strict=True)]
         params, mu, root_nu = (treedef.unflatten(column) for column in zip(*new_leaves, strict=True))
-        return params, QuantizedState(optax.safe_increment(state.count), mu, root_nu), grad_norm
+        count = jnp.where(is_accepted, optax.safe_increment(state.count), state.count)
+        return params, QuantizedState(count, mu, root_nu), grad_norm
 
     return Optimizer(init, step)
 
 
-def _update_leaf(update: Callable, group: ParamGroup, grad: jax.Array, *stored: Any) -> tuple[Any, ...]:
+def _selected(is_new: jax.Array, new: Any, old: Any) -> Any:
+    """The tree `new` or, bit for bit, `old`; XLA fuses it into the pass that computes `new`."""
+    return jax.tree.map(functools.partial(jnp.where, is_new), new, old)
+
+
+def _update_leaf(update: Callable, is_accepted: jax.Array, group: ParamGroup, grad: jax.Array, *stored: Any) -> tuple[Any, ...]:
     """(parameter, m, sqrt(v)) as stored -> the same after `update`; a stacked one slice by slice, in place if its buffers are donated."""
     if not is_scaled(stored[0]):
-        return update(group, grad.astype(jnp.float32), *stored)
+        return _selected(is_accepted, update(group, grad.astype(jnp.float32), *stored), stored)
 
     def update_scaled(grad, stored):
         new = update(group, grad.astype(jnp.float32), *map(dequantize, stored))
-        return tuple(quantize(x, old.value.dtype, old.inv_scale) for x, old in zip(new, stored, strict=True))
+        return _selected(
+            is_accepted, tuple(quantize(x, old.value.dtype, old.inv_scale) for x, old in zip(new, stored, strict=True)), stored
+        )
 
     if stored[0].inv_scale.ndim == 0:
         return update_scaled(grad, stored)

@@ -52,15 +52,26 @@ def raised_by_all() -> Iterator[None]:
     except Exception as e:
         error = e
     if jax.process_count() > 1:
-        text = "" if error is None else str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        gathered = multihost_utils.process_allgather(np.frombuffer(encoded, np.uint8))
-        messages = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered]
+        messages = gathered("" if error is None else str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}")
         if error is None and any(messages):
             index = next(index for index, message in enumerate(messages) if message)
             raise ConfigError(f"process {index} of {len(messages)} has stopped: {messages[index]}")
     if error is not None:
         raise error
+
+
+def gathered(text: str) -> list[str]:
+    """The texts of all processes, cut to 2048 bytes; also waits for the others."""
+    if jax.process_count() == 1:
+        return [text]
+    encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(encoded, np.uint8))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def first_says(value: int) -> int:
+    """The value of process 0, on all of them; an int32."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def require_same(**values: Any) -> None:

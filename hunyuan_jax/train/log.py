@@ -3,10 +3,10 @@
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hunyuan_jax.config import Config, ConfigError
+from hunyuan_jax.config import Config
 from hunyuan_jax.model.count import count
 from hunyuan_jax.obs.goodput import PRODUCTIVE, Goodput
 from hunyuan_jax.obs.metrics import MetricsWriter, ProgressLine, moe_health, peak_flops, require_wandb
@@ -57,12 +57,23 @@ class Log:
         self.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
 
     def print(self, text: str) -> None:
-        """A line that stays."""
-        self._progress.print(text)
+        """A line that stays, also before `open`."""
+        if self._progress:
+            self._progress.print(text)
+        elif hosts.is_first():
+            print(text, file=sys.stderr, flush=True)
 
-    def start(self, step: int, program: Any) -> None:
-        """Startup is over; `step` steps are done, and the next one compiles."""
-        self._step = self._logged_step = step
+    def warn(self, text: str) -> None:
+        """A line about this process, also from other processes than the first and from other threads."""
+        if hosts.is_first():
+            self.print(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+
+    def start(self, step: int, num_skipped: int, program: Any) -> None:
+        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one compiles."""
+        self._step = self._logged_step = self._flushed_step = step
+        self._num_skipped = num_skipped
         self._goodput.start(self._workdir if hosts.is_first() else None, step)
         self._goodput.switch(PRODUCTIVE)
         self._training_seconds = 0.0
@@ -104,18 +115,16 @@ class Log:
             yield
         self._is_compiled = True
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """A step was given to the devices; every train.log_every steps (and at both ends) it is waited for and logged.
-
-        Raises:
-          ConfigError: the loss is not finite.
-        """
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """A step was given to the devices; every train.log_every steps (and at both ends) it is waited for and logged: then True."""
         train, is_first = self._config.train, self._metrics is None
         self._step, self._metrics = step, metrics
         if self._is_profiling and step == train.profiled[-1]:
             self._stop_trace()
-        if step % train.log_every == 0 or is_first or step == train.num_steps:
+        is_logged = step % train.log_every == 0 or is_first or step == train.num_steps
+        if is_logged:
             self._log(step, jax.tree.map(np.asarray, metrics))
+        return is_logged
 
     def validation(self, step: int, row: dict[str, float]) -> None:
         """Logs what `evaluate` found."""
@@ -143,18 +152,13 @@ class Log:
             self._progress.close()
 
     def _log(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise ConfigError(
-                f"the loss is {loss} at step {step}; the run has stopped without saving this state. Continue from the last checkpoint "
-                f"with a lower config.schedule.peak_lr (now {self._config.schedule.peak_lr}) or a longer warm-up."
-            )
         self._flush()
         seconds = self._training_seconds / (step - self._logged_step)
         row = {
-            "loss": loss,
-            "learning_rate": float(self._schedule(step - 1)),
-            "grad_norm": float(metrics["grad_norm"]),
+            "loss": _finite(metrics["loss"]),
+            "learning_rate": float(self._schedule(metrics["num_updates"])),
+            "grad_norm": _finite(metrics["grad_norm"]),
+            "skipped_steps": int(metrics["num_skipped"]),
             "seconds_per_step": seconds,
             "tokens_per_second": self._tokens_per_step / seconds,
         }
@@ -163,14 +167,19 @@ class Log:
         ledger = self._goodput.ledger
         lost = {f"goodput/{cause}_seconds": total for cause, total in ledger.seconds.items() if total > 0}
         self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
-        self._progress.update(step, loss, row["tokens_per_second"], seconds)
+        self._progress.update(step, float(metrics["loss"]), row["tokens_per_second"], seconds)
         self._logged_step, self._training_seconds = step, 0.0
 
     def _flush(self) -> None:
         """A row of the ledger; the devices are idle."""
         self._goodput.switch(PRODUCTIVE)
         self._training_seconds += self._goodput.spent(PRODUCTIVE, "data")
-        self._goodput.flush(self._step)
+        num_steps, self._flushed_step = self._step - self._flushed_step, self._step
+        if not num_steps:
+            self._goodput.flush(self._step)
+            return
+        before, self._num_skipped = self._num_skipped, int(self._metrics["num_skipped"])
+        self._goodput.flush(self._step, (self._num_skipped - before) / num_steps)
 
     def _stop_trace(self) -> None:
         with self.time("profile"):
@@ -182,6 +191,11 @@ class Log:
     def _write(self, step: int, row: dict[str, Any]) -> None:
         if self._writer:
             self._writer.write(step, row)
+
+
+def _finite(x: np.ndarray) -> float | None:
+    """A number of a skipped step may not be finite, and then is none in JSON."""
+    return float(x) if np.isfinite(x) else None
 
 
 def _describe(config: Config, program: Any) -> str:

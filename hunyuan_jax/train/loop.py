@@ -1,13 +1,19 @@
 """The training loop: resume, step, log, evaluate, save; on one process or, in step, on all that the run was started as."""
 
 import contextlib
+import errno
 import functools
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 
+from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
 from hunyuan_jax.data import loader
@@ -17,8 +23,10 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.log import Log
+from hunyuan_jax.train.skips import Skips
 from hunyuan_jax.train.start import read_weights
-from hunyuan_jax.train.state import abstract_state, build_program, init_state
+from hunyuan_jax.train.state import Program, TrainState, abstract_state, build_program, convert, init_state, with_state_dtype
+from hunyuan_jax.train.watchdog import Watchdog
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:
@@ -55,60 +63,161 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
-    store = Store(workdir, config.checkpoint.keep)
-    first_step = store.latest_step() or 0
-    if first_step:
-        with log.time("restore"):
-            state, position = store.restore(first_step, abstract_state(program))
-    else:
+    store = Store(workdir, config.checkpoint, log.warn)
+    first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (0, None, None)
+    if facts is None:
         with hosts.raised_by_all():
             weights = read_weights(train.init_from, config.model) if train.init_from else None
-        state, position = init_state(program, weights), None
+        state = init_state(program, weights)
     with hosts.raised_by_all():
-        if position and position["corpus"] != corpus:
-            raise ConfigError(
-                f"the text of config.data has changed since {workdir} was started: it was {position['corpus']}, "
-                f"now {corpus}. Restore the text, or use another --workdir."
-            )
-        if position:
-            batches.set_state(position["batches"])
-        validation = order.validation(train.eval_batches, rows)
-        validation = evaluate.with_target_bytes(validation, tokenizer)
+        if facts:
+            batches.set_state(facts["position"]["batches"])
+        validation = evaluate.with_target_bytes(order.validation(train.eval_batches, rows), tokenizer)
         log.open(first_step, program)
     log.print(f"data: {order}")
+    if facts and (changed := _changed_versions(facts, config, program)):
+        log.print(f"step {first_step} was made with {changed}: the losses from here may differ in their last bits.")
+
+    def documents_of(step):
+        batch = order.describe(step - 1)["rows"]
+        return [f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]]
+
+    skips, schedule = Skips(config, documents_of, log.print), _Saves(config)
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    watchdog = Watchdog(train.watchdog_minutes, Path(workdir) / f"stacks-{jax.process_index()}.txt", process)
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     with (
+        _disk_full_explained(store),
         contextlib.closing(log),
         contextlib.closing(batches),
-        contextlib.closing(store),
+        _waited_for(store),
+        contextlib.closing(watchdog),
         _stop_signals() as stop,
     ):
         if first_step >= train.num_steps:
             log.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
             return 0
-        log.start(first_step, program)
+        log.start(first_step, int(state.guard.num_skipped), program)
         for step in range(first_step + 1, train.num_steps + 1):
-            with log.time("data"):
+            with log.time("data"), watchdog.doing("waiting for a batch"):
                 batch = next(batches)
-            with log.running(step):
+            with log.running(step), watchdog.doing("compiling its first step" if step == first_step + 1 else "in a step"):
                 state, metrics = train_step(state, to_devices(batch))
-            log.step(step, metrics)
+            is_logged = log.step(step, metrics)
+            skips.add(step, metrics)
+            validation_loss = None
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
-                with log.time("evaluation"):
+                with log.time("evaluation"), watchdog.doing("in validation"):
                     found = evaluate.evaluate(eval_step, state.params, map(to_devices, validation))
                 log.validation(step, found)
+                validation_loss = found["validation_loss"] if math.isfinite(found["validation_loss"]) else None
             is_stopping = hosts.reached_stop(step, bool(stop))  # read once: a signal that comes while saving waits for the next step
-            if step % config.checkpoint.every == 0 or step == train.num_steps or is_stopping:
-                with log.time("checkpoint"):
-                    store.save(step, state, {"batches": batches.get_state(), "corpus": corpus})
+            is_best = config.checkpoint.keep_best > 0 and validation_loss is not None and validation_loss < store.best_loss
+            is_saving = schedule.is_due(step, is_logged) or is_best or step == train.num_steps or is_stopping
+            if is_logged or is_saving:
+                with hosts.raised_by_all():
+                    skips.look()
+                    store.check()
+                    if is_saving:
+                        store.require_room()
+            if is_saving:
+                with log.time("checkpoint"), watchdog.doing("saving"):
+                    position = {"batches": batches.get_state(), "corpus": corpus}
+                    store.save(step, state, manifest.facts(config, program.mesh.shape, position, validation_loss))
+                schedule.saved()
+            watchdog.finished(step)
             if is_stopping:
                 received = stop[0] if stop else signal.SIGTERM  # which may have come to another process
                 log.stop(is_finished=step == train.num_steps)
-                log.print(f"{received.name}: saved step {step}; the same command continues from there.")
+                _stop(received, step, store, log)
                 return 130 if received == signal.SIGINT else 0
         log.stop(is_finished=True)
     return 0
+
+
+def _restored(
+    config: Config, workdir: str | os.PathLike, program: Program, corpus: dict[str, Any], store: Store, log: Log
+) -> tuple[int, TrainState, manifest.Facts] | None:
+    """(steps done, state, facts) of the newest good checkpoint, None if there is none yet.
+
+    Raises:
+      ConfigError: it is of another run or text, or only damaged ones are there.
+    """
+
+    def target_of(facts):
+        manifest.require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")
+        if (before := facts["position"]["corpus"]) != corpus:
+            raise ConfigError(
+                f"the text of config.data has changed since {workdir} was started: it was {before}, now {corpus}. Restore the text, or use "
+                "another --workdir."
+            )
+        return abstract_state(with_state_dtype(program, facts["state_dtype"]))
+
+    with log.time("restore"):
+        restored = store.restore_newest(target_of)
+    if restored is None or restored[2]["state_dtype"] == config.optimizer.state_dtype:
+        return restored
+    step, state, facts = restored
+    log.print(f"the state of step {step} is converted from {facts['state_dtype']} to {config.optimizer.state_dtype}.")
+    return step, convert(program, state), facts
+
+
+class _Saves:
+    """When the next checkpoint is due; the same on all processes."""
+
+    def __init__(self, config: Config):
+        self._cfg, self._last = config.checkpoint, time.monotonic()
+
+    def is_due(self, step: int, is_logged: bool) -> bool:
+        """Whether to save after `step`; is_logged: the loop waits for the devices now, and may wait for the other processes too."""
+        if self._cfg.every and step % self._cfg.every == 0:
+            return True
+        if not self._cfg.every_minutes or not is_logged:
+            return False
+        return bool(hosts.first_says(time.monotonic() - self._last >= 60 * self._cfg.every_minutes))
+
+    def saved(self) -> None:
+        """There is a new checkpoint."""
+        self._last = time.monotonic()
+
+
+def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
+    """Waits for the save of the last step, and says how long it takes."""
+    usual = f"the last one took {store.save_seconds:.1f} s" if store.save_seconds else "the first one of this process"
+    log.print(f"{received.name}: saving step {step}; {usual}.")
+    start = time.monotonic()
+    store.wait()
+    log.print(f"{received.name}: saved step {step} in {time.monotonic() - start:.1f} s; the same command continues from there.")
+
+
+@contextlib.contextmanager
+def _waited_for(store: Store) -> Iterator[None]:
+    """At the end saves and uploads in progress are waited for, unless Ctrl-C was pressed twice."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        try:
+            yield
+        except KeyboardInterrupt:
+            stack.pop_all()
+            raise
+
+
+@contextlib.contextmanager
+def _disk_full_explained(store: Store) -> Iterator[None]:
+    """Metrics and logs need space too, on what usually is the same disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise store.disk_full() from error
+
+
+def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -> str:
+    """What a checkpoint was made with, where that is something else today."""
+    today = manifest.facts(config, program.mesh.shape, {}, None)["versions"]
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if today.get(name) != version)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The train state: arrays only, every leaf sharded by the rules table."""
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import Config, ModelConfig
+from hunyuan_jax.config import Config, ModelConfig, OptimizerConfig, StateDtype
 from hunyuan_jax.model import lora
 from hunyuan_jax.model.abstract import abstract_model, path_of
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
+from hunyuan_jax.optim.convert import convert_state
+from hunyuan_jax.optim.guard import Guard, new_guard
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.quant.scaled import store_params
@@ -21,12 +24,13 @@ from hunyuan_jax.quant.scaled import store_params
 
 class TrainState(NamedTuple):
     """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like those that are trained; step: int32, steps
-    done.  What LoRA freezes is kept in the dtype in which it is used.
+    done, skipped ones included; guard: which steps were skipped.  What LoRA freezes is kept in the dtype in which it is used.
     """
 
     params: dict[str, Any]
     opt_state: Any
     step: jax.Array
+    guard: Guard
 
 
 class Program(NamedTuple):
@@ -103,11 +107,28 @@ def abstract_state(program: Program) -> TrainState:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings)
 
 
+def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
+    """The program whose states are kept in `state_dtype`, to restore one from before config.optimizer.state_dtype was changed."""
+    # The other fields of the section may not suit that dtype any more; they say nothing about the layout.
+    return build_program(dataclasses.replace(program.config, optimizer=OptimizerConfig(state_dtype=state_dtype)), program.mesh)
+
+
+def convert(program: Program, state: TrainState) -> TrainState:
+    """A state of any state_dtype in that of `program`; while it runs, both are in memory."""
+
+    def run(state):
+        trained, frozen = lora.split(state.params, program.config.model)
+        trained, opt_state = convert_state(trained, state.opt_state, program.config.optimizer.state_dtype, program.tx)
+        return state._replace(params=lora.join(frozen, trained), opt_state=opt_state)
+
+    return jax.jit(run, out_shardings=program.shardings)(state)
+
+
 def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
     trained, frozen = lora.split(params, config.model)
     trained = store_params(jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype)
     frozen = jax.tree.map_with_path(lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen)
-    return TrainState(lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32))
+    return TrainState(lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 
 def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:

@@ -4,6 +4,7 @@ A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ from hunyuan_jax.model import lora, routing
 from hunyuan_jax.model import loss as loss_lib
 from hunyuan_jax.model.params import Weight, in_use
 from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
@@ -34,7 +36,9 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
 def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Jitted (state, batch) -> (new state, metrics); the old state is donated.
 
-    Metrics, float32: loss (cross entropy in nats a token), grad_norm (before clipping), and for MoE models those of `router_metrics`.
+    Metrics: float32 loss (cross entropy in nats a token), grad_norm (before clipping), and for MoE models those of `router_metrics`; int32
+    num_updates (steps before this one that were not skipped, which the schedule counts), num_skipped (so far) and skipped_in_row (0: this
+    step was not skipped).
     """
     config = program.config
 
@@ -43,9 +47,12 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grads, loss, stats = gradients(program, state.params, batch, key)
         trained, frozen = lora.split(state.params, config.model)
-        trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained)
-        metrics = {"loss": loss, "grad_norm": grad_norm, **router_metrics(stats)}
-        return TrainState(lora.join(frozen, trained), opt_state, state.step + 1), metrics
+        accept = functools.partial(guard_lib.accepts, config.optimizer, state.guard, loss)
+        trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained, accept)
+        guard = guard_lib.after_step(state.guard, grad_norm, accept(grad_norm))
+        counts = {"num_updates": state.guard.num_accepted, "num_skipped": guard.num_skipped, "skipped_in_row": guard.num_in_row}
+        metrics = {"loss": loss, "grad_norm": grad_norm, **counts, **router_metrics(stats)}
+        return TrainState(lora.join(frozen, trained), opt_state, state.step + 1, guard), metrics
 
     return jax.jit(
         step,

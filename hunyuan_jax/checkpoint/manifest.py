@@ -1,0 +1,189 @@
+"""What vouches for a checkpoint: its manifest, with what the run was and the size and checksum of every file.
+
+checkpoints/STEP/manifest.json is written when all other files of the step are there, and nothing is written to the step after it.  Imports
+no jax.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hunyuan_jax.config import Config, ConfigError, flat_fields, to_dict
+
+FILE = "manifest.json"
+
+# What may not change between the runs of a workdir: the model, the text, what decides the order of the batches.
+_FIXED_SECTIONS = ("model", "data")
+_FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
+
+_PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
+_NUM_THREADS = 4  # that read files; hashing leaves the interpreter to others
+_BLOCK_BYTES = 2**22
+
+Facts = dict[str, Any]  # what `facts` returns; a manifest is that and "files": {name: [bytes, checksum]}
+
+
+def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], validation_loss: float | None) -> Facts:
+    """What a checkpoint says about its run; survives JSON.
+
+    config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions; mesh: axis -> size; position: of the
+    data; validation_loss: of this very step, or None.
+    """
+    values = to_dict(config)
+    return json.loads(
+        json.dumps(
+            {
+                "config_hash": _digest_of(values),
+                "fixed": fixed_fields(values),
+                "state_dtype": config.optimizer.state_dtype,
+                "versions": _versions(),
+                "mesh": dict(mesh_shape),
+                "position": position,
+                "validation_loss": validation_loss,
+            }
+        )
+    )
+
+
+def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of a config, as a nested dict, that may not change during a run: dotted name -> value."""
+    found = {name: value for section in _FIXED_SECTIONS for name, value in flat_fields(values.get(section, {}), f"{section}.")}
+    return found | {f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS}
+
+
+def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
+    """Checks the `fixed_fields` of an earlier run, `old`, against a config; `where` is the beginning of the message.
+
+    Raises:
+      ConfigError: one differs, naming the first.
+    """
+    new = json.loads(json.dumps(fixed_fields(to_dict(config))))
+    for name in {**new, **old}:
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"{where} made with config.{name} = {old.get(name)!r}; now it is {new.get(name)!r}. "
+                "Use another --workdir (and config.checkpoint.mirror), or set it back."
+            )
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Path relative to a step's folder, with '/', -> bytes of every file but the manifest; sorted."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return dict(sorted((name, size) for name, size in found.items() if name != FILE))
+
+
+def share(sizes: dict[str, int], index: int, count: int) -> list[str]:
+    """The files that process `index` of `count` takes care of: all take about as many bytes, and each file is taken once."""
+    loads, taken = [0] * count, []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += max(sizes[name], 1)
+        if least == index:
+            taken.append(name)
+    return taken
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, list]:
+    """name -> [bytes, checksum] of files, as a manifest holds them."""
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
+
+
+def problem(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
+    """What is wrong with the files `names` of a step, None if they are those of the manifest."""
+    for name in names:
+        size = manifest["files"][name][0]
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    try:
+        for name, found in checksums(folder, names).items():
+            if found != manifest["files"][name]:
+                return f"{name} has another checksum than when it was written"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    return None
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a step, None if it has none.
+
+    Raises:
+      ValueError: there is one that is damaged.
+    """
+    try:
+        return parse((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The manifest in the bytes of its file.
+
+    Raises:
+      ValueError: they are not what `write` wrote.
+    """
+    try:
+        manifest = json.loads(data)
+        is_whole = manifest.pop("checksum") == _digest_of(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{FILE} is damaged")
+    return manifest
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes a step's manifest, with its own checksum, whole or not at all."""
+    write_whole(folder / FILE, json.dumps(manifest | {"checksum": _digest_of(manifest)}, indent=1).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash it is there as a whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def kept(losses: dict[int, float | None], keep: int, keep_every: int, keep_best: int) -> set[int]:
+    """Which steps stay, of {step: validation loss or None}; the arguments are fields of config.checkpoint."""
+    steps = sorted(losses)
+    best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
+    return {*steps[-keep:], *(step for step in steps if keep_every and step % keep_every == 0), *(-step for _, step in best[:keep_best])}
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # this package itself need not be installed
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _checksum(path: Path) -> list:
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
