@@ -88,7 +88,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def start(corpus, workdir, script=("train.py",), env=None, **fields):
+def start(corpus, workdir, script=("train.py",), **fields):
     """One process with two devices."""
     fields = {**FIELDS, "data.source": str(corpus), "data.validation_fraction": 0.2, **fields}
     command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
@@ -97,7 +97,7 @@ def start(corpus, workdir, script=("train.py",), env=None, **fields):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # each process would compile the same for seconds
     }
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **flags, **(env or {})}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process):
