@@ -33,7 +33,7 @@ from hunyuan_jax.model import lora
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train import loop
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import abstract_model, abstract_state, build_program, init_state
+from hunyuan_jax.train.state import abstract_model, abstract_state, build_program, convert, init_state
 from hunyuan_jax.train.step import make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -186,6 +186,13 @@ def test_what_is_frozen_is_kept_as_it_is_used(state_dtype):
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     moved = {path for path, array in flat(state.params).items() if not np.array_equal(np.asarray(array), before[path])}
     assert moved and all("_lora_" in path for path in moved)
+    # A run that is continued with another state_dtype: the adapters are converted, the rest stays as it is.
+    converted = convert(build_program(config(cfg), single_device_mesh()), state)
+    for path, array in flat(converted.params).items():
+        if "_lora_" in path:
+            assert array.dtype == jnp.float32
+        else:
+            np.testing.assert_array_equal(np.asarray(array), before[path])
 
 
 @pytest.mark.parametrize("field", ["alpha", "targets"])

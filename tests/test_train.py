@@ -291,8 +291,8 @@ def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path)
 
 
 def test_a_watchdog_of_a_run_that_makes_progress_is_silent(tmp_path):
-    watching = watchdog.Watchdog(0.3 / 60, tmp_path / "stacks.txt", "process 0 of 1")
-    for step in range(10):
+    watching = watchdog.Watchdog(1.0 / 60, tmp_path / "stacks.txt", "process 0 of 1")
+    for step in range(30):
         time.sleep(0.05)
         watching.finished(step)
     watching.close()
