@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from hunyuan_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from hunyuan_jax.parallel import mesh
 from hunyuan_jax.train import loop, watchdog
 
 MODEL = ModelConfig(
@@ -45,10 +47,9 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
     for i in range(12):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: abcabcabc\n" for j in range(20)))
     return folder
@@ -67,12 +68,26 @@ def config_for(corpus, **train):
     )
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
     """These tests are about the loop; test_moe.py is about meshes."""
-    from hunyuan_jax.parallel import mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
+        yield
 
-    monkeypatch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The workdir of a run that nothing disturbed, but for a watchdog that looks while it compiles."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert loop.run(config_for(corpus, watchdog_minutes=0.002), workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A workdir like it, to work on."""
+    return shutil.copytree(whole, tmp_path / "finished")
 
 
 def rows(workdir):
@@ -87,8 +102,7 @@ def validation_losses(workdir):
     return {row["step"]: row["validation_loss"] for row in rows(workdir) if "validation_loss" in row}
 
 
-def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
-    assert loop.run(config_for(corpus), tmp_path / "whole") == 0
+def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
     # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its length.
     config = config_for(corpus)
     calls = []
@@ -106,13 +120,12 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, tmp_path):
     assert calls[-1] in (3, 4)
     assert steps(tmp_path / "parts" / "checkpoints")[-1] == calls[-1]
     assert loop.run(config, tmp_path / "parts") == 0
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert validation_losses(tmp_path / "parts") == validation_losses(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(whole)
+    assert validation_losses(tmp_path / "parts") == validation_losses(whole)
 
 
-def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, tmp_path):
+def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_path):
     """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not doubled."""
-    assert loop.run(config_for(corpus), tmp_path / "whole") == 0
     config = config_for(corpus)
 
     def die_at_five(self, step, metrics, original=loop.Log.step):
@@ -127,22 +140,19 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, tmp_path):
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a row cut off by the crash
     assert loop.run(config, tmp_path / "parts") == 0
-    assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(whole)]
+    assert losses(tmp_path / "parts") == losses(whole)
 
 
-def test_finished_run_started_again_changes_nothing(corpus, tmp_path, capsys):
-    assert loop.run(config_for(corpus), tmp_path / "run") == 0
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert loop.run(config_for(corpus), tmp_path / "run") == 0
+def test_finished_run_started_again_changes_nothing(corpus, finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert loop.run(config_for(corpus), finished) == 0
     assert "is at step 6 of 6 already" in capsys.readouterr().err
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (finished / "metrics.jsonl").read_text() == before
 
 
-def test_what_a_run_writes(corpus, tmp_path):
-    workdir = tmp_path / "run"
-    config = config_for(corpus, watchdog_minutes=0.002)
-    assert loop.run(config, workdir) == 0
+def test_what_a_run_writes(whole):
+    workdir = whole
     stacks = (workdir / "stacks-0.txt").read_text()
     assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "in run\n" in stacks
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
@@ -187,48 +197,24 @@ def test_it_learns(corpus, tmp_path):
         (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)), "config.train.batch_size = 2"),
     ],
 )
-def test_workdir_of_another_run_is_refused(corpus, tmp_path, finished, change, name):
+def test_workdir_of_another_run_is_refused(corpus, finished, change, name):
     before = (finished / "config.json").read_text()
     with pytest.raises(ConfigError, match=name):
-        loop.claim_workdir(finished, change(Config(**{**vars(config_for(corpus)), "data": FINISHED["data"]})))
+        loop.claim_workdir(finished, change(config_for(corpus)))
     assert (finished / "config.json").read_text() == before
 
 
-FINISHED = {}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A workdir with a checkpoint, made once."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "corpus").mkdir()
-    for i in range(3):
-        (folder / "corpus" / f"{i}.txt").write_text(f"some text {i}\n" * 50)
-    config = config_for(folder / "corpus", num_steps=1, eval_every=1)
-    FINISHED["data"], FINISHED["config"] = config.data, config
-    with pytest.MonkeyPatch.context() as patch:
-        from hunyuan_jax.parallel import mesh
-
-        patch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
-        config = dataclasses.replace(config, schedule=ScheduleConfig(peak_lr=1e-3, warmup_steps=0))
-        FINISHED["config"] = config
-        assert loop.run(config, folder / "run") == 0
-    return folder / "run"
-
-
-def test_longer_run_of_the_same_model_is_accepted(finished):
-    config = FINISHED["config"]
-    loop.claim_workdir(finished, dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=100)))
+def test_longer_run_of_the_same_model_is_accepted(corpus, finished):
+    loop.claim_workdir(finished, config_for(corpus, num_steps=100))
     assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 100
 
 
-def test_changed_text_is_refused(finished):
-    config = FINISHED["config"]
-    extra = finished.parent / "corpus" / "extra.txt"
+def test_changed_text_is_refused(corpus, finished):
+    extra = corpus / "extra.txt"
     extra.write_text("more")
     try:
         with pytest.raises(ConfigError, match="has changed since"):
-            loop.run(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2)), finished)
+            loop.run(config_for(corpus, num_steps=7), finished)
     finally:
         extra.unlink()
 
