@@ -136,7 +136,7 @@ def reference(corpus, tmp_path_factory):
     return workdir
 
 
-def test_two_processes_train_like_one(corpus, reference, tmp_path):
+def test_two_processes_train_like_one_which_continues_with_another_mesh(corpus, reference, tmp_path):
     with processes([fields_of(corpus)] * 2, tmp_path / "run") as started:
         statuses, errors = finish(started)
     assert statuses == [0, 0], errors
@@ -145,8 +145,13 @@ def test_two_processes_train_like_one(corpus, reference, tmp_path):
     assert_same_losses(tmp_path / "run", reference)
     assert "validation_loss" in losses(reference)[NUM_STEPS]
     assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == ["2", "4"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    run_here(fields_of(corpus, **{"mesh.data": 1, "mesh.tensor": 2}), tmp_path / "run", 4)
+    assert_same_losses(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_four_processes_continues_on_one_with_another_mesh(corpus, tmp_path):
     no_validation = {"data.validation_fraction": 0.0}  # one program less to compile, four times
     with processes([fields_of(corpus, **no_validation, **{"mesh.tensor": 2})] * 4, tmp_path / "run") as started:

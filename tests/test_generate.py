@@ -47,7 +47,6 @@ def test_the_same_tokens_on_a_mesh(config, model):
     w_gate = spread.params["groups"]["layer_0"]["moe"]["experts"]["w_gate_EDF"]
     assert w_gate.addressable_shards[0].data.size == w_gate.size // 8
     np.testing.assert_array_equal(spread.generate(IDS, max_new_tokens=9, **DRAWN), model.generate(IDS, max_new_tokens=9, **DRAWN))
-    np.testing.assert_allclose(spread.logits(IDS[:1]), model.logits(IDS[:1]), atol=1e-4)
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
 

@@ -265,7 +265,7 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     assert_same(params, load_params(state.params))
 
 
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "fp8_lm"])
+@pytest.mark.parametrize("mode", ["float32", "fp8_lm"])
 def test_a_skipped_step_changes_no_bit_of_parameters_and_moments(mode):
     (program, step), before = compiled_step(mode), short_run(mode)[1]
     spoiled = batch() | {"loss_weights": np.where(batch()["loss_weights"], np.float32("nan"), 0)}
