@@ -43,12 +43,15 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
+def write_corpus(folder):
     for i in range(30):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def fields_of(corpus, **fields):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from test_checkpoint import DAMAGE
-from test_distributed import SMALL, finish, losses, processes
+from test_distributed import SMALL, finish, losses, processes, write_corpus
 
 from hunyuan_jax.checkpoint.store import finished_steps
 
@@ -82,10 +82,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(30):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def start(corpus, workdir, script=("train.py",), **fields):
