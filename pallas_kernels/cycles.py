@@ -4,7 +4,9 @@ The cycles are static: the compiler schedules every instruction, and adds up.  T
 flow that depends on data.  Needs libtpu (pip install 'jax[tpu]'), no TPU.
 """
 
+import functools
 import glob
+import itertools
 import os
 import re
 import tempfile
@@ -44,28 +46,46 @@ def prepare(*, profiles: bool) -> None:
     )
 
 
-def compile_for(chip: str, fn: Callable, *shapes: Any, **compiler_options: Any) -> Any:
-    """fn(*shapes) compiled for one device of a TPU generation ("v5p"); shapes is a tree of jax.ShapeDtypeStruct."""
+def compile_for(chip: str, fn: Callable, *shapes: Any, row_major: bool = False, **compiler_options: Any) -> Any:
+    """fn(*shapes) compiled for one device of a TPU generation ("v5p").
+
+    Args:
+      shapes: a tree of jax.ShapeDtypeStruct.
+      row_major: arguments and results lie row by row in memory, instead of as XLA chooses.
+    """
     import jax
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import SingleDeviceSharding
+
+    mesh = _mesh(chip)
+    sharding = SingleDeviceSharding(mesh.devices[0])
+
+    def placed(x):
+        return Format(Layout(tuple(range(x.ndim))), sharding) if row_major else sharding
+
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x)), shapes)
+    # Kernels ask the mesh around them what they are compiled for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        results = jax.tree.map(placed, jax.eval_shape(fn, *shapes)) if row_major else None
+        return jax.jit(fn, out_shardings=results).lower(*args).compile(compiler_options=compiler_options or None)
+
+
+def _mesh(chip: str) -> Any:
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, SingleDeviceSharding
+    from jax.sharding import Mesh
 
     options = {"chip_config_name": "megacore"} if chip == "v4" else {}
-    device = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[chip], **options).devices[0]
-    sharding = SingleDeviceSharding(device)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    # Kernels ask the mesh around them what they are compiled for.
-    with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
-        return jax.jit(fn).lower(*args).compile(compiler_options=compiler_options or None)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[chip], **options).devices
+    return Mesh(np.array(devices[:1]), ("device",))
 
 
-def cost(chip: str, fn: Callable, *shapes: Any, **compiler_options: Any) -> Cost:
-    """Static cycles of fn(*shapes) on one device of v5e, v5p or v6e, after `prepare(profiles=True)`."""
+def cost(chip: str, fn: Callable, *shapes: Any, **options: Any) -> Cost:
+    """Static cycles of fn(*shapes) on one device of v5e, v5p or v6e, after `prepare(profiles=True)`; options as of `compile_for`."""
     (folder,) = _profiles
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
-    memory = compile_for(chip, fn, *shapes, **compiler_options).memory_analysis()
+    memory = compile_for(chip, fn, *shapes, **options).memory_analysis()
     by_op = {}
     for path in glob.glob(f"{folder}/*profile.textproto"):
         with open(path) as file:
@@ -75,3 +95,30 @@ def cost(chip: str, fn: Callable, *shapes: Any, **compiler_options: Any) -> Cost
             number = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", estimate)}
             by_op[name] = number["estimated_cycles"] * number.get("num_equivalent_hlos", 1)
     return Cost(sum(by_op.values()), by_op, memory.temp_size_in_bytes + memory.output_size_in_bytes)
+
+
+def kernels_alone(chip: str, fn: Callable, *shapes: Any) -> int:
+    """Static cycles of the Pallas kernels in fn(*shapes), each in a program of its own that gets all its operands as arguments.
+
+    With another operation beside a kernel, libtpu counts the vector memory that the kernel may take twice while it profiles, and refuses.
+    """
+    import jax
+
+    with jax.sharding.use_abstract_mesh(_mesh(chip).abstract_mesh):
+        kernels = _kernels(jax.make_jaxpr(fn)(*shapes).jaxpr)
+    return sum(
+        cost(chip, functools.partial(kernel.primitive.bind, **kernel.params), *(v.aval for v in kernel.invars), row_major=True).cycles
+        for kernel in kernels
+    )
+
+
+def _kernels(jaxpr: Any) -> list[Any]:
+    """The equations of a jaxpr, and of those in it, that are kernels."""
+    import jax.extend
+
+    inner = (_kernels(sub) for equation in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(equation.params) if not _is_kernel(equation))
+    return [*filter(_is_kernel, jaxpr.eqns), *itertools.chain.from_iterable(inner)]
+
+
+def _is_kernel(equation: Any) -> bool:
+    return equation.primitive.name == "pallas_call"

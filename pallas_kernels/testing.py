@@ -13,6 +13,11 @@ from jax.sharding import AbstractMesh, AxisType
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
+def fresh_seed() -> int:
+    """Another one each time, so that tests see other data in every run."""
+    return int(np.random.default_rng().integers(2**31))
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """|actual - expected| / |expected| over all elements, in float64; NaN or infinite if `actual` has such elements."""
     actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))

@@ -6,7 +6,6 @@ so cycles are counted at two widths and continued to the whole; control flow tha
 or half of them by a fixed number of trips).
 """
 
-import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -123,17 +122,14 @@ def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
         fn, shapes = _RIVALS[who](name, N)
         return cycles.cost(chip_name, fn, *shapes).cycles
     device_kind = chips.CHIPS[chip_name].device_kind
-    # While it profiles, libtpu counts the vector memory that a kernel may take twice.
-    tpu.CONFIGS[chip_name] = dataclasses.replace(tpu.CONFIGS[chip_name], vmem_bytes=min(tpu.CONFIGS[chip_name].vmem_bytes, 60 * 2**20))
     if name.endswith(_HALF):
         fn, shapes = _with_trips(name, N, device_kind)
     else:
         # All rows valid, and known to be: no loop whose length depends on data.
         with_counts, shapes, _, _ = _operations(tpu, N, {"device_kind": device_kind})[name]
         fn, shapes = (lambda *args: with_counts(*args, None)), shapes[:-1]
-    by_op = cycles.cost(chip_name, fn, *shapes).by_op
-    # Without what prepares the row weights, which is small, and takes place once.
-    return sum(num for op, num in by_op.items() if op.startswith("expert_"))
+    # Without what lists the rows and prepares their weights, which is small, and takes place once.
+    return cycles.kernels_alone(chip_name, fn, *shapes)
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:

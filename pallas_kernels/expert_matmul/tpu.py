@@ -57,7 +57,7 @@ CONFIGS = {
     "v4": Config(block_rows=(256, 128), block_cols=(256, 128), gradient_rows=1024, gradient_in=512, gradient_out=512, vmem_bytes=14 * _MIB),
     "v5e": Config(vmem_bytes=110 * _MIB),
     "v5p": Config(),
-    "v6e": Config(vmem_bytes=110 * _MIB),
+    "v6e": Config(group_rows=512, block_rows=(1024, 1024), vmem_bytes=110 * _MIB),
     "tpu7x": Config(),
 }
 

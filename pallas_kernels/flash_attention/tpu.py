@@ -121,8 +121,9 @@ def attention(
 
 
 def _fitted(config: Config, T: int, S: int) -> Config:
-    """`config` with blocks no longer than the arrays."""
-    T, S = (-(-length // _LANES) * _LANES for length in (T, S))
+    """`config` with blocks no longer than the arrays, in whole slices: libtpu fails on some others for v6e, such as blocks of 384."""
+    size = math.lcm(_LANES, config.slice_k, config.slice_k_backward)
+    T, S = (-(-length // size) * size for length in (T, S))
     return dataclasses.replace(
         config,
         block_q=min(config.block_q, T),
@@ -355,8 +356,7 @@ def _forward_kernel(*refs, problem: Problem):
 
 
 def _slices(length: int, size: int) -> list[slice]:
-    """0..length-1 in slices of `size`, or of _LANES if that does not divide it."""
-    size = size if length % size == 0 else _LANES
+    """0..length-1 in slices of `size`, which divides it."""
     return [slice(start, start + size) for start in range(0, length, size)]
 
 

@@ -17,6 +17,7 @@ from pallas_kernels import chips, cycles, testing
 from pallas_kernels.expert_matmul import Quantized, api, cases, reference, rows, swiglu, tpu, xla
 
 BY_NAME = {case.name: case for case in cases.SMALL}
+SEED = testing.fresh_seed()
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
 
 
@@ -37,6 +38,7 @@ def small_blocks(monkeypatch):
 
 def gradients_of(case, seed, **options):
     """Output and all gradients of one implementation; the incoming gradient holds NaN where rows hold no data, as x does."""
+    print(f"seed {seed}")  # pytest shows it when a test fails
     arrays = case.arrays(seed)
     count_es = arrays.pop("count_es")
     dy = np.random.default_rng(seed + 1).standard_normal(arrays["x_eCD"].shape)
@@ -57,32 +59,32 @@ def expected(case, seed):
 
 @pytest.mark.parametrize("case", cases.SMALL, ids=lambda case: case.name)
 def test_xla(case):
-    actual = gradients_of(case, 0, device_kind="cpu")
+    actual = gradients_of(case, SEED, device_kind="cpu")
     # Sums over F of products of rounded numbers cancel: the weight's gradient may be off by two roundings of a bfloat16.
     actual.pop("row_weight_eC") if case.dtype == "bfloat16" else None
-    testing.assert_close(actual, {name: expected(case, 0)[name] for name in actual}, case.dtype)
+    testing.assert_close(actual, {name: expected(case, SEED)[name] for name in actual}, case.dtype)
 
 
 @pytest.mark.parametrize("name", ["odd", "many_blocks", "empty", "dense_odd"])
 def test_tpu(name, small_blocks):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:
-        actual = gradients_of(case, 0, device_kind="TPU v5", implementation="pallas_tpu", interpret=interpret)
-    testing.assert_close(actual, expected(case, 0), case.dtype)
+        actual = gradients_of(case, SEED, device_kind="TPU v5", implementation="pallas_tpu", interpret=interpret)
+    testing.assert_close(actual, expected(case, SEED), case.dtype)
 
 
 @pytest.mark.parametrize("name", [pytest.param("half", marks=pytest.mark.slow), "float32"])
 def test_tpu_with_the_blocks_of_real_chips(name):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:
-        actual = gradients_of(case, 0, device_kind="TPU v6 lite", implementation="pallas_tpu", interpret=interpret)
-    testing.assert_close(actual, expected(case, 0), case.dtype)
+        actual = gradients_of(case, SEED, device_kind="TPU v6 lite", implementation="pallas_tpu", interpret=interpret)
+    testing.assert_close(actual, expected(case, SEED), case.dtype)
 
 
 def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_blocks):
     # The rows in use, and what comes out for them, do not depend on what lies between them, nor on where their source block starts.
     case = dataclasses.replace(BY_NAME["half"], D=64, F=128)
-    arrays = case.arrays(3)
+    arrays = case.arrays(SEED)
     count_es = jnp.asarray([[5, 0, 64, 33]], jnp.int32)
     with testing.interpreted_tpu() as interpret:
         options = {"device_kind": "TPU v5", "implementation": "pallas_tpu", "interpret": interpret}
@@ -95,6 +97,18 @@ def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_
     np.testing.assert_array_equal(apart_eCD[:, used], together_eCD)
     unused = np.setdiff1d(np.arange(case.C), used)
     np.testing.assert_array_equal(apart_eCD[:, unused], 0.0)
+
+
+@pytest.mark.parametrize("fill", ["none", 1.0])
+def test_the_weight_gradient_in_several_parts_of_its_inputs(fill):
+    # 768 inputs are three trips of the loop over parts of 256; without counts they are written, with counts added up.
+    case = cases.Case("wide", e=1, sources=2, rows_per_source=32, D=768, F=128, fill=fill)
+    rng = np.random.default_rng()
+    x_eCI, dy_eCO = (jnp.asarray(rng.standard_normal((1, case.C, width)), jnp.bfloat16) for width in (case.D, case.F))
+    with testing.interpreted_tpu() as interpret:
+        run = functools.partial(tpu.weight_gradient, dtype=jnp.float32, device_kind="TPU v5", interpret=interpret)
+        dw_eIO = fast_jit(run)(x_eCI, dy_eCO, case.counts())
+    testing.assert_close(dw_eIO[0], np.asarray(x_eCI[0], np.float32).T @ np.asarray(dy_eCO[0], np.float32), "float32")
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 33, 64, 128])
