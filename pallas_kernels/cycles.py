@@ -114,10 +114,10 @@ def kernels_alone(chip: str, fn: Callable, *shapes: Any) -> int:
 
 def _kernels(jaxpr: Any) -> list[Any]:
     """The equations of a jaxpr, and of those in it, that are kernels."""
-    import jax.extend
+    from jax.extend.core import jaxprs_in_params
 
-    inner = (_kernels(sub) for equation in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(equation.params) if not _is_kernel(equation))
-    return [*filter(_is_kernel, jaxpr.eqns), *itertools.chain.from_iterable(inner)]
+    inner = [sub for equation in jaxpr.eqns if not _is_kernel(equation) for sub in jaxprs_in_params(equation.params)]
+    return [*filter(_is_kernel, jaxpr.eqns), *itertools.chain.from_iterable(map(_kernels, inner))]
 
 
 def _is_kernel(equation: Any) -> bool:
