@@ -287,11 +287,13 @@ class FaultyFileSystem(LocalFileSystem):
         self._fail()
         return super().rm(*args, **kwargs)
 
-    def put_file(self, path1, path2, *args, **kwargs):
-        self._fail()
-        super().put_file(path1, path2, *args, **kwargs)
-        if self.rate and self.rng.randrange(self.rate) == 0:
-            os.truncate(path2, os.path.getsize(path2) // 2)
+    def open(self, path, mode="rb", **kwargs):
+        file = super().open(path, mode, **kwargs)
+        if mode == "wb":
+            self._fail()
+            if self.rate and self.rng.randrange(self.rate) == 0:
+                file.write = lambda data, write=file.write: write(data[: len(data) // 2])
+        return file
 
 
 @pytest.fixture

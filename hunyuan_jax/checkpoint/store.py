@@ -33,6 +33,7 @@ from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
+from hunyuan_jax.files import write_whole
 from hunyuan_jax.model import lora
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
@@ -290,7 +291,7 @@ class Store:
         sums = manifest_lib.checksums(folder, manifest_lib.share(manifest_lib.files(folder), self._index, self._count))
         if self._index > 0:
             parts.mkdir(exist_ok=True)
-            manifest_lib.write_whole(parts / str(self._index), json.dumps(sums).encode())
+            write_whole(parts / str(self._index), json.dumps(sums).encode())
         else:
             for other in (parts / str(index) for index in range(1, self._count)):
                 _wait_until(other.is_file, f"process {other.name} to checksum its share of checkpoint {step}")
@@ -350,7 +351,7 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
         manifest_lib.require_same_run(manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest_lib.write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+        write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your own with room.") from error
 
