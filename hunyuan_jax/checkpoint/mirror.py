@@ -129,9 +129,8 @@ class Mirror:
             except FileNotFoundError:
                 self._report(f"warning: step {step} was replaced by newer ones before it was uploaded to {self._cfg.mirror}.")
             except (OSError, ValueError) as error:
-                self._report(
-                    f"warning: step {step} was not uploaded to {self._cfg.mirror}: {str(error).rstrip('.')}. The next one will be tried again."
-                )
+                reason = str(error).rstrip(".")
+                self._report(f"warning: step {step} was not uploaded to {self._cfg.mirror}: {reason}. The next one will be tried again.")
             self.uploading = None
 
     def _upload(self, step: int) -> None:
