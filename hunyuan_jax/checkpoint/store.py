@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -73,6 +74,7 @@ class Store:
         self._error: BaseException | None = None
         self.best_loss = math.inf  # lowest validation loss of the steps that are kept
         self.save_seconds: float | None = None  # from the call of the last save until its manifest was there
+        logging.getLogger("absl").addFilter(_is_news)  # for good: orbax's threads outlive a save that failed
 
     # --- Restoring
 
@@ -181,14 +183,14 @@ class Store:
         if self._error is None:
             return
         error, self._error = self._error, None
-        if not any(text in str(error) for text in _DISK_FULL):
+        if not _says_disk_full(error):
             raise error
         if self._index == 0:
             self._remove_leftovers()
         raise self.disk_full() from error
 
     def require_room(self) -> None:
-        """Raises ConfigError if less is free than the newest checkpoint takes: orbax meets a full disk with pages of traces."""
+        """Raises ConfigError if less is free than the newest checkpoint takes: better to know before the save."""
         manifests = finished_steps(self._folder)
         if manifests:
             needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
@@ -420,6 +422,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _folder(workdir: str | os.PathLike) -> Path:
     return (Path(workdir) / "checkpoints").absolute()
+
+
+def _says_disk_full(error: BaseException | None) -> bool:
+    return any(text in str(error) for text in _DISK_FULL)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which `Store.check` says in a line."""
+    return not (record.exc_info and _says_disk_full(record.exc_info[1]))
 
 
 def _first_of_all(text: str) -> str:
