@@ -252,7 +252,9 @@ def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, capl
             match=rf"not enough space is left in {tmp_path}: .*the newest is 1. Make room, or lower .*keep \(now 2\)",
         ):
             store.close()
-        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1"}
+        assert steps(tmp_path / "checkpoints") == [
+            1
+        ]  # an orbax thread may go on for a moment, and leave a folder for the next start to remove
         assert [record for record in caplog.records if record.name == "absl" and record.exc_info] == []  # orbax: one by each thread
         (tmp_path / "ballast").unlink()
         store.require_room()
