@@ -52,17 +52,20 @@ class Store:
     does not keep.
     """
 
-    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None]):
+    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None], is_alone: bool = False):
         """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several threads.
+
+        is_alone: to read by this process, whatever the others do; arrays must be for its own devices.
 
         Raises:
           ConfigError: the mirror cannot be used.
         """
         self._cfg, self._report, self._folder = cfg, report, _folder(workdir)
-        self._index, self._count = jax.process_index(), jax.process_count()
+        self._index, self._count = (0, 1) if is_alone else (jax.process_index(), jax.process_count())
         # Told which processes take part, orbax waits for them through jax's service and not through the devices: a thread may do that.
-        processes = None if self._count == 1 else set(range(self._count))
-        options = ocp.options.MultiprocessingOptions(active_processes=processes)
+        first = jax.process_index() if is_alone else 0
+        processes = None if jax.process_count() == 1 else {first + index for index in range(self._count)}
+        options = ocp.options.MultiprocessingOptions(primary_host=first, active_processes=processes)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=options),
             state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
@@ -241,7 +244,7 @@ class Store:
                 state = self.restore(step, target)
             except Exception as error:  # orbax and its file format have many for a broken file
                 wrong = f"{type(error).__name__}: {error}"
-            wrong = _first_of_all(wrong)
+            wrong = self._first_of_all(wrong)
             if not wrong:
                 self._finish(step, facts)
                 return step, state, facts
@@ -262,14 +265,14 @@ class Store:
                 wrong = manifest_lib.problem(folder, manifest, self._share(manifest)) or ""
         except (ValueError, OSError) as error:
             wrong = str(error)
-        return facts, _first_of_all(wrong)
+        return facts, self._first_of_all(wrong)
 
     def _bring_back(self, step: int) -> bool:
         """Copies a step from the mirror; False if it is damaged there."""
         target = self._folder / f"downloading-{step}"
         with hosts.raised_by_all():
             wrong = self._mirror.download(step, target) or ""
-        wrong = _first_of_all(wrong)
+        wrong = self._first_of_all(wrong)
         with hosts.raised_by_all():
             if self._index == 0 and wrong:
                 where = self._mirror.set_aside(step)
@@ -321,6 +324,10 @@ class Store:
     def _report_once(self, text: str) -> None:
         if self._index == 0:
             self._report(text)
+
+    def _first_of_all(self, text: str) -> str:
+        """The first text of all processes that is not empty, or ""."""
+        return text if self._count == 1 else next(filter(None, hosts.gathered(text)), "")
 
     def _share(self, manifest: Facts) -> list[str]:
         return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)
@@ -392,7 +399,7 @@ def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, An
 
 def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
-    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr))
+    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr), is_alone=True)
     step, facts = store.newest_good()
     from hunyuan_jax.parallel.mesh import single_device_mesh
     from hunyuan_jax.train.state import abstract_state, build_program
@@ -431,11 +438,6 @@ def _says_disk_full(error: BaseException | None) -> bool:
 def _is_news(record: logging.LogRecord) -> bool:
     """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which `Store.check` says in a line."""
     return not (record.exc_info and _says_disk_full(record.exc_info[1]))
-
-
-def _first_of_all(text: str) -> str:
-    """The first text of all processes that is not empty, or ""."""
-    return next(filter(None, hosts.gathered(text)), "")
 
 
 def _wait_until(is_so: Callable[[], bool], what: str) -> None:
