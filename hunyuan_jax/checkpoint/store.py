@@ -30,6 +30,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hunyuan_jax import heap
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
@@ -174,6 +175,8 @@ class Store:
                     self._write(step, state, facts)
                 self._checkpointer.wait_until_finished()
                 self._finish(step, facts)
+                if is_on_cpu:
+                    heap.trim()  # of what orbax has made of it
                 self.save_seconds = time.monotonic() - start
             except BaseException as error:
                 self._error = error

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from hunyuan_jax import heap
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
@@ -134,6 +135,8 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                     store.save(step, state, manifest.facts(config, program.mesh.shape, position, validation_loss))
                 schedule.saved()
             watchdog.finished(step)
+            if step == first_step + 1:
+                heap.trim()  # of what compiling took
             if is_stopping:
                 received = stop[0] if stop else signal.SIGTERM  # which may have come to another process
                 log.stop(is_finished=step == train.num_steps)
