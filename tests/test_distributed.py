@@ -95,9 +95,9 @@ def processes(fields_of_each, workdir, script=("train.py",)):
             process.communicate()
 
 
-def finish(started):
+def finish(started, timeout=120):
     """(exit statuses, standard errors)."""
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=timeout)[1] for process in started]
     return [process.returncode for process in started], errors
 
 

@@ -298,17 +298,17 @@ def test_a_worker_of_four_is_lost(corpus, tmp_path):
         "train.num_steps": 40,
     }
     with processes([fields] * 4, tmp_path / "whole") as started:
-        statuses, errors = finish(started)
+        statuses, errors = finish(started, timeout=280)
     assert statuses == [0] * 4, errors
     with processes([fields] * 4, tmp_path / "run") as started:
         wait_for_rows(tmp_path / "run", 10)
         started[2].kill()
         before = time.monotonic()
-        statuses_after, errors = finish(started)
+        statuses_after, errors = finish(started, timeout=280)
         seconds = time.monotonic() - before
     assert statuses_after[2] == -signal.SIGKILL and 0 not in statuses_after, errors
     with processes([fields] * 4, tmp_path / "run") as started:
-        statuses, errors = finish(started)
+        statuses, errors = finish(started, timeout=280)
     assert statuses == [0] * 4 and "resuming at step" in errors[0], errors
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     report("one of four processes killed", 1, f"the others ended {seconds:.0f} s later, statuses {statuses_after}; all four started again")
