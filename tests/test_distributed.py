@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import ConfigError, MeshConfig, from_config_dict, to_dict
 from hunyuan_jax.parallel import hosts, mesh, rules
 from hunyuan_jax.train import loop
@@ -94,9 +95,9 @@ def processes(fields_of_each, workdir, script=("train.py",)):
             process.communicate()
 
 
-def finish(started):
+def finish(started, timeout=120):
     """(exit statuses, standard errors)."""
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=timeout)[1] for process in started]
     return [process.returncode for process in started], errors
 
 
@@ -152,6 +153,21 @@ def test_two_processes_train_like_one_which_continues_with_another_mesh(corpus, 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     run_here(fields_of(corpus, **{"mesh.data": 1, "mesh.tensor": 2}), tmp_path / "run", 4)
     assert_same_losses(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["workdir", "folder"])
+def test_two_processes_start_from_weights_like_one(corpus, reference, tmp_path, kind):
+    if kind == "folder":
+        from_pretrained(reference, dtype="float32").save_pretrained(tmp_path / "model")
+    source = {"workdir": reference, "folder": tmp_path / "model"}[kind]
+    fields = fields_of(corpus, **{"train.init_from": str(source), "data.validation_fraction": 0.0})
+    run_here(fields, tmp_path / "one", 4)
+    with processes([fields] * 2, tmp_path / "two") as started:
+        statuses, errors = finish(started)
+    assert statuses == [0, 0], errors
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert losses(tmp_path / "two")[1]["loss"] < losses(reference)[1]["loss"] - 0.05  # it does start from them
 
 
 @pytest.mark.slow

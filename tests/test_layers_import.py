@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # What each part may import of the others.  A lower layer never imports a higher one.
 _LAYERS = [
     {"pallas_kernels"},
-    {"config", "presets", "obs.metrics", "obs.goodput"},
+    {"config", "files", "heap", "presets", "obs.metrics", "obs.goodput"},
     {"parallel"},
     {"model", "quant"},
     {"optim", "data", "tokenizer"},
@@ -29,6 +29,8 @@ ALLOWED = {
     "": {"presets", "infer"},  # hunyuan_jax/__init__.py, by name and only when used
     "pallas_kernels": set(),
     "config": set(),
+    "files": {"config"},
+    "heap": set(),
     "presets": {"config"},
     "obs.metrics": {"config"},
     "obs.goodput": {"obs.metrics"},

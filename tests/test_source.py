@@ -1,5 +1,6 @@
 """Documents of text files: every kind and compression, a fixed order, spans of big files, and bad rows counted with their place."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 import fsspec
 import hypothesis.strategies as st
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 
 from hunyuan_jax.config import ConfigError
@@ -101,10 +104,36 @@ def test_urls_are_read_through_fsspec():
             list(source.read(gone, "text"))
         with pytest.raises(ConfigError, match="does not exist"):
             source.find_files("memory://nothing", "data.source")
-        with pytest.raises(ConfigError, match="data.source = 'nowhere://corpus' cannot be read: Protocol not known: nowhere"):
+        with pytest.raises(ConfigError, match="data.source = 'nowhere://corpus' cannot be used: Protocol not known: nowhere"):
             source.find_files("nowhere://corpus", "data.source")
     finally:
         files.rm("/corpus", recursive=True)
+
+
+class RangedFile(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        return Path(self.path).read_bytes()[start:end]
+
+
+class RangedFileSystem(LocalFileSystem):
+    """Reads files in ranges of bytes, as those of gs:// are; their readline has no limit."""
+
+    protocol = "ranged"
+
+    def _open(self, path, mode="rb", **kwargs):
+        return RangedFile(self, path, mode)
+
+    def unstrip_protocol(self, name):
+        return f"ranged://{name}"
+
+
+def test_rows_of_a_file_that_is_read_in_ranges(tmp_path):
+    fsspec.register_implementation("ranged", RangedFileSystem, clobber=True)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(1000)))
+    assert texts(f"ranged://{tmp_path}/a.jsonl") == texts(tmp_path / "a.jsonl")
+    [span] = source.find_files(f"ranged://{tmp_path}", "data.source")
+    part = dataclasses.replace(span, start=1700, stop=1734, first_row=101)
+    assert [document.name for document in source.read(part, "text")] == ["a.jsonl:101", "a.jsonl:102"]
 
 
 def test_a_file_name_that_is_not_utf8_has_a_printable_name(tmp_path):

@@ -190,6 +190,16 @@ def test_hosts_and_threads_read_the_same_global_batches(two_folders, num_hosts):
 # --- the job ---
 
 
+def test_large_files_of_every_kind_are_units_of_their_own(tmp_path):
+    """So several workers share them; what is in one of them is one worker's."""
+    (tmp_path / "text").mkdir()
+    names = [f"{i}{kind}" for i in range(2) for kind in (".array_record", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".parquet", ".py", ".txt")]
+    for name in names:
+        (tmp_path / "text" / name).write_bytes(bytes(3000))
+    plan = tokenize.prepare(Job(str(tmp_path / "text"), str(tmp_path / "out"), "byte", shard_bytes=2000))
+    assert [[span.name for span in unit] for unit in plan.units] == [[name] for name in sorted(names)]
+
+
 def test_ranges_of_a_big_file_and_kinds_of_files_are_units(tmp_path):
     (tmp_path / "in").mkdir()
     write_rows(tmp_path / "in" / "big.jsonl", [f"row {i}" for i in range(1, 301)])

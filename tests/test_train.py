@@ -276,6 +276,29 @@ def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path)
     assert "process 3 of 4 has done 17 steps and is in a step." in text and "in a_hung_collective" in text
 
 
+def test_the_watchdog_looks_from_the_start_to_the_last_upload(corpus, finished, monkeypatch):
+    stacks = finished / "stacks-0.txt"
+    stacks.unlink()
+
+    def hanging(function, says):
+        def wrapper(*args):
+            deadline = time.monotonic() + 20
+            while not (stacks.is_file() and says in stacks.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            return function(*args)
+
+        return wrapper
+
+    for place, name, says in (
+        (loop.loader, "open_corpus", "process 0 of 1 has done 0 steps and is reading its text."),
+        (loop.Store, "restore_newest", "process 0 of 1 has done 0 steps and is restoring a checkpoint."),
+        (loop.Store, "close", "process 0 of 1 has done 6 steps and is waiting for saves and uploads."),
+    ):
+        monkeypatch.setattr(place, name, hanging(getattr(place, name), says))
+    assert loop.run(config_for(corpus, watchdog_minutes=0.002), finished) == 0
+
+
 def test_a_watchdog_of_a_run_that_makes_progress_is_silent(tmp_path):
     watching = watchdog.Watchdog(1.0 / 60, tmp_path / "stacks.txt", "process 0 of 1")
     for step in range(30):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_jax.config import Config, ConfigError, flat_fields, to_dict
+from hunyuan_jax.files import write_whole
 
 FILE = "manifest.json"
 
@@ -149,16 +150,6 @@ def parse(data: bytes) -> dict[str, Any]:
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes a step's manifest, with its own checksum, whole or not at all."""
     write_whole(folder / FILE, json.dumps(manifest | {"checksum": _digest_of(manifest)}, indent=1).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it is there as a whole, or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def kept(losses: dict[int, float | None], keep: int, keep_every: int, keep_best: int) -> set[int]:

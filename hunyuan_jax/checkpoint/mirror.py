@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hunyuan_jax import files
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.config import CheckpointConfig, ConfigError
 
@@ -46,7 +47,7 @@ class Mirror:
         """
         self._cfg, self._folder, self._index, self._count = cfg, folder, index, count
         self._report = report
-        self._fs, self._root = _filesystem(cfg.mirror)
+        self._fs, self._root = files.filesystem(cfg.mirror, "config.checkpoint.mirror")
         self._losses: dict[int, float | None] | None = None  # of the complete steps there
         self._queue: queue.Queue[int | None] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -128,7 +129,8 @@ class Mirror:
             except FileNotFoundError:
                 self._report(f"warning: step {step} was replaced by newer ones before it was uploaded to {self._cfg.mirror}.")
             except (OSError, ValueError) as error:
-                self._report(f"warning: step {step} was not uploaded to {self._cfg.mirror}: {error}. The next one will be tried again.")
+                reason = str(error).rstrip(".")
+                self._report(f"warning: step {step} was not uploaded to {self._cfg.mirror}: {reason}. The next one will be tried again.")
             self.uploading = None
 
     def _upload(self, step: int) -> None:
@@ -156,7 +158,7 @@ class Mirror:
         if not source.is_file():
             raise _GoneError(source)
         self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
-        self._fs.put_file(str(source), target)
+        files.upload(self._fs, target, files.blocks(source))
         self._fs.invalidate_cache()
         if (size := self._fs.info(target)["size"]) != source.stat().st_size:
             raise OSError(f"{target} has {size} bytes instead of {source.stat().st_size}")
@@ -253,17 +255,3 @@ class _GoneError(Exception):
     def __init__(self, path: Path):
         super().__init__(str(path))
         self.path = path
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it) of a URL."""
-    import fsspec.core
-
-    try:
-        fs, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"config.checkpoint.mirror = {url!r} cannot be used: {error}. It must be a URL that fsspec knows, such as gs://BUCKET/PATH "
-            "(pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip install s3fs) or file:///PATH."
-        ) from error
-    return fs, root.rstrip("/")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -29,10 +30,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hunyuan_jax import heap
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
+from hunyuan_jax.files import write_whole
 from hunyuan_jax.model import lora
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
@@ -50,17 +53,20 @@ class Store:
     does not keep.
     """
 
-    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None]):
+    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None], is_alone: bool = False):
         """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several threads.
+
+        is_alone: to read by this process, whatever the others do; arrays must be for its own devices.
 
         Raises:
           ConfigError: the mirror cannot be used.
         """
         self._cfg, self._report, self._folder = cfg, report, _folder(workdir)
-        self._index, self._count = jax.process_index(), jax.process_count()
+        self._index, self._count = (0, 1) if is_alone else (jax.process_index(), jax.process_count())
         # Told which processes take part, orbax waits for them through jax's service and not through the devices: a thread may do that.
-        processes = None if self._count == 1 else set(range(self._count))
-        options = ocp.options.MultiprocessingOptions(active_processes=processes)
+        first = jax.process_index() if is_alone else 0
+        processes = None if jax.process_count() == 1 else {first + index for index in range(self._count)}
+        options = ocp.options.MultiprocessingOptions(primary_host=first, active_processes=processes)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=options),
             state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
@@ -72,6 +78,7 @@ class Store:
         self._error: BaseException | None = None
         self.best_loss = math.inf  # lowest validation loss of the steps that are kept
         self.save_seconds: float | None = None  # from the call of the last save until its manifest was there
+        logging.getLogger("absl").addFilter(_is_news)  # for good: orbax's threads outlive a save that failed
 
     # --- Restoring
 
@@ -168,6 +175,8 @@ class Store:
                     self._write(step, state, facts)
                 self._checkpointer.wait_until_finished()
                 self._finish(step, facts)
+                if is_on_cpu:
+                    heap.trim()  # of what orbax has made of it
                 self.save_seconds = time.monotonic() - start
             except BaseException as error:
                 self._error = error
@@ -180,14 +189,14 @@ class Store:
         if self._error is None:
             return
         error, self._error = self._error, None
-        if not any(text in str(error) for text in _DISK_FULL):
+        if not _says_disk_full(error):
             raise error
         if self._index == 0:
             self._remove_leftovers()
         raise self.disk_full() from error
 
     def require_room(self) -> None:
-        """Raises ConfigError if less is free than the newest checkpoint takes: orbax meets a full disk with pages of traces."""
+        """Raises ConfigError if less is free than the newest checkpoint takes: better to know before the save."""
         manifests = finished_steps(self._folder)
         if manifests:
             needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
@@ -238,7 +247,7 @@ class Store:
                 state = self.restore(step, target)
             except Exception as error:  # orbax and its file format have many for a broken file
                 wrong = f"{type(error).__name__}: {error}"
-            wrong = _first_of_all(wrong)
+            wrong = self._first_of_all(wrong)
             if not wrong:
                 self._finish(step, facts)
                 return step, state, facts
@@ -259,14 +268,14 @@ class Store:
                 wrong = manifest_lib.problem(folder, manifest, self._share(manifest)) or ""
         except (ValueError, OSError) as error:
             wrong = str(error)
-        return facts, _first_of_all(wrong)
+        return facts, self._first_of_all(wrong)
 
     def _bring_back(self, step: int) -> bool:
         """Copies a step from the mirror; False if it is damaged there."""
         target = self._folder / f"downloading-{step}"
         with hosts.raised_by_all():
             wrong = self._mirror.download(step, target) or ""
-        wrong = _first_of_all(wrong)
+        wrong = self._first_of_all(wrong)
         with hosts.raised_by_all():
             if self._index == 0 and wrong:
                 where = self._mirror.set_aside(step)
@@ -290,7 +299,7 @@ class Store:
         sums = manifest_lib.checksums(folder, manifest_lib.share(manifest_lib.files(folder), self._index, self._count))
         if self._index > 0:
             parts.mkdir(exist_ok=True)
-            manifest_lib.write_whole(parts / str(self._index), json.dumps(sums).encode())
+            write_whole(parts / str(self._index), json.dumps(sums).encode())
         else:
             for other in (parts / str(index) for index in range(1, self._count)):
                 _wait_until(other.is_file, f"process {other.name} to checksum its share of checkpoint {step}")
@@ -318,6 +327,10 @@ class Store:
     def _report_once(self, text: str) -> None:
         if self._index == 0:
             self._report(text)
+
+    def _first_of_all(self, text: str) -> str:
+        """The first text of all processes that is not empty, or ""."""
+        return text if self._count == 1 else next(filter(None, hosts.gathered(text)), "")
 
     def _share(self, manifest: Facts) -> list[str]:
         return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)
@@ -350,7 +363,7 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
         manifest_lib.require_same_run(manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest_lib.write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+        write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your own with room.") from error
 
@@ -389,7 +402,7 @@ def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, An
 
 def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
-    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr))
+    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr), is_alone=True)
     step, facts = store.newest_good()
     from hunyuan_jax.parallel.mesh import single_device_mesh
     from hunyuan_jax.train.state import abstract_state, build_program
@@ -421,9 +434,13 @@ def _folder(workdir: str | os.PathLike) -> Path:
     return (Path(workdir) / "checkpoints").absolute()
 
 
-def _first_of_all(text: str) -> str:
-    """The first text of all processes that is not empty, or ""."""
-    return next(filter(None, hosts.gathered(text)), "")
+def _says_disk_full(error: BaseException | None) -> bool:
+    return any(text in str(error) for text in _DISK_FULL)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which `Store.check` says in a line."""
+    return not (record.exc_info and _says_disk_full(record.exc_info[1]))
 
 
 def _wait_until(is_so: Callable[[], bool], what: str) -> None:

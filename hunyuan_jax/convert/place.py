@@ -4,9 +4,9 @@ import os
 import shutil
 from collections.abc import Iterable
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from hunyuan_jax import files
 from hunyuan_jax.config import ConfigError
 
 _TEMPORARY = ".partial"
@@ -18,10 +18,7 @@ class Place:
     def __init__(self, url: str | os.PathLike):
         """Raises ConfigError: a URL of a protocol that fsspec does not have here."""
         self.url = os.fspath(url)
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as e:
-            raise ConfigError(f"{self.url} cannot be opened: {e}. Use a local path or a URL whose fsspec package is installed.") from e
+        self._fs, self._root = files.filesystem(self.url, "the folder")
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def __str__(self) -> str:
@@ -29,7 +26,7 @@ class Place:
 
     def path(self, name: str = "") -> str:
         """The path of a file for the file system; a real path when local."""
-        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+        return f"{self._root}/{name}" if name else self._root
 
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -63,11 +60,8 @@ class Place:
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file that appears under its name only when all pieces are written; a killed process leaves none of it."""
         path = self.path(name)
-        if not self.is_local:  # object stores put whole objects
-            with self._fs.open(path, "wb") as f:
-                for piece in pieces:
-                    f.write(piece)
-                    del piece
+        if not self.is_local:
+            files.upload(self._fs, path, pieces)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + _TEMPORARY, "wb") as f:

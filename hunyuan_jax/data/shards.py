@@ -20,6 +20,7 @@ import numpy as np
 
 from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data import source, tokens
+from hunyuan_jax.files import replacing
 from hunyuan_jax.tokenizer import Tokenizer, load_tokenizer
 
 LIMIT_OPTION = "--max_bad_fraction"
@@ -235,10 +236,8 @@ def finished(path: Path, work: Path) -> Iterator[Path]:
     """
     temporary = work / f"{path.name}.{os.getpid()}{_TEMPORARY}"
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path, temporary):
+            yield temporary
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from hunyuan_jax import files
 from hunyuan_jax.config import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import replace_surrogates
 
@@ -158,8 +159,8 @@ def find_files(source: str, option: str) -> list[Span]:
         found = [(Path(path).relative_to(root).as_posix(), path) for path in _walk(root, _STDLIB_SKIPPED) if path.endswith(".py")]
     else:
         try:
-            found = _find_remote(source) if "://" in source else _find_local(source)
-        except (ImportError, ValueError, OSError) as error:  # no gcsfs for gs://, no such protocol, no network
+            found = _find_remote(source, option) if "://" in source else _find_local(source)
+        except OSError as error:  # no network
             raise ConfigError(f"{option} = {source!r} cannot be read: {error}") from error
         if not found:
             raise ConfigError(
@@ -200,7 +201,7 @@ def open_binary(path: str) -> BinaryIO:
     """A local file or an fsspec URL, as it is stored."""
     if "://" not in path:
         return open(path, "rb")
-    return _fsspec().open(path, "rb").open()
+    return io.BufferedReader(_fsspec().open(path, "rb").open(), 2**17)  # a bucket's own files have no readline with a limit
 
 
 def size_of(path: str) -> int:
@@ -246,15 +247,15 @@ def _find_local(source: str) -> list[tuple[str, str]]:
     return [(Path(path).relative_to(root).as_posix(), path) for path in paths] or ([("", path)] if os.path.isdir(path) else [])
 
 
-def _find_remote(source: str) -> list[tuple[str, str]]:
-    files, path = _fsspec().url_to_fs(source)
+def _find_remote(source: str, option: str) -> list[tuple[str, str]]:
+    fs, path = files.filesystem(source, option)
     if glob.has_magic(path):
-        root, found = _glob_root(path), [match for match in files.glob(path) if files.isfile(match)]
-    elif files.isdir(path):
-        root, found = path, files.find(path)
+        root, found = _glob_root(path), [match for match in fs.glob(path) if fs.isfile(match)]
+    elif fs.isdir(path):
+        root, found = path, fs.find(path)
     else:
-        root, found = os.path.dirname(path), [path] if files.exists(path) else []
-    names = [(match.removeprefix(root).lstrip("/"), files.unstrip_protocol(match)) for match in found]
+        root, found = os.path.dirname(path), [path] if fs.exists(path) else []
+    names = [(match.removeprefix(root).lstrip("/"), fs.unstrip_protocol(match)) for match in found]
     return [(name, url) for name, url in names if not any(piece.startswith(".") for piece in name.split("/"))]
 
 

@@ -72,8 +72,8 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def single_device_mesh() -> Mesh:
-    """All axes of size one, on the first device: what a notebook uses."""
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    """All axes of size one, on the first device of this process: what a notebook uses."""
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
 
 
 def device_kind(mesh: Mesh | AbstractMesh) -> str:

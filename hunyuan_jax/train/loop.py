@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from hunyuan_jax import heap
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, ConfigError, to_dict
@@ -38,8 +39,15 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     Raises:
       ConfigError: something the user must change.
     """
-    # --- What can go wrong quickly goes first: the mesh, the text, the workdir.
     join_processes()
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    stacks = Path(workdir) / f"stacks-{jax.process_index()}.txt"
+    with contextlib.closing(Watchdog(config.train.watchdog_minutes, stacks, process)) as watchdog:
+        return _run(config, workdir, watchdog)
+
+
+def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
+    # --- What can go wrong quickly goes first: the mesh, the text, the workdir.
     log = Log(config, workdir)
     train = config.train
     program = build_program(config, make_mesh(config.mesh))
@@ -47,7 +55,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
     to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
     rows = hosts.process_rows(sharding, batch_shape)
-    with hosts.raised_by_all():
+    with hosts.raised_by_all(), watchdog.doing("reading its text"):
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -64,11 +72,14 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
 
     # --- Resume, or start.
     store = Store(workdir, config.checkpoint, log.warn)
-    first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (0, None, None)
+    with watchdog.doing("restoring a checkpoint"):
+        first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (0, None, None)
     if facts is None:
-        with hosts.raised_by_all():
-            weights = read_weights(train.init_from, config.model) if train.init_from else None
-        state = init_state(program, weights)
+        with watchdog.doing("making its first state"):
+            with hosts.raised_by_all():
+                weights = read_weights(train.init_from, config.model) if train.init_from else None
+            state = init_state(program, weights)
+    watchdog.finished(first_step)
     with hosts.raised_by_all():
         if facts:
             batches.set_state(facts["position"]["batches"])
@@ -83,16 +94,13 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         return [f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]]
 
     skips, schedule = Skips(config, documents_of, log.print), _Saves(config)
-    process = f"process {jax.process_index()} of {jax.process_count()}"
-    watchdog = Watchdog(train.watchdog_minutes, Path(workdir) / f"stacks-{jax.process_index()}.txt", process)
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
     with (
         _disk_full_explained(store),
         contextlib.closing(log),
         contextlib.closing(batches),
-        _waited_for(store),
-        contextlib.closing(watchdog),
+        _waited_for(store, watchdog),
         _stop_signals() as stop,
     ):
         if first_step >= train.num_steps:
@@ -127,6 +135,8 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
                     store.save(step, state, manifest.facts(config, program.mesh.shape, position, validation_loss))
                 schedule.saved()
             watchdog.finished(step)
+            if step == first_step + 1:
+                heap.trim()  # of what compiling took
             if is_stopping:
                 received = stop[0] if stop else signal.SIGTERM  # which may have come to another process
                 log.stop(is_finished=step == train.num_steps)
@@ -192,10 +202,15 @@ def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
 
 
 @contextlib.contextmanager
-def _waited_for(store: Store) -> Iterator[None]:
+def _waited_for(store: Store, watchdog: Watchdog) -> Iterator[None]:
     """At the end saves and uploads in progress are waited for, unless Ctrl-C was pressed twice."""
+
+    def close():
+        with watchdog.doing("waiting for saves and uploads"):
+            store.close()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(store.close)
+        stack.callback(close)
         try:
             yield
         except KeyboardInterrupt:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 class Watchdog:
-    """A thread that writes the stacks of all threads to standard error and a file when no step has finished for some minutes, and again
-    after as long; it stops nothing."""
+    """A thread that writes the stacks of all threads to standard error and a file when no step has finished for some minutes, the start-up
+    counted, and again after as long; it stops nothing."""
 
     def __init__(self, minutes: float, file: Path, process: str):
         """minutes: 0 = never; process: such as "process 3 of 4"."""
         self._seconds, self._file, self._process = 60 * minutes, file, process
-        self._doing, self._step, self._since = "in a step", 0, time.monotonic()
+        self._doing, self._step, self._since = "starting", 0, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if minutes:
@@ -28,10 +28,12 @@ class Watchdog:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """The loop is busy with something that may last, such as "saving"; what it says of compiling tells a long wait from a hang."""
+        """The run is busy with something that may last, such as "saving"; what it says of compiling tells a long wait from a hang."""
         before, self._doing = self._doing, what
-        yield
-        self._doing = before
+        try:
+            yield
+        finally:
+            self._doing = before
 
     def close(self) -> None:
         """Ends the thread."""
@@ -51,6 +53,7 @@ class Watchdog:
                 f"and is {self._doing}. The stacks of its threads follow; they are in {self._file} too.\n{_stacks()}"
             )
             print(text, file=sys.stderr, flush=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(text)
 
