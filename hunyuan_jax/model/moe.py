@@ -16,6 +16,12 @@ from hunyuan_jax.parallel import island
 from pallas_kernels import expert_matmul
 
 _ROWS = ("batch", "seq", "embed")
+# Logical dims of the routed experts' matrices.
+EXPERT_DIMS = {
+    "w_gate_EDF": ("experts", "embed", "expert_ffn"),
+    "w_up_EDF": ("experts", "embed", "expert_ffn"),
+    "w_down_EFD": ("experts", "expert_ffn", "embed"),
+}
 _FEW = 4  # tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for one and 124 for eight
 
 
@@ -23,11 +29,10 @@ class Experts(nnx.Module):
     """Weights of the E routed experts."""
 
     def __init__(self, cfg: ModelConfig, key: jax.Array):
-        E, D, F, std = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size, cfg.init_std
-        gate, up, down = jax.random.split(key, 3)
-        self.w_gate_EDF = params.normal(gate, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_up_EDF = params.normal(up, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_down_EFD = params.normal(down, (E, F, D), ("experts", "expert_ffn", "embed"), std)
+        E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
+        sizes = {"experts": E, "embed": D, "expert_ffn": F}
+        for (name, logical), matrix_key in zip(EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True):
+            setattr(self, name, params.normal(matrix_key, tuple(sizes[dim] for dim in logical), logical, cfg.init_std))
 
 
 class Moe(nnx.Module):
@@ -74,6 +79,12 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, precision="highest")
 
 
+def route(logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array) -> tuple[routing.Choice, routing.Assignment]:
+    """What each routing group wishes, and what it gets; see `routing.choose` and `routing.assign`."""
+    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
+    return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+
+
 def route_and_serve(
     weights: dict[str, dict[str, jax.Array]],
     x_BTD: jax.Array,
@@ -111,8 +122,7 @@ def route_and_serve(
     # The key depends on the global index of the group, so a run routes the same on every mesh.
     group_g = island.shard_index("batch") * num_groups + jnp.arange(num_groups)
     key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key_data), group_g)
-    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
-    assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+    choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g)
 
     is_apart = any(isinstance(w, tuple) for w in weights["experts"].values())
     serve_here = serve_few if is_apart else functools.partial(serve, cfg=cfg, kernels=kernels)
@@ -168,15 +178,14 @@ def serve(
 ) -> jax.Array:
     """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of F.  Runs inside the island."""
 
-    def whole(name, *logical):
-        w = weights[name]
+    def whole(name):
+        w, logical = weights[name], EXPERT_DIMS[name]
         if w.shape[0] == 1:
             # As a matrix: the TPU compiler then lays its gradient out so that the rows can be reduce-scattered, not all-reduced.
-            return island.whole(w[0], logical, x_gTD.dtype)[None]
-        return island.whole(w, ("experts", *logical), x_gTD.dtype)
+            return island.whole(w[0], logical[1:], x_gTD.dtype)[None]
+        return island.whole(w, logical, x_gTD.dtype)
 
-    gate_eDF, up_eDF = whole("w_gate_EDF", "embed", "expert_ffn"), whole("w_up_EDF", "embed", "expert_ffn")
-    down_eFD = whole("w_down_EFD", "expert_ffn", "embed")
+    gate_eDF, up_eDF, down_eFD = map(whole, EXPERT_DIMS)
     if cfg.dispatch == "dropless":
 
         def tiles(x_nbD, weight_nb, tile_expert_n, num_tiles):
