@@ -209,7 +209,7 @@ def _run_expert(
         expert_Tk=assignment.expert_Tk - expert, count_E=jax.lax.dynamic_slice_in_dim(assignment.count_E, expert, 1, axis=-1)
     )
     mesh = single_device_mesh()
-    fn = functools.partial(moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh))
+    fn = functools.partial(moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora)
     return island.island(fn, mesh, moe.EXPERT_DIMS, ((), ()), ())(weights, y_gTD, here)
 
 
