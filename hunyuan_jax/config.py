@@ -45,13 +45,17 @@ class MoeConfig:
     z_loss_weight: float = 0.0
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Fine-tuning by adapters of low rank on the attention; everything else is frozen."""
+    """Fine-tuning by adapters of low rank on some projections; everything else is frozen."""
 
     rank: int = 0  # 0 = off: all parameters are trained
     alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
-    targets: tuple[str, ...] = ("q", "k", "v", "o")  # the projections that have one
+    # The projections that have one, of LORA_TARGETS; gate, up, down: of a dense layer and the shared expert, expert_...: of routed experts.
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,18 +362,24 @@ def validate_model(m: ModelConfig) -> ModelConfig:
         -1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}."
     )
     _validate_moe(m.moe)
-    _validate_lora(m.lora)
+    _validate_lora(m)
     return m
 
 
-def _validate_lora(lora: LoraConfig) -> None:
+def _validate_lora(m: ModelConfig) -> None:
+    lora = m.lora
     _require(lora.rank >= 0, f"config.model.lora.rank = {lora.rank} must not be negative; 0 trains all parameters.")
     _require(lora.alpha > 0, f"config.model.lora.alpha = {lora.alpha} must be positive.")
     _require(
-        0 < len(lora.targets) == len(set(lora.targets)) and set(lora.targets) <= set("qkvo"),
-        f"config.model.lora.targets = {lora.targets} must name projections of the attention, each once: q, k, v, o. Others, such as "
-        "the experts', have no adapters.",
+        0 < len(lora.targets) == len(set(lora.targets)) and set(lora.targets) <= set(LORA_TARGETS),
+        f"config.model.lora.targets = {lora.targets} must name projections, each once: {', '.join(LORA_TARGETS)}.",
     )
+    for targets, is_there, module in (
+        (("gate", "up", "down"), not m.is_moe or m.moe.num_shared_experts > 0, "shared expert"),
+        (("expert_gate", "expert_up", "expert_down"), m.is_moe, "routed experts"),
+    ):
+        wrong = [target for target in lora.targets if target in targets]
+        _require(is_there or not wrong, f"config.model.lora.targets names {', '.join(wrong)}, but the model has no {module}; leave it out.")
 
 
 def _validate_moe(moe: MoeConfig) -> None:

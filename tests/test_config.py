@@ -247,9 +247,14 @@ BROKEN = [
     ({"model__lora__rank": -1}, "config.model.lora.rank = -1 must not be negative; 0 trains all parameters"),
     ({"model__lora__alpha": 0.0}, "config.model.lora.alpha = 0.0 must be positive"),
     *(
-        ({"model__lora__targets": targets}, "must name projections of the attention, each once: q, k, v, o")
+        ({"model__lora__targets": targets}, "must name projections, each once: q, k, v, o, gate")
         for targets in (("q", "experts"), ("q", "q"), ())
     ),
+    (
+        {"model__lora__targets": ("q", "gate"), "model__moe__num_shared_experts": 0},
+        "targets names gate, but the model has no shared expert",
+    ),
+    ({"model__moe": MoeConfig(), "model__lora__targets": ("expert_up",)}, "names expert_up, but the model has no routed experts"),
     ({"model__moe__capacity_factor": 0.0}, "capacity_factor = 0.0 must be positive"),
     ({"model__moe__min_capacity": 0}, "min_capacity = 0 must be at least 1"),
     ({"model__moe__group_size": -1}, "group_size = -1 must be a token count, or 0"),

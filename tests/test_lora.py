@@ -29,7 +29,7 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.convert import peft_io
 from hunyuan_jax.infer.pretrained import Pretrained
-from hunyuan_jax.model import lora
+from hunyuan_jax.model import experts, lora
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train import loop
 from hunyuan_jax.train import step as step_lib
@@ -37,7 +37,7 @@ from hunyuan_jax.train.state import abstract_model, abstract_state, build_progra
 from hunyuan_jax.train.step import make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0)
-
+MLP, EXPERTS = ("gate", "up", "down"), ("expert_gate", "expert_up", "expert_down")
 
 MOE = MoeConfig(num_experts=4, num_shared_experts=1)
 
@@ -158,6 +158,83 @@ def test_gradients_are_those_of_the_merged_weights():
             assert_close(ours[b].reshape(b_PrO.shape), 2.0 * a_PIr.swapaxes(1, 2) @ dw_PIO, 1e-4)
 
 
+@pytest.fixture(scope="module")
+def adapted_experts():
+    """The same with adapters on experts, and other projections of theirs than of the attention."""
+    cfg = small(lora=dataclasses.replace(LORA, targets=("v", *MLP, *EXPERTS)), moe=MOE, kernels="xla", num_layers=2)
+    shapes = abstract_model(cfg, single_device_mesh())[1]
+    rng = np.random.default_rng(0)
+    return cfg, jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), shapes)
+
+
+def test_all_projections_of_experts_have_adapters(adapted_experts):
+    cfg, params = adapted_experts
+    names = {name for target in EXPERTS for name in lora.names(target)[1:]}
+    for layer in ("layer_0", "layer_1"):
+        moe = lora.split(params, cfg)[0]["groups"][layer]["moe"]
+        assert moe["experts"].keys() == names and moe["shared"].keys() == {name for target in MLP for name in lora.names(target)[1:]}
+        assert moe["experts"]["w_down_lora_a_EFr"].shape == (1, 4, 16, 3) and moe["experts"]["w_down_lora_b_ErD"].shape == (1, 4, 3, 16)
+    dense = small(lora=dataclasses.replace(LORA, targets=("down",)))
+    paths = {path for path in flat(abstract_model(dense, single_device_mesh())[1]) if "_lora_" in path}
+    assert paths == {f"groups/layer_{i}/mlp/{name}" for i in (0, 1) for name in lora.names("down")[1:]}
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "mesh"),
+    [("dropless", {}), ("dropless", {"expert": 4}), ("recycle", {"expert": 4}), ("drop", {"data": 2, "expert": 2, "tensor": 2})],
+)
+def test_experts_with_adapters_are_the_merged_experts_on_every_mesh(adapted_experts, dispatch, mesh):
+    """Loss, and the gradient of every adapter from that of its merged matrix."""
+    cfg, params = adapted_experts
+    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(MOE, dispatch=dispatch, top_k=2, capacity_factor=1.0))
+    plain_cfg, merged = lora.merge(cfg, params)
+
+    def gradient(cfg, params, mesh):
+        graph_def, _, shardings = abstract_model(cfg, mesh)
+
+        def loss(params):
+            model, b = nnx.merge(graph_def, params), batch()
+            output = model(b["tokens"], b["positions"], b["segment_ids"], key=jax.random.key(0))
+            return model.token_losses(output.hidden_BTD, b["targets"]).mean()
+
+        return fast_jit(jax.value_and_grad(loss))(jax.device_put(params, shardings))
+
+    expected, plain = gradient(plain_cfg, merged, single_device_mesh())
+    found, gradients = gradient(cfg, params, mesh_of(**mesh))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    plain, gradients, values = map(flat, (plain, gradients, params))
+    for target in (*MLP, *EXPERTS):
+        w, a, b = (f"groups/layer_1/moe/{'experts' if target in EXPERTS else 'shared'}/{name}" for name in lora.names(target))
+        assert_close(gradients[a], 2.0 * plain[w] @ np.swapaxes(values[b], -1, -2), 2e-4)
+        assert_close(gradients[b], 2.0 * np.swapaxes(values[a], -1, -2) @ plain[w], 2e-4)
+
+
+def test_adapters_of_experts_are_trained_alone(adapted_experts):
+    cfg, params = adapted_experts
+    program = build_program(config(cfg), mesh_of(expert=2))
+    before = flat(jax.tree.map(np.asarray, params))
+    state, metrics = make_train_step(program)(init_state(program, params), batch())
+    assert np.isfinite(metrics["loss"])
+    for path, array in flat(state.params).items():
+        assert np.array_equal(array, before[path]) != ("_lora_" in path), path
+
+
+def test_experts_with_adapters_and_kernels_are_refused(adapted_experts):
+    cfg, _ = adapted_experts
+    for targets in (MLP, EXPERTS):
+        changed = dataclasses.replace(cfg, kernels="pallas_tpu,xla", lora=dataclasses.replace(LORA, targets=targets))
+        shapes = abstract_model(changed, single_device_mesh())[1]
+        with pytest.raises(ConfigError, match=r"kernels = pallas_tpu,xla on cpu would run expert kernels.*set config\.model\.kernels=xla"):
+            logits_of(changed, jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes))
+    with pytest.raises(ConfigError, match="kernels = auto on TPU v5"):
+        experts.swiglu_adapted(None, None, None, (), {"implementation": None, "device_kind": "TPU v5"})
+
+
+def test_experts_with_adapters_do_not_decode_apart(adapted_experts):
+    with pytest.raises(ValueError, match="merge them first"):
+        Pretrained(*adapted_experts).generate([[1, 2]], max_new_tokens=2)
+
+
 def test_the_same_on_every_mesh(adapted):
     cfg, params = adapted
     runs = []
@@ -234,6 +311,22 @@ def rewrite(folder, change):
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def test_adapters_of_experts_survive_the_peft_format(adapted_experts, tmp_path):
+    cfg, params = adapted_experts
+    peft_io.write_adapter(tmp_path, cfg, params, "base")
+    read_cfg, adapters = peft_io.read_adapter(tmp_path, dataclasses.replace(cfg, lora=LoraConfig()))
+    assert read_cfg == cfg
+    ours = flat(lora.split(params, cfg)[0])
+    assert flat(adapters).keys() == ours.keys()
+    for path, array in flat(adapters).items():
+        np.testing.assert_array_equal(array, ours[path])
+    # No suffix of another module's name.
+    modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert set(modules) == {"v_proj"} | {
+        f"{module}.{target}_proj" for module in ("shared_mlp", *(f"experts.{e}" for e in range(4))) for target in MLP
+    }
+
+
 def test_adapters_survive_the_peft_format(adapted, written):
     cfg, params = adapted
     read_cfg, adapters = peft_io.read_adapter(written, dataclasses.replace(cfg, lora=LoraConfig()))
@@ -287,7 +380,12 @@ def test_adapters_that_do_not_fit_are_refused(adapted, written):
         ({"use_rslora": True}, "use_rslora = True"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": ["q_proj", "gate_proj"]}, r"target_modules = \['q_proj', 'gate_proj'\]; only q_proj, k_proj, v_proj, o_proj"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            r"target_modules = \['q_proj', 'lm_head'\]; only q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj can have",
+        ),
+        ({"target_modules": ["q_proj", "gate_proj"]}, "has no tensor of gate_proj, which adapter_config.json promises"),
+        ({"target_modules": ["q_proj", "experts.0.gate_proj"]}, "only q_proj"),
         ({"target_modules": "all-linear"}, "all-linear"),
         ({"r": "8"}, "r = '8'"),
     ],
@@ -312,7 +410,9 @@ def test_no_adapter_config_is_refused(adapted, tmp_path):
 def test_peft_on_transformers_has_our_logits(moe, tmp_path):
     """Both ways: our adapter on transformers' model, and PEFT's own adapter merged into ours."""
     peft, transformers, torch = map(pytest.importorskip, ("peft", "transformers", "torch"))
-    cfg = small(moe=moe, cla_share_factor=1, lora=LORA)
+    cfg = small(
+        moe=moe, cla_share_factor=1, lora=dataclasses.replace(LORA, targets=(*LORA.targets, *(MLP if moe == MoeConfig() else EXPERTS)))
+    )
     shapes = abstract_model(cfg, single_device_mesh())[1]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), shapes)
@@ -331,7 +431,11 @@ def test_peft_on_transformers_has_our_logits(moe, tmp_path):
         theirs.save_pretrained(tmp_path / "again")
         model = theirs.merge_and_unload()
         np.testing.assert_allclose(ours, model(torch.from_numpy(ids).long()).logits.numpy(), atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(ours, np.asarray(from_pretrained(base, adapter=tmp_path / "again").logits(ids)))
+    if cfg.is_moe:  # PEFT has made two adapters of the fused gate_up_proj and down_proj of the three
+        with pytest.raises(ConfigError, match=r"rank_pattern = .*gate_up_proj.*only {} is implemented"):
+            from_pretrained(base, adapter=tmp_path / "again")
+    else:
+        np.testing.assert_array_equal(ours, np.asarray(from_pretrained(base, adapter=tmp_path / "again").logits(ids)))
 
 
 # ------------------------------------------------------------------------------------------------------------- runs from weights

@@ -17,7 +17,7 @@ from helpers import assert_close, fast_jit, filled, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_jax.config import ModelConfig, MoeConfig
+from hunyuan_jax.config import LoraConfig, ModelConfig, MoeConfig
 from hunyuan_jax.model import dispatch, experts, loss, moe, routing
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
@@ -132,13 +132,13 @@ def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
     seen = {}
 
     def body(weights, x_BTD, is_valid_BT, key_data):
-        def spy(weights, x_gTD, assignment, cfg, kernels):
+        def spy(weights, x_gTD, assignment, **how):
             seen["assignment"] = assignment
             return jnp.zeros_like(x_gTD)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moe, "serve", spy)
-            moe.route_and_serve(weights, x_BTD, is_valid_BT, key_data, cfg=cfg, group_size=group_size, kernels={})
+            moe.route_and_serve(weights, x_BTD, is_valid_BT, key_data, cfg=cfg, group_size=group_size, kernels={}, lora_cfg=LoraConfig())
         return seen["assignment"]
 
     stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}

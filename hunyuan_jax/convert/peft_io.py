@@ -11,14 +11,17 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from hunyuan_jax.config import ConfigError, LoraConfig, ModelConfig, validate_model
+from hunyuan_jax.config import LORA_TARGETS, ConfigError, LoraConfig, ModelConfig, validate_model
 from hunyuan_jax.convert import table
 from hunyuan_jax.model import lora
+from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.parallel.mesh import single_device_mesh
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TARGET = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight")
-_MODULES = {f"{target}_proj": target for target in "qkvo"}
+# What PEFT's target_modules call a projection: a suffix that is that of no other, but for the layer.
+_MODULE = re.compile(r"(?:shared_mlp\.|experts\.\d+\.)?\w+_proj(?=\.weight$)")
+_TARGETS = {lora.names(target)[0]: target for target in LORA_TARGETS}
 # What else PEFT can do with an adapter: other values change the product, or add weights.
 _FIXED = {
     "peft_type": "LORA",
@@ -50,17 +53,17 @@ def write_adapter(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str,
     tensors = {}
     for entry, target in _projections(cfg):
         for name, part in zip(lora.names(target)[1:], "AB", strict=True):
-            array = _leaf(params, entry, name)[entry.index[0]].astype(np.float32)
+            array = np.asarray(_leaf(params, entry, name))[entry.index].astype(np.float32)
             # Ours are [in, r] and [r, out], torch's [r, in] and [out, r].
             matrix = array.reshape(-1, cfg.lora.rank) if part == "A" else array.reshape(cfg.lora.rank, -1)
-            tensors[_name(entry, part)] = np.ascontiguousarray(matrix.T)
+            tensors[_tensor_name(entry.name, part)] = np.ascontiguousarray(matrix.T)
     settings = _FIXED | {
         "base_model_name_or_path": base,
         "inference_mode": True,
         "lora_alpha": cfg.lora.alpha,
         "lora_dropout": 0.0,
         "r": cfg.lora.rank,
-        "target_modules": [f"{target}_proj" for target in cfg.lora.targets],
+        "target_modules": list(dict.fromkeys(_MODULE.search(entry.name)[0] for entry, _ in _projections(cfg))),
         "task_type": "CAUSAL_LM",
     }
     folder = Path(folder)
@@ -73,49 +76,64 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConf
     """(config with the adapter's lora section, the adapters as a nested dict of numpy arrays) for a model of `cfg`.
 
     Raises:
-      ConfigError: no adapter there, one that does more than LoRA on the attention, or tensors that do not fit the model, by name.
+      ConfigError: no adapter there, one that does more than LoRA on projections, or tensors that do not fit the model, by name.
     """
     folder = Path(folder)
-    cfg = _with_settings(folder, cfg)
-    wanted = {_name(entry, part): (entry, target, part) for entry, target in _projections(cfg) for part in "AB"}
+    rank, alpha, modules = _settings(folder)
+    tensors = _read_tensors(folder / _WEIGHTS)
+    projections = {entry.name.removesuffix(".weight"): target for entry, target in _projections(cfg, LORA_TARGETS)}
+    held = {target for name, target in projections.items() if _tensor_name(name, "A") in tensors}
+    for module in modules:
+        meant = {target for name, target in projections.items() if name.endswith(f".{module}")}
+        if not meant:
+            known = dict.fromkeys(name.rsplit(".", 1)[1] for name in projections)
+            raise ConfigError(
+                f"{folder / _CONFIG}: target_modules = {modules}; only {', '.join(known)} can have adapters in this model. Merge the "
+                "adapter with PEFT itself."
+            )
+        if not meant & held:
+            raise ConfigError(f"{folder / _WEIGHTS} has no tensor of {module}, which {_CONFIG} promises; save the adapter again.")
+    cfg = validate_model(dataclasses.replace(cfg, lora=LoraConfig(rank, alpha, tuple(t for t in LORA_TARGETS if t in held))))
+    shapes = abstract_model(cfg, single_device_mesh())[1]
+    wanted = {_tensor_name(entry.name, part): (entry, target, part) for entry, target in _projections(cfg) for part in "AB"}
     params: dict[str, Any] = {}
-    for name, tensor in _read_tensors(folder / _WEIGHTS).items():
+    for name, tensor in tensors.items():
         if name not in wanted:
             raise ConfigError(f"{folder / _WEIGHTS} holds {name!r}, {_why_not(name, cfg)}.")
         entry, target, part = wanted.pop(name)
-        rank = cfg.lora.rank
         shape = (rank, entry.shape[1]) if part == "A" else (entry.shape[0], rank)
         if tensor.shape != shape:
             raise ConfigError(f"{folder / _WEIGHTS}: {name} has shape {tensor.shape}; this model and r = {rank} ask for {shape}.")
         leaf = lora.names(target)["AB".index(part) + 1]
-        dims = lora.shapes(cfg, target)["AB".index(part)]
+        whole = _leaf(shapes, entry, leaf).shape
         node = params
         for key in entry.path.split("/")[:-1]:
             node = node.setdefault(key, {})
-        stacked = node.setdefault(leaf, np.empty((cfg.num_groups, *dims), np.float32))
-        stacked[entry.index[0]] = tensor.astype(np.float32).T.reshape(dims)
+        stacked = node.setdefault(leaf, np.empty(whole, np.float32))
+        stacked[entry.index] = tensor.astype(np.float32).T.reshape(whole[len(entry.index) :])
     if wanted:
         raise ConfigError(f"{folder / _WEIGHTS} lacks {len(wanted)} tensors that {_CONFIG} promises, the first one {next(iter(wanted))}.")
     return cfg, params
 
 
-def _projections(cfg: ModelConfig) -> list[tuple[table.Entry, str]]:
-    """The official weights that have an adapter, each with its target."""
-    found = [(entry, _TARGET.fullmatch(entry.name)) for entry in table.entries(cfg)]
-    return [(entry, match[2]) for entry, match in found if match and match[2] in cfg.lora.targets]
+def _projections(cfg: ModelConfig, targets: tuple[str, ...] | None = None) -> list[tuple[table.Entry, str]]:
+    """The official weights that have an adapter, each with its target; `targets` other than those of `cfg`."""
+    found = [(entry, _TARGETS.get(entry.path.rsplit("/", 1)[1])) for entry in table.entries(cfg)]
+    return [(entry, target) for entry, target in found if target in (targets or cfg.lora.targets)]
 
 
-def _name(entry: table.Entry, part: str) -> str:
-    return f"{_PREFIX}{entry.name.removesuffix('.weight')}.lora_{part}.weight"
+def _tensor_name(name: str, part: str) -> str:
+    return f"{_PREFIX}{name.removesuffix('.weight')}.lora_{part}.weight"
 
 
-def _leaf(params: dict[str, Any], entry: table.Entry, name: str) -> np.ndarray:
+def _leaf(params: dict[str, Any], entry: table.Entry, name: str) -> Any:
     for key in entry.path.split("/")[:-1]:
         params = params[key]
-    return np.asarray(params[name])
+    return params[name]
 
 
-def _with_settings(folder: Path, cfg: ModelConfig) -> ModelConfig:
+def _settings(folder: Path) -> tuple[int, float, list[str]]:
+    """(rank, alpha, target_modules) of adapter_config.json."""
     path = folder / _CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} is no PEFT adapter: it has no {_CONFIG}.")
@@ -127,16 +145,9 @@ def _with_settings(folder: Path, cfg: ModelConfig) -> ModelConfig:
     for name, value in _FIXED.items():
         if name in settings and settings[name] != value and (settings[name] or value):  # all that is empty means the same
             raise ConfigError(f"{path}: {name} = {settings[name]!r}; only {value!r} is implemented. Merge the adapter with PEFT itself.")
-    modules = [modules] if isinstance(modules, str) else list(modules or [])
-    wrong = [module for module in modules if module not in _MODULES]
-    if wrong or not modules:
-        raise ConfigError(
-            f"{path}: target_modules = {modules}; only {', '.join(_MODULES)} can have adapters here. Merge the adapter with PEFT itself."
-        )
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise ConfigError(f"{path}: r = {rank!r} and lora_alpha = {alpha!r} must be a positive integer and a number.")
-    targets = tuple(target for module, target in _MODULES.items() if module in modules)
-    return validate_model(dataclasses.replace(cfg, lora=LoraConfig(rank, float(alpha), targets)))
+    return rank, float(alpha), [modules] if isinstance(modules, str) else list(modules or [])
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward passes, one layer in memory at a time."""
+"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward passes, one expert in memory at a time.
+
+Letters: T tokens of the one sequence, V vocabulary, D model, F ffn, E experts, g = B = 1.
+"""
 
 import dataclasses
 import functools
@@ -16,15 +19,19 @@ from hunyuan_jax.convert import chunks, hf_config, reference, table, weights
 from hunyuan_jax.convert.place import Place
 from hunyuan_jax.convert.progress import Meter, in_order
 from hunyuan_jax.convert.scale import Converted, open_converted
-from hunyuan_jax.model import embedding, rope
+from hunyuan_jax.model import embedding, moe, rope, routing
 from hunyuan_jax.model.attention import Visibility
-from hunyuan_jax.model.block import Layer, Sequence
+from hunyuan_jax.model.block import Layer
+from hunyuan_jax.model.kernels import kernel_options
 from hunyuan_jax.model.norm import RmsNorm
+from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
 
 _NUM_TOKENS = 24
 # Both passes are float32; they add up in another order.  A fault in the weights is 1e-2 or more.
 _TOLERANCE = 2e-4
+# Rows of the table that are multiplied at a time.
+_VOCAB_BLOCK = 16_384
 
 
 def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
@@ -91,7 +98,7 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
         if scale is not None:
             tensor = tensor.astype(np.float32) * np.float32(scale)
         # Rounded as the checkpoint is: what is compared is the function.
-        return tensor.astype(converted.params[entry.path].dtype).astype(np.float32)
+        return tensor.astype(converted.params[entry.path].dtype, copy=False).astype(np.float32, copy=False)
 
     ids_T = np.random.default_rng(0).integers(0, cfg.vocab_size, _NUM_TOKENS)
     ours = _Ours(converted, cfg)
@@ -116,7 +123,7 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
 
 
 class _Ours:
-    """Our model's parts with the checkpoint's weights, read when they are needed."""
+    """Our model's parts with the checkpoint's weights, read when they are needed, in the dtype that they are stored in."""
 
     def __init__(self, converted: Converted, cfg: ModelConfig):
         self._converted, self._cfg = converted, cfg
@@ -125,52 +132,85 @@ class _Ours:
         self._kv: Any = None
 
     def embed(self, ids_T: np.ndarray) -> np.ndarray:
-        module = self._filled(lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0)), "embed", ())
-        return np.asarray(module(jnp.asarray(ids_T[None], jnp.int32), "float32"))[0]
+        module = nnx.eval_shape(lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0)))
+        rows_TD = self._read("embed/embedding_VD", ())[ids_T]
+        module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), logical=embedding.TABLES[0])
+        return np.asarray(module(jnp.arange(len(ids_T))[None], "float32"))[0]
 
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
         """The layer's output; a producer's keys and values are kept for its group."""
-        group, i = divmod(index, self._cfg.cla_share_factor)
-        new = functools.partial(Layer, self._cfg, self._mesh, jax.random.key(0), is_producer=i == 0)
-        graph_def, params = nnx.split(self._filled(new, f"groups/layer_{i}", (group,)))
-        out_BTD, self._kv = _run_layer(self._cfg, graph_def, params, jnp.asarray(x_TD[None]), self._kv if i else None)
+        cfg, (group, i) = self._cfg, divmod(index, self._cfg.cla_share_factor)
+        module = nnx.eval_shape(lambda: Layer(cfg, self._mesh, jax.random.key(0), is_producer=i == 0))
+        if cfg.is_moe:
+            del module.moe.experts
+        graph_def, arrays = nnx.split(self._filled(module, f"groups/layer_{i}", (group,)))
+        out_BTD, self._kv, routed = _run_layer(cfg, graph_def, arrays, jnp.asarray(x_TD[None]), self._kv if i else None)
+        del arrays
+        if routed is not None:
+            for expert in range(cfg.moe.num_experts):
+                out_BTD += _run_expert(cfg, self._expert(f"groups/layer_{i}", group, expert), *routed, expert)
         return np.asarray(out_BTD)[0]
 
     def logits(self, x_TD: np.ndarray) -> np.ndarray:
         cfg = self._cfg
-        hidden_BTD = self._filled(lambda: RmsNorm(cfg.hidden_size, cfg.rms_norm_eps), "final_norm", ())(jnp.asarray(x_TD[None]))
-        if cfg.tie_embeddings:
-            head = self._filled(lambda: embedding.Embedding(cfg, self._mesh, jax.random.key(0)), "embed", ()).embedding_VD
-        else:
-            head = self._filled(lambda: embedding.Head(cfg, self._mesh, jax.random.key(0)), "lm_head", ()).w_VD
-        return np.asarray(embedding.logits(head, hidden_BTD, self._mesh))[0]
+        norm = self._filled(nnx.eval_shape(lambda: RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)), "final_norm", ())
+        hidden_BTD = norm(jnp.asarray(x_TD[None]))
+        w_VD = self._read("embed/embedding_VD" if cfg.tie_embeddings else "lm_head/w_VD", ())
+        blocks = (w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK))
+        tables = (nnx.Param(jnp.asarray(block), logical=embedding.TABLES[0]) for block in blocks)
+        return np.concatenate([embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1)
 
-    def _filled(self, new: Any, prefix: str, index: tuple[int, ...]) -> Any:
+    def _filled(self, module: Any, prefix: str, index: tuple[int, ...]) -> Any:
         """The module with its parameters out of the checkpoint; `index` is that of its group."""
-        graph_def, state = nnx.split(nnx.eval_shape(new))
+        graph_def, state = nnx.split(module)
 
         def read(path, leaf):
-            param = self._converted.params[f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}"]
-            pieces = list(np.ndindex(param.stacked[len(index) :]))
-            array = np.empty((*param.stacked[len(index) :], *param.piece), np.float32)
-            for piece in pieces:
-                array[piece] = chunks.read_piece(self._place, param, (*index, *piece))
+            array = self._read(f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}", index)
             assert array.shape == leaf.shape, (path, array.shape, leaf.shape)
-            return jnp.asarray(array)
+            # Scales of norms are multiplied with each other, which is to be in float32.
+            return jnp.asarray(array if array.ndim > 1 else array.astype(np.float32))
 
         return nnx.merge(graph_def, jax.tree_util.tree_map_with_path(read, state))
 
+    def _expert(self, prefix: str, group: int, expert: int) -> dict[str, jax.Array]:
+        """The parameters of `Experts` of one of them, each with a leading dim of one."""
+        return {name: jnp.asarray(self._read(f"{prefix}/moe/experts/{name}", (group, expert))[None]) for name in moe.EXPERT_DIMS}
+
+    def _read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        return chunks.read_piece(self._place, self._converted.params[path], index)
+
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_layer(cfg: ModelConfig, graph_def: Any, params: Any, x_BTD: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
-    layer = nnx.merge(graph_def, params)
+def _run_layer(cfg: ModelConfig, graph_def: Any, arrays: Any, x_BTD: jax.Array, kv: Any) -> tuple[jax.Array, Any, Any]:
+    """(the layer's output but for its routed experts, the keys and values of its group, None or what `_run_expert` is told)."""
+    layer = nnx.merge(graph_def, arrays)
     slot_T = jnp.arange(x_BTD.shape[1])
     ones_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-    sequence = Sequence(rope.cos_sin(slot_T[None], cfg), Visibility(slot_T, ones_BT, ones_BT), ones_BT > 0)
+    cos_sin, visibility = rope.cos_sin(slot_T[None], cfg), Visibility(slot_T, ones_BT, ones_BT)
     y_BTD = layer.attn_norm(x_BTD)
     if kv is None:
-        kv = layer.attn.keys_values(y_BTD, sequence.cos_sin_BTh)
-    return layer(x_BTD, y_BTD, kv, sequence, None, False)[0], kv
+        kv = layer.attn.keys_values(y_BTD, cos_sin)
+    x_BTD += layer.attn(y_BTD, *kv, cos_sin, visibility, None)
+    y_BTD = layer.mlp_norm(x_BTD)
+    if not cfg.is_moe:
+        return x_BTD + layer.mlp(y_BTD), kv, None
+    if cfg.moe.num_shared_experts:
+        x_BTD += layer.moe.shared(y_BTD)
+    logits_BTE = moe.router_logits(y_BTD, layer.moe.router_DE[...])
+    return x_BTD, kv, (y_BTD, moe.route(logits_BTE, ones_BT > 0, cfg.moe, jax.random.split(jax.random.key(0), 1))[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_expert(
+    cfg: ModelConfig, weights: dict[str, jax.Array], y_gTD: jax.Array, assignment: routing.Assignment, expert: int
+) -> jax.Array:
+    """What one routed expert adds [1, T, D], computed as on a chip that holds no other."""
+    here = assignment._replace(
+        expert_Tk=assignment.expert_Tk - expert, count_E=jax.lax.dynamic_slice_in_dim(assignment.count_E, expert, 1, axis=-1)
+    )
+    mesh = single_device_mesh()
+    fn = functools.partial(moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora)
+    return island.island(fn, mesh, moe.EXPERT_DIMS, ((), ()), ())(weights, y_gTD, here)
 
 
 def _float32(cfg: ModelConfig) -> ModelConfig:

@@ -51,8 +51,7 @@ class Attention(nnx.Module):
         if cfg.use_qk_norm:
             self.q_norm_H = params.ones((H,), ("norm",))
             self.k_norm_H = params.ones((H,), ("norm",))
-        if cfg.lora.rank:
-            lora.declare(self, cfg, jax.random.fold_in(key, 4), is_producer=is_producer)
+        lora.declare(self, cfg, jax.random.fold_in(key, 4))
 
     def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""

@@ -1,16 +1,20 @@
-"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless routing.
+"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless routing.  And SwiGLU with LoRA adapters.
 
 Letters: e experts on this shard, D model, F ffn, n tiles, b rows a tile.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from hunyuan_jax.config import ConfigError
 from hunyuan_jax.model.linear import apart
+from hunyuan_jax.model.lora import Adapted
 
 
 @jax.custom_vjp
@@ -53,6 +57,45 @@ def _swiglu_bwd(residuals, dy_nbD):
 
 
 swiglu_tiles.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def swiglu_adapted(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    x_ebD: jax.Array,
+    weight_eb: jax.Array,
+    projections: tuple[Adapted, Adapted, Adapted],
+    kernels: dict[str, Any],
+) -> jax.Array:
+    """down(weight * silu(gate(x)) * up(x)) with adapters beside the projections gate, up and down, by plain products.
+
+    Args:
+      product: (rows [e, b, I], matrices [e, I, O]) -> [e, b, O]; e may be tiles, of which the product knows the experts.
+      kernels: of `kernel_options`.
+
+    Raises:
+      ConfigError: kernels are asked for: they compute gate, up and what follows in one, and have no place for an adapter.
+    """
+    implementation = kernels["implementation"]
+    if implementation != ["xla"] and (implementation or kernels["device_kind"] != "cpu"):
+        raise ConfigError(
+            f"config.model.kernels = {','.join(implementation or ['auto'])} on {kernels['device_kind']} would run expert kernels, which "
+            "have no place for config.model.lora.targets other than q, k, v, o; set config.model.kernels=xla, or take those targets."
+        )
+
+    def project(x_ebI, projection):
+        y_ebO = product(x_ebI, projection.w)
+        if projection.a is None:
+            return y_ebO
+        return y_ebO + product(product(x_ebI, projection.a), projection.b) * projection.scale
+
+    gate, up, down = projections
+    gate_ebF, up_ebF = (checkpoint_name(project(x_ebD, projection), "product") for projection in (gate, up))
+    return project(_gated(gate_ebF, up_ebF, weight_eb), down)
+
+
+def row_product(x_ebI: jax.Array, w_eIO: jax.Array) -> jax.Array:
+    """[e, b, O]: each expert's rows times its matrix."""
+    return jnp.einsum("ebI,eIO->ebO", x_ebI, w_eIO)
 
 
 def _gated(gate_nbF, up_nbF, weight_nb):

@@ -1,50 +1,73 @@
-"""LoRA (arXiv 2106.09685): the attention's projections W become W + alpha / rank * A B, and only A and B are trained.
+"""LoRA (arXiv 2106.09685): projections W become W + alpha / rank * A B, and only A and B are trained.
 
 A consumer of a CLA group has no key and value projection, hence no adapter of one: what its group's producer learns serves it too.
-Letters: P CLA groups, D model, N query heads, K kv heads, H head dim, r rank, I and O the entries of a projection's input and output.
+Each routed expert has adapters of its own.
+Letters: P CLA groups, D model, N query heads, K kv heads, H head dim, F ffn, E experts, r rank, I and O the entries of a projection's
+input and output.
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hunyuan_jax.config import LoraConfig, ModelConfig
+from hunyuan_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from hunyuan_jax.model import params
 from hunyuan_jax.model.linear import linear
 from hunyuan_jax.parallel import island
 
-# Of each target: letters and logical names of the dims that it reads and of those that it writes.
-_LETTERS = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim"}
-_DIMS = {"q": ("D", "NH"), "k": ("D", "KH"), "v": ("D", "KH"), "o": ("NH", "D")}
+# Of each target: what the name of its W begins with, its leading dims, those that it reads, those that it writes.
+_DIMS = {
+    "q": ("wq", "", "D", "NH"),
+    "k": ("wk", "", "D", "KH"),
+    "v": ("wv", "", "D", "KH"),
+    "o": ("wo", "", "NH", "D"),
+    "gate": ("w_gate", "", "D", "F"),
+    "up": ("w_up", "", "D", "F"),
+    "down": ("w_down", "", "F", "D"),
+    "expert_gate": ("w_gate", "E", "D", "F"),
+    "expert_up": ("w_up", "E", "D", "F"),
+    "expert_down": ("w_down", "E", "F", "D"),
+}
+assert tuple(_DIMS) == LORA_TARGETS
+
+
+class Adapted(NamedTuple):
+    """A projection x w + scale * x a b; a None: without adapter."""
+
+    w: jax.Array
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    scale: float = 1.0
 
 
 def names(target: str) -> tuple[str, str, str]:
-    """The attributes of `Attention` that hold W, A and B of a target."""
-    ins, outs = _DIMS[target]
-    return f"w{target}_{ins}{outs}", f"w{target}_lora_a_{ins}r", f"w{target}_lora_b_r{outs}"
+    """The attributes of `Attention`, `Mlp` or `Experts` that hold W, A and B of a target."""
+    stem, lead, ins, outs = _DIMS[target]
+    return f"{stem}_{lead}{ins}{outs}", f"{stem}_lora_a_{lead}{ins}r", f"{stem}_lora_b_{lead}r{outs}"
 
 
-def shapes(cfg: ModelConfig, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of A and of B, in one layer."""
-    sizes = {"D": cfg.hidden_size, "N": cfg.num_heads, "K": cfg.num_kv_heads, "H": cfg.head_dim}
-    ins, outs = (tuple(sizes[letter] for letter in letters) for letters in _DIMS[target])
-    return (*ins, cfg.lora.rank), (cfg.lora.rank, *outs)
-
-
-def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array, *, is_producer: bool) -> None:
-    """Gives an `Attention` the adapters of its own projections.  B is zero, so that training starts from the model as it is."""
+def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
+    """Gives a module adapters of those of its projections that are targets.  B is zero, so that training starts from the model as it is."""
     for target, target_key in zip(_DIMS, jax.random.split(key, len(_DIMS)), strict=True):
-        if target not in cfg.lora.targets or (target in "kv" and not is_producer):
+        w_name, a_name, b_name = names(target)
+        if not cfg.lora.rank or target not in cfg.lora.targets or not hasattr(module, w_name):
             continue
-        (_, a_name, b_name), (a_shape, b_shape), (ins, outs) = names(target), shapes(cfg, target), _DIMS[target]
+        w, (_, lead, ins, _) = getattr(module, w_name), _DIMS[target]
+        first, last = len(lead), len(lead + ins)  # of the dims that it reads
+
+        def with_rank(dims, rank, lead=first, split=last):
+            return (*dims[:split], rank), (*dims[:lead], rank, *dims[split:])
+
+        (a_shape, b_shape), (a_dims, b_dims) = with_rank(w[...].shape, cfg.lora.rank), with_rank(w.get_metadata("logical"), "rank")
         # The spread of the usual initialisation, uniform in +-1 / sqrt(entries of the input).
-        std = 1 / math.sqrt(3 * math.prod(a_shape[:-1]))
-        setattr(module, a_name, params.normal(target_key, a_shape, (*(_LETTERS[c] for c in ins), "rank"), std))
-        setattr(module, b_name, params.zeros(b_shape, ("rank", *(_LETTERS[c] for c in outs))))
+        std = 1 / math.sqrt(3 * math.prod(a_shape[first:last]))
+        setattr(module, a_name, params.normal(target_key, a_shape, a_dims, std))
+        setattr(module, b_name, params.zeros(b_shape, b_dims))
 
 
 def added(x_BTI: jax.Array, weights: dict[str, jax.Array], logical: dict[str, tuple[str, ...]], target: str, cfg: ModelConfig) -> jax.Array:
@@ -53,6 +76,13 @@ def added(x_BTI: jax.Array, weights: dict[str, jax.Array], logical: dict[str, tu
     a, b = (island.whole(weights[name], logical[name], x_BTI.dtype) for name in (a_name, b_name))
     rank = cfg.lora.rank
     return linear(linear(x_BTI, a.reshape(-1, rank)), b.reshape(rank, -1)) * (cfg.lora.alpha / rank)
+
+
+def adapted(weights: dict[str, jax.Array], target: str, cfg: LoraConfig, whole: Callable[[str], jax.Array]) -> Adapted:
+    """The projection of a target out of a module's parameters; `whole` gets one of them by name as it is used."""
+    w_name, a_name, b_name = names(target)
+    w = whole(w_name)
+    return Adapted(w, whole(a_name), whole(b_name), cfg.alpha / cfg.rank) if a_name in weights else Adapted(w)
 
 
 def split(tree: dict[str, Any], cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,20 +108,18 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def merge(cfg: ModelConfig, tree: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, parameters) of the plain model W + alpha / rank * A B, each W in float32."""
-    adapters, base = split(tree, cfg)
     if not cfg.lora.rank:
         return cfg, tree
-    groups = {}
-    for layer, modules in adapters["groups"].items():
-        attn = dict(base["groups"][layer]["attn"])
-        for target in _DIMS:
-            w_name, a_name, b_name = names(target)
-            if a_name in modules["attn"]:
-                w = jnp.asarray(attn[w_name], jnp.float32)
-                a_PIr, b_PrO = (jnp.asarray(modules["attn"][name], jnp.float32) for name in (a_name, b_name))
-                delta_PIO = jnp.matmul(
-                    a_PIr.reshape(len(w), -1, cfg.lora.rank), b_PrO.reshape(len(w), cfg.lora.rank, -1), precision="highest"
-                )
-                attn[w_name] = w + cfg.lora.alpha / cfg.lora.rank * delta_PIO.reshape(w.shape)
-        groups[layer] = {"attn": attn}
-    return dataclasses.replace(cfg, lora=LoraConfig()), join(base, {"groups": groups})
+    return dataclasses.replace(cfg, lora=LoraConfig()), _merged(tree, cfg.lora)
+
+
+def _merged(tree: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
+    plain = {name: _merged(value, cfg) if isinstance(value, dict) else value for name, value in tree.items() if "_lora_" not in name}
+    for target in cfg.targets:
+        w_name, a_name, b_name = names(target)
+        if a_name in tree:
+            w, a, b = (jnp.asarray(tree[name], jnp.float32) for name in (w_name, a_name, b_name))
+            lead = w.shape[: 1 + len(_DIMS[target][1])]  # P, and E
+            delta = jnp.matmul(a.reshape(*lead, -1, cfg.rank), b.reshape(*lead, cfg.rank, -1), precision="highest")
+            plain[w_name] = w + cfg.alpha / cfg.rank * delta.reshape(w.shape)
+    return plain

@@ -9,13 +9,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import ModelConfig, MoeConfig
-from hunyuan_jax.model import dispatch, experts, mlp, params, routing
+from hunyuan_jax.config import LoraConfig, ModelConfig, MoeConfig
+from hunyuan_jax.model import dispatch, experts, lora, mlp, params, routing
 from hunyuan_jax.model.kernels import kernel_options
 from hunyuan_jax.parallel import island
 from pallas_kernels import expert_matmul
 
 _ROWS = ("batch", "seq", "embed")
+_LOGICAL = {"E": "experts", "D": "embed", "F": "expert_ffn", "r": "rank"}
+_TARGETS = ("expert_gate", "expert_up", "expert_down")
+
+
+def expert_dims(name: str) -> tuple[str, ...]:
+    """The logical names of the dims of a parameter of `Experts`."""
+    return tuple(_LOGICAL[letter] for letter in name.rsplit("_", 1)[1])
+
+
+# Those that every mixture has.
+EXPERT_DIMS = {name: expert_dims(name) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
 _FEW = 4  # tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for one and 124 for eight
 
 
@@ -23,11 +34,11 @@ class Experts(nnx.Module):
     """Weights of the E routed experts."""
 
     def __init__(self, cfg: ModelConfig, key: jax.Array):
-        E, D, F, std = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size, cfg.init_std
-        gate, up, down = jax.random.split(key, 3)
-        self.w_gate_EDF = params.normal(gate, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_up_EDF = params.normal(up, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_down_EFD = params.normal(down, (E, F, D), ("experts", "expert_ffn", "embed"), std)
+        E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
+        sizes = {"experts": E, "embed": D, "expert_ffn": F}
+        for (name, logical), matrix_key in zip(EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True):
+            setattr(self, name, params.normal(matrix_key, tuple(sizes[dim] for dim in logical), logical, cfg.init_std))
+        lora.declare(self, cfg, jax.random.fold_in(key, 3))
 
 
 class Moe(nnx.Module):
@@ -56,7 +67,8 @@ class Moe(nnx.Module):
         modules = {"router": self, "experts": self.experts} | ({"shared": self.shared} if moe.num_shared_experts else {})
         weights, logical = zip(*(params.declared(module) for module in modules.values()), strict=True)
         kernels = kernel_options(self.cfg, self.mesh)
-        fn = functools.partial(route_and_serve, cfg=moe, group_size=routing.group_size(moe, *x_BTD.shape[:2]), kernels=kernels)
+        group_size = routing.group_size(moe, *x_BTD.shape[:2])
+        fn = functools.partial(route_and_serve, cfg=moe, group_size=group_size, kernels=kernels, lora_cfg=self.cfg.lora)
         key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
         y_BTD, stats_g = island.island(
             fn,
@@ -74,6 +86,12 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, precision="highest")
 
 
+def route(logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array) -> tuple[routing.Choice, routing.Assignment]:
+    """What each routing group wishes, and what it gets; see `routing.choose` and `routing.assign`."""
+    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
+    return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+
+
 def route_and_serve(
     weights: dict[str, dict[str, jax.Array]],
     x_BTD: jax.Array,
@@ -83,6 +101,7 @@ def route_and_serve(
     cfg: MoeConfig,
     group_size: int,
     kernels: dict[str, Any],
+    lora_cfg: LoraConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside the island.
 
@@ -95,6 +114,7 @@ def route_and_serve(
       cfg: the mixture.
       group_size: tokens of a routing group.
       kernels: of `kernel_options`.
+      lora_cfg: of the adapters, if there are any.
     """
     B, T, D = x_BTD.shape
     if B * T % group_size:
@@ -111,15 +131,14 @@ def route_and_serve(
     # The key depends on the global index of the group, so a run routes the same on every mesh.
     group_g = island.shard_index("batch") * num_groups + jnp.arange(num_groups)
     key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key_data), group_g)
-    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
-    assignment = jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+    choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g)
 
     is_apart = any(isinstance(w, tuple) for w in weights["experts"].values())
-    serve_here = serve_few if is_apart else functools.partial(serve, cfg=cfg, kernels=kernels)
+    serve_here = serve_few if is_apart else functools.partial(serve, cfg=cfg, kernels=kernels, lora_cfg=lora_cfg)
     y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
-        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD, kernels)
+        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD, kernels, lora_cfg)
     # Each tensor shard has summed over its own part of F.
     y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
@@ -134,7 +153,9 @@ def serve_few(weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assig
     An expert of one token multiplies that token; one of several multiplies a few tiles of its tokens, filled up with weight zero.  An
     expert without tokens is not read.
     """
-    gate_EDF, up_EDF, down_EFD = (weights[name] for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+    if weights.keys() != EXPERT_DIMS.keys():
+        raise ValueError("Experts with LoRA adapters do not generate on one CPU device; merge them first (model/lora.py: merge).")
+    gate_EDF, up_EDF, down_EFD = (weights[name] for name in EXPERT_DIMS)
     x_MD = x_gTD.reshape(-1, x_gTD.shape[-1])
     M, E = len(x_MD), len(gate_EDF)
     is_of_ETk = assignment.expert_Tk.reshape(M, -1) == jnp.arange(E)[:, None, None]
@@ -164,27 +185,38 @@ def serve_few(weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assig
 
 
 def serve(
-    weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment, cfg: MoeConfig, kernels: dict[str, Any]
+    weights: dict[str, jax.Array],
+    x_gTD: jax.Array,
+    assignment: routing.Assignment,
+    cfg: MoeConfig,
+    kernels: dict[str, Any],
+    lora_cfg: LoraConfig,
 ) -> jax.Array:
     """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of F.  Runs inside the island."""
 
-    def whole(name, *logical):
-        w = weights[name]
+    def whole(name):
+        w, logical = weights[name], expert_dims(name)
         if w.shape[0] == 1:
             # As a matrix: the TPU compiler then lays its gradient out so that the rows can be reduce-scattered, not all-reduced.
-            return island.whole(w[0], logical, x_gTD.dtype)[None]
-        return island.whole(w, ("experts", *logical), x_gTD.dtype)
+            return island.whole(w[0], logical[1:], x_gTD.dtype)[None]
+        return island.whole(w, logical, x_gTD.dtype)
 
-    gate_eDF, up_eDF = whole("w_gate_EDF", "embed", "expert_ffn"), whole("w_up_EDF", "embed", "expert_ffn")
-    down_eFD = whole("w_down_EFD", "expert_ffn", "embed")
+    projections = tuple(lora.adapted(weights, target, lora_cfg, whole) for target in _TARGETS)
+    is_adapted = any(projection.a is not None for projection in projections)
+    gate_eDF, up_eDF, down_eFD = (projection.w for projection in projections)
     if cfg.dispatch == "dropless":
 
         def tiles(x_nbD, weight_nb, tile_expert_n, num_tiles):
+            if is_adapted:
+                product = functools.partial(experts.tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
+                return experts.swiglu_adapted(product, x_nbD, weight_nb, projections, kernels)
             return experts.swiglu_tiles(x_nbD, weight_nb, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD)
 
         return dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
 
     def buffers(x_eRD, weight_eR, count_es):
+        if is_adapted:
+            return experts.swiglu_adapted(experts.row_product, x_eRD, weight_eR, projections, kernels)
         return expert_matmul.swiglu(x_eRD, weight_eR, count_es, gate_eDF, up_eDF, down_eFD, **kernels)
 
     return dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)

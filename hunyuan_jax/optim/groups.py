@@ -39,7 +39,7 @@ def default_groups(cfg: OptimizerConfig, *, is_moe: bool, is_lora: bool = False)
       the logits from growing.
     """
     if is_lora:
-        return (ParamGroup("adapters", r"groups/.*/attn/w[qkvo]_lora_\w+", 1.0, cfg.weight_decay),)
+        return (ParamGroup("adapters", r"groups/.*/w\w+_lora_\w+", 1.0, cfg.weight_decay),)
     experts = ParamGroup("experts", r"groups/.*/moe/experts/w_\w+", cfg.expert_lr_ratio, cfg.weight_decay)
     router = ParamGroup("router", r"groups/.*/moe/router_DE", 1.0, cfg.weight_decay)
     everywhere = (
