@@ -185,7 +185,10 @@ def export(argv: list[str]) -> int:
         from hunyuan_jax.convert import peft_io
 
         base = store.read_config(values.checkpoint).train.init_from
-        peft_io.write_adapter(values.output, *store.load_adapters(values.checkpoint), base)
+        model_cfg, params = store.load_adapters(values.checkpoint)
+        peft_io.write_adapter(values.output, model_cfg, params, base)
+        if warning := peft_io.peft_warning(model_cfg):
+            print(warning, file=sys.stderr)
     else:
         from hunyuan_jax.infer.pretrained import from_pretrained
 

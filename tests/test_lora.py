@@ -327,6 +327,23 @@ def test_adapters_of_experts_survive_the_peft_format(adapted_experts, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("targets", "is_moe", "named"),
+    [
+        (("q", "k", "v", "o", *EXPERTS), True, None),
+        (("expert_down",), True, None),
+        (("q", *MLP), False, None),
+        (("expert_gate", "expert_up"), True, "expert_gate, expert_up"),
+        (("expert_gate", "expert_down"), True, "expert_gate"),
+        (("q", "up", *EXPERTS), True, "up"),
+    ],
+)
+def test_what_peft_would_compute_otherwise_is_said(targets, is_moe, named):
+    cfg = small(lora=dataclasses.replace(LORA, targets=targets), **({"moe": MOE} if is_moe else {}))
+    warning = peft_io.peft_warning(cfg)
+    assert warning is None if named is None else f"adapters of {named} in a mixture" in warning
+
+
 def test_adapters_survive_the_peft_format(adapted, written):
     cfg, params = adapted
     read_cfg, adapters = peft_io.read_adapter(written, dataclasses.replace(cfg, lora=LoraConfig()))

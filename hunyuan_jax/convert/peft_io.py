@@ -72,6 +72,19 @@ def write_adapter(folder: str | os.PathLike, cfg: ModelConfig, params: dict[str,
     (folder / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def peft_warning(cfg: ModelConfig) -> str | None:
+    """What to tell a user whose adapter PEFT 0.21 on transformers 5 does not serve, or is not known to serve, as we do; else None."""
+    experts = {"expert_gate", "expert_up"} & set(cfg.lora.targets)
+    shared = {"gate", "up", "down"} & set(cfg.lora.targets) if cfg.is_moe else set()
+    wrong = [*sorted(shared), *(sorted(experts) if "expert_down" not in cfg.lora.targets or len(experts) == 1 else [])]
+    if not wrong:
+        return None
+    return (
+        f"warning: with adapters of {', '.join(wrong)} in a mixture of experts, PEFT on transformers 5 may compute other logits than this model "
+        "or fail; for use there, export the merged model (without --adapter)."
+    )
+
+
 def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """(config with the adapter's lora section, the adapters as a nested dict of numpy arrays) for a model of `cfg`.
 
