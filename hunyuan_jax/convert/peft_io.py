@@ -80,8 +80,8 @@ def peft_warning(cfg: ModelConfig) -> str | None:
     if not wrong:
         return None
     return (
-        f"warning: with adapters of {', '.join(wrong)} in a mixture of experts, PEFT on transformers 5 may compute other logits than this model "
-        "or fail; for use there, export the merged model (without --adapter)."
+        f"warning: with adapters of {', '.join(wrong)} in a mixture of experts, PEFT on transformers 5 may compute other logits than this "
+        "model, or fail; for use there, export the merged model (without --adapter)."
     )
 
 
