@@ -37,6 +37,7 @@ class Config:
 
     group_rows: rows of one product, a multiple of the granule.
     block_rows, block_cols: of a program step, for K up to 8192 and above, by 2-byte elements; less where they do not fit.
+    whole_blocks: a block of which more than one group of rows is in use is one product, for matrix units that longer ones suit better.
     contraction_part: a product over more than this is written as a sum: its gathered rows would not fit otherwise.
     gradient_rows, gradient_in, gradient_out: rows, inputs and outputs of a block of the weight gradient.
     vmem_bytes: vector memory that a kernel may take.
@@ -45,6 +46,7 @@ class Config:
     group_rows: int = 256
     block_rows: tuple[int, int] = (1024, 512)
     block_cols: tuple[int, int] = (512, 256)
+    whole_blocks: bool = False
     contraction_part: int = 2048
     gradient_rows: int = 4096
     gradient_in: int = 1280
@@ -52,12 +54,13 @@ class Config:
     vmem_bytes: int = 60 * _MIB
 
 
-# Found by static cycles of the a52b shapes ([4096, 6400] x [6400, 18304] and back, bfloat16), libtpu 0.0.50.1, 2026-11-23; docs/kernels.md.
+# Found by static cycles of the a52b shapes ([4096, 6400] x [6400, 18304] and back, bfloat16), libtpu 0.0.50.1, 2026-11-23
+# (v6e: 2026-11-25); docs/kernels.md.
 CONFIGS = {
     "v4": Config(block_rows=(256, 128), block_cols=(256, 128), gradient_rows=1024, gradient_in=512, gradient_out=512, vmem_bytes=14 * _MIB),
     "v5e": Config(vmem_bytes=110 * _MIB),
     "v5p": Config(),
-    "v6e": Config(group_rows=512, block_rows=(1024, 1024), vmem_bytes=110 * _MIB),
+    "v6e": Config(group_rows=512, block_rows=(1024, 1024), whole_blocks=True, vmem_bytes=110 * _MIB),
     "tpu7x": Config(),
 }
 
@@ -263,7 +266,7 @@ def _multiply(
             def _():
                 out_refs[-1][...] = jnp.zeros(out_refs[-1].shape, jnp.float32)
 
-        def one_group(group, carry):
+        def one_group(group, carry, R=R):
             pick = functools.partial(_pick, block_offset=offset, group=group, group_rows=R)
             products = [0.0] * len(weights)
             for part in _parts(K, w_refs[1].shape[0] if is_quantized else 1, blocks.contraction_part):
@@ -287,7 +290,19 @@ def _multiply(
                 _add_row_sums(out_refs[-1], terms.sum(-1, keepdims=True), offset, group, lists[0][block] if lists else None)
             return carry
 
-        jax.lax.fori_loop(0, num_groups, one_group, 0)
+        def groups():
+            jax.lax.fori_loop(0, num_groups, one_group, 0)
+
+        def whole_block():
+            one_group(0, 0, block_rows)
+
+        if not blocks.is_whole or trips is not None:
+            groups()
+        elif lists:
+            pl.when(num_groups > 1)(whole_block)
+            pl.when(num_groups <= 1)(groups)
+        else:
+            whole_block()
 
     def source(expert, block, col, *lists):
         """Expert, row block and column block to fetch."""
@@ -375,6 +390,7 @@ class _Blocks:
     group_rows: int
     rows: int
     cols: int
+    is_whole: bool
     contraction_part: int
     vmem_bytes: int
 
@@ -385,9 +401,9 @@ def _fit(cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, n
     rows, cols = max(min(cfg.block_rows[size], C) // group * group, group), cfg.block_cols[size]
 
     def used(group, rows, cols):
-        columns = min(cols, N)
+        columns, product = min(cols, N), rows if cfg.whole_blocks else group
         blocks = rows * K + num_weights * K * columns + num_tiles * rows * columns
-        return 2 * itemsize * blocks + group * (itemsize * min(K, cfg.contraction_part) + 16 * columns) + rows * 1024
+        return 2 * itemsize * blocks + product * (itemsize * min(K, cfg.contraction_part) + 16 * columns) + rows * 1024
 
     while used(group, rows, cols) > cfg.vmem_bytes - 2 * _MIB and (cols > 128 or rows > group or group > _GRANULE):
         if cols > 128 and cols * num_weights >= rows:
@@ -398,7 +414,7 @@ def _fit(cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, n
             cols //= 2
         else:
             group = rows = max(group // 2 // _GRANULE * _GRANULE, _GRANULE)
-    return _Blocks(group, rows, min(cols, N), cfg.contraction_part, cfg.vmem_bytes)
+    return _Blocks(group, rows, min(cols, N), cfg.whole_blocks and rows > group, cfg.contraction_part, cfg.vmem_bytes)
 
 
 def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=False):

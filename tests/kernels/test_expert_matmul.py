@@ -6,6 +6,7 @@ Letters as in pallas_kernels/expert_matmul/api.py.
 import dataclasses
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,11 @@ SEED = testing.fresh_seed()
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks so small that every case has several in each dim."""
+@pytest.fixture(params=[False], ids=[""])
+def small_blocks(monkeypatch, request):
+    """Blocks so small that every case has several in each dim; the parameter is `whole_blocks`."""
     small = tpu.Config(
+        whole_blocks=request.param,
         group_rows=64,
         block_rows=(128, 64),
         block_cols=(128, 128),
@@ -65,7 +67,17 @@ def test_xla(case):
     testing.assert_close(actual, {name: expected(case, SEED)[name] for name in actual}, case.dtype)
 
 
-@pytest.mark.parametrize("name", ["odd", "many_blocks", "empty", "dense_odd"])
+@pytest.mark.parametrize(
+    ("name", "small_blocks"),
+    [
+        ("odd", False),
+        pytest.param("many_blocks", False, marks=pytest.mark.slow),
+        ("many_blocks", True),
+        ("empty", True),
+        ("dense_odd", False),
+    ],
+    indirect=["small_blocks"],
+)
 def test_tpu(name, small_blocks):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:
@@ -81,6 +93,7 @@ def test_tpu_with_the_blocks_of_real_chips(name):
     testing.assert_close(actual, expected(case, SEED), case.dtype)
 
 
+@pytest.mark.parametrize("small_blocks", [False, True], indirect=True)
 def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_blocks):
     # The rows in use, and what comes out for them, do not depend on what lies between them, nor on where their source block starts.
     case = dataclasses.replace(BY_NAME["half"], D=64, F=128)
@@ -109,6 +122,13 @@ def test_the_weight_gradient_in_several_parts_of_its_inputs(fill):
         run = functools.partial(tpu.weight_gradient, dtype=jnp.float32, device_kind="TPU v5", interpret=interpret)
         dw_eIO = fast_jit(run)(x_eCI, dy_eCO, case.counts())
     testing.assert_close(dw_eIO[0], np.asarray(x_eCI[0], np.float32).T @ np.asarray(dy_eCO[0], np.float32), "float32")
+
+
+@pytest.mark.parametrize(("small_blocks", "num_rows"), [(False, {64}), (True, {64, 128})], indirect=["small_blocks"])
+def test_a_whole_block_may_be_one_product(small_blocks, num_rows):
+    x_eCI, w_eIO, count_es = jnp.zeros((1, 256, 64)), jnp.zeros((1, 64, 128)), jnp.zeros((1, 2), jnp.int32)
+    text = str(jax.make_jaxpr(functools.partial(tpu.matmul, device_kind="TPU v5"))(x_eCI, w_eIO, count_es))
+    assert {int(rows) for rows in re.findall(r"f32\[(\d+),128\] = dot_general", text)} == num_rows
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 33, 64, 128])
