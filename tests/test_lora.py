@@ -181,7 +181,12 @@ def test_all_projections_of_experts_have_adapters(adapted_experts):
 
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
-    [("dropless", {}), ("dropless", {"expert": 4}), ("recycle", {"expert": 4}), ("drop", {"data": 2, "expert": 2, "tensor": 2})],
+    [
+        ("dropless", {}),
+        pytest.param("dropless", {"expert": 4}, marks=pytest.mark.slow),
+        pytest.param("recycle", {"expert": 4}, marks=pytest.mark.slow),
+        ("drop", {"data": 2, "expert": 2, "tensor": 2}),
+    ],
 )
 def test_experts_with_adapters_are_the_merged_experts_on_every_mesh(adapted_experts, dispatch, mesh):
     """Loss, and the gradient of every adapter from that of its merged matrix."""

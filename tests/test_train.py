@@ -1,6 +1,7 @@
 """The training loop on a small model and real files: learning, exact resume, what it writes, and what it refuses."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -274,6 +276,29 @@ def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path)
         hung.join()
     text = (tmp_path / "stacks.txt").read_text()
     assert "process 3 of 4 has done 17 steps and is in a step." in text and "in a_hung_collective" in text
+
+
+def test_the_watchdog_keeps_nothing_of_the_threads_it_shows():
+    inside, released, batches = threading.Event(), threading.Event(), [np.zeros(1)]
+    batch_ref = weakref.ref(batches[0])
+
+    def a_step():
+        batch = batches.pop()
+        inside.set()
+        released.wait()
+        assert batch.size
+
+    thread = threading.Thread(target=a_step)
+    gc.disable()
+    try:
+        thread.start()
+        inside.wait()
+        stacks = watchdog._stacks()
+        released.set()
+        thread.join()
+        assert "in a_step" in stacks and batch_ref() is None
+    finally:
+        gc.enable()
 
 
 def test_the_watchdog_looks_from_the_start_to_the_last_upload(corpus, finished, monkeypatch):

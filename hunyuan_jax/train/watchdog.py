@@ -59,8 +59,10 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Of all threads that run Python, by name; innermost call last."""
+    """Of all other threads that run Python, by name; innermost call last."""
     # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a run that was only slow.
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = sys._current_frames().items()
-    return "\n".join(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in stacks)
+    frames = sys._current_frames()
+    # Its own frame would hold `frames`, which holds it: what all threads had in their variables would live until a garbage collection.
+    del frames[threading.get_ident()]
+    return "\n".join(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items())
