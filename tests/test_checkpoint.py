@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -26,6 +27,16 @@ from hunyuan_jax.checkpoint import manifest, mirror
 from hunyuan_jax.checkpoint import store as store_lib
 from hunyuan_jax.checkpoint.store import Store, finished_steps, steps
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError
+
+# orbax drops its coroutines when a file is broken; Python says so at a later garbage collection, or at once, here.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()
+
 
 KEEP = CheckpointConfig(keep=2)
 
@@ -208,7 +219,6 @@ def test_a_run_does_not_start_over_when_all_are_damaged(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"damaged-1", "damaged-2"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax drops its coroutines when a file is broken
 def test_without_a_manifest_a_checkpoint_is_used_if_it_can_be_read(tmp_path):
     """The process was killed after the commit, before the checksums."""
     save_steps(tmp_path, [1, 2])
@@ -232,7 +242,6 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"1", "damaged-1", "mine"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, caplog):
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
