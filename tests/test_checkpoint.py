@@ -28,17 +28,14 @@ from hunyuan_jax.checkpoint import store as store_lib
 from hunyuan_jax.checkpoint.store import Store, finished_steps, steps
 from hunyuan_jax.config import CheckpointConfig, Config, ConfigError
 
-# orbax drops its coroutines when a file is broken; Python says so at a later garbage collection, or at once, here.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+KEEP = CheckpointConfig(keep=2)
 
 
-@pytest.fixture(autouse=True)
-def collected():
+@pytest.fixture
+def dropped_coroutines():
+    """orbax drops its coroutines when a file is broken: they are collected in the test that made them, not in one that comes later."""
     yield
     gc.collect()
-
-
-KEEP = CheckpointConfig(keep=2)
 
 
 def state_of(step):
@@ -219,6 +216,8 @@ def test_a_run_does_not_start_over_when_all_are_damaged(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"damaged-1", "damaged-2"}
 
 
+@pytest.mark.usefixtures("dropped_coroutines")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_a_manifest_a_checkpoint_is_used_if_it_can_be_read(tmp_path):
     """The process was killed after the commit, before the checksums."""
     save_steps(tmp_path, [1, 2])
@@ -242,6 +241,8 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"1", "damaged-1", "mine"}
 
 
+@pytest.mark.usefixtures("dropped_coroutines")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, caplog):
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
@@ -261,9 +262,8 @@ def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, capl
             match=rf"not enough space is left in {tmp_path}: .*the newest is 1. Make room, or lower .*keep \(now 2\)",
         ):
             store.close()
-        assert steps(tmp_path / "checkpoints") == [
-            1
-        ]  # an orbax thread may go on for a moment, and leave a folder for the next start to remove
+        # A thread of orbax may go on for a moment, and leave a folder for the next start to remove.
+        assert steps(tmp_path / "checkpoints") == [1]
         assert [record for record in caplog.records if record.name == "absl" and record.exc_info] == []  # orbax: one by each thread
         (tmp_path / "ballast").unlink()
         store.require_room()

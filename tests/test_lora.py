@@ -76,9 +76,17 @@ def batch(seed=0):
     return {"tokens": tokens, "targets": targets, "segment_ids": ones.astype(np.int32), "positions": positions, "loss_weights": ones}
 
 
-def with_random_adapters(params, cfg, seed=0):
+def random_like(tree, seed=0):
     rng = np.random.default_rng(seed)
-    adapters = jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), lora.split(params, cfg)[0])
+    return jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), tree)
+
+
+def random_params(cfg):
+    return random_like(abstract_model(cfg, single_device_mesh())[1])
+
+
+def with_random_adapters(params, cfg, seed=0):
+    adapters = random_like(lora.split(params, cfg)[0], seed)
     return lora.join(params, adapters)
 
 
@@ -162,9 +170,7 @@ def test_gradients_are_those_of_the_merged_weights():
 def adapted_experts():
     """The same with adapters on experts, and other projections of theirs than of the attention."""
     cfg = small(lora=dataclasses.replace(LORA, targets=("v", *MLP, *EXPERTS)), moe=MOE, kernels="xla", num_layers=2)
-    shapes = abstract_model(cfg, single_device_mesh())[1]
-    rng = np.random.default_rng(0)
-    return cfg, jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), shapes)
+    return cfg, random_params(cfg)
 
 
 def test_all_projections_of_experts_have_adapters(adapted_experts):
@@ -316,15 +322,19 @@ def rewrite(folder, change):
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def test_adapters_of_experts_survive_the_peft_format(adapted_experts, tmp_path):
-    cfg, params = adapted_experts
-    peft_io.write_adapter(tmp_path, cfg, params, "base")
-    read_cfg, adapters = peft_io.read_adapter(tmp_path, dataclasses.replace(cfg, lora=LoraConfig()))
+def assert_reads_back(folder, cfg, params):
+    read_cfg, adapters = peft_io.read_adapter(folder, dataclasses.replace(cfg, lora=LoraConfig()))
     assert read_cfg == cfg
     ours = flat(lora.split(params, cfg)[0])
     assert flat(adapters).keys() == ours.keys()
     for path, array in flat(adapters).items():
         np.testing.assert_array_equal(array, ours[path])
+
+
+def test_adapters_of_experts_survive_the_peft_format(adapted_experts, tmp_path):
+    cfg, params = adapted_experts
+    peft_io.write_adapter(tmp_path, cfg, params, "base")
+    assert_reads_back(tmp_path, cfg, params)
     # No suffix of another module's name.
     modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert set(modules) == {"v_proj"} | {
@@ -351,12 +361,7 @@ def test_what_peft_would_compute_otherwise_is_said(targets, is_moe, named):
 
 def test_adapters_survive_the_peft_format(adapted, written):
     cfg, params = adapted
-    read_cfg, adapters = peft_io.read_adapter(written, dataclasses.replace(cfg, lora=LoraConfig()))
-    assert read_cfg == cfg
-    ours = flat(lora.split(params, cfg)[0])
-    assert flat(adapters).keys() == ours.keys()
-    for path, array in flat(adapters).items():
-        np.testing.assert_array_equal(array, ours[path])
+    assert_reads_back(written, cfg, params)
     names = safetensors.numpy.load_file(written / "adapter_model.safetensors").keys()
     layers = {"q": range(4), "k": (0, 2), "v": (0, 2), "o": range(4)}  # layers 1 and 3 use the keys and values of 0 and 2
     assert names == {
@@ -435,9 +440,7 @@ def test_peft_on_transformers_has_our_logits(moe, tmp_path):
     cfg = small(
         moe=moe, cla_share_factor=1, lora=dataclasses.replace(LORA, targets=(*LORA.targets, *(MLP if moe == MoeConfig() else EXPERTS)))
     )
-    shapes = abstract_model(cfg, single_device_mesh())[1]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: rng.normal(scale=0.3, size=a.shape).astype(np.float32), shapes)
+    params = random_params(cfg)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     Pretrained(dataclasses.replace(cfg, lora=LoraConfig()), lora.split(params, cfg)[1]).save_pretrained(base)
     peft_io.write_adapter(adapter, cfg, params, str(base))
