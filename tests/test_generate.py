@@ -1,7 +1,9 @@
 """Generation as a user calls it: programs compiled, seeds, batches, meshes, the two layouts of the weights, the chat."""
 
 import base64
+import dataclasses
 import io
+import os
 import shutil
 
 import jax
@@ -25,7 +27,7 @@ DRAWN = {"temperature": 0.9, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.
 
 @pytest.fixture(scope="module")
 def config():
-    return small(num_layers=4, cla_share_factor=2, moe=MoeConfig(num_experts=4, top_k=2), max_position=512)
+    return small(num_layers=4, cla_share_factor=2, moe=MoeConfig(num_experts=4, top_k=2), max_position=512, pad_token_id=5)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,36 @@ def test_draws_depend_on_seed_row_and_step_alone(model):
     np.testing.assert_array_equal(model.generate(other, mask, 30, seed=5, **DRAWN)[0, 6:], drawn_BT[0, 4:34])
     twins_BT = model.generate(IDS[[0, 0]], max_new_tokens=40, seed=5, **DRAWN)
     assert (twins_BT[0] != twins_BT[1]).any()
+
+
+def test_parts_of_a_batch_change_no_token(model, monkeypatch):
+    """Three rows as two parts of two, one of them idle, and as three parts of one."""
+    ids, drawn_BT = np.concatenate([IDS, IDS[:1]]), []
+    for cores in (2, 3):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert engine_lib._num_parts(model.config, model._mesh, 3) == cores
+        drawn_BT.append(model.generate(ids, max_new_tokens=40, **DRAWN))
+    np.testing.assert_array_equal(*drawn_BT)
+    assert (drawn_BT[0][0] != drawn_BT[0][2]).any()
+
+
+def test_a_part_that_has_stopped_is_filled_up(model, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    whole_BT = model.generate(IDS, max_new_tokens=70, eos_token_id=())
+    stop = next(token for token in whole_BT[0, 4:].tolist() if token not in whole_BT[1, 4:])
+    length = whole_BT[0, 4:].tolist().index(stop) + 1
+    expected_BT = whole_BT.copy()
+    expected_BT[0, 4 + length :] = model._fill_id()
+    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=70, eos_token_id=stop), expected_BT)
+
+
+def test_large_experts_and_dense_models_are_not_generated_in_parts(config):
+    mesh = mesh_of()
+    large = dataclasses.replace(config, hidden_size=1024, intermediate_size=2048)
+    dense = dataclasses.replace(config, moe=MoeConfig())
+    assert [engine_lib._num_parts(cfg, mesh, 1) for cfg in (config, large, dense)] == [1, 1, 1]
+    assert [engine_lib._num_parts(cfg, mesh, 64) > 1 for cfg in (config, large, dense)] == [(os.cpu_count() or 1) > 1, False, False]
+    assert engine_lib._num_parts(config, mesh_of(data=2), 64) == 1
 
 
 def test_stream_yields_the_tokens_of_generate_and_stops_with_the_last_row(model):
