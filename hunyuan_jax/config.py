@@ -53,9 +53,14 @@ class LoraConfig:
     """Fine-tuning by adapters of low rank on some projections; everything else is frozen."""
 
     rank: int = 0  # 0 = off: all parameters are trained
-    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
+    alpha: float = 16.0  # see `scale`
     # The projections that have one, of LORA_TARGETS; gate, up, down: of a dense layer and the shared expert, expert_...: of routed experts.
     targets: tuple[str, ...] = ("q", "k", "v", "o")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

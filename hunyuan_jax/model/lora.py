@@ -75,14 +75,14 @@ def added(x_BTI: jax.Array, weights: dict[str, jax.Array], logical: dict[str, tu
     _, a_name, b_name = names(target)
     a, b = (island.whole(weights[name], logical[name], x_BTI.dtype) for name in (a_name, b_name))
     rank = cfg.lora.rank
-    return linear(linear(x_BTI, a.reshape(-1, rank)), b.reshape(rank, -1)) * (cfg.lora.alpha / rank)
+    return linear(linear(x_BTI, a.reshape(-1, rank)), b.reshape(rank, -1)) * cfg.lora.scale
 
 
 def adapted(weights: dict[str, jax.Array], target: str, cfg: LoraConfig, whole: Callable[[str], jax.Array]) -> Adapted:
     """The projection of a target out of a module's parameters; `whole` gets one of them by name as it is used."""
     w_name, a_name, b_name = names(target)
     w = whole(w_name)
-    return Adapted(w, whole(a_name), whole(b_name), cfg.alpha / cfg.rank) if a_name in weights else Adapted(w)
+    return Adapted(w, whole(a_name), whole(b_name), cfg.scale) if a_name in weights else Adapted(w)
 
 
 def split(tree: dict[str, Any], cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,5 +121,5 @@ def _merged(tree: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
             w, a, b = (jnp.asarray(tree[name], jnp.float32) for name in (w_name, a_name, b_name))
             lead = w.shape[: 1 + len(_DIMS[target][1])]  # P, and E
             delta = jnp.matmul(a.reshape(*lead, -1, cfg.rank), b.reshape(*lead, cfg.rank, -1), precision="highest")
-            plain[w_name] = w + cfg.alpha / cfg.rank * delta.reshape(w.shape)
+            plain[w_name] = w + cfg.scale * delta.reshape(w.shape)
     return plain
