@@ -1,11 +1,13 @@
 """What the kernels' benchmarks share: the choice between a GPU's clock and the TPU compiler's cycles, rivals kept apart, one table."""
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -49,19 +51,31 @@ def _cell(value: Any) -> str:
 
 
 def apart(fn: Callable, *args: Any) -> Any:
-    """fn(*args) in a process of its own, or None, with the reason printed, if it raises or libtpu ends the process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_limit_memory) as pool:
+    """fn(*args) in a process of its own, or None, with the reason printed, if it raises or libtpu ends the process.
+
+    What the process writes to standard error, such as the compiler's stack traces, is not shown but for the reason of its end.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.NamedTemporaryFile("r", errors="replace") as log,
+        ProcessPoolExecutor(1, spawn, initializer=_set_apart, initargs=(log.name,)) as pool,
+    ):
         try:
             return pool.submit(fn, *args).result()
+        except BrokenProcessPool:
+            fatal = (line.partition("] ")[2].strip() for line in log if line.startswith("F"))
+            reason = ": ".join(["the process ended", *itertools.islice(fatal, 1)])
         # Whatever a rival raises for what it does not support, the other rows are wanted.
         except Exception as error:
-            reason = "the process ended" if isinstance(error, BrokenProcessPool) else (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{args}: {reason[:160]}")
-            return None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"{args}: {reason[:300]}")
+    return None
 
 
-def _limit_memory() -> None:
+def _set_apart(log: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
 
 
 def median_ms(call: Callable, args: Iterable[Any], num_runs: int = 50) -> float:

@@ -23,12 +23,22 @@ def test_one_table_as_text_and_as_json(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text()) == rows
 
 
-def test_what_fails_apart_is_none_and_says_why(capsys):
+def test_what_fails_apart_is_none_and_says_why(capfd):
     assert benchmark.apart(divmod, 7, 2) == (3, 1)
     assert benchmark.apart(divmod, 7, 0) is None
     assert benchmark.apart(os._exit, 1) is None
-    first, second = capsys.readouterr().out.splitlines()
-    assert "zero" in first and second == "(1,): the process ended"
+    assert benchmark.apart(_end_as_libtpu_does) is None
+    out, err = capfd.readouterr()
+    first, *others = out.splitlines()
+    assert "zero" in first and others == ["(1,): the process ended", "(): the process ended: Check failed: the reason"]
+    assert not err
+
+
+def _end_as_libtpu_does():
+    os.write(
+        2, b"a warning\nF1125 23:54:53.428729   30020 llo_module.cc:75] Check failed: the reason\n*** stack trace ***\nF1125 again] no\n"
+    )
+    os._exit(1)
 
 
 def test_median_ms_is_a_time():
