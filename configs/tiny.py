@@ -3,7 +3,7 @@
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python -m hunyuan_jax generate --checkpoint=runs/tiny --prompt="def "
 
-Hardware: any CPU; 2 cores took 187 to 346 s and 1.1 to 1.5 GB. The loss falls from 5.8 to about 1.4 nats a byte (docs/benchmarks.md).
+Hardware: any CPU; 2 cores took 187 to 337 s and 1.1 to 1.2 GB. The loss falls from 5.8 to about 1.4 nats a byte (docs/benchmarks.md).
 """
 
 from ml_collections import ConfigDict

@@ -171,6 +171,12 @@ def test_a_kernel_spans_lines_and_has_no_estimate():
     assert report.cycles == 4
     op = hlo_text.parse(HEADER + entry(kernel))["main"][1]
     assert (op.opcode, op.op_name, op.operands) == ("custom-call", "jit(step)/splash", ("p.0",))
+    # What is kept for the backward pass is written into the array of all layers at once: the compiler makes one op of both.
+    fused = "%fused_k (p.2: f32[4]) -> f32[4] {\n  %p.2 = f32[4]{0} parameter(0)\n" + kernel.replace("%p.0", "%p.2") + "}\n\n"
+    fused = fused.replace('{"flops":"70",', '{\n"bytes_accessed":5,\n"flops":70,\n')
+    text = HEADER + FUSED + fused + loop("f", 3, "  %k.1 = f32[4]{0} fusion(%p.2), kind=kCustom, calls=%fused_k\n")
+    report = hlo.analyse(text + entry(while_op("f", "jit(step)/jvp()/while")), MESH)
+    assert report.kernels == (hlo.Kernel("splash", "forward loop", 3, 210),)
 
 
 ADD = "%add (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  %y = f32[] parameter(1)\n  ROOT %s = f32[] add(%x, %y)\n}\n\n"

@@ -18,7 +18,8 @@ ENTRY = "entry"
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "ragged-all-to-all", "all-to-all", "collective-permute", "collective-broadcast")
 _COLLECTIVE = re.compile(rf"({'|'.join(_KINDS)})(-start)?")
 _KERNEL_TARGET = "tpu_custom_call"
-_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+# On one line and in quotes, or, within a fusion, over several lines and without.
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\s*\{[^{}]*"flops":"?(\d+)')
 # Between slices a collective is a pair of send and recv that the megascale runtime serves.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
@@ -142,12 +143,13 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
         regions.setdefault(region, visit.region)
         if collective := _collective(module, visit, mesh):
             found[collective] += 1
-        elif op.opcode == "custom-call" and f'custom_call_target="{_KERNEL_TARGET}"' in op.attributes:
-            key = (_kernel_name(op.name), region)
+            continue
+        for kernel in _kernels(module, op):
+            key = (_kernel_name(kernel.name), region)
             kernels[key] += visit.times
-            stated = _KERNEL_FLOPS.search(op.attributes)
+            stated = _KERNEL_FLOPS.search(kernel.attributes)
             kernel_flops[key] += visit.times * int(stated[1]) if stated else 0
-        elif op.cycles:
+        if op.cycles:
             cycles[region] += op.cycles * visit.times
             costly.append(CostlyOp(op.name, op.shape, op.op_name, region, visit.times, op.cycles * visit.times))
     names = _numbered(regions, cycles)
@@ -162,6 +164,12 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
         num_unknown_cycles=sum(visit.op.cycles is None for visit in visits),
         num_unknown_trips=sum(visit.op.opcode == "while" and hlo_text.trip_count(module, visit.op) is None for visit in visits),
     )
+
+
+def _kernels(module: Module, op: Op) -> list[Op]:
+    """The Pallas kernels that run as this op: itself, or one that is fused with the writing of its result into a larger array."""
+    ops = module[op.called("calls")[0]] if op.opcode == "fusion" else [op]
+    return [inner for inner in ops if inner.opcode == "custom-call" and f'custom_call_target="{_KERNEL_TARGET}"' in inner.attributes]
 
 
 def _kernel_name(op_name: str) -> str:
@@ -256,5 +264,5 @@ def _spans_compute(module: Module, ops: list[Op], start: int) -> bool:
             if op.opcode.endswith("-update"):
                 names.add(op.name)
         sends = op.opcode == "fusion" and any(_COLLECTIVE.fullmatch(inner.opcode) for inner in module[op.called("calls")[0]])
-        has_compute |= (bool(op.cycles) and not sends) or op.opcode == "while" or f'"{_KERNEL_TARGET}"' in op.attributes
+        has_compute |= (bool(op.cycles) and not sends) or op.opcode == "while" or bool(_kernels(module, op))
     return False
