@@ -6,6 +6,7 @@ so cycles are counted at two widths and continued to the whole; control flow tha
 or half of them by a fixed number of trips).
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -110,8 +111,21 @@ def _megablox(name: str, N: int) -> tuple[Callable, list]:
     ), shapes
 
 
+def _tokamax(name: str, N: int, implementation: str | None = None) -> tuple[Callable, list]:
+    """tokamax's grouped matmul with the tiles that it takes unless tuned on a chip: 128 x 128 x 128 on TPUs before tpu7x."""
+    import tokamax
+
+    _, shapes = _ragged_dot(name, N)
+    return functools.partial(tokamax.ragged_dot, implementation=implementation), shapes
+
+
 _HALF = ", half empty"
-_RIVALS = {"xla": _xla, "ragged_dot": _ragged_dot, "megablox": _megablox}
+_RIVALS = {
+    "xla": _xla,
+    "ragged_dot": _ragged_dot,
+    "megablox": _megablox,
+    "tokamax": functools.partial(_tokamax, implementation="mosaic_tpu"),
+}
 
 
 def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
@@ -159,7 +173,8 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
 def _rivals_of(name: str) -> list[str]:
     if "," in name:
         return []
-    return list(_RIVALS) if name in ("gate_up", "down") else ["xla"]
+    grouped = [who for who in _RIVALS if who != "tokamax" or importlib.util.find_spec("tokamax")]
+    return grouped if name in ("gate_up", "down") else ["xla"]
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
@@ -173,8 +188,8 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
         args = [*(jax.random.normal(key, s.shape, s.dtype) for s in shapes[:-1]), count_es]
         tera = 2 * _C * length * columns / 1e9
         row = {"gpu": kind, "operation": name, "ours": tera / benchmark.median_ms(fn, args)}
-        rivals = {"xla": _xla, "ragged_dot": _ragged_dot} | ({"tokamax": _tokamax} if importlib.util.find_spec("tokamax") else {})
-        for who in [who for who in rivals if who in _rivals_of(name) or (who == "tokamax" and name in ("gate_up", "down"))]:
+        rivals = {"xla": _xla, "ragged_dot": _ragged_dot, "tokamax": _tokamax}
+        for who in [who for who in rivals if who in _rivals_of(name)]:
             call, rival_shapes = rivals[who](name, columns)
             rival_args = [
                 jnp.full(s.shape, _C, s.dtype) if s.dtype == jnp.int32 else jax.random.normal(key, s.shape, s.dtype) for s in rival_shapes
@@ -182,13 +197,6 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
             ms = benchmark.rival_ms(who, call, rival_args)
             row[who] = ms and tera / ms
         yield row
-
-
-def _tokamax(name: str, N: int) -> tuple[Callable, list]:
-    import tokamax
-
-    _, shapes = _ragged_dot(name, N)
-    return tokamax.ragged_dot, shapes
 
 
 if __name__ == "__main__":
