@@ -107,6 +107,11 @@ def test_a_part_that_has_stopped_is_filled_up(model, monkeypatch):
     np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=70, eos_token_id=stop), expected_BT)
 
 
+def test_no_part_of_a_batch_is_idle(config, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert [engine_lib._num_parts(config, mesh_of(), batch_size) for batch_size in (1, 2, 4, 5, 6, 8, 9)] == [1, 2, 4, 3, 3, 4, 3]
+
+
 def test_large_experts_and_dense_models_are_not_generated_in_parts(config):
     mesh = mesh_of()
     large = dataclasses.replace(config, hidden_size=1024, intermediate_size=2048)

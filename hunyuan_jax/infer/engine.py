@@ -5,6 +5,7 @@ Letters: B batch, S prompt slots, V vocabulary, P CLA groups, N tokens of a chun
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -163,15 +164,20 @@ def _num_parts(cfg: ModelConfig, mesh: Any, batch_size: int) -> int:
     cores, and are better read once for the whole batch.
     """
     is_small = cfg.is_moe and cfg.hidden_size * cfg.intermediate_size <= _SMALL_EXPERT
-    return min(batch_size, os.cpu_count() or 1) if _is_one_cpu(mesh) and is_small else 1
+    if not _is_one_cpu(mesh) or not is_small:
+        return 1
+    rows = math.ceil(batch_size / (os.cpu_count() or 1))
+    return math.ceil(batch_size / rows)  # no part of idle rows alone
 
 
 def _each(threads: list[ThreadPoolExecutor], fn: Callable, arguments: Iterable[tuple]) -> tuple[tuple, tuple]:
     """The pair that fn returns, for every part's arguments, each in a thread of its own if there are any."""
-    if not threads:
-        return tuple(zip(*(fn(*part) for part in arguments), strict=True))
-    # One by one, so that the first compiles for all; fn comes back as soon as the work is dispatched.
-    return tuple(zip(*(thread.submit(fn, *part).result() for thread, part in zip(threads, arguments, strict=True)), strict=True))
+    if threads:
+        # One by one, so that the first compiles for all; fn comes back as soon as the work is dispatched.
+        pairs = [thread.submit(fn, *part).result() for thread, part in zip(threads, arguments, strict=True)]
+    else:
+        pairs = [fn(*part) for part in arguments]
+    return tuple(zip(*pairs, strict=True))
 
 
 def _prefill(graph_def, params, tokens_BS, mask_BS, row_B, is_done_B, *, how, num_slots, top_k, is_apart):
