@@ -206,6 +206,11 @@ def test_a_tokenizer_without_chat_tokens_is_refused(talker):
         text.Chat(talker[0], load_tokenizer("byte"))
 
 
+def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match=f"checkpoint = '{tmp_path}/absent' is no folder; give the workdir of a run or a model folder"):
+        text.load(tmp_path / "absent")
+
+
 def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monkeypatch, capsys):
     talker[0].save_pretrained(tmp_path)
     shutil.copy(ranks, tmp_path)

@@ -107,4 +107,6 @@ def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
         from hunyuan_jax.checkpoint import store
 
         return store.read_config(checkpoint).data.tokenizer
+    if not Path(checkpoint).is_dir():
+        raise ConfigError(f"checkpoint = {str(checkpoint)!r} is no folder; give the workdir of a run or a model folder.")
     return str(checkpoint)
