@@ -14,7 +14,7 @@ import sys
 from absl import flags as absl_flags
 
 from hunyuan_jax import flags
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 _FLAGS = {"import": ("source", "output"), "export": ("checkpoint", "output"), "verify": ("source", "checkpoint")}
 _HELP = {"source": "Official model folder.", "output": "Folder to write.", "checkpoint": "Converted checkpoint, or --workdir of a run."}
@@ -39,7 +39,8 @@ def main() -> int:
     for name in _FLAGS[command]:
         if not getattr(values, name):
             raise ConfigError(f"--{name} is missing; {command} needs {' and '.join(f'--{n}=...' for n in _FLAGS[command])}.")
-    from hunyuan_jax.convert import scale, verify
+    from hunyuan_jax.weights import stream as scale
+    from hunyuan_jax.weights import verify
 
     if command == "import":
         count = scale.import_model(values.source, values.output, values.dtype)

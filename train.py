@@ -11,7 +11,7 @@ import sys
 from absl import flags as absl_flags
 
 from hunyuan_jax import flags
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import dropless
 from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.model.count import count
-from hunyuan_jax.obs.metrics import peak_flops
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.quant.scaled import load_params
+from hunyuan_jax.runlog.metrics import peak_flops
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_model, build_program, init_state
 

@@ -12,7 +12,8 @@ from typing import Any
 from absl import flags as absl_flags
 
 from hunyuan_jax import flags
-from hunyuan_jax.config import ConfigError, MeshConfig
+from hunyuan_jax.config import MeshConfig
+from hunyuan_jax.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -182,7 +183,7 @@ def export(argv: list[str]) -> int:
         raise ConfigError("export needs --checkpoint=DIR and --output=DIR.")
     if values.adapter:
         from hunyuan_jax.checkpoint import store
-        from hunyuan_jax.convert import peft_io
+        from hunyuan_jax.weights import peft as peft_io
 
         base = store.read_config(values.checkpoint).train.init_from
         model_cfg, params = store.load_adapters(values.checkpoint)
@@ -260,7 +261,7 @@ def report(argv: list[str]) -> int:
     values = flags.parse(argv, _define(options))
     if not values.workdir:
         raise ConfigError("--workdir is missing; pass the folder of a run, such as --workdir=runs/tiny.")
-    from hunyuan_jax.obs import report as report_lib
+    from hunyuan_jax.report import page as report_lib
 
     print(report_lib.write(values.workdir, values.output))
     return 0

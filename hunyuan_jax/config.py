@@ -7,7 +7,6 @@ returns `to_config_dict(config)`; `from_config_dict` turns the (possibly overrid
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 import types
@@ -17,16 +16,14 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from hunyuan_jax.errors import ConfigError
+
 Dispatch = Literal["recycle", "drop", "dropless"]
 Remat = Literal["none", "dots", "full"]
 RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
 StateDtype = Literal["float32", "bfloat16", "fp8_lm"]
 ScheduleName = Literal["three_phase", "cosine_with_min_lr"]
-
-
-class ConfigError(ValueError):
-    """Something the user must change: the message holds the value, the rule and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,21 +246,6 @@ def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flat_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def json_object(where: str, text: bytes) -> dict[str, Any]:
-    """The object of fields that a file holds; `where` names it.
-
-    Raises:
-      ConfigError: it is not JSON, or another kind of value.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as e:  # not JSON, or not even UTF-8
-        raise ConfigError(f"{where} is not valid JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} holds a JSON {type(value).__name__}; it must be an object of fields.")
-    return value
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

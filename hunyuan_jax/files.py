@@ -4,12 +4,13 @@ fsspec is imported where there is a URL: it takes a quarter of a second.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 _UPLOAD_BYTES = 2**24  # of a file that are in memory, and in one request
 
@@ -76,3 +77,18 @@ def replacing(path: Path, temporary: Path) -> Iterator[Path]:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def json_object(where: str, text: bytes) -> dict[str, Any]:
+    """The object of fields that a file holds; `where` names it.
+
+    Raises:
+      ConfigError: it is not JSON, or another kind of value.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as e:  # not JSON, or not even UTF-8
+        raise ConfigError(f"{where} is not valid JSON: {e}.") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} holds a JSON {type(value).__name__}; it must be an object of fields.")
+    return value

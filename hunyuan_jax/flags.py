@@ -12,7 +12,8 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from hunyuan_jax.config import Config, ConfigError, field_names, from_config_dict, unknown_key_message
+from hunyuan_jax.config import Config, field_names, from_config_dict, unknown_key_message
+from hunyuan_jax.errors import ConfigError
 from pallas_kernels.select import Unsupported
 
 

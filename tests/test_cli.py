@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[1]
+from support import paths
+
+REPO = paths.ROOT
 TINY = "--config=configs/tiny.py"
 
 

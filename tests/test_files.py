@@ -5,7 +5,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
 from hunyuan_jax import files
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 
 @pytest.fixture

@@ -2,15 +2,16 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
+
+from support import paths
 
 nbformat = pytest.importorskip("nbformat", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
 nbclient = pytest.importorskip("nbclient", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
 pytest.importorskip("ipykernel", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = paths.ROOT / "notebooks"
 SHORT = {
     "quickstart": "NUM_STEPS = 2\nNUM_LAYERS = 2",
     "routing_by_hand": "NUM_TOKENS = 32\nNUM_EXPERTS = 4\nNUM_SEEDS = 1",

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import Config, ConfigError, flat_fields, to_dict
+from hunyuan_jax.config import Config, flat_fields, to_dict
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import write_whole
 
 FILE = "manifest.json"

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from hunyuan_jax import files
 from hunyuan_jax.checkpoint import manifest as manifest_lib
-from hunyuan_jax.config import CheckpointConfig, ConfigError
+from hunyuan_jax.config import CheckpointConfig
+from hunyuan_jax.errors import ConfigError
 
 _ATTEMPTS = 8  # with the pauses below: two minutes
 _PATIENCE = 4  # attempts before the user is told: 7 s

@@ -30,13 +30,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hunyuan_jax import heap
+from hunyuan_jax import malloc as heap
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
-from hunyuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimizerConfig, from_config_dict, json_object, to_dict
-from hunyuan_jax.files import write_whole
-from hunyuan_jax.model import lora
+from hunyuan_jax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, from_config_dict, to_dict
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import json_object, write_whole
+from hunyuan_jax.layers import lora
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.quant.scaled import load_params
 

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data import shards, source
 from hunyuan_jax.data import tokenize as local
 from hunyuan_jax.data import tokens as tokens_lib
+from hunyuan_jax.errors import ConfigError
 
 
 def tokenize(job: shards.Job, runner: str, options: Sequence[str]) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError, DataConfig, SourceConfig, TrainConfig
+from hunyuan_jax.config import DataConfig, SourceConfig, TrainConfig
 from hunyuan_jax.data import pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

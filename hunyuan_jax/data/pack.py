@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data.tokens import Tokens
+from hunyuan_jax.errors import ConfigError
 
 MAX_ROWS = 2**32  # of grain's shuffle
 

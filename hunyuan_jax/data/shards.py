@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data import source, tokens
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import replacing
 from hunyuan_jax.tokenizer import Tokenizer, load_tokenizer
 

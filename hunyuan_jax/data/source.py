@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hunyuan_jax import files
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import replace_surrogates
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")

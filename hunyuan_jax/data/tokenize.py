@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data import shards, source, tokens
 from hunyuan_jax.data.shards import Job
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import load_tokenizer
 
 _COMPRESSED_WEIGHT = 4  # how much text a byte of a compressed file is taken for

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hunyuan_jax.config import ConfigError
 from hunyuan_jax.data import source
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import Tokenizer
 
 KIND, FORMAT = "hunyuan_jax token shards", 1

@@ -19,11 +19,11 @@ from flax import nnx
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.infer.sampling import Sampling, next_token
-from hunyuan_jax.model import params as params_lib
 from hunyuan_jax.model.cache import KvCache, empty_cache, grow_cache, split_cache
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
+from hunyuan_jax.params import declare as params_lib
 
 # Lengths are rounded up to multiples of these, and to no more than four lengths an octave: few programs, and at most a quarter wasted.
 _PROMPT_BUCKET = 32

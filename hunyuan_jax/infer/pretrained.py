@@ -12,15 +12,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import peft_io, scale, torch_io
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
-from hunyuan_jax.model import lora
-from hunyuan_jax.model import loss as loss_lib
+from hunyuan_jax.layers import lora
+from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.weights import peft as peft_io
+from hunyuan_jax.weights import stream as scale
+from hunyuan_jax.weights import torch_io
 
 
 class Pretrained:

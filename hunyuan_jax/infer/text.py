@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import ConfigError
-from hunyuan_jax.data.chat import render_chat
+from hunyuan_jax.chat.render import render_chat
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 

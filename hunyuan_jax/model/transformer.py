@@ -12,12 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.model import embedding, loss, params, rope
-from hunyuan_jax.model.attention import Visibility
-from hunyuan_jax.model.block import ClaGroup, Sequence
+from hunyuan_jax.layers import embedding, loss, rope
+from hunyuan_jax.layers.mixer.attention import Visibility
+from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.model.cache import KvCache
-from hunyuan_jax.model.norm import RmsNorm
+from hunyuan_jax.model.stack import ClaGroup, Sequence
 from hunyuan_jax.parallel.rules import constrain
+from hunyuan_jax.params import declare as params
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names("stream", "product", "dispatched", "attended"),

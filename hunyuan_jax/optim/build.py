@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hunyuan_jax.config import ConfigError, OptimizerConfig
+from hunyuan_jax.config import OptimizerConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim.groups import ParamGroup, assign_groups, default_groups
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled, quantize
 

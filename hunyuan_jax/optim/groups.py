@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from hunyuan_jax.config import ConfigError, OptimizerConfig
+from hunyuan_jax.config import OptimizerConfig
+from hunyuan_jax.errors import ConfigError
 
 _NUM_PATHS_SHOWN = 5
 

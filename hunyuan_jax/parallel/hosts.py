@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 _MESSAGE_BYTES = 2048
 

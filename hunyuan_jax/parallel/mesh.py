@@ -9,7 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from hunyuan_jax.config import ConfigError, MeshConfig
+from hunyuan_jax.config import MeshConfig
+from hunyuan_jax.errors import ConfigError
 
 AXES = ("replica", "data", "expert", "tensor")  # by rising traffic, as mesh_utils expects them
 

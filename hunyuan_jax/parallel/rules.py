@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 
 class Axes(NamedTuple):

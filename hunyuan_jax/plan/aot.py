@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from hunyuan_jax.config import Config, ConfigError
+from hunyuan_jax.config import Config
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.plan import hlo, memory, topology

@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from hunyuan_jax.plan import groups, hlo_text
+from hunyuan_jax.plan import hlo_text
+from hunyuan_jax.plan import replica_groups as groups
 from hunyuan_jax.plan.hlo_text import Module, Op
 
 ENTRY = "entry"

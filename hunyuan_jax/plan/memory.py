@@ -14,7 +14,8 @@ import jax
 from jax.sharding import AbstractMesh
 
 from hunyuan_jax.config import Config, MeshConfig, ModelConfig
-from hunyuan_jax.model import embedding, loss, routing
+from hunyuan_jax.layers import embedding, loss
+from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
 from hunyuan_jax.train import step as step_lib

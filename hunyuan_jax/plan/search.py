@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from hunyuan_jax.config import Config, ConfigError
+from hunyuan_jax.config import Config
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.plan import aot, memory, topology
 
 # The step's matmuls over those without any recomputation: the forward pass, a third of them all, is repeated or not.

@@ -7,7 +7,7 @@ import math
 import os
 import re
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 
 _GIB = 2**30
 

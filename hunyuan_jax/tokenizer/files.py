@@ -3,7 +3,8 @@
 import pathlib
 from typing import Any, NamedTuple
 
-from hunyuan_jax.config import ConfigError, json_object
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import json_object
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.vocabulary import UNUSED_ID, Vocabulary, replace_surrogates
 

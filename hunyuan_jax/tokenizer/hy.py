@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from hunyuan_jax.config import ConfigError
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.vocabulary import Vocabulary, replace_surrogates
 
 if TYPE_CHECKING:

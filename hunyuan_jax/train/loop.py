@@ -13,21 +13,22 @@ from typing import Any
 
 import jax
 
-from hunyuan_jax import heap
+from hunyuan_jax import malloc as heap
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
-from hunyuan_jax.config import Config, ConfigError, to_dict
+from hunyuan_jax.config import Config, to_dict
 from hunyuan_jax.data import loader
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
+from hunyuan_jax.runlog.log import Log
+from hunyuan_jax.runlog.watchdog import Watchdog
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.log import Log
-from hunyuan_jax.train.skips import Skips
+from hunyuan_jax.train.skipped_steps import Skips
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import Program, TrainState, abstract_state, build_program, convert, init_state, with_state_dtype
-from hunyuan_jax.train.watchdog import Watchdog
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:

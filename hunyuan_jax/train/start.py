@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import ConfigError, ModelConfig
-from hunyuan_jax.convert import scale, torch_io
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.weights import stream as scale
+from hunyuan_jax.weights import torch_io
 
 # How the model is computed, trained and ended: a run may choose these anew.  Everything else decides what the weights mean.
 _FREE = {"max_position", "attention_dropout", "hidden_dropout", "init_std", "pad_token_id", "bos_token_id", "eos_token_ids"}

@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, ModelConfig, OptimizerConfig, StateDtype
-from hunyuan_jax.model import lora
+from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model, path_of
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
-from hunyuan_jax.optim.convert import convert_state
 from hunyuan_jax.optim.guard import Guard, new_guard
 from hunyuan_jax.optim.schedule import build_schedule
+from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.quant.scaled import store_params
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.model import lora, routing
-from hunyuan_jax.model import loss as loss_lib
-from hunyuan_jax.model.params import Weight, in_use
+from hunyuan_jax.layers import lora
+from hunyuan_jax.layers import loss as loss_lib
+from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
+from hunyuan_jax.params.declare import Weight, in_use
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 
 Batch = dict[str, jax.Array]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.expert_matmul import gpu, reference, tpu, xla
-from pallas_kernels.expert_matmul.rows import Quantized, Weights
+from pallas_kernels.expert_matmul.quantized import Quantized, Weights
 from pallas_kernels.select import Implementation, choose
 
 _MODULES = {"pallas_tpu": tpu, "pallas_gpu": gpu, "xla": xla, "reference": reference}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.expert_matmul.rows import is_valid
+from pallas_kernels.expert_matmul.quantized import is_valid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import select
-from pallas_kernels.expert_matmul.rows import is_valid
+from pallas_kernels.expert_matmul.quantized import is_valid
 
 _ROWS, _COLUMNS, _DEPTH = 128, 256, 64  # one tile, and one step of its contraction
 _CONSUMERS = 2  # warp-groups that multiply, 64 rows of the tile each; the third one copies

@@ -6,7 +6,7 @@ The options (device_kind, interpret) concern kernels only.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_matmul.rows import dequantized, is_valid
+from pallas_kernels.expert_matmul.quantized import dequantized, is_valid
 
 _F32 = jnp.float32
 

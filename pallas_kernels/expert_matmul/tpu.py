@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips
-from pallas_kernels.expert_matmul.rows import Quantized, Weights, is_valid
+from pallas_kernels.expert_matmul.quantized import Quantized, Weights, is_valid
 from pallas_kernels.select import only_on
 
 _GRANULE = 32  # rows; whole tiles of every dtype down to 8 bits

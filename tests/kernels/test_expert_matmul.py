@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_jit
 
 from pallas_kernels import chips, cycles, testing
-from pallas_kernels.expert_matmul import Quantized, api, cases, reference, rows, swiglu, tpu, xla
+from pallas_kernels.expert_matmul import Quantized, api, cases, reference, swiglu, tpu, xla
+from pallas_kernels.expert_matmul import quantized as rows
+from support.models import fast_jit
 
 BY_NAME = {case.name: case for case in cases.SMALL}
 SEED = testing.fresh_seed()

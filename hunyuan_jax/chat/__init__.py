@@ -1,0 +1,1 @@
+"""Chats as token ids: templates, rendering, labels."""

@@ -1,0 +1,5 @@
+"""Errors that the user can act on."""
+
+
+class ConfigError(ValueError):
+    """Something the user must change: the message holds the value, the rule and the remedy."""

@@ -1,0 +1,80 @@
+"""Between tokens and the residual stream: the embedding's lookup, and the logits.
+
+Letters: B batch, T tokens, M = B * T, D model, d = D / shards in storage, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.parallel import island, rules
+from hunyuan_jax.params import declare as params
+
+TABLES = (("vocab", "embed"), ("odd_vocab", "wide_embed"))
+TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
+
+
+class Embedding(nnx.Module):
+    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification section 8)."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+        self.pad_token_id = cfg.pad_token_id
+        self.mesh = mesh
+        self.embedding_VD = _new_table(cfg, mesh, key)
+        if cfg.pad_token_id >= 0:
+            self.embedding_VD[...] = self.embedding_VD[...].at[cfg.pad_token_id].set(0.0)
+
+    def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+        """[B, T, D] in dtype."""
+
+        logical = self.embedding_VD.get_metadata("logical")
+
+        def fn(w_VD, tokens_BT):
+            return lookup(w_VD, tokens_BT, dtype, logical)
+
+        x_BTD = island.island(fn, self.mesh, logical, (TOKENS,), ROWS)(self.embedding_VD[...], tokens_BT)
+        is_pad_BT = tokens_BT == self.pad_token_id
+        return jnp.where(is_pad_BT[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
+
+
+class Head(nnx.Module):
+    """The output projection of an untied model."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+        self.w_VD = _new_table(cfg, mesh, key)
+
+
+def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> nnx.Param:
+    shape = (cfg.vocab_size, cfg.hidden_size)
+    return params.normal(key, shape, rules.first_that_divides(mesh, shape, TABLES, "the table of tokens"), cfg.init_std)
+
+
+def lookup(w_VD: jax.Array, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]) -> jax.Array:
+    """The rows [B, T, D] of this shard's tokens from the table as stored.  Runs inside an island.
+
+    Each shard looks up its columns for all shards that hold other columns, and an exchange brings a token's columns together: the
+    table never is whole on a chip.
+    """
+    vocab, embed = logical
+    w_Vd = island.gather_stored(island.cast(w_VD, dtype), vocab, dim=0)
+    tokens_nT = island.gather_stored(tokens_BT, embed, dim=0)  # n: the sequences of all shards in question
+    row_nT = tokens_nT - island.shard_index("vocab") * w_Vd.shape[0]
+    row_nT = jnp.where(row_nT >= 0, row_nT, w_Vd.shape[0])  # negative numbers would count from the end
+    # In float32, so that the gradients of a frequent token are added up in float32.
+    x_nTd = w_Vd.astype(jnp.float32).at[row_nT].get(mode="fill", fill_value=0).astype(dtype)
+    return island.reduce_sum(island.exchange_stored(x_nTd, embed, split_dim=0, concat_dim=2), "vocab")
+
+
+def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
+    """float32 [B, T, V]: for generation; the training loss never makes them whole."""
+    logical = table_VD.get_metadata("logical")
+
+    def fn(w_VD, hidden_BTD):
+        hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        w_VD = island.whole(w_VD, logical, hidden_BTD.dtype)
+        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32)
+        return logits_MV.reshape(*hidden_BTD.shape[:2], -1)
+
+    return island.island(fn, mesh, logical, (ROWS,), ("batch", "seq", "vocab"))(table_VD[...], hidden_BTD)

@@ -1,0 +1,74 @@
+"""SwiGLU MLP: the dense layer's and the shared expert's.
+
+Letters: B batch, T tokens, M = B * T, D model, F ffn.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import LoraConfig, ModelConfig
+from hunyuan_jax.layers import lora
+from hunyuan_jax.layers.ffn.moe import experts
+from hunyuan_jax.layers.kernels import kernel_options
+from hunyuan_jax.parallel import island
+from hunyuan_jax.params import declare as params
+from pallas_kernels import expert_matmul
+
+_ACTIVATIONS = ("batch", "seq", "embed")
+_LOGICAL = {"D": "embed", "F": "ffn", "r": "rank"}
+_TARGETS = ("gate", "up", "down")
+
+
+class Mlp(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, width: int = 1):
+        """With `width` times the model's ffn columns."""
+        D, F, std = cfg.hidden_size, cfg.intermediate_size * width, cfg.init_std
+        gate, up, down = jax.random.split(key, 3)
+        self.cfg = cfg
+        self.mesh = mesh
+        self.w_gate_DF = params.normal(gate, (D, F), ("embed", "ffn"), std)
+        self.w_up_DF = params.normal(up, (D, F), ("embed", "ffn"), std)
+        self.w_down_FD = params.normal(down, (F, D), ("ffn", "embed"), std)
+        lora.declare(self, cfg, jax.random.fold_in(key, 3))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] in x's dtype."""
+        weights, logical = params.declared(self)
+        kernels = kernel_options(self.cfg, self.mesh)
+
+        def fn(weights, x_BTD):
+            return island.reduce_sum(serve(weights, x_BTD, kernels, self.cfg.lora), "ffn")
+
+        return island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
+
+
+def serve(weights: dict[str, jax.Array], x_BTD: jax.Array, kernels: dict[str, Any], lora_cfg: LoraConfig) -> jax.Array:
+    """The MLP on one shard's tokens and with its part of F: partial sums [B, T, D].  Runs inside an island.
+
+    Args:
+      weights: the parameters of `Mlp` by name, as stored.
+      x_BTD: activations.
+      kernels: of `kernel_options`.
+      lora_cfg: of the adapters, if there are any.
+    """
+
+    def whole(name):
+        logical = [_LOGICAL[letter] for letter in name.rsplit("_", 1)[1]]
+        if "ffn" not in logical:
+            return island.whole(weights[name], logical, x_BTD.dtype)
+        return island.whole_in_tiles(weights[name], logical, x_BTD.dtype, tiled="ffn")
+
+    # Zeros that fill up F give zeros in between, and nothing in the end.  One expert that serves all rows.
+    projections = tuple(lora.adapted(weights, target, lora_cfg, lambda name: whole(name)[None]) for target in _TARGETS)
+    x_1MD = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+    if any(projection.a is not None for projection in projections):
+        y_1MD = experts.swiglu_adapted(experts.row_product, x_1MD, jnp.ones(x_1MD.shape[:2]), projections, kernels)
+    else:
+        y_1MD = expert_matmul.swiglu(x_1MD, None, None, *(projection.w for projection in projections), **kernels)
+    return y_1MD.reshape(x_BTD.shape)

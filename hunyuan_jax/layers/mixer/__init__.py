@@ -1,0 +1,1 @@
+"""Sequence mixers: how a token reads the tokens before it."""

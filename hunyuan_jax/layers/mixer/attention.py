@@ -1,0 +1,179 @@
+"""Grouped-query attention with cross-layer sharing (specification section 3).
+
+Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division of a key do not depend on the
+layer, only the key norm's scale does, and q . (g * khat) = (q * g) . khat: so each layer folds its key scale into its own query,
+and one (khat, v) pair per group is computed, and cached.
+Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G = N / K, H head dim, R = N * H.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers import lora, rope
+from hunyuan_jax.layers.kernels import kernel_options
+from hunyuan_jax.layers.linear import apart, linear
+from hunyuan_jax.layers.norm import rms_normalize
+from hunyuan_jax.parallel import island
+from hunyuan_jax.params import declare as params
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flash_attention import flash_attention, head_seeds
+
+_ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
+_KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
+
+
+class Attention(nnx.Module):
+    """One layer's query and output projections, and the K/V projections if it is the producer of its CLA group."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, is_producer: bool):
+        D, N, K, H, std = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.init_std
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        self.cfg = cfg
+        self.mesh = mesh
+        self.is_producer = is_producer
+        self.wq_DNH = params.normal(q_key, (D, N, H), ("embed", "heads", "head_dim"), std)
+        self.wo_NHD = params.normal(o_key, (N, H, D), ("heads", "head_dim", "embed"), std)
+        if is_producer:
+            self.wk_DKH = params.normal(k_key, (D, K, H), ("embed", "kv_heads", "head_dim"), std)
+            self.wv_DKH = params.normal(v_key, (D, K, H), ("embed", "kv_heads", "head_dim"), std)
+        if cfg.attention_bias:
+            self.bq_NH = params.zeros((N, H), ("heads", "head_dim"))
+            self.bo_D = params.zeros((D,), ("norm",))
+            if is_producer:
+                self.bk_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
+                self.bv_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
+        if cfg.use_qk_norm:
+            self.q_norm_H = params.ones((H,), ("norm",))
+            self.k_norm_H = params.ones((H,), ("norm",))
+        lora.declare(self, cfg, jax.random.fold_in(key, 4))
+
+    def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""
+        weights, logical = params.declared(self)
+        fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)
+        in_logical = (_ROWS, (_ANGLES, _ANGLES))
+        return island.island(fn, self.mesh, logical, in_logical, (_KV_HEADS, _KV_HEADS))(weights, y_BTD, cos_sin_BTh)
+
+    def __call__(
+        self,
+        y_BTD: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        cos_sin_BTh: tuple[jax.Array, jax.Array],
+        visibility: "Visibility",
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None = no attention dropout."""
+        weights, logical = params.declared(self)
+        options = kernel_options(self.cfg, self.mesh)
+        seed_BN = None
+        if dropout_key is not None:
+            options["dropout_rate"] = self.cfg.attention_dropout
+            # One for each sequence and head, drawn before they are split over the mesh: a run drops the same on every mesh.
+            seed_BN = head_seeds(jax.random.key_data(dropout_key), y_BTD.shape[0], self.cfg.num_heads)
+
+        def fn(weights, y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, seed_BN):
+            q_BTNH = queries(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
+            out_BTNH = checkpoint_name(attend(q_BTNH, k_BSKH, v_BSKH, visibility, seed_BN, **options), "attended")
+            return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
+
+        in_logical = (
+            _ROWS,
+            _KV_HEADS,
+            _KV_HEADS,
+            (_ANGLES, _ANGLES),
+            Visibility((), ("batch", "seq"), ("batch", "seq")),
+            ("batch", "heads"),
+        )
+        arrays = (y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, seed_BN)
+        return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
+
+
+def keys_values(
+    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+) -> tuple[jax.Array, jax.Array]:
+    """`Attention.keys_values` on one shard: its sequences and its kv heads."""
+    dtype = y_BTD.dtype
+    k_BTKH, v_BTKH = (
+        _project(weights, logical, target, y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim) for target in "kv"
+    )
+    if cfg.attention_bias:
+        k_bias_KH, v_bias_KH = (island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH"))
+        k_BTKH, v_BTKH = k_BTKH + k_bias_KH, v_BTKH + v_bias_KH
+    k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
+    return (rms_normalize(k_BTKH, cfg.rms_norm_eps) if cfg.use_qk_norm else k_BTKH), v_BTKH
+
+
+def queries(
+    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+) -> jax.Array:
+    """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale included."""
+    dtype = y_BTD.dtype
+    q_BTNH = _project(weights, logical, "q", y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
+    if cfg.attention_bias:
+        q_BTNH = q_BTNH + island.whole(weights["bq_NH"], logical["bq_NH"], dtype)
+    q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
+    if cfg.use_qk_norm:
+        q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (weights["q_norm_H"] * weights["k_norm_H"]).astype(dtype)
+    return q_BTNH
+
+
+def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: ModelConfig, logical: dict) -> jax.Array:
+    """The heads' outputs back to [B, T, D], summed over the shards of the heads."""
+    dtype = out_BTNH.dtype
+    out_BTR = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+    out_BTD = apart(_project(weights, logical, "o", out_BTR, cfg, num_in=2))
+    out_BTD = island.reduce_sum(out_BTD, "heads")
+    return out_BTD + weights["bo_D"].astype(dtype) if cfg.attention_bias else out_BTD
+
+
+def _project(weights: dict[str, jax.Array], logical: dict, target: str, x_BTI: jax.Array, cfg: ModelConfig, num_in: int) -> jax.Array:
+    """[B, T, O] of the projection q, k, v or o, whose first num_in dims are the input, and of its adapter."""
+    name = lora.names(target)[0]
+    out_BTO = linear(x_BTI, island.whole_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in))
+    return out_BTO + lora.added(x_BTI, weights, logical, target, cfg) if cfg.lora.rank and target in cfg.lora.targets else out_BTO
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees: those at or before its own slot, of its own segment; segment 0 is padding.
+
+    query_slot_T, query_segment_BT, key_segment_BS: int32; key s lies in slot s.
+    """
+
+    query_slot_T: jax.Array
+    query_segment_BT: jax.Array
+    key_segment_BS: jax.Array
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility, seed_BN: jax.Array | None = None, **options: Any
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v with query head n on kv head n // (N / K); softmax in float32, result [B, T, N, H] in q's dtype.
+
+    Whole sequences (T = S) go to flash attention, a few queries that continue a cache to decode attention.  A query that sees no key
+    (padding) gets zeros.  Runs inside an island: arrays are one shard's.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: arrays of one dtype.
+      visibility: with a cache (T < S) one document a row, padded on the left only.
+      seed_BN: for dropout of attention weights, see `flash_attention`.
+      options: of `kernel_options`, and dropout_rate.
+    """
+    if q_BTNH.shape[1] == k_BSKH.shape[1]:
+        segments = (visibility.query_segment_BT, visibility.key_segment_BS)
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, *segments, dropout_seed=seed_BN, **options)
+    length_B = jnp.broadcast_to(visibility.query_slot_T[-1] + 1, q_BTNH.shape[:1])
+    start_B = jnp.argmax(visibility.key_segment_BS > 0, axis=1).astype(jnp.int32)
+    return decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, **options)
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Inverted dropout: zero with probability `rate`, else scaled by 1 / (1 - rate)."""
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)

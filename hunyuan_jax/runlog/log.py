@@ -1,0 +1,221 @@
+"""What a run tells the world: rows of metrics, the progress line, where the time goes, and traces."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hunyuan_jax.config import Config
+from hunyuan_jax.model.count import count
+from hunyuan_jax.parallel import hosts
+from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
+from hunyuan_jax.runlog.metrics import MetricsWriter, ProgressLine, moe_health, peak_flops, require_wandb
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Log:
+    """Keeps the clock of a run on every process; process 0 alone writes and shows.
+
+    `time` names the cause of what the loop is about to wait for.  Time goes to "startup" until `start`, then to steps.
+    """
+
+    def __init__(self, config: Config, workdir: str | os.PathLike):
+        """Starts the clock.
+
+        Raises:
+          ConfigError: wandb is asked for and missing.
+        """
+        self._config, self._workdir = config, Path(workdir)
+        self._goodput = Goodput()
+        self._metrics: dict[str, jax.Array] | None = None  # of the last step given to the devices
+        self._writer: MetricsWriter | None = None
+        self._progress: ProgressLine | None = None
+        self._is_profiling = False
+        self._ending: str | None = None
+        require_wandb(config.train.wandb_project)
+
+    def open(self, first_step: int, program: Any) -> None:
+        """Opens the files and shows the progress line of a run with `first_step` steps done."""
+        config, mesh = self._config, program.mesh
+        self._schedule, self._tokens_per_step = program.schedule, config.train.batch_size * config.train.seq_len
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = peak and peak * mesh.size
+        self._flops_per_token = count(config.model, config.train.seq_len).flops_per_token
+        if hosts.is_first():
+            self._writer = MetricsWriter(self._workdir, first_step, config)
+        self._progress = ProgressLine(config.train.num_steps, first_step, is_shown=hosts.is_first())
+        self.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
+
+    def print(self, text: str) -> None:
+        """A line that stays, also before `open`."""
+        if self._progress:
+            self._progress.print(text)
+        elif hosts.is_first():
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line about this process, also from other processes than the first and from other threads."""
+        if hosts.is_first():
+            self.print(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+
+    def start(self, step: int, num_skipped: int, program: Any) -> None:
+        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one compiles."""
+        self._step = self._logged_step = self._flushed_step = step
+        self._num_skipped = num_skipped
+        self._goodput.start(self._workdir if hosts.is_first() else None, step)
+        self._goodput.switch(PRODUCTIVE)
+        self._training_seconds = 0.0
+        self._is_compiled = False
+        if hosts.is_first():
+            text = json.dumps(_environment(program.mesh), indent=2)
+            (self._workdir / "environment.json").write_text(text + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def time(self, cause: str) -> Iterator[None]:
+        """The loop waits for `cause`, one of `obs.goodput.CAUSES`.
+
+        The devices' unfinished steps are waited for first, and are no part of it; "data" alone is not waited for and counts only where
+        the devices ran out of work meanwhile.
+        """
+        if cause == "data":
+            self._goodput.switch(cause)
+            yield
+            is_busy = self._metrics is not None and not self._metrics["loss"].is_ready()
+            self._goodput.switch(PRODUCTIVE, spent_on=PRODUCTIVE if is_busy else cause)
+            return
+        jax.block_until_ready(self._metrics)
+        with self._goodput.time(cause):
+            yield
+        if self._metrics is not None:
+            self._flush()
+
+    @contextlib.contextmanager
+    def running(self, step: int) -> Iterator[None]:
+        """Around the call of the train step: the first one compiles, and a trace shows each by its number."""
+        if hosts.is_first() and step in self._config.train.profiled and not self._is_profiling:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # following Python crashes at the end of a trace while other threads save a checkpoint
+            with self.time("profile"):
+                jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
+            self._is_profiling = True
+        compiling = contextlib.nullcontext() if self._is_compiled else self._goodput.time("compile")
+        with jax.profiler.StepTraceAnnotation("train", step_num=step), compiling:
+            yield
+        self._is_compiled = True
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """A step was given to the devices; every train.log_every steps (and at both ends) it is waited for and logged: then True."""
+        train, is_first = self._config.train, self._metrics is None
+        self._step, self._metrics = step, metrics
+        if self._is_profiling and step == train.profiled[-1]:
+            self._stop_trace()
+        is_logged = step % train.log_every == 0 or is_first or step == train.num_steps
+        if is_logged:
+            self._log(step, jax.tree.map(np.asarray, metrics))
+        return is_logged
+
+    def validation(self, step: int, row: dict[str, float]) -> None:
+        """Logs what `evaluate` found."""
+        self._write(step, row)
+        bits = f", {row['validation_bits_per_byte']:.4f} bits a byte" if "validation_bits_per_byte" in row else ""
+        self.print(f"step {step}: validation loss {row['validation_loss']:.4f} nats a token{bits}")
+
+    def stop(self, is_finished: bool) -> None:
+        """There are no more steps: from here to `close` saves in progress are waited for."""
+        jax.block_until_ready(self._metrics)
+        self._flush()
+        self._goodput.switch("checkpoint")
+        self._ending = "finished" if is_finished else "stopped"
+
+    def close(self) -> None:
+        """Flushes everything, and leaves the terminal as it was."""
+        if self._is_profiling:
+            self._stop_trace()
+        if self._ending:
+            self._goodput.end(self._step, self._ending)
+        self._goodput.close()
+        if self._writer:
+            self._writer.close()
+        if self._progress:
+            self._progress.close()
+
+    def _log(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        self._flush()
+        seconds = self._training_seconds / (step - self._logged_step)
+        row = {
+            "loss": _finite(metrics["loss"]),
+            "learning_rate": float(self._schedule(metrics["num_updates"])),
+            "grad_norm": _finite(metrics["grad_norm"]),
+            "skipped_steps": int(metrics["num_skipped"]),
+            "seconds_per_step": seconds,
+            "tokens_per_second": self._tokens_per_step / seconds,
+        }
+        if self._peak:
+            row["mfu"] = self._flops_per_token * row["tokens_per_second"] / self._peak
+        ledger = self._goodput.ledger
+        lost = {f"goodput/{cause}_seconds": total for cause, total in ledger.seconds.items() if total > 0}
+        self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
+        self._progress.update(step, float(metrics["loss"]), row["tokens_per_second"], seconds)
+        self._logged_step, self._training_seconds = step, 0.0
+
+    def _flush(self) -> None:
+        """A row of the ledger; the devices are idle."""
+        self._goodput.switch(PRODUCTIVE)
+        self._training_seconds += self._goodput.spent(PRODUCTIVE, "data")
+        num_steps, self._flushed_step = self._step - self._flushed_step, self._step
+        if not num_steps:
+            self._goodput.flush(self._step)
+            return
+        before, self._num_skipped = self._num_skipped, int(self._metrics["num_skipped"])
+        self._goodput.flush(self._step, (self._num_skipped - before) / num_steps)
+
+    def _stop_trace(self) -> None:
+        with self.time("profile"):
+            jax.block_until_ready(self._metrics)  # or the devices would still be at the last steps
+            jax.profiler.stop_trace()
+        self._is_profiling = False
+        self.print(f"wrote a trace of steps {self._config.train.profile_steps} to {self._workdir / 'profile'}")
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(step, row)
+
+
+def _finite(x: np.ndarray) -> float | None:
+    """A number of a skipped step may not be finite, and then is none in JSON."""
+    return float(x) if np.isfinite(x) else None
+
+
+def _describe(config: Config, program: Any) -> str:
+    counts = count(config.model, config.train.seq_len)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    return f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; {program.mesh.size} device(s), {mesh}"
+
+
+def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What a report says about the machine: versions, devices, host."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # libtpu is not everywhere
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "processes": jax.process_count(),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "python": platform.python_version(),
+        **versions,
+    }

@@ -1,0 +1,177 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard events, Weights & Biases, and the live progress line."""
+
+import importlib.util
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from hunyuan_jax.config import Config, to_dict
+from hunyuan_jax.errors import ConfigError
+
+FILE = "metrics.jsonl"
+DEAD_SHARE = 0.01
+
+# Dense bf16 peak of one device in FLOP/s, by a substring of device_kind; vendors' figures.  jax lists a v4 chip as one device
+# and a v7x chip as two.
+_PEAK_FLOPS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 2307e12 / 2),
+    ("H100", 989e12),
+    ("H200", 989e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 peak of a device in FLOP/s, or None where it is not known (a CPU)."""
+    return next((peak for name, peak in _PEAK_FLOPS if name in device_kind), None)
+
+
+class MetricsWriter:
+    """Appends one JSON object per logged step to DIR/metrics.jsonl and scalars to DIR/tensorboard, and to Weights & Biases if asked to."""
+
+    def __init__(self, workdir: str | os.PathLike, first_step: int, config: Config):
+        """Drops rows of steps after `first_step`, which the run is about to repeat."""
+        from tensorboardX import SummaryWriter
+
+        path = Path(workdir) / FILE
+        kept = [json.dumps(row) + "\n" for row in read_objects(path) if isinstance(row.get("step"), int) and row["step"] <= first_step]
+        new = path.with_suffix(".new")
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(path)  # whole or not at all, if the process is killed here
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step + 1)
+        self._wandb = _start_wandb(Path(workdir), config) if config.train.wandb_project else None
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes scalars and (JSON only) lists."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def require_wandb(project: str) -> None:
+    """Raises ConfigError if Weights & Biases is asked for and not installed; `project` is config.train.wandb_project."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"config.train.wandb_project = {project!r} needs Weights & Biases, which is not installed: pip install wandb, or leave the "
+            "field empty; metrics.jsonl and TensorBoard are written in any case."
+        )
+
+
+def _start_wandb(workdir: Path, config: Config):
+    """The Weights & Biases run of a workdir, the same one after every restart: its id is in DIR/wandb_id."""
+    import wandb
+
+    path = workdir / "wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return wandb.init(
+        project=config.train.wandb_project,
+        id=path.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(workdir),
+        name=workdir.name,
+        config=to_dict(config),
+    )
+
+
+def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The figures of `train.step.router_metrics` under the names of metrics.jsonl, {} for a dense model; docs/observability.md.
+
+    An expert of a layer is dead in a step if the router names it for less than DEAD_SHARE of an even share (1 / E) of the choices.
+    """
+    if "load_LE" not in metrics:
+        return {}
+    load_LE, demand_LE = metrics["load_LE"], metrics["demand_LE"]
+    num_experts = load_LE.shape[1]
+    by_layer = {name: metrics[f"{name}_L"] for name in ("recycled", "dropped", "entropy")}
+    return {
+        **{f"moe/{name}": float(value_L.mean()) for name, value_L in by_layer.items()},
+        "moe/aux_loss": float(metrics["aux_loss"]),
+        "moe/z_loss": float(metrics["z_loss"]),
+        "moe/load_max_over_mean": float(load_LE.max() * num_experts),
+        "moe/demand_max_over_mean": float(demand_LE.max() * num_experts),
+        "moe/dead_experts": int((demand_LE * num_experts < DEAD_SHARE).sum()),
+        "moe/load": _rounded(load_LE),
+        "moe/demand": _rounded(demand_LE),
+        **{f"moe/{name}_by_layer": _rounded(value_L) for name, value_L in by_layer.items()},
+    }
+
+
+def _rounded(values: np.ndarray) -> list:
+    return np.round(values.astype(np.float64), 5).tolist()
+
+
+class ProgressLine:
+    """A live line with step, loss, tokens/s and time left; plain lines where the output is not a terminal."""
+
+    def __init__(self, num_steps: int, first_step: int, is_shown: bool = True):
+        console = Console(file=sys.stderr, quiet=not is_shown)
+        self._is_live = console.is_terminal and is_shown
+        self._num_steps = num_steps
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the texts leave of the terminal's width
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            disable=not self._is_live,
+        )
+        self._task = self._progress.add_task("compiling", total=num_steps, completed=first_step)
+        self._progress.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        """Shows a logged step."""
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._is_live:
+            self._progress.update(self._task, completed=step, description=text)
+        else:
+            left = (self._num_steps - step) * seconds_per_step
+            self.print(f"step {step}/{self._num_steps}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def print(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=not self._is_live)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._progress.stop()
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines that may not exist; lines that are none (cut off by a crash, damaged) are left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            continue
+        found += [value] if isinstance(value, dict) else []
+    return found

@@ -1,0 +1,238 @@
+"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward passes, one expert in memory at a time.
+
+Letters: T tokens of the one sequence, V vocabulary, D model, F ffn, E experts, g = B = 1.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers import embedding, rope
+from hunyuan_jax.layers.ffn.moe import layer as moe
+from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.layers.kernels import kernel_options
+from hunyuan_jax.layers.mixer.attention import Visibility
+from hunyuan_jax.layers.norm import RmsNorm
+from hunyuan_jax.model.stack import Layer
+from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.progress import Meter, in_order
+from hunyuan_jax.weights import chunks, hf_config, reference
+from hunyuan_jax.weights import folder as weights
+from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.weights.stream import Converted, open_converted
+
+_NUM_TOKENS = 24
+# Both passes are float32; they add up in another order.  A fault in the weights is 1e-2 or more.
+_TOLERANCE = 2e-4
+# Rows of the table that are multiplied at a time.
+_VOCAB_BLOCK = 16_384
+
+
+def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
+    """Every difference between an official folder and a converted checkpoint, a line each; empty if they are the same model.
+
+    Raises:
+      ConfigError: one of the two cannot be opened.
+    """
+    opened, converted = weights.Weights(Place(source)), open_converted(checkpoint)
+    found = compare_configs(opened, converted)
+    # Sizes differ: tensors cannot be matched.
+    return found or [*compare_tensors(opened, converted), *compare_layers(opened, converted)]
+
+
+def compare_configs(opened: weights.Weights, converted: Converted) -> list[str]:
+    """The fields of the two models that differ; the parameters' dtype is the converter's choice."""
+    hf = hf_config.with_dtype(opened.config, converted.cfg.dtype)
+    return [
+        f"config: {name} = {theirs!r} in the source, {ours!r} in the checkpoint"
+        for name, theirs, ours in _fields(hf_config.from_hf(hf), converted.cfg)
+        if theirs != ours
+    ]
+
+
+def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
+    """The tensors whose bits in the checkpoint are not those that an import of the source writes."""
+    plan = weights.plan(opened, converted.cfg.dtype)
+    place = Place(f"{converted.place}/params")
+
+    def differences(entry: table.Entry) -> str | None:
+        tensor, param = opened.read(entry.name), converted.params[entry.path]
+        scale = weights.read_scale(opened, plan.scales[entry.name]) if entry.name in plan.scales else None
+        num_different = 0
+        for chunk in range(param.num_chunks):
+            expected = chunks.encode(tensor, entry, param, chunk, scale)
+            actual = chunks.read_chunk(place, param, entry.index, chunk)
+            bits = np.dtype(f"u{param.dtype.itemsize}")
+            actual = actual.reshape(len(actual), -1).view(bits)
+            num_different += int(np.count_nonzero(expected[: len(actual)].view(bits) != actual))
+        return f"{entry.name}: {num_different} of {tensor.size} values differ" if num_different else None
+
+    found = []
+    with Meter("compare tensors", sum(stored.num_bytes for stored in plan.tensors.values())) as meter:
+        for entry, line in in_order(differences, plan.tensors):
+            meter.add(plan.tensors[entry].num_bytes)
+            found += [line] * (line is not None)
+    return found
+
+
+def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
+    """The parts of the model whose outputs differ between the plain official forward pass and ours.
+
+    Each part gets the official pass's own input, so a fault is reported where it is.
+    """
+    plan = weights.plan(opened, converted.cfg.dtype)
+    # What the source promises decides how the official pass runs, what the checkpoint says how ours does.
+    hf, cfg = _defaults(opened.config), _float32(converted.cfg)
+    entries = {entry.name: entry for entry in plan.tensors}
+
+    def read(name: str) -> np.ndarray:
+        entry = entries[name]
+        scale = weights.read_scale(opened, plan.scales[name]) if name in plan.scales else None
+        tensor = opened.read(name)
+        if scale is not None:
+            tensor = tensor.astype(np.float32) * np.float32(scale)
+        # Rounded as the checkpoint is: what is compared is the function.
+        return tensor.astype(converted.params[entry.path].dtype, copy=False).astype(np.float32, copy=False)
+
+    ids_T = np.random.default_rng(0).integers(0, cfg.vocab_size, _NUM_TOKENS)
+    ours = _Ours(converted, cfg)
+    found = []
+
+    def compare(what: str, expected: np.ndarray, actual: Any) -> None:
+        error = np.linalg.norm(np.asarray(actual) - expected) / max(np.linalg.norm(expected), 1e-30)
+        if not error <= _TOLERANCE:
+            found.append(f"{what}: outputs differ by {error:.1e} of their norm, {_TOLERANCE:.0e} is rounding")
+
+    with Meter("compare layers", sum(stored.num_bytes for stored in plan.tensors.values())) as meter:
+        x_TD, kv = reference.embed(read, ids_T), None
+        compare("embedding", x_TD, ours.embed(ids_T))
+        for index in range(cfg.num_layers):
+            before_TD = x_TD
+            x_TD, kv = reference.layer(hf, read, index, before_TD, kv)
+            # Relative to what the layer adds: a large residual stream would hide it.
+            compare(f"layer {index}", x_TD - before_TD, ours.layer(index, before_TD) - before_TD)
+            meter.add(sum(s.num_bytes for name, s in opened.tensors.items() if name.startswith(f"model.layers.{index}.")))
+        compare("logits", reference.logits(hf, read, x_TD), ours.logits(x_TD))
+    return found
+
+
+class _Ours:
+    """Our model's parts with the checkpoint's weights, read when they are needed, in the dtype that they are stored in."""
+
+    def __init__(self, converted: Converted, cfg: ModelConfig):
+        self._converted, self._cfg = converted, cfg
+        self._place = Place(f"{converted.place}/params")
+        self._mesh = single_device_mesh()
+        self._kv: Any = None
+
+    def embed(self, ids_T: np.ndarray) -> np.ndarray:
+        module = nnx.eval_shape(lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0)))
+        rows_TD = self._read("embed/embedding_VD", ())[ids_T]
+        module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), logical=embedding.TABLES[0])
+        return np.asarray(module(jnp.arange(len(ids_T))[None], "float32"))[0]
+
+    def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
+        """The layer's output; a producer's keys and values are kept for its group."""
+        cfg, (group, i) = self._cfg, divmod(index, self._cfg.cla_share_factor)
+        module = nnx.eval_shape(lambda: Layer(cfg, self._mesh, jax.random.key(0), is_producer=i == 0))
+        if cfg.is_moe:
+            del module.moe.experts
+        graph_def, arrays = nnx.split(self._filled(module, f"groups/layer_{i}", (group,)))
+        out_BTD, self._kv, routed = _run_layer(cfg, graph_def, arrays, jnp.asarray(x_TD[None]), self._kv if i else None)
+        del arrays
+        if routed is not None:
+            for expert in range(cfg.moe.num_experts):
+                out_BTD += _run_expert(cfg, self._expert(f"groups/layer_{i}", group, expert), *routed, expert)
+        return np.asarray(out_BTD)[0]
+
+    def logits(self, x_TD: np.ndarray) -> np.ndarray:
+        cfg = self._cfg
+        norm = self._filled(nnx.eval_shape(lambda: RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)), "final_norm", ())
+        hidden_BTD = norm(jnp.asarray(x_TD[None]))
+        w_VD = self._read("embed/embedding_VD" if cfg.tie_embeddings else "lm_head/w_VD", ())
+        blocks = (w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK))
+        tables = (nnx.Param(jnp.asarray(block), logical=embedding.TABLES[0]) for block in blocks)
+        return np.concatenate([embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1)
+
+    def _filled(self, module: Any, prefix: str, index: tuple[int, ...]) -> Any:
+        """The module with its parameters out of the checkpoint; `index` is that of its group."""
+        graph_def, state = nnx.split(module)
+
+        def read(path, leaf):
+            array = self._read(f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}", index)
+            assert array.shape == leaf.shape, (path, array.shape, leaf.shape)
+            # Scales of norms are multiplied with each other, which is to be in float32.
+            return jnp.asarray(array if array.ndim > 1 else array.astype(np.float32))
+
+        return nnx.merge(graph_def, jax.tree_util.tree_map_with_path(read, state))
+
+    def _expert(self, prefix: str, group: int, expert: int) -> dict[str, jax.Array]:
+        """The parameters of `Experts` of one of them, each with a leading dim of one."""
+        return {name: jnp.asarray(self._read(f"{prefix}/moe/experts/{name}", (group, expert))[None]) for name in moe.EXPERT_DIMS}
+
+    def _read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        return chunks.read_piece(self._place, self._converted.params[path], index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(cfg: ModelConfig, graph_def: Any, arrays: Any, x_BTD: jax.Array, kv: Any) -> tuple[jax.Array, Any, Any]:
+    """(the layer's output but for its routed experts, the keys and values of its group, None or what `_run_expert` is told)."""
+    layer = nnx.merge(graph_def, arrays)
+    slot_T = jnp.arange(x_BTD.shape[1])
+    ones_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+    cos_sin, visibility = rope.cos_sin(slot_T[None], cfg), Visibility(slot_T, ones_BT, ones_BT)
+    y_BTD = layer.attn_norm(x_BTD)
+    if kv is None:
+        kv = layer.attn.keys_values(y_BTD, cos_sin)
+    x_BTD += layer.attn(y_BTD, *kv, cos_sin, visibility, None)
+    y_BTD = layer.mlp_norm(x_BTD)
+    if not cfg.is_moe:
+        return x_BTD + layer.mlp(y_BTD), kv, None
+    if cfg.moe.num_shared_experts:
+        x_BTD += layer.moe.shared(y_BTD)
+    logits_BTE = moe.router_logits(y_BTD, layer.moe.router_DE[...])
+    return x_BTD, kv, (y_BTD, moe.route(logits_BTE, ones_BT > 0, cfg.moe, jax.random.split(jax.random.key(0), 1))[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_expert(
+    cfg: ModelConfig, weights: dict[str, jax.Array], y_gTD: jax.Array, assignment: routing.Assignment, expert: int
+) -> jax.Array:
+    """What one routed expert adds [1, T, D], computed as on a chip that holds no other."""
+    here = assignment._replace(
+        expert_Tk=assignment.expert_Tk - expert, count_E=jax.lax.dynamic_slice_in_dim(assignment.count_E, expert, 1, axis=-1)
+    )
+    mesh = single_device_mesh()
+    fn = functools.partial(moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora)
+    return island.island(fn, mesh, moe.EXPERT_DIMS, ((), ()), ())(weights, y_gTD, here)
+
+
+def _float32(cfg: ModelConfig) -> ModelConfig:
+    moe = dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0)
+    return dataclasses.replace(cfg, dtype="float32", remat="none", moe=moe)
+
+
+def _defaults(hf: dict[str, Any]) -> dict[str, Any]:
+    """A copy in one spelling, without what only says how the weights are stored."""
+    hf = {name: value for name, value in hf.items() if name != "quantization_config"}
+    return hf_config.one_spelling(json.loads(json.dumps(hf)))
+
+
+def _fields(theirs: ModelConfig, ours: ModelConfig):
+    """(name, theirs, ours) of every field."""
+    for field in dataclasses.fields(theirs):
+        a, b = getattr(theirs, field.name), getattr(ours, field.name)
+        if dataclasses.is_dataclass(a):
+            yield from ((f"{field.name}.{name}", x, y) for name, x, y in _fields(a, b))
+        else:
+            yield field.name, a, b

@@ -1,0 +1,191 @@
+"""Who may import whom, and what only some places may touch (docs/architecture.md); read from the syntax tree, nothing is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from support import paths
+
+ROOT = paths.ROOT
+
+# What each part may import of the others: every part of a lower layer, and what stands before it in its own.
+LAYERS = [
+    ["pallas_kernels"],
+    ["errors", "files", "progress", "malloc"],
+    ["config", "presets"],
+    ["parallel"],
+    ["quant", "params"],
+    ["layers", "model"],
+    ["tokenizer", "chat", "data", "optim", "runlog"],
+    ["checkpoint", "weights"],
+    ["train", "infer"],
+    ["plan", "report", "bench"],
+    ["flags", "cli", "__main__", "train.py", "convert_torch.py", "configs"],
+]
+ORDER = [part for layer in LAYERS for part in layer]
+ALLOWED = {part: set(ORDER[: ORDER.index(part)]) for part in ORDER}
+# Below the model nothing knows a kernel's device, and data, optimizer and log do not know the model.
+NO_KERNELS = {"errors", "files", "progress", "malloc", "config", "presets", "parallel", "quant", "params"}
+NO_MODEL = {"tokenizer", "chat", "data", "optim", "runlog"}
+for part in NO_KERNELS | NO_MODEL:
+    ALLOWED[part] -= {"pallas_kernels"}
+for part in NO_MODEL:
+    ALLOWED[part] -= {"layers", "model"}
+ALLOWED["pallas_kernels"] = set()
+ALLOWED[""] = {"presets", "infer"}  # hunyuan_jax/__init__.py, by name and only when used
+
+COLLECTIVES = {"all_to_all", "ragged_all_to_all", "psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "ppermute", "pshuffle"}
+COLLECTIVES |= {"axis_index", "axis_size", "pbroadcast"}
+SHARDING_NAMES = {"PartitionSpec", "shard_map", "AxisType"}
+DEVICE_NAMES = {"devices", "local_devices", "default_backend", "device_count", "local_device_count"}
+AXIS_WORDS = {"replica", "expert", "tensor"}
+# "data" is a config section too, so the word itself is only banned where no config section is read by name.
+AXIS_WORDS_IN = dict.fromkeys(("layers", "model", "params", "quant", "infer"), AXIS_WORDS | {"data"})
+
+
+def part_of(path):
+    """The part of the project that a file, relative to the root, belongs to."""
+    pieces = path.with_suffix("").parts
+    if pieces[0] != "hunyuan_jax":
+        return pieces[0] if len(pieces) > 1 else path.name
+    if ".".join(pieces[1:]) in ALLOWED:
+        return ".".join(pieces[1:])
+    return "" if pieces[1] == "__init__" else pieces[1]
+
+
+def part_of_module(name, known=ALLOWED):
+    """The part that a dotted module of ours names, or None if it is somebody else's."""
+    pieces = name.split(".")
+    if pieces[0] == "pallas_kernels":
+        return "pallas_kernels"
+    if pieces[0] != "hunyuan_jax":
+        return None
+    if ".".join(pieces[1:3]) in known:
+        return ".".join(pieces[1:3])
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+def imports(tree):
+    """Dotted names of everything a module imports: at the top, in functions, and by import_module('...')."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("hunyuan_jax."):
+            yield node.value.split(" ")[0]
+
+
+def attributes(tree):
+    """Dotted attribute chains and names, such as 'jax.lax.psum'."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            pieces = []
+            while isinstance(node, ast.Attribute):
+                pieces.append(node.attr)
+                node = node.value
+            if isinstance(node, ast.Name):
+                yield ".".join([node.id, *reversed(pieces)])
+
+
+def strings(tree):
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def problems(path, source):
+    """Everything a file does that it may not, as lines of text."""
+    tree, part = ast.parse(source), part_of(path)
+    allowed = ALLOWED[part] | {part}
+    imported = list(imports(tree))
+    # `from jax.lax import psum` counts like `jax.lax.psum`.
+    used = set(attributes(tree)) | set(imported)
+    last_words = {name.rsplit(".", 1)[-1] for name in used}
+    found = [f"imports {name}" for name in imported if part_of_module(name) not in (None, *allowed)]
+    from_jax = {name.rsplit(".", 1)[-1] for name in used if name.split(".")[0] in ("jax", "lax")}
+    is_parallel = part == "parallel"
+    if part == "pallas_kernels":
+        # A kernel's axes are those of its own grid, and benchmarks measure on the device that is there.
+        last_words -= {"AxisType"}
+        from_jax -= {"axis_index", "axis_size"} | (DEVICE_NAMES if path.name == "bench.py" else set())
+    if not is_parallel and path != Path("hunyuan_jax/layers/ffn/moe/dispatch.py"):
+        found += [f"calls the collective {name}" for name in sorted(from_jax & COLLECTIVES)]
+    if not is_parallel:
+        found += [f"uses {name}" for name in sorted(last_words & SHARDING_NAMES)]
+    if part in ALLOWED and not is_parallel and part not in ("config", "presets", "configs", "pallas_kernels"):
+        words = AXIS_WORDS_IN.get(part, AXIS_WORDS)
+        found += [f"names the mesh axis {word!r}" for word in sorted(words & set(strings(tree)))]
+    if path != Path("hunyuan_jax/parallel/mesh.py") and part not in ("plan", "cli"):
+        found += [f"asks for {name}" for name in sorted(from_jax & DEVICE_NAMES)]
+    roots = {name.split(".")[0] for name in imported}
+    if part not in ("weights", "convert_torch.py"):
+        found += ["imports torch"] * ("torch" in roots)
+    if part not in ("config", "flags", "train.py", "configs"):
+        found += ["imports ml_collections"] * ("ml_collections" in roots)
+    if part in ("errors", "config", "presets", "flags", "") or path == Path("hunyuan_jax/model/count.py"):
+        found += [f"imports {root}" for root in sorted(roots & {"jax", "flax", "optax", "grain", "orbax", "numpy"})]
+    if part == "pallas_kernels":
+        found += [f"imports {root}" for root in sorted(roots & {"flax", "optax", "hunyuan_jax"})]
+    return found
+
+
+def sources():
+    files = [*(ROOT / "hunyuan_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
+    files += [ROOT / name for name in ("train.py", "convert_torch.py") if (ROOT / name).exists()]
+    return sorted(path.relative_to(ROOT) for path in files)
+
+
+# What is known to break a rule, and why; a line here that no longer applies fails.
+KNOWN = {
+    "hunyuan_jax/runlog/log.py": ["imports hunyuan_jax.model.count.count"],
+    "hunyuan_jax/checkpoint/store.py": ["imports hunyuan_jax.train.state.abstract_state", "imports hunyuan_jax.train.state.build_program"],
+}
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_layers(path):
+    assert problems(path, (ROOT / path).read_text(encoding="utf-8")) == KNOWN.get(path.as_posix(), [])
+
+
+def test_every_part_is_in_the_table():
+    assert {part_of(path) for path in sources()} <= set(ALLOWED)
+    assert len(sources()) > 40
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("layers/norm.py", "from hunyuan_jax.train.state import TrainState", ["imports hunyuan_jax.train.state.TrainState"]),
+        ("layers/norm.py", "def f():\n    from hunyuan_jax.infer import engine", ["imports hunyuan_jax.infer.engine"]),
+        ("layers/norm.py", "import hunyuan_jax.optim.build", ["imports hunyuan_jax.optim.build"]),
+        ("data/loader.py", "from hunyuan_jax.layers.ffn.moe import layer", ["imports hunyuan_jax.layers.ffn.moe.layer"]),
+        (
+            "optim/groups.py",
+            "import importlib\nimportlib.import_module('hunyuan_jax.layers.ffn.moe.layer')",
+            ["imports hunyuan_jax.layers.ffn.moe.layer"],
+        ),
+        ("layers/norm.py", "from hunyuan_jax.errors import ConfigError", []),
+        ("layers/norm.py", "from hunyuan_jax.report.page import page", ["imports hunyuan_jax.report.page.page"]),
+        ("layers/ffn/moe/layer.py", "import jax\njax.lax.psum(1, 'x')", ["calls the collective psum"]),
+        ("layers/ffn/moe/layer.py", "from jax import lax\nlax.all_gather(1, 'x')", ["calls the collective all_gather"]),
+        ("layers/ffn/moe/layer.py", "from jax.lax import ppermute", ["calls the collective ppermute"]),
+        ("layers/ffn/moe/dispatch.py", "import jax\njax.lax.all_to_all(1, 'x')", []),
+        ("parallel/island.py", "import jax\njax.lax.psum(1, 'x')", []),
+        ("train/step.py", "from jax.sharding import PartitionSpec as P", ["uses PartitionSpec"]),
+        ("train/step.py", "import jax\njax.sharding.PartitionSpec('x')", ["uses PartitionSpec"]),
+        ("layers/ffn/moe/layer.py", "x = ('expert',)", ["names the mesh axis 'expert'"]),
+        ("layers/ffn/moe/layer.py", "x = 'data'", ["names the mesh axis 'data'"]),
+        ("checkpoint/store.py", "x = config['data']", []),
+        ("train/loop.py", "import jax\njax.devices()", ["asks for devices"]),
+        ("train/loop.py", "import jax\njax.default_backend()", ["asks for default_backend"]),
+        ("train/loop.py", "mesh.devices", []),
+        ("infer/engine.py", "import torch", ["imports torch"]),
+        ("weights/torch_io.py", "def f():\n    import torch", []),
+        ("train/loop.py", "from ml_collections import ConfigDict", ["imports ml_collections"]),
+        ("config.py", "import jax", ["imports jax"]),
+        ("model/count.py", "import jax.numpy as jnp", ["imports jax"]),
+    ],
+)
+def test_the_check_itself(path, source, expected):
+    assert problems(Path("hunyuan_jax") / path, source) == expected
