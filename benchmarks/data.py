@@ -1,9 +1,11 @@
-"""How fast text becomes tokens and tokens become batches, and how much memory that takes, on 2 cores.
+"""How fast text becomes tokens and tokens become batches, and how much memory that takes, on 2
+cores.
 
 JAX_PLATFORMS=cpu python benchmarks/data.py ../shared/data/hy.tiktoken [MEGABYTES ...]
 
-The text is that of the Python standard library, over and over, one file a row of a .jsonl; without MEGABYTES 250 and 1000 of it.  Each size
-is tokenised by the command line with two processes; memory is the peak of the largest process (`ru_maxrss`, workers included).
+The text is that of the Python standard library, over and over, one file a row of a .jsonl; without
+MEGABYTES 250 and 1000 of it.  Each size is tokenised by the command line with two processes;
+memory is the peak of the largest process (`ru_maxrss`, workers included).
 """
 
 import contextlib
@@ -26,16 +28,26 @@ NUM_WORKERS, SECONDS = 2, 8
 def main(ranks: str, *megabytes: str) -> None:
     """Prints both tables."""
     with tempfile.TemporaryDirectory() as folder:
-        print("| tokenizer | text, MB | tokens | seconds | tokens/s | largest process, MB |\n|---|---|---|---|---|---|")
+        print(
+            "| tokenizer | text, MB | tokens | seconds | tokens/s | largest process, MB "
+            "|\n|---|---|---|---|---|---|"
+        )
         for size in megabytes or ("250", "1000"):
             text = write_text(Path(folder) / f"{size}.jsonl", int(size) * 10**6)
             for tokenizer in ("byte", ranks):
-                print(f"| {Path(tokenizer).name} | {size} | {' | '.join(tokenise(text, tokenizer))} |", flush=True)
+                print(
+                    f"| {Path(tokenizer).name} | {size} | {' | '.join(tokenise(text, tokenizer))} "
+                    "|",
+                    flush=True,
+                )
         print("\n| shards of | batch | tokens/s |\n|---|---|---|")
         for tokenizer in ("byte", ranks):
             for batch_size, seq_len in ((8, 256), (8, 4096)):
                 speed = input_speed(shards_of(text, tokenizer), tokenizer, batch_size, seq_len)
-                print(f"| {Path(tokenizer).name} | {batch_size} x {seq_len} | {speed:,.0f} |", flush=True)
+                print(
+                    f"| {Path(tokenizer).name} | {batch_size} x {seq_len} | {speed:,.0f} |",
+                    flush=True,
+                )
 
 
 def write_text(path: Path, num_bytes: int) -> Path:
@@ -59,7 +71,14 @@ def shards_of(text: Path, tokenizer: str) -> Path:
 
 def tokenise(text: Path, tokenizer: str) -> list[str]:
     """Columns of the first table."""
-    command = [sys.executable, "-m", "hunyuan_jax", "tokenize", f"--input={text}", f"--output={shards_of(text, tokenizer)}"]
+    command = [
+        sys.executable,
+        "-m",
+        "hunyuan_jax",
+        "tokenize",
+        f"--input={text}",
+        f"--output={shards_of(text, tokenizer)}",
+    ]
     command += [f"--tokenizer={tokenizer}", f"--num_workers={NUM_WORKERS}", "--json"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -1,11 +1,12 @@
-"""Decoding speed against transformers' `generate` at the size of configs/bench.py, in turn on the same machine.
+"""Decoding speed against transformers' `generate` at the size of configs/bench.py, in turn on the
+same machine.
 
 The rival needs an environment of its own (python 3.11), see side_by_side.py:
 
     python benchmarks/generation.py .venv-torch/bin/python
 
-Both are given random weights of their own, the same shapes, greedy decoding and no stop ids; the first call of each, with compilation, is
-not timed.  Two processes take turns, one call each.
+Both are given random weights of their own, the same shapes, greedy decoding and no stop ids; the
+first call of each, with compilation, is not timed.  Two processes take turns, one call each.
 """
 
 import json
@@ -23,15 +24,23 @@ def main(torch_python: str) -> None:
     """Prints a markdown table; ends with the load of the machine."""
     ours = start([sys.executable, __file__, "--worker"])
     rival = start([torch_python, "benchmarks/transformers_generate_worker.py"])
-    print("| batch | hunyuan_jax, tokens/s | transformers, tokens/s | ratio of each round | median ratio |\n|---|---|---|---|---|")
+    print(
+        "| batch | hunyuan_jax, tokens/s | transformers, tokens/s | ratio of each round | median "
+        "ratio |\n|---|---|---|---|---|"
+    )
     for batch in BATCHES:
         for worker in (ours, rival):
             speed(worker, batch)
-        mine, theirs = zip(*((speed(ours, batch), speed(rival, batch)) for _ in range(ROUNDS)), strict=True)
+        mine, theirs = zip(
+            *((speed(ours, batch), speed(rival, batch)) for _ in range(ROUNDS)), strict=True
+        )
         ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
         shown = ", ".join(f"{ratio:.1f}" for ratio in ratios)
         medians = [statistics.median(values) for values in (mine, theirs, ratios)]
-        print(f"| {batch} | {medians[0]:,.0f} | {medians[1]:,.0f} | {shown} | {medians[2]:.1f} |", flush=True)
+        print(
+            f"| {batch} | {medians[0]:,.0f} | {medians[1]:,.0f} | {shown} | {medians[2]:.1f} |",
+            flush=True,
+        )
     for worker in (ours, rival):
         worker.stdin.close()
         worker.wait()
@@ -40,7 +49,9 @@ def main(torch_python: str) -> None:
 
 def start(command: list[str]) -> subprocess.Popen:
     """A worker that answers each batch size on a line with the seconds of one call."""
-    return subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def speed(worker: subprocess.Popen, batch: int) -> float:
@@ -65,7 +76,12 @@ def work() -> None:
     from hunyuan_jax.parallel.mesh import single_device_mesh
 
     config = presets.bench()
-    model = Pretrained(config, nnx.to_pure_dict(nnx.split(Transformer(config, single_device_mesh(), jax.random.key(0)))[1]))
+    model = Pretrained(
+        config,
+        nnx.to_pure_dict(
+            nnx.split(Transformer(config, single_device_mesh(), jax.random.key(0)))[1]
+        ),
+    )
     for line in sys.stdin:
         ids = np.random.default_rng(0).integers(3, config.vocab_size, (int(line), PROMPT))
         start = time.perf_counter()

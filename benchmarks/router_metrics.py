@@ -1,4 +1,5 @@
-"""What the router's health figures cost: the train step with them and without, one step of each in turn.
+"""What the router's health figures cost: the train step with them and without, one step of each in
+turn.
 
 JAX_PLATFORMS=cpu python benchmarks/router_metrics.py
 """
@@ -20,9 +21,12 @@ NUM_PAIRS = 60
 
 
 def main() -> None:
-    """Prints a table; a ratio is that of two steps that follow each other, so that a machine that becomes slower does not count."""
+    """Prints a table; a ratio is that of two steps that follow each other, so that a machine that
+    becomes slower does not count.
+    """
     print(
-        "| model | with, ms | without, ms | median of the ratios - 1 | quartiles | compiled FLOPs | bytes |\n|---|---|---|---|---|---|---|"
+        "| model | with, ms | without, ms | median of the ratios - 1 | quartiles | compiled FLOPs "
+        "| bytes |\n|---|---|---|---|---|---|---|"
     )
     for name, model in (("tiny", presets.tiny()), ("bench", presets.bench())):
         config = Config(model=model, train=TrainConfig(batch_size=8, seq_len=256))
@@ -32,7 +36,11 @@ def main() -> None:
         steps = [step_lib.make_train_step(program).lower(states[0], batch).compile()]
         with (
             mock.patch.object(routing, "health", return_value={}),
-            mock.patch.object(step_lib, "router_metrics", lambda stats: {name: value.mean() for name, value in stats.items()}),
+            mock.patch.object(
+                step_lib,
+                "router_metrics",
+                lambda stats: {name: value.mean() for name, value in stats.items()},
+            ),
         ):
             steps.append(step_lib.make_train_step(program).lower(states[1], batch).compile())
         seconds = [[], []]
@@ -46,8 +54,13 @@ def main() -> None:
         first, median, third = statistics.quantiles(ratios, n=4)
         medians = [1e3 * statistics.median(s[2:]) for s in seconds]
         costs = [step.cost_analysis() for step in steps]
-        extra = [f"{costs[0][key] / costs[1][key] - 1:+.3%}" for key in ("flops", "bytes accessed")]
-        print(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} | {median:+.2%} | {first:+.2%} to {third:+.2%} | {' | '.join(extra)} |")
+        extra = [
+            f"{costs[0][key] / costs[1][key] - 1:+.3%}" for key in ("flops", "bytes accessed")
+        ]
+        print(
+            f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} | {median:+.2%} | {first:+.2%} to "
+            f"{third:+.2%} | {' | '.join(extra)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What a checkpoint costs the training loop at the size of configs/tiny.py: how long the loop waits for `Store.save`, and how much longer
-the steps take while the save goes on in the background.
+"""What a checkpoint costs the training loop at the size of configs/tiny.py: how long the loop
+waits for `Store.save`, and how much longer the steps take while the save goes on in the
+background.
 
 JAX_PLATFORMS=cpu python benchmarks/save_stall.py
 """
@@ -23,8 +24,14 @@ WINDOW = 6  # steps: a save is over before they are
 
 
 def main() -> None:
-    """Prints one row: windows of steps with a save at their beginning and without, one of each in turn."""
-    config = Config(model=presets.tiny(), train=TrainConfig(batch_size=8, seq_len=256), checkpoint=CheckpointConfig(keep=2))
+    """Prints one row: windows of steps with a save at their beginning and without, one of each in
+    turn.
+    """
+    config = Config(
+        model=presets.tiny(),
+        train=TrainConfig(batch_size=8, seq_len=256),
+        checkpoint=CheckpointConfig(keep=2),
+    )
     program = build_program(config, single_device_mesh())
     batch = jax.device_put(bench._random_batch(config), step_lib.batch_sharding(program))
     state, step = init_state(program), 0
@@ -50,11 +57,18 @@ def main() -> None:
         store.close()
     step_seconds = statistics.median(single)
     stall = statistics.median(calls[1:])
-    extra = [with_save - without for without, with_save in zip(windows[0][1:], windows[1][1:], strict=True)]
+    extra = [
+        with_save - without
+        for without, with_save in zip(windows[0][1:], windows[1][1:], strict=True)
+    ]
     first, median, third = statistics.quantiles(extra, n=4)
-    print("| step, ms | the call, ms | of a step | extra over the window, ms | quartiles, ms | whole save, ms |\n|---|---|---|---|---|---|")
     print(
-        f"| {1e3 * step_seconds:.0f} | {1e3 * stall:.1f} | {stall / step_seconds:.1%} | {1e3 * median:.0f} | "
+        "| step, ms | the call, ms | of a step | extra over the window, ms | quartiles, ms | "
+        "whole save, ms |\n|---|---|---|---|---|---|"
+    )
+    print(
+        f"| {1e3 * step_seconds:.0f} | {1e3 * stall:.1f} | {stall / step_seconds:.1%} | "
+        f"{1e3 * median:.0f} | "
         f"{1e3 * first:.0f} to {1e3 * third:.0f} | {1e3 * save_seconds:.0f} |"
     )
 

@@ -1,4 +1,5 @@
-"""Two things that must not grow: compile time with depth, and the cost of dropless routing with the number of experts.
+"""Two things that must not grow: compile time with depth, and the cost of dropless routing with
+the number of experts.
 
 JAX_PLATFORMS=cpu python benchmarks/scaling.py
 """
@@ -26,7 +27,10 @@ def main() -> None:
     print("| layers | compile of the train step, s |\n|---|---|")
     for num_layers in (4, 32, 4, 32):
         print(f"| {num_layers} | {compile_seconds(num_layers):.1f} |")
-    print("\n| experts | dropless layer, forward and backward, ms | the same by lax.ragged_dot, ms |\n|---|---|---|")
+    print(
+        "\n| experts | dropless layer, forward and backward, ms | the same by lax.ragged_dot, ms "
+        "|\n|---|---|---|"
+    )
     for num_experts in (8, 32):
         layer, ragged = layer_milliseconds(num_experts)
         print(f"| {num_experts} | {layer:.1f} | {ragged:.1f} |")
@@ -34,7 +38,10 @@ def main() -> None:
 
 def compile_seconds(num_layers: int) -> float:
     """Lowering and compiling the tiny preset at another depth."""
-    program = build_program(Config(model=dataclasses.replace(presets.tiny(), num_layers=num_layers)), single_device_mesh())
+    program = build_program(
+        Config(model=dataclasses.replace(presets.tiny(), num_layers=num_layers)),
+        single_device_mesh(),
+    )
     ids = jax.ShapeDtypeStruct((8, 256), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ids)
     batch["loss_weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
@@ -45,8 +52,12 @@ def compile_seconds(num_layers: int) -> float:
 
 
 def layer_milliseconds(num_experts: int) -> tuple[float, float]:
-    """One top-1 layer without a shared expert, and the same layer with rows sorted for lax.ragged_dot."""
-    cfg = dataclasses.replace(presets.bench(), moe=MoeConfig(num_experts=num_experts, dispatch="dropless"))
+    """One top-1 layer without a shared expert, and the same layer with rows sorted for
+    lax.ragged_dot.
+    """
+    cfg = dataclasses.replace(
+        presets.bench(), moe=MoeConfig(num_experts=num_experts, dispatch="dropless")
+    )
     graph_def, state = nnx.split(Moe(cfg, single_device_mesh(), jax.random.key(0)))
     weights = nnx.to_pure_dict(state)
     x_BTD = jax.random.normal(jax.random.key(1), (8, NUM_TOKENS // 8, WIDTH))
@@ -61,11 +72,19 @@ def layer_milliseconds(num_experts: int) -> tuple[float, float]:
         order_M = jnp.argsort(expert_M)
         sizes_E = jnp.bincount(expert_M, length=num_experts).astype(jnp.int32)
         w = weights["experts"]
-        gate, up = (jax.lax.ragged_dot(x_MD[order_M], w[name], sizes_E) for name in ("w_gate_EDF", "w_up_EDF"))
+        gate, up = (
+            jax.lax.ragged_dot(x_MD[order_M], w[name], sizes_E)
+            for name in ("w_gate_EDF", "w_up_EDF")
+        )
         y_MD = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w["w_down_EFD"], sizes_E)
         return jnp.zeros_like(x_MD).at[order_M].set(y_MD) * probs_ME.max(-1, keepdims=True)
 
-    return tuple(median_ms(jax.jit(jax.grad(lambda w, x, f=fn: (f(w, x) ** 2).sum(), (0, 1))), weights, x_BTD) for fn in (layer, ragged))
+    return tuple(
+        median_ms(
+            jax.jit(jax.grad(lambda w, x, f=fn: (f(w, x) ** 2).sum(), (0, 1))), weights, x_BTD
+        )
+        for fn in (layer, ragged)
+    )
 
 
 def median_ms(fn, *args) -> float:

@@ -5,7 +5,8 @@ The rival needs an environment of its own (python 3.11):
     python -m venv .venv-torch && .venv-torch/bin/pip install torch==2.13.0 transformers
     python benchmarks/side_by_side.py .venv-torch/bin/python
 
-Prints each round and the median of the ratios; the two take turns, so that a machine whose speed drifts is fair to both.
+Prints each round and the median of the ratios; the two take turns, so that a machine whose speed
+drifts is fair to both.
 """
 
 import json
@@ -25,21 +26,32 @@ def main(torch_python: str) -> None:
     ours = [sys.executable, "-m", "hunyuan_jax", "bench", "--config=configs/bench.py", "--json"]
     rival = [torch_python, "benchmarks/transformers_worker.py"]
     rounds = [(last_json(ours), last_json(rival)) for _ in range(ROUNDS)]
-    assert rounds[0][0]["parameters"] == rounds[0][1]["parameters"], "the two models differ in size"
-    print("| figure | hunyuan_jax | transformers | ratio of each round | median ratio |\n|---|---|---|---|---|")
+    assert rounds[0][0]["parameters"] == rounds[0][1]["parameters"], (
+        "the two models differ in size"
+    )
+    print(
+        "| figure | hunyuan_jax | transformers | ratio of each round | median ratio "
+        "|\n|---|---|---|---|---|"
+    )
     for figure in FIGURES:
         mine, theirs = ([pair[i][figure] for pair in rounds] for i in (0, 1))
         ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         print(
-            f"| {figure} | {statistics.median(mine):,.0f} | {statistics.median(theirs):,.0f} | {shown} | {statistics.median(ratios):.2f} |"
+            f"| {figure} | {statistics.median(mine):,.0f} | {statistics.median(theirs):,.0f} | "
+            f"{shown} | {statistics.median(ratios):.2f} |"
         )
-    print(f"\ncompile {rounds[0][0]['compile_seconds']:.1f} s; torch {rounds[0][1]['torch']}, {rounds[0][1]['threads']} threads")
+    print(
+        f"\ncompile {rounds[0][0]['compile_seconds']:.1f} s; torch {rounds[0][1]['torch']}, "
+        f"{rounds[0][1]['threads']} threads"
+    )
 
 
 def last_json(command: list[str]) -> dict:
     """The JSON object on the last line of a command's output."""
-    result = subprocess.run(command, cwd=REPO, env=dict(os.environ), capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=REPO, env=dict(os.environ), capture_output=True, text=True
+    )
     if result.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])

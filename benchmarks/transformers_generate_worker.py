@@ -15,7 +15,9 @@ def main():
     for line in sys.stdin:
         ids = torch.randint(3, 1024, (int(line), PROMPT))
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
         seconds = time.perf_counter() - start
         assert out.shape[1] == PROMPT + NEW_TOKENS
         print(seconds, flush=True)

@@ -1,4 +1,6 @@
-"""transformers' HunYuanMoEV1 at the size of configs/bench.py: training and prefill speed on the CPU.  Run by side_by_side.py."""
+"""transformers' HunYuanMoEV1 at the size of configs/bench.py: training and prefill speed on the
+CPU.  Run by side_by_side.py.
+"""
 
 import json
 import statistics
@@ -48,7 +50,9 @@ def main():
     train_seconds = median_seconds(train_step)
     model.eval()
     with torch.no_grad():
-        prefill_seconds = median_seconds(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+        prefill_seconds = median_seconds(
+            lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        )
     print(
         json.dumps(
             {

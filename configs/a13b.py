@@ -1,12 +1,15 @@
-"""Hunyuan-A13B (80.4 B parameters, 12.7 B active; 64 experts, top-8, one shared) from scratch, at sequence length 4096.
+"""Hunyuan-A13B (80.4 B parameters, 12.7 B active; 64 experts, top-8, one shared) from scratch, at
+sequence length 4096.
 
-    python train.py --config=configs/a13b.py --workdir=/mnt/shared/a13b --config.data.source=/mnt/shared/corpus
+    python train.py --config=configs/a13b.py --workdir=/mnt/shared/a13b
+    --config.data.source=/mnt/shared/corpus
 
-Hardware: a multiple of 16 devices: experts lie on 16 shards.
-`hy.tiktoken` is the released tokenizer's; a batch is 4.2 M tokens.  Batch, learning rate and length of the run are
-ours: no recipe was published.
+Hardware: a multiple of 16 devices: experts lie on 16 shards. `hy.tiktoken` is the released
+tokenizer's; a batch is 4.2 M tokens.  Batch, learning rate and length of the run are ours: no
+recipe was published.
 
-State: shapes of the train step traced; never compiled for a pod, never run.  `python -m hunyuan_jax plan` compiles it for one.
+State: shapes of the train step traced; never compiled for a pod, never run.  `python -m
+hunyuan_jax plan` compiles it for one.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +24,9 @@ def get_config() -> ConfigDict:
             model=presets.a13b(),
             mesh=config.MeshConfig(data=-1, expert=16),
             data=config.DataConfig(source="corpus", tokenizer="hy.tiktoken"),
-            train=config.TrainConfig(num_steps=100_000, batch_size=1024, seq_len=4096, grad_accum_steps=8),
+            train=config.TrainConfig(
+                num_steps=100_000, batch_size=1024, seq_len=4096, grad_accum_steps=8
+            ),
             schedule=config.ScheduleConfig(peak_lr=3e-4, warmup_steps=2000),
         )
     )

@@ -1,4 +1,5 @@
-"""15.3 M parameters in float32: the size at which speed is compared with other libraries (docs/benchmarks.md).
+"""15.3 M parameters in float32: the size at which speed is compared with other libraries
+(docs/benchmarks.md).
 
     python -m hunyuan_jax bench --config=configs/bench.py --json
 
@@ -12,4 +13,6 @@ from hunyuan_jax import config, presets
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    return config.to_config_dict(config.Config(model=presets.bench(), train=config.TrainConfig(batch_size=8, seq_len=256)))
+    return config.to_config_dict(
+        config.Config(model=presets.bench(), train=config.TrainConfig(batch_size=8, seq_len=256))
+    )

@@ -1,12 +1,14 @@
 """Hunyuan-1.8B (1.79 B parameters, dense) from scratch, at sequence length 4096.
 
-    python train.py --config=configs/dense_1_8b.py --workdir=/mnt/shared/dense_1_8b --config.data.source=/mnt/shared/corpus
+    python train.py --config=configs/dense_1_8b.py --workdir=/mnt/shared/dense_1_8b
+    --config.data.source=/mnt/shared/corpus
 
 Hardware: a number of devices that divides 16, the sequences of one of the 8 parts of a batch.
-`hunyuan-1.8b/tokenizer.json` is the released tokenizer's; a batch is 0.52 M tokens.  Batch, learning rate and length of the run are
-ours: no recipe was published.
+`hunyuan-1.8b/tokenizer.json` is the released tokenizer's; a batch is 0.52 M tokens.  Batch,
+learning rate and length of the run are ours: no recipe was published.
 
-State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan` compiles it for one.
+State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan`
+compiles it for one.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +23,9 @@ def get_config() -> ConfigDict:
             model=presets.dense_1_8b(),
             mesh=config.MeshConfig(data=-1),
             data=config.DataConfig(source="corpus", tokenizer="hunyuan-1.8b/tokenizer.json"),
-            train=config.TrainConfig(num_steps=100_000, batch_size=128, seq_len=4096, grad_accum_steps=8),
+            train=config.TrainConfig(
+                num_steps=100_000, batch_size=128, seq_len=4096, grad_accum_steps=8
+            ),
             schedule=config.ScheduleConfig(peak_lr=4e-4, warmup_steps=2000),
         )
     )

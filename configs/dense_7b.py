@@ -1,12 +1,14 @@
 """Hunyuan-7B (7.50 B parameters, dense) from scratch, at sequence length 4096.
 
-    python train.py --config=configs/dense_7b.py --workdir=/mnt/shared/dense_7b --config.data.source=/mnt/shared/corpus
+    python train.py --config=configs/dense_7b.py --workdir=/mnt/shared/dense_7b
+    --config.data.source=/mnt/shared/corpus
 
 Hardware: a number of devices that divides 64, the sequences of one of the 8 parts of a batch.
-`hy.tiktoken` is the released tokenizer's; a batch is 2.1 M tokens.  Batch, learning rate and length of the run are
-ours: no recipe was published.
+`hy.tiktoken` is the released tokenizer's; a batch is 2.1 M tokens.  Batch, learning rate and
+length of the run are ours: no recipe was published.
 
-State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan` compiles it for one.
+State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan`
+compiles it for one.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +23,9 @@ def get_config() -> ConfigDict:
             model=presets.dense_7b(),
             mesh=config.MeshConfig(data=-1),
             data=config.DataConfig(source="corpus", tokenizer="hy.tiktoken"),
-            train=config.TrainConfig(num_steps=100_000, batch_size=512, seq_len=4096, grad_accum_steps=8),
+            train=config.TrainConfig(
+                num_steps=100_000, batch_size=512, seq_len=4096, grad_accum_steps=8
+            ),
             schedule=config.ScheduleConfig(peak_lr=3e-4, warmup_steps=2000),
         )
     )

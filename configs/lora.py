@@ -1,15 +1,16 @@
-"""LoRA: the tiny model of configs/tiny.py, which has learned Python source, learns English by adapters on its attention.
+"""LoRA: the tiny model of configs/tiny.py, which has learned Python source, learns English by
+adapters on its attention.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python train.py --config=configs/lora.py --workdir=runs/lora
     python -m hunyuan_jax generate --checkpoint=runs/lora --prompt="The "
     python -m hunyuan_jax export --checkpoint=runs/lora --output=runs/lora_adapter --adapter
 
-The text is this project's own documentation.  For an official model take its preset, and its folder as `config.train.init_from`:
-docs/family.md has the line.
+The text is this project's own documentation.  For an official model take its preset, and its
+folder as `config.train.init_from`: docs/family.md has the line.
 
-Hardware: any CPU; 2 cores, shared with other work, took 143 s.  From a tiny model at step 810, training on this text began at
-2.80 nats a byte; validation came to 2.19 after 200 steps.
+Hardware: any CPU; 2 cores, shared with other work, took 143 s.  From a tiny model at step 810,
+training on this text began at 2.80 nats a byte; validation came to 2.19 after 200 steps.
 """
 
 import dataclasses
@@ -26,9 +27,17 @@ def get_config() -> ConfigDict:
             model=dataclasses.replace(presets.tiny(), lora=config.LoraConfig(rank=8, alpha=16.0)),
             data=config.DataConfig(source="docs", validation_fraction=0.2),
             optimizer=config.OptimizerConfig(weight_decay=0.0),
-            schedule=config.ScheduleConfig(name="cosine_with_min_lr", peak_lr=3e-3, warmup_steps=10, min_lr=3e-4),
+            schedule=config.ScheduleConfig(
+                name="cosine_with_min_lr", peak_lr=3e-3, warmup_steps=10, min_lr=3e-4
+            ),
             train=config.TrainConfig(
-                num_steps=200, batch_size=8, seq_len=256, init_from="runs/tiny", log_every=10, eval_every=50, eval_batches=8
+                num_steps=200,
+                batch_size=8,
+                seq_len=256,
+                init_from="runs/tiny",
+                log_every=10,
+                eval_every=50,
+                eval_batches=8,
             ),
             checkpoint=config.CheckpointConfig(every=200, keep=2),
         )

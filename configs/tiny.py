@@ -1,9 +1,11 @@
-"""A 4 M parameter Hunyuan-Large on real text with no download: the source files of the Python standard library, as bytes.
+"""A 4 M parameter Hunyuan-Large on real text with no download: the source files of the Python
+standard library, as bytes.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python -m hunyuan_jax generate --checkpoint=runs/tiny --prompt="def "
 
-Hardware: any CPU; 2 cores took 187 to 337 s and 1.1 to 1.2 GB. The loss falls from 5.8 to about 1.4 nats a byte (docs/benchmarks.md).
+Hardware: any CPU; 2 cores took 187 to 337 s and 1.1 to 1.2 GB. The loss falls from 5.8 to about
+1.4 nats a byte (docs/benchmarks.md).
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +19,14 @@ def get_config() -> ConfigDict:
         config.Config(
             model=presets.tiny(),
             schedule=config.ScheduleConfig(peak_lr=4e-3, warmup_steps=40, decay_ratio=0.2),
-            train=config.TrainConfig(num_steps=950, batch_size=8, seq_len=256, log_every=10, eval_every=200, eval_batches=16),
+            train=config.TrainConfig(
+                num_steps=950,
+                batch_size=8,
+                seq_len=256,
+                log_every=10,
+                eval_every=200,
+                eval_batches=16,
+            ),
             checkpoint=config.CheckpointConfig(every=400, keep=2),
         )
     )

@@ -16,4 +16,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'hunyuan_jax' has no attribute {name!r}")
     module = _LAZY[name]
-    return importlib.import_module(f"hunyuan_jax.{name}") if module is None else getattr(importlib.import_module(module), name)
+    return (
+        importlib.import_module(f"hunyuan_jax.{name}")
+        if module is None
+        else getattr(importlib.import_module(module), name)
+    )

@@ -1,4 +1,6 @@
-"""How fast this machine trains and prefills a configuration, on random tokens: `python -m hunyuan_jax bench`."""
+"""How fast this machine trains and prefills a configuration, on random tokens: `python -m
+hunyuan_jax bench`.
+"""
 
 import resource
 import statistics
@@ -23,8 +25,8 @@ from hunyuan_jax.train.state import abstract_model, build_program, init_state
 def bench(config: Config, num_steps: int) -> dict[str, Any]:
     """Medians over `num_steps` steps of the real train step, and of prefills of the same batch.
 
-    Returns steps_per_second, tokens_per_second, prefill_tokens_per_second, compile_seconds, peak_memory_mb (of this process),
-    parameters, device, and mfu where the device's peak is known.
+    Returns steps_per_second, tokens_per_second, prefill_tokens_per_second, compile_seconds,
+    peak_memory_mb (of this process), parameters, device, and mfu where the device's peak is known.
     """
     program = build_program(config, make_mesh(config.mesh))
     state = init_state(program)
@@ -49,10 +51,20 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
         "parameters": counts.total,
         "steps_per_second": 1 / seconds_per_step,
         "tokens_per_second": tokens / seconds_per_step,
-        "prefill_tokens_per_second": tokens / _prefill_seconds(config, program, state.params, num_steps),
+        "prefill_tokens_per_second": tokens
+        / _prefill_seconds(config, program, state.params, num_steps),
         "compile_seconds": compile_seconds,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        **({"mfu": counts.flops_per_token * tokens / seconds_per_step / (peak * program.mesh.size)} if peak else {}),
+        **(
+            {
+                "mfu": counts.flops_per_token
+                * tokens
+                / seconds_per_step
+                / (peak * program.mesh.size)
+            }
+            if peak
+            else {}
+        ),
     }
 
 
@@ -72,7 +84,11 @@ def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -
 def _random_batch(config: Config) -> step_lib.Batch:
     """One batch of random tokens, every sequence one document."""
     shape = (config.train.batch_size, config.train.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0)
+        .integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
+        .astype(np.int32)
+    )
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],

@@ -1,8 +1,10 @@
-"""Run configuration: frozen dataclasses, their locked ConfigDict form for recipes, and every check that needs no device.
+"""Run configuration: frozen dataclasses, their locked ConfigDict form for recipes, and every check
+that needs no device.
 
-Imports no jax, so that a misspelled key is answered before anything slow is loaded.  A recipe in `configs/` builds a `Config` and
-returns `to_config_dict(config)`; `from_config_dict` turns the (possibly overridden) ConfigDict back into the frozen form and
-`validate`s it.  From there on each function receives the smallest piece it needs.
+Imports no jax, so that a misspelled key is answered before anything slow is loaded.  A recipe in
+`configs/` builds a `Config` and returns `to_config_dict(config)`; `from_config_dict` turns the
+(possibly overridden) ConfigDict back into the frozen form and `validate`s it.  From there on each
+function receives the smallest piece it needs.
 """
 
 import dataclasses
@@ -32,8 +34,12 @@ class MoeConfig:
 
     num_experts: int = 1
     top_k: int = 1
-    norm_topk_prob: bool = False  # whether the weights of a token's k experts are its probabilities over their sum; else as they are
-    num_shared_experts: int = 0  # one fused MLP of this many times intermediate_size, always on, weight 1
+    # whether the weights of a token's k experts are its probabilities over their sum; else
+    # as they are
+    norm_topk_prob: bool = False
+    num_shared_experts: int = (
+        0  # one fused MLP of this many times intermediate_size, always on, weight 1
+    )
     dispatch: Dispatch = "dropless"
     capacity_factor: float = 1.0
     min_capacity: int = 1
@@ -42,7 +48,18 @@ class MoeConfig:
     z_loss_weight: float = 0.0
 
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+LORA_TARGETS = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "gate",
+    "up",
+    "down",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +68,8 @@ class LoraConfig:
 
     rank: int = 0  # 0 = off: all parameters are trained
     alpha: float = 16.0  # see `scale`
-    # The projections that have one, of LORA_TARGETS; gate, up, down: of a dense layer and the shared expert, expert_...: of routed experts.
+    # The projections that have one, of LORA_TARGETS; gate, up, down: of a dense layer and the
+    # shared expert, expert_...: of routed experts.
     targets: tuple[str, ...] = ("q", "k", "v", "o")
 
     @property
@@ -108,7 +126,8 @@ class ModelConfig:
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, 'what is left'.
 
-    num_slices is no axis: it says how many slices, joined by the data centre's network, the devices form; `replica` spans them.
+    num_slices is no axis: it says how many slices, joined by the data centre's network, the
+    devices form; `replica` spans them.
     """
 
     replica: int = 1
@@ -131,7 +150,9 @@ class PhaseConfig:
     """A part of the run and the shares of the sources in it."""
 
     name: str
-    weights: tuple[float, ...]  # one for each of data.sources, in their order; only their ratios count
+    weights: tuple[
+        float, ...
+    ]  # one for each of data.sources, in their order; only their ratios count
     start: float = 0.0  # share of train.num_steps after which the phase begins
 
 
@@ -142,10 +163,16 @@ class DataConfig:
     source: str = "stdlib"  # "stdlib"; a folder, file or glob of text; or a folder made by `python -m hunyuan_jax tokenize`
     sources: tuple[SourceConfig, ...] = ()  # a mixture, instead of source
     phases: tuple[PhaseConfig, ...] = ()  # of a mixture, in order
-    tokenizer: str = "byte"  # "byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file
-    text_field: str = "text"  # the field of a .jsonl row, or column of a .parquet file, that holds the text
+    tokenizer: str = (
+        "byte"  # "byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file
+    )
+    text_field: str = (
+        "text"  # the field of a .jsonl row, or column of a .parquet file, that holds the text
+    )
     validation_fraction: float = 0.02  # share of the documents held out, of each source
-    max_bad_fraction: float = 0.01  # share of unusable rows (of at least 1000) above which the run stops
+    max_bad_fraction: float = (
+        0.01  # share of unusable rows (of at least 1000) above which the run stops
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +184,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only: norms, biases and embeddings are not decayed
     max_grad_norm: float = 1.0
-    state_dtype: StateDtype = "float32"  # master weight + two moments: 12, 8 (bf16 moments) or 5 bytes a parameter
+    state_dtype: StateDtype = (
+        "float32"  # master weight + two moments: 12, 8 (bf16 moments) or 5 bytes a parameter
+    )
     expert_lr_ratio: float = 0.31  # specialised experts against everything else, paper section 3.2
-    spike_factor: float = 0.0  # skip a step whose gradient norm is above this many times the running mean; 0 = only if not finite
+    # skip a step whose gradient norm is above this many times the running mean; 0 = only if
+    # not finite
+    spike_factor: float = 0.0
     spike_after: int = 100  # accepted steps before spike_factor acts
 
 
@@ -189,8 +220,11 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
-    max_skipped_steps: int = 20  # skipped in a row (loss or gradient not finite, or optimizer.spike_factor): stop the run
-    watchdog_minutes: float = 30.0  # without a finished step: write the stacks of all threads; 0 = never
+    # skipped in a row (loss or gradient not finite, or optimizer.spike_factor): stop the run
+    max_skipped_steps: int = 20
+    watchdog_minutes: float = (
+        30.0  # without a finished step: write the stacks of all threads; 0 = never
+    )
     profile_steps: str = ""  # "10:13" traces steps 10, 11, 12 and 13 into DIR/profile; "" = none
     wandb_project: str = ""  # also log to this project of Weights & Biases (needs wandb); "" = no
 
@@ -209,10 +243,13 @@ class CheckpointConfig:
     """
 
     every: int = 100  # steps; 0 = by every_minutes alone
-    every_minutes: float = 0.0  # also when so much time has passed since the last save, looked at every train.log_every steps; 0 = never
+    # also when so much time has passed since the last save, looked at every train.log_every
+    # steps; 0 = never
+    every_minutes: float = 0.0
     keep: int = 3  # the newest
     keep_every: int = 0  # those whose step is a multiple of this; 0 = none
-    keep_best: int = 1  # those with the lowest validation loss; a new lowest is saved when it is found. 0 = none
+    # those with the lowest validation loss; a new lowest is saved when it is found. 0 = none
+    keep_best: int = 1
     mirror: str = ""  # finished checkpoints are copied to this fsspec URL, such as gs://BUCKET/RUN, and come back from there; "" = no copy
 
 
@@ -252,9 +289,12 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Strict conversion to the frozen form.
 
     Raises:
-      ConfigError: unknown key (naming the nearest), wrong type, or a combination `validate` refuses.
+      ConfigError: unknown key (naming the nearest), wrong type, or a combination `validate`
+        refuses.
     """
-    return validate(from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else config))
+    return validate(
+        from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else config)
+    )
 
 
 def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -264,15 +304,21 @@ def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     kwargs = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(unknown_key_message(prefix + key, [prefix + name for name in fields]))
+            raise ConfigError(
+                unknown_key_message(prefix + key, [prefix + name for name in fields])
+            )
         kwargs[key] = _checked(prefix + key, value, hints[key])
     missing = [
         name
         for name, f in fields.items()
-        if name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in kwargs
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"config.{prefix}{missing[0]} is missing; it has no default. Set it in the recipe.")
+        raise ConfigError(
+            f"config.{prefix}{missing[0]} is missing; it has no default. Set it in the recipe."
+        )
     return cls(**kwargs)
 
 
@@ -287,19 +333,30 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     names = []
     for f in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[f.name]
-        names += field_names(hint, f"{prefix}{f.name}.") if dataclasses.is_dataclass(hint) else [prefix + f.name]
+        names += (
+            field_names(hint, f"{prefix}{f.name}.")
+            if dataclasses.is_dataclass(hint)
+            else [prefix + f.name]
+        )
     return names
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type; int is accepted for float and a list for a tuple, nothing else is converted."""
+    """`value` as the annotated type; int is accepted for float and a list for a tuple, nothing
+    else is converted.
+    """
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value not in typing.get_args(hint):
-            raise ConfigError(f"config.{name} = {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}.")
+            raise ConfigError(
+                f"config.{name} = {value!r} is not one of "
+                f"{', '.join(map(repr, typing.get_args(hint)))}."
+            )
         return value
     if origin is tuple and isinstance(value, tuple | list):
-        return tuple(_checked(f"{name}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value))
+        return tuple(
+            _checked(f"{name}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value)
+        )
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"config.{name} = {value!r} must be a section of fields.")
@@ -308,7 +365,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     expected = origin or hint
     if isinstance(expected, types.UnionType) or type(value) is not expected:
-        raise ConfigError(f"config.{name} = {value!r} is a {type(value).__name__}; it must be a {expected.__name__}.")
+        raise ConfigError(
+            f"config.{name} = {value!r} is a {type(value).__name__}; it must be a "
+            f"{expected.__name__}."
+        )
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"config.{name} = {value} must be finite.")
     return value
@@ -326,27 +386,49 @@ def validate_model(m: ModelConfig) -> ModelConfig:
     """Checks the architecture alone (used for model folders too)."""
     sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position cla_share_factor"
     for name in sizes.split():
-        _require(getattr(m, name) >= 1, f"config.model.{name} = {getattr(m, name)} must be at least 1.")
+        _require(
+            getattr(m, name) >= 1, f"config.model.{name} = {getattr(m, name)} must be at least 1."
+        )
     _require(
         m.num_heads % m.num_kv_heads == 0,
-        f"config.model.num_heads = {m.num_heads} is not divisible by num_kv_heads = {m.num_kv_heads}; "
-        f"each K/V head serves an equal share of the query heads. Use num_kv_heads from {_divisors(m.num_heads)}.",
+        f"config.model.num_heads = {m.num_heads} is not divisible by num_kv_heads = "
+        f"{m.num_kv_heads}; "
+        "each K/V head serves an equal share of the query heads. Use num_kv_heads from "
+        f"{_divisors(m.num_heads)}.",
     )
-    _require(m.head_dim % 2 == 0, f"config.model.head_dim = {m.head_dim} must be even: RoPE rotates it in halves.")
+    _require(
+        m.head_dim % 2 == 0,
+        f"config.model.head_dim = {m.head_dim} must be even: RoPE rotates it in halves.",
+    )
     _require(
         m.num_layers % m.cla_share_factor == 0,
-        f"config.model.num_layers = {m.num_layers} is not divisible by cla_share_factor = {m.cla_share_factor}; "
+        f"config.model.num_layers = {m.num_layers} is not divisible by cla_share_factor = "
+        f"{m.cla_share_factor}; "
         f"layers share K/V in whole groups. Use a share factor from {_divisors(m.num_layers)}.",
     )
     if m.rope_type == "alpha":
-        _require(m.rope_alpha > 0, f"config.model.rope_alpha = {m.rope_alpha} must be positive (1.0 leaves the base as it is).")
-        _require(m.head_dim > 2, f"config.model.head_dim = {m.head_dim} must be above 2 for rope_type 'alpha'.")
+        _require(
+            m.rope_alpha > 0,
+            f"config.model.rope_alpha = {m.rope_alpha} must be positive (1.0 leaves the base as "
+            "it is).",
+        )
+        _require(
+            m.head_dim > 2,
+            f"config.model.head_dim = {m.head_dim} must be above 2 for rope_type 'alpha'.",
+        )
     if m.rope_type == "linear":
-        _require(m.rope_factor > 0, f"config.model.rope_factor = {m.rope_factor} must be positive.")
+        _require(
+            m.rope_factor > 0, f"config.model.rope_factor = {m.rope_factor} must be positive."
+        )
     for name in ("attention_dropout", "hidden_dropout"):
-        _require(0 <= getattr(m, name) < 1, f"config.model.{name} = {getattr(m, name)} must be in [0, 1).")
+        _require(
+            0 <= getattr(m, name) < 1,
+            f"config.model.{name} = {getattr(m, name)} must be in [0, 1).",
+        )
     _require(
-        -1 <= m.pad_token_id < m.vocab_size, f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of {m.vocab_size}."
+        -1 <= m.pad_token_id < m.vocab_size,
+        f"config.model.pad_token_id = {m.pad_token_id} is outside the vocabulary of "
+        f"{m.vocab_size}.",
     )
     _validate_moe(m.moe)
     _validate_lora(m)
@@ -355,112 +437,180 @@ def validate_model(m: ModelConfig) -> ModelConfig:
 
 def _validate_lora(m: ModelConfig) -> None:
     lora = m.lora
-    _require(lora.rank >= 0, f"config.model.lora.rank = {lora.rank} must not be negative; 0 trains all parameters.")
+    _require(
+        lora.rank >= 0,
+        f"config.model.lora.rank = {lora.rank} must not be negative; 0 trains all parameters.",
+    )
     _require(lora.alpha > 0, f"config.model.lora.alpha = {lora.alpha} must be positive.")
     _require(
         0 < len(lora.targets) == len(set(lora.targets)) and set(lora.targets) <= set(LORA_TARGETS),
-        f"config.model.lora.targets = {lora.targets} must name projections, each once: {', '.join(LORA_TARGETS)}.",
+        f"config.model.lora.targets = {lora.targets} must name projections, each once: "
+        f"{', '.join(LORA_TARGETS)}.",
     )
     for targets, is_there, module in (
         (("gate", "up", "down"), not m.is_moe or m.moe.num_shared_experts > 0, "shared expert"),
         (("expert_gate", "expert_up", "expert_down"), m.is_moe, "routed experts"),
     ):
         wrong = [target for target in lora.targets if target in targets]
-        _require(is_there or not wrong, f"config.model.lora.targets names {', '.join(wrong)}, but the model has no {module}; leave it out.")
+        _require(
+            is_there or not wrong,
+            f"config.model.lora.targets names {', '.join(wrong)}, but the model has no {module}; "
+            "leave it out.",
+        )
 
 
 def _validate_moe(moe: MoeConfig) -> None:
-    _require(moe.num_experts >= 1, f"config.model.moe.num_experts = {moe.num_experts} must be at least 1 (1 = dense).")
+    _require(
+        moe.num_experts >= 1,
+        f"config.model.moe.num_experts = {moe.num_experts} must be at least 1 (1 = dense).",
+    )
     _require(
         1 <= moe.top_k <= moe.num_experts,
-        f"config.model.moe.top_k = {moe.top_k} must be between 1 and num_experts = {moe.num_experts}.",
+        f"config.model.moe.top_k = {moe.top_k} must be between 1 and num_experts = "
+        f"{moe.num_experts}.",
     )
-    _require(moe.num_shared_experts >= 0, f"config.model.moe.num_shared_experts = {moe.num_shared_experts} must not be negative.")
+    _require(
+        moe.num_shared_experts >= 0,
+        f"config.model.moe.num_shared_experts = {moe.num_shared_experts} must not be negative.",
+    )
     _require(
         moe.num_experts > 1 or moe.num_shared_experts == 0,
-        f"config.model.moe.num_shared_experts = {moe.num_shared_experts} needs num_experts > 1; the dense model has one MLP.",
+        f"config.model.moe.num_shared_experts = {moe.num_shared_experts} needs num_experts > 1; "
+        "the dense model has one MLP.",
     )
-    _require(moe.capacity_factor > 0, f"config.model.moe.capacity_factor = {moe.capacity_factor} must be positive.")
-    _require(moe.min_capacity >= 1, f"config.model.moe.min_capacity = {moe.min_capacity} must be at least 1.")
-    _require(moe.group_size >= 0, f"config.model.moe.group_size = {moe.group_size} must be a token count, or 0 for one sequence.")
+    _require(
+        moe.capacity_factor > 0,
+        f"config.model.moe.capacity_factor = {moe.capacity_factor} must be positive.",
+    )
+    _require(
+        moe.min_capacity >= 1,
+        f"config.model.moe.min_capacity = {moe.min_capacity} must be at least 1.",
+    )
+    _require(
+        moe.group_size >= 0,
+        f"config.model.moe.group_size = {moe.group_size} must be a token count, or 0 for one "
+        "sequence.",
+    )
     for name in ("aux_loss_weight", "z_loss_weight"):
-        _require(getattr(moe, name) >= 0, f"config.model.moe.{name} = {getattr(moe, name)} must not be negative.")
+        _require(
+            getattr(moe, name) >= 0,
+            f"config.model.moe.{name} = {getattr(moe, name)} must not be negative.",
+        )
 
 
 def _validate_mesh(config: Config) -> None:
     sizes = dataclasses.asdict(config.mesh)
     num_slices = sizes.pop("num_slices")
-    _require(num_slices >= 1, f"config.mesh.num_slices = {num_slices} must be at least 1; 1 is a single slice, or no TPU.")
+    _require(
+        num_slices >= 1,
+        f"config.mesh.num_slices = {num_slices} must be at least 1; 1 is a single slice, or no "
+        "TPU.",
+    )
     for name, size in sizes.items():
-        _require(size >= 1 or size == -1, f"config.mesh.{name} = {size} must be at least 1, or -1 for what is left.")
+        _require(
+            size >= 1 or size == -1,
+            f"config.mesh.{name} = {size} must be at least 1, or -1 for what is left.",
+        )
     num_experts, expert = config.model.moe.num_experts, config.mesh.expert
     _require(
         expert == -1 or num_experts % expert == 0,
-        f"config.model.moe.num_experts = {num_experts} does not divide over config.mesh.expert = {expert}; "
+        f"config.model.moe.num_experts = {num_experts} does not divide over config.mesh.expert = "
+        f"{expert}; "
         f"each shard holds an equal share. Use a mesh.expert from {_divisors(num_experts)}.",
     )
     left = [name for name, size in sizes.items() if size == -1]
-    _require(len(left) <= 1, f"config.mesh has -1 ('what is left') for {' and '.join(left)}; only one axis may take it.")
+    _require(
+        len(left) <= 1,
+        f"config.mesh has -1 ('what is left') for {' and '.join(left)}; only one axis may take "
+        "it.",
+    )
 
 
 def _validate_run(config: Config) -> None:
     train, schedule, moe = config.train, config.schedule, config.model.moe
     for section, names in {
-        "train": "num_steps batch_size seq_len grad_accum_steps log_every eval_every eval_batches max_skipped_steps",
+        "train": "num_steps batch_size seq_len grad_accum_steps log_every eval_every eval_batches "
+        "max_skipped_steps",
         "checkpoint": "keep",
         "optimizer": "spike_after",
     }.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name} = {value} must be at least 1.")
-    for section, names in {"train": "watchdog_minutes", "checkpoint": "every every_minutes keep_every keep_best"}.items():
+    for section, names in {
+        "train": "watchdog_minutes",
+        "checkpoint": "every every_minutes keep_every keep_best",
+    }.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
-            _require(value >= 0, f"config.{section}.{name} = {value} must not be negative; 0 is off.")
+            _require(
+                value >= 0, f"config.{section}.{name} = {value} must not be negative; 0 is off."
+            )
     _require(
         config.checkpoint.every > 0 or config.checkpoint.every_minutes > 0,
-        "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing before the end; set one of them.",
+        "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing "
+        "before the end; set one of them.",
     )
     _require(
         config.optimizer.spike_factor == 0 or config.optimizer.spike_factor > 1,
-        f"config.optimizer.spike_factor = {config.optimizer.spike_factor} must be above 1 (times the mean norm), or 0 for no limit.",
+        f"config.optimizer.spike_factor = {config.optimizer.spike_factor} must be above 1 (times "
+        "the mean norm), or 0 for no limit.",
     )
     _require(
-        not train.profile_steps or (re.fullmatch(r"[1-9]\d*:[1-9]\d*", train.profile_steps) is not None and len(train.profiled) > 0),
-        f"config.train.profile_steps = {train.profile_steps!r} must be FIRST:LAST, such as 10:13 for steps 10, 11, 12 and 13.",
+        not train.profile_steps
+        or (
+            re.fullmatch(r"[1-9]\d*:[1-9]\d*", train.profile_steps) is not None
+            and len(train.profiled) > 0
+        ),
+        f"config.train.profile_steps = {train.profile_steps!r} must be FIRST:LAST, such as 10:13 "
+        "for steps 10, 11, 12 and 13.",
     )
     _require(
         train.seq_len <= config.model.max_position,
-        f"config.train.seq_len = {train.seq_len} is above config.model.max_position = {config.model.max_position}.",
+        f"config.train.seq_len = {train.seq_len} is above config.model.max_position = "
+        f"{config.model.max_position}.",
     )
     _require(
         train.batch_size % train.grad_accum_steps == 0,
-        f"config.train.batch_size = {train.batch_size} does not split into config.train.grad_accum_steps = {train.grad_accum_steps} equal "
+        f"config.train.batch_size = {train.batch_size} does not split into "
+        f"config.train.grad_accum_steps = {train.grad_accum_steps} equal "
         f"parts. Use a grad_accum_steps from {_divisors(train.batch_size)}.",
     )
     if config.model.is_moe and moe.group_size:
         tokens = train.batch_size // train.grad_accum_steps * train.seq_len
         _require(
-            train.seq_len % moe.group_size == 0 or (moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0),
-            f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len = {train.seq_len}, "
-            f"or be a multiple of it that divides the {tokens} tokens of a batch (of one part of it, with grad_accum_steps).",
+            train.seq_len % moe.group_size == 0
+            or (moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0),
+            f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len = "
+            f"{train.seq_len}, "
+            f"or be a multiple of it that divides the {tokens} tokens of a batch (of one part of "
+            "it, with grad_accum_steps).",
         )
-    _require(schedule.peak_lr > 0, f"config.schedule.peak_lr = {schedule.peak_lr} must be positive.")
+    _require(
+        schedule.peak_lr > 0, f"config.schedule.peak_lr = {schedule.peak_lr} must be positive."
+    )
     _require(
         0 <= schedule.warmup_steps <= train.num_steps,
-        f"config.schedule.warmup_steps = {schedule.warmup_steps} must be between 0 and config.train.num_steps = {train.num_steps}.",
+        f"config.schedule.warmup_steps = {schedule.warmup_steps} must be between 0 and "
+        f"config.train.num_steps = {train.num_steps}.",
     )
     if schedule.name == "three_phase":
         for name in ("decay_ratio", "anneal_fraction", "anneal_ratio"):
-            _require(0 <= getattr(schedule, name) <= 1, f"config.schedule.{name} = {getattr(schedule, name)} must be between 0 and 1.")
+            _require(
+                0 <= getattr(schedule, name) <= 1,
+                f"config.schedule.{name} = {getattr(schedule, name)} must be between 0 and 1.",
+            )
         _require(
             schedule.anneal_fraction == 0 or schedule.anneal_ratio <= schedule.decay_ratio,
-            f"config.schedule.anneal_ratio = {schedule.anneal_ratio} is above decay_ratio = {schedule.decay_ratio}: annealing must not "
-            "raise the learning rate. Lower anneal_ratio, or set anneal_fraction = 0 for no annealing.",
+            f"config.schedule.anneal_ratio = {schedule.anneal_ratio} is above decay_ratio = "
+            f"{schedule.decay_ratio}: annealing must not "
+            "raise the learning rate. Lower anneal_ratio, or set anneal_fraction = 0 for no "
+            "annealing.",
         )
     _require(
         0 <= schedule.min_lr <= schedule.peak_lr,
-        f"config.schedule.min_lr = {schedule.min_lr} must be between 0 and peak_lr = {schedule.peak_lr}; it is absolute, not a ratio.",
+        f"config.schedule.min_lr = {schedule.min_lr} must be between 0 and peak_lr = "
+        f"{schedule.peak_lr}; it is absolute, not a ratio.",
     )
     for name in ("expert_lr_ratio", "max_grad_norm", "eps"):
         value = getattr(config.optimizer, name)
@@ -470,28 +620,41 @@ def _validate_run(config: Config) -> None:
 
 def _validate_data(data: DataConfig) -> None:
     for name in ("validation_fraction", "max_bad_fraction"):
-        _require(0 <= getattr(data, name) < 1, f"config.data.{name} = {getattr(data, name)} must be in [0, 1).")
-    names, starts = [source.name for source in data.sources], [phase.start for phase in data.phases]
+        _require(
+            0 <= getattr(data, name) < 1,
+            f"config.data.{name} = {getattr(data, name)} must be in [0, 1).",
+        )
+    names, starts = (
+        [source.name for source in data.sources],
+        [phase.start for phase in data.phases],
+    )
     _require(
-        len(set(names)) == len(names) and "" not in names, f"config.data.sources are named {names}; names must differ and not be empty."
+        len(set(names)) == len(names) and "" not in names,
+        f"config.data.sources are named {names}; names must differ and not be empty.",
     )
     _require(
         bool(names) == bool(starts),
-        f"config.data has {len(names)} sources and {len(starts)} phases; a mixture needs both (one phase is enough), config.data.source "
+        f"config.data has {len(names)} sources and {len(starts)} phases; a mixture needs both "
+        "(one phase is enough), config.data.source "
         "alone needs neither.",
     )
     _require(
         not names or data.source == DataConfig.source,
-        f"config.data.source = {data.source!r} and config.data.sources {names} exclude each other; list it in sources, or leave it out.",
+        f"config.data.source = {data.source!r} and config.data.sources {names} exclude each "
+        "other; list it in sources, or leave it out.",
     )
     _require(
         not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1),
-        f"config.data.phases start at {starts}; shares of the run must rise from 0 and stay below 1.",
+        f"config.data.phases start at {starts}; shares of the run must rise from 0 and stay below "
+        "1.",
     )
     for phase in data.phases:
         _require(
-            len(phase.weights) == len(names) and min(phase.weights) >= 0 and sum(phase.weights) > 0,
-            f"config.data.phases: {phase.name!r} has weights {phase.weights}; it needs one for each of the sources {names}, none negative "
+            len(phase.weights) == len(names)
+            and min(phase.weights) >= 0
+            and sum(phase.weights) > 0,
+            f"config.data.phases: {phase.name!r} has weights {phase.weights}; it needs one for "
+            f"each of the sources {names}, none negative "
             "and not all 0.",
         )
 

@@ -1,4 +1,5 @@
-"""Files that appear under their name only when they are whole, on this machine and behind fsspec URLs.
+"""Files that appear under their name only when they are whole, on this machine and behind fsspec
+URLs.
 
 fsspec is imported where there is a URL: it takes a quarter of a second.
 """
@@ -16,7 +17,8 @@ _UPLOAD_BYTES = 2**24  # of a file that are in memory, and in one request
 
 
 def filesystem(url: str, option: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it without a final '/') of a URL or a local path; `option` is what errors call it.
+    """(fsspec file system, path in it without a final '/') of a URL or a local path; `option` is
+    what errors call it.
 
     Raises:
       ConfigError: no such protocol, or its package is not installed.
@@ -27,21 +29,25 @@ def filesystem(url: str, option: str) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"{option} = {url!r} cannot be used: {error}. It must be a URL that fsspec knows, such as gs://BUCKET/PATH "
-            "(pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip install s3fs) or file:///PATH."
+            f"{option} = {url!r} cannot be used: {error}. It must be a URL that fsspec knows, "
+            "such as gs://BUCKET/PATH "
+            "(pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip install s3fs) or "
+            "file:///PATH."
         ) from error
     return fs, root.rstrip("/")
 
 
 def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file of a bucket, and the like; after an error there is none, or the one of before (a local one may be cut off).
+    """Writes a file of a bucket, and the like; after an error there is none, or the one of before
+    (a local one may be cut off).
 
-    Not by `put_file`: gcsfs sends small files between line feeds, and one that ends in a carriage return may lose it.
+    Not by `put_file`: gcsfs sends small files between line feeds, and one that ends in a carriage
+    return may lose it.
     """
     from fsspec.implementations.local import LocalFileSystem
 
-    # With autocommit, leaving the block by an error would put the pieces so far in place; a local file system without it writes to the
-    # disk of /tmp first.
+    # With autocommit, leaving the block by an error would put the pieces so far in place; a local
+    # file system without it writes to the disk of /tmp first.
     is_local = isinstance(fs, LocalFileSystem)
     file = fs.open(path, "wb", block_size=_UPLOAD_BYTES, autocommit=is_local)
     try:
@@ -50,7 +56,9 @@ def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:
                 file.write(piece)
                 del piece  # or it would be held while the next one is made
     except BaseException:
-        with contextlib.suppress(Exception):  # parts that nobody can see; the error that led here says more
+        with contextlib.suppress(
+            Exception
+        ):  # parts that nobody can see; the error that led here says more
             file.discard()
         raise
     if not is_local:
@@ -72,7 +80,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[Path]:
-    """`temporary`, to write a local file at, which gets its name when it is on disk; on the same disk as `path`."""
+    """`temporary`, to write a local file at, which gets its name when it is on disk; on the same
+    disk as `path`.
+    """
     yield temporary
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -90,5 +100,7 @@ def json_object(where: str, text: bytes) -> dict[str, Any]:
     except ValueError as e:  # not JSON, or not even UTF-8
         raise ConfigError(f"{where} is not valid JSON: {e}.") from e
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} holds a JSON {type(value).__name__}; it must be an object of fields.")
+        raise ConfigError(
+            f"{where} holds a JSON {type(value).__name__}; it must be an object of fields."
+        )
     return value

@@ -1,7 +1,9 @@
-"""Architecture numbers of the released models and of the small ones used here; they live in this file only.
+"""Architecture numbers of the released models and of the small ones used here; they live in this
+file only.
 
-Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B and the dense models); docs/family.md says how sure
-each number is.  A model folder brings its own config.json: `from_pretrained` does not look here.
+Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B and the dense
+models); docs/family.md says how sure each number is.  A model folder brings its own config.json:
+`from_pretrained` does not look here.
 """
 
 import dataclasses
@@ -28,13 +30,17 @@ def a52b() -> ModelConfig:
         pad_token_id=127_961,
         bos_token_id=127_958,
         eos_token_ids=(127_960, 127_967),
-        moe=MoeConfig(num_experts=16, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0),
+        moe=MoeConfig(
+            num_experts=16, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0
+        ),
     )
 
 
 def a52b_instruct() -> ModelConfig:
     """Hunyuan-Large-Instruct: a larger padded vocabulary, 128K context, alpha 1e3."""
-    return dataclasses.replace(a52b(), vocab_size=129_024, max_position=131_072, rope_alpha=1_000.0)
+    return dataclasses.replace(
+        a52b(), vocab_size=129_024, max_position=131_072, rope_alpha=1_000.0
+    )
 
 
 def a13b() -> ModelConfig:
@@ -53,23 +59,31 @@ def a13b() -> ModelConfig:
         pad_token_id=127_961,
         bos_token_id=1,
         eos_token_ids=(127_960, 127_967),
-        moe=MoeConfig(num_experts=64, top_k=8, norm_topk_prob=True, num_shared_experts=1, dispatch="dropless"),
+        moe=MoeConfig(
+            num_experts=64, top_k=8, norm_topk_prob=True, num_shared_experts=1, dispatch="dropless"
+        ),
     )
 
 
 def dense_0_5b() -> ModelConfig:
     """Hunyuan-0.5B: 16 heads of 128 entries are twice the width of the model."""
-    return _dense(hidden_size=1024, intermediate_size=3584, num_layers=24, num_heads=16, num_kv_heads=8)
+    return _dense(
+        hidden_size=1024, intermediate_size=3584, num_layers=24, num_heads=16, num_kv_heads=8
+    )
 
 
 def dense_1_8b() -> ModelConfig:
     """Hunyuan-1.8B, and HY-MT-1.8B."""
-    return _dense(hidden_size=2048, intermediate_size=6144, num_layers=32, num_heads=16, num_kv_heads=4)
+    return _dense(
+        hidden_size=2048, intermediate_size=6144, num_layers=32, num_heads=16, num_kv_heads=4
+    )
 
 
 def dense_4b() -> ModelConfig:
     """Hunyuan-4B."""
-    return _dense(hidden_size=3072, intermediate_size=8192, num_layers=36, num_heads=32, num_kv_heads=8)
+    return _dense(
+        hidden_size=3072, intermediate_size=8192, num_layers=36, num_heads=32, num_kv_heads=8
+    )
 
 
 def dense_7b() -> ModelConfig:
@@ -88,13 +102,23 @@ def dense_7b() -> ModelConfig:
 
 
 def _dense(**sizes: Any) -> ModelConfig:
-    """A dense model with the numbers that all of them share; of the special ids of the small ones' tokenizer only eos has a source."""
-    shared = {"vocab_size": 120_818, "head_dim": 128, "max_position": 262_144, "eos_token_ids": (120_020,), "dtype": "bfloat16"}
+    """A dense model with the numbers that all of them share; of the special ids of the small ones'
+    tokenizer only eos has a source.
+    """
+    shared = {
+        "vocab_size": 120_818,
+        "head_dim": 128,
+        "max_position": 262_144,
+        "eos_token_ids": (120_020,),
+        "dtype": "bfloat16",
+    }
     return ModelConfig(**{**shared, "remat": "full", **sizes})
 
 
 def tiny() -> ModelConfig:
-    """The a52b shape at 4 M parameters: CLA pairs, GQA, one shared and eight recycled experts, bytes as tokens."""
+    """The a52b shape at 4 M parameters: CLA pairs, GQA, one shared and eight recycled experts,
+    bytes as tokens.
+    """
     return ModelConfig(
         vocab_size=320,  # 256 bytes and three specials, padded
         hidden_size=128,
@@ -110,12 +134,21 @@ def tiny() -> ModelConfig:
         pad_token_id=258,
         bos_token_id=256,
         eos_token_ids=(257,),
-        moe=MoeConfig(num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0, aux_loss_weight=0.01),
+        moe=MoeConfig(
+            num_experts=8,
+            top_k=1,
+            num_shared_experts=1,
+            dispatch="recycle",
+            capacity_factor=1.0,
+            aux_loss_weight=0.01,
+        ),
     )
 
 
 def bench() -> ModelConfig:
-    """15.3 M parameters: the size at which training speed is compared with other libraries (docs/benchmarks.md)."""
+    """15.3 M parameters: the size at which training speed is compared with other libraries
+    (docs/benchmarks.md).
+    """
     return ModelConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -127,5 +160,7 @@ def bench() -> ModelConfig:
         max_position=2048,
         tie_embeddings=False,
         remat="dots",
-        moe=MoeConfig(num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0),
+        moe=MoeConfig(
+            num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0
+        ),
     )

@@ -1,4 +1,6 @@
-"""Work on many tensors at once, in order, with a bar on a terminal and a line now and then elsewhere."""
+"""Work on many tensors at once, in order, with a bar on a terminal and a line now and then
+elsewhere.
+"""
 
 import sys
 import time
@@ -7,9 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-# Each worker holds one tensor: two overlap reading, transposing and writing within twice the largest tensor.
+# Each worker holds one tensor: two overlap reading, transposing and writing within twice the
+# largest tensor.
 _NUM_WORKERS = 2
 _SECONDS_PER_LINE = 10.0
 
@@ -17,8 +27,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) in the order of items; no more results exist at a time than there are workers."""
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, work(item)) in the order of items; no more results exist at a time than there are
+    workers.
+    """
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         running: deque = deque()
         try:
@@ -48,7 +62,13 @@ class Meter:
         if sys.stderr.isatty():
             from rich.console import Console
 
-            columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn(title),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> "Meter":
@@ -75,9 +95,14 @@ class Meter:
     def _line(self) -> None:
         seconds = max(time.monotonic() - self._begin, 1e-6)
         speed = self.done / seconds
-        left = f", {(self._total - self.done) / speed:.0f} s left" if self.done < self._total and speed else ""
+        left = (
+            f", {(self._total - self.done) / speed:.0f} s left"
+            if self.done < self._total and speed
+            else ""
+        )
         print(
-            f"{self._title}: {self.done / 1e9:.3f} of {self._total / 1e9:.3f} GB in {seconds:.1f} s, {speed / 1e9:.2f} GB/s{left}",
+            f"{self._title}: {self.done / 1e9:.3f} of {self._total / 1e9:.3f} GB in {seconds:.1f} "
+            f"s, {speed / 1e9:.2f} GB/s{left}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,6 @@
-"""What the kernels' benchmarks share: the choice between a GPU's clock and the TPU compiler's cycles, rivals kept apart, one table."""
+"""What the kernels' benchmarks share: the choice between a GPU's clock and the TPU compiler's
+cycles, rivals kept apart, one table.
+"""
 
 import argparse
 import itertools
@@ -18,7 +20,9 @@ _MEMORY = 16 * 2**30  # bytes that a compilation may take
 
 
 def main(
-    description: str, tpu_rows: Callable[[list[str]], Iterable[dict[str, Any]]], gpu_rows: Callable[[], Iterable[dict[str, Any]]]
+    description: str,
+    tpu_rows: Callable[[list[str]], Iterable[dict[str, Any]]],
+    gpu_rows: Callable[[], Iterable[dict[str, Any]]],
 ) -> None:
     """The command line of a benchmark: prints one table, and writes it as JSON if asked to.
 
@@ -29,9 +33,13 @@ def main(
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", help="a file for the same rows")
-    parser.add_argument("--chips", default="v5e,v5p,v6e", help="without a GPU: the TPUs to compile for")
+    parser.add_argument(
+        "--chips", default="v5e,v5p,v6e", help="without a GPU: the TPUs to compile for"
+    )
     values = parser.parse_args()
-    rows = list(gpu_rows() if os.path.exists("/dev/nvidiactl") else tpu_rows(values.chips.split(",")))
+    rows = list(
+        gpu_rows() if os.path.exists("/dev/nvidiactl") else tpu_rows(values.chips.split(","))
+    )
     print(table(rows))
     if values.json:
         with open(values.json, "w", encoding="utf-8") as file:
@@ -43,7 +51,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
 
 
 def _cell(value: Any) -> str:
@@ -51,9 +62,11 @@ def _cell(value: Any) -> str:
 
 
 def apart(fn: Callable, *args: Any) -> Any:
-    """fn(*args) in a process of its own, or None, with the reason printed, if it raises or libtpu ends the process.
+    """fn(*args) in a process of its own, or None, with the reason printed, if it raises or libtpu
+    ends the process.
 
-    What the process writes to standard error, such as the compiler's stack traces, is not shown but for the reason of its end.
+    What the process writes to standard error, such as the compiler's stack traces, is not shown
+    but for the reason of its end.
     """
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -79,7 +92,9 @@ def _set_apart(log: str) -> None:
 
 
 def median_ms(call: Callable, args: Iterable[Any], num_runs: int = 50) -> float:
-    """The median time of a call on the device, in batches of ten to hide what the host takes to launch one."""
+    """The median time of a call on the device, in batches of ten to hide what the host takes to
+    launch one.
+    """
     import jax
 
     call, args = jax.jit(call), list(args)

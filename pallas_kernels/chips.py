@@ -11,7 +11,8 @@ class Chip(NamedTuple):
     device_kind: how jax's name of it begins.
     peak_flops: dense bf16 FLOP/s.
     clock_hz: of the matrix units, to turn the TPU compiler's cycles into seconds; None for GPUs.
-    hbm_bytes, hbm_bytes_per_s: memory (for TPUs: what the compiler lets a program use) and its bandwidth.
+    hbm_bytes, hbm_bytes_per_s: memory (for TPUs: what the compiler lets a program use) and its
+    bandwidth.
     vmem_bytes: a TPU's vector memory, or the shared memory of one multiprocessor of a GPU.
     """
 
@@ -23,11 +24,12 @@ class Chip(NamedTuple):
     vmem_bytes: int
 
 
-# peak, bandwidth: vendors' figures.  hbm_bytes of TPUs: from the compiler's own out-of-memory message ("exceeds available HBM (95.73G)"),
-# libtpu 0.0.50.1; vmem_bytes: likewise.
-# clock: v4 1.05 GHz and v5e 1.5 GHz are published; v5p 1.75 GHz is a common estimate; v6e and tpu7x are ASSUMED: peak over 524288 FLOP a
-# cycle, the smallest power of two above what the compiler's estimate of a 8192^3 matmul gives (369 000 and 422 000 FLOP a cycle).  The same
-# rule gives the known clocks of v4 (2 x 131072), v5e and v5p.
+# peak, bandwidth: vendors' figures.  hbm_bytes of TPUs: from the compiler's own out-of-memory
+# message ("exceeds available HBM (95.73G)"), libtpu 0.0.50.1; vmem_bytes: likewise. clock: v4 1.05
+# GHz and v5e 1.5 GHz are published; v5p 1.75 GHz is a common estimate; v6e and tpu7x are ASSUMED:
+# peak over 524288 FLOP a cycle, the smallest power of two above what the compiler's estimate of a
+# 8192^3 matmul gives (369 000 and 422 000 FLOP a cycle).  The same rule gives the known clocks of
+# v4 (2 x 131072), v5e and v5p.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 1.05e9, int(30.75 * _GIB), 1.23e12, 16 * _MIB),
     "v5e": Chip("TPU v5 lite", 197e12, 1.5e9, int(15.75 * _GIB), 0.82e12, 128 * _MIB),

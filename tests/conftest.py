@@ -1,11 +1,16 @@
-"""Every test sees eight CPU devices and strict dtype promotion; a program compiled once is shared by all tests of a run."""
+"""Every test sees eight CPU devices and strict dtype promotion; a program compiled once is shared
+by all tests of a run.
+"""
 
 import os
 import tempfile
 
-# Before jax is imported: the sharding tests need devices, and a TPU or GPU of the machine must not be used by accident.
+# Before jax is imported: the sharding tests need devices, and a TPU or GPU of the machine must not
+# be used by accident.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
 
 # Workers of pytest-xdist inherit the folder from the process that starts them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hunyuan_jax_tests_"))

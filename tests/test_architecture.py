@@ -1,4 +1,6 @@
-"""Who may import whom, and what only some places may touch (docs/architecture.md); read from the syntax tree, nothing is run."""
+"""Who may import whom, and what only some places may touch (docs/architecture.md); read from the
+syntax tree, nothing is run.
+"""
 
 import ast
 from pathlib import Path
@@ -9,7 +11,8 @@ from support import paths
 
 ROOT = paths.ROOT
 
-# What each part may import of the others: every part of a lower layer, and what stands before it in its own.
+# What each part may import of the others: every part of a lower layer, and what stands before it
+# in its own.
 LAYERS = [
     ["pallas_kernels"],
     ["errors", "files", "progress", "malloc"],
@@ -25,8 +28,19 @@ LAYERS = [
 ]
 ORDER = [part for layer in LAYERS for part in layer]
 ALLOWED = {part: set(ORDER[: ORDER.index(part)]) for part in ORDER}
-# Below the model nothing knows a kernel's device, and data, optimizer and log do not know the model.
-NO_KERNELS = {"errors", "files", "progress", "malloc", "config", "presets", "parallel", "quant", "params"}
+# Below the model nothing knows a kernel's device, and data, optimizer and log do not know the
+# model.
+NO_KERNELS = {
+    "errors",
+    "files",
+    "progress",
+    "malloc",
+    "config",
+    "presets",
+    "parallel",
+    "quant",
+    "params",
+}
 NO_MODEL = {"tokenizer", "chat", "data", "optim", "runlog"}
 for part in NO_KERNELS | NO_MODEL:
     ALLOWED[part] -= {"pallas_kernels"}
@@ -35,13 +49,33 @@ for part in NO_MODEL:
 ALLOWED["pallas_kernels"] = set()
 ALLOWED[""] = {"presets", "infer"}  # hunyuan_jax/__init__.py, by name and only when used
 
-COLLECTIVES = {"all_to_all", "ragged_all_to_all", "psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "ppermute", "pshuffle"}
+COLLECTIVES = {
+    "all_to_all",
+    "ragged_all_to_all",
+    "psum",
+    "pmean",
+    "pmax",
+    "pmin",
+    "psum_scatter",
+    "all_gather",
+    "ppermute",
+    "pshuffle",
+}
 COLLECTIVES |= {"axis_index", "axis_size", "pbroadcast"}
 SHARDING_NAMES = {"PartitionSpec", "shard_map", "AxisType"}
-DEVICE_NAMES = {"devices", "local_devices", "default_backend", "device_count", "local_device_count"}
+DEVICE_NAMES = {
+    "devices",
+    "local_devices",
+    "default_backend",
+    "device_count",
+    "local_device_count",
+}
 AXIS_WORDS = {"replica", "expert", "tensor"}
-# "data" is a config section too, so the word itself is only banned where no config section is read by name.
-AXIS_WORDS_IN = dict.fromkeys(("layers", "model", "params", "quant", "infer"), AXIS_WORDS | {"data"})
+# "data" is a config section too, so the word itself is only banned where no config section is read
+# by name.
+AXIS_WORDS_IN = dict.fromkeys(
+    ("layers", "model", "params", "quant", "infer"), AXIS_WORDS | {"data"}
+)
 
 
 def part_of(path):
@@ -67,14 +101,20 @@ def part_of_module(name, known=ALLOWED):
 
 
 def imports(tree):
-    """Dotted names of everything a module imports: at the top, in functions, and by import_module('...')."""
+    """Dotted names of everything a module imports: at the top, in functions, and by
+    import_module('...').
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import on line {node.lineno}"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("hunyuan_jax."):
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("hunyuan_jax.")
+        ):
             yield node.value.split(" ")[0]
 
 
@@ -91,7 +131,11 @@ def attributes(tree):
 
 
 def strings(tree):
-    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
 
 
 def problems(path, source):
@@ -102,18 +146,27 @@ def problems(path, source):
     # `from jax.lax import psum` counts like `jax.lax.psum`.
     used = set(attributes(tree)) | set(imported)
     last_words = {name.rsplit(".", 1)[-1] for name in used}
-    found = [f"imports {name}" for name in imported if part_of_module(name) not in (None, *allowed)]
+    found = [
+        f"imports {name}" for name in imported if part_of_module(name) not in (None, *allowed)
+    ]
     from_jax = {name.rsplit(".", 1)[-1] for name in used if name.split(".")[0] in ("jax", "lax")}
     is_parallel = part == "parallel"
     if part == "pallas_kernels":
-        # A kernel's axes are those of its own grid, and benchmarks measure on the device that is there.
+        # A kernel's axes are those of its own grid, and benchmarks measure on the device that is
+        # there.
         last_words -= {"AxisType"}
-        from_jax -= {"axis_index", "axis_size"} | (DEVICE_NAMES if path.name == "bench.py" else set())
+        from_jax -= {"axis_index", "axis_size"} | (
+            DEVICE_NAMES if path.name == "bench.py" else set()
+        )
     if not is_parallel and path != Path("hunyuan_jax/layers/ffn/moe/dispatch.py"):
         found += [f"calls the collective {name}" for name in sorted(from_jax & COLLECTIVES)]
     if not is_parallel:
         found += [f"uses {name}" for name in sorted(last_words & SHARDING_NAMES)]
-    if part in ALLOWED and not is_parallel and part not in ("config", "presets", "configs", "pallas_kernels"):
+    if (
+        part in ALLOWED
+        and not is_parallel
+        and part not in ("config", "presets", "configs", "pallas_kernels")
+    ):
         words = AXIS_WORDS_IN.get(part, AXIS_WORDS)
         found += [f"names the mesh axis {word!r}" for word in sorted(words & set(strings(tree)))]
     if path != Path("hunyuan_jax/parallel/mesh.py") and part not in ("plan", "cli"):
@@ -123,15 +176,24 @@ def problems(path, source):
         found += ["imports torch"] * ("torch" in roots)
     if part not in ("config", "flags", "train.py", "configs"):
         found += ["imports ml_collections"] * ("ml_collections" in roots)
-    if part in ("errors", "config", "presets", "flags", "") or path == Path("hunyuan_jax/model/count.py"):
-        found += [f"imports {root}" for root in sorted(roots & {"jax", "flax", "optax", "grain", "orbax", "numpy"})]
+    if part in ("errors", "config", "presets", "flags", "") or path == Path(
+        "hunyuan_jax/model/count.py"
+    ):
+        found += [
+            f"imports {root}"
+            for root in sorted(roots & {"jax", "flax", "optax", "grain", "orbax", "numpy"})
+        ]
     if part == "pallas_kernels":
         found += [f"imports {root}" for root in sorted(roots & {"flax", "optax", "hunyuan_jax"})]
     return found
 
 
 def sources():
-    files = [*(ROOT / "hunyuan_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
+    files = [
+        *(ROOT / "hunyuan_jax").rglob("*.py"),
+        *(ROOT / "pallas_kernels").rglob("*.py"),
+        *(ROOT / "configs").glob("*.py"),
+    ]
     files += [ROOT / name for name in ("train.py", "convert_torch.py") if (ROOT / name).exists()]
     return sorted(path.relative_to(ROOT) for path in files)
 
@@ -139,13 +201,18 @@ def sources():
 # What is known to break a rule, and why; a line here that no longer applies fails.
 KNOWN = {
     "hunyuan_jax/runlog/log.py": ["imports hunyuan_jax.model.count.count"],
-    "hunyuan_jax/checkpoint/store.py": ["imports hunyuan_jax.train.state.abstract_state", "imports hunyuan_jax.train.state.build_program"],
+    "hunyuan_jax/checkpoint/store.py": [
+        "imports hunyuan_jax.train.state.abstract_state",
+        "imports hunyuan_jax.train.state.build_program",
+    ],
 }
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_layers(path):
-    assert problems(path, (ROOT / path).read_text(encoding="utf-8")) == KNOWN.get(path.as_posix(), [])
+    assert problems(path, (ROOT / path).read_text(encoding="utf-8")) == KNOWN.get(
+        path.as_posix(), []
+    )
 
 
 def test_every_part_is_in_the_table():
@@ -156,20 +223,48 @@ def test_every_part_is_in_the_table():
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        ("layers/norm.py", "from hunyuan_jax.train.state import TrainState", ["imports hunyuan_jax.train.state.TrainState"]),
-        ("layers/norm.py", "def f():\n    from hunyuan_jax.infer import engine", ["imports hunyuan_jax.infer.engine"]),
+        (
+            "layers/norm.py",
+            "from hunyuan_jax.train.state import TrainState",
+            ["imports hunyuan_jax.train.state.TrainState"],
+        ),
+        (
+            "layers/norm.py",
+            "def f():\n    from hunyuan_jax.infer import engine",
+            ["imports hunyuan_jax.infer.engine"],
+        ),
         ("layers/norm.py", "import hunyuan_jax.optim.build", ["imports hunyuan_jax.optim.build"]),
-        ("data/loader.py", "from hunyuan_jax.layers.ffn.moe import layer", ["imports hunyuan_jax.layers.ffn.moe.layer"]),
+        (
+            "data/loader.py",
+            "from hunyuan_jax.layers.ffn.moe import layer",
+            ["imports hunyuan_jax.layers.ffn.moe.layer"],
+        ),
         (
             "optim/groups.py",
             "import importlib\nimportlib.import_module('hunyuan_jax.layers.ffn.moe.layer')",
             ["imports hunyuan_jax.layers.ffn.moe.layer"],
         ),
         ("layers/norm.py", "from hunyuan_jax.errors import ConfigError", []),
-        ("layers/norm.py", "from hunyuan_jax.report.page import page", ["imports hunyuan_jax.report.page.page"]),
-        ("layers/ffn/moe/layer.py", "import jax\njax.lax.psum(1, 'x')", ["calls the collective psum"]),
-        ("layers/ffn/moe/layer.py", "from jax import lax\nlax.all_gather(1, 'x')", ["calls the collective all_gather"]),
-        ("layers/ffn/moe/layer.py", "from jax.lax import ppermute", ["calls the collective ppermute"]),
+        (
+            "layers/norm.py",
+            "from hunyuan_jax.report.page import page",
+            ["imports hunyuan_jax.report.page.page"],
+        ),
+        (
+            "layers/ffn/moe/layer.py",
+            "import jax\njax.lax.psum(1, 'x')",
+            ["calls the collective psum"],
+        ),
+        (
+            "layers/ffn/moe/layer.py",
+            "from jax import lax\nlax.all_gather(1, 'x')",
+            ["calls the collective all_gather"],
+        ),
+        (
+            "layers/ffn/moe/layer.py",
+            "from jax.lax import ppermute",
+            ["calls the collective ppermute"],
+        ),
         ("layers/ffn/moe/dispatch.py", "import jax\njax.lax.all_to_all(1, 'x')", []),
         ("parallel/island.py", "import jax\njax.lax.psum(1, 'x')", []),
         ("train/step.py", "from jax.sharding import PartitionSpec as P", ["uses PartitionSpec"]),

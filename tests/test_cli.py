@@ -16,7 +16,14 @@ TINY = "--config=configs/tiny.py"
 
 def run(*command, timeout=120):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run([sys.executable, *command], cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def error_of(*command):
@@ -32,13 +39,31 @@ def error_of(*command):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((TINY, "--config.train.num_step=5"), "config.train.num_step does not exist. Did you mean config.train.num_steps?"),
-        ((TINY, "--config.modle.num_layers=5"), "config.modle.num_layers does not exist. Did you mean config.model.num_layers?"),
+        (
+            (TINY, "--config.train.num_step=5"),
+            "config.train.num_step does not exist. Did you mean config.train.num_steps?",
+        ),
+        (
+            (TINY, "--config.modle.num_layers=5"),
+            "config.modle.num_layers does not exist. Did you mean config.model.num_layers?",
+        ),
         ((TINY, "--config.train.num_steps=abc"), "--config.train.num_steps=abc"),
-        ((TINY, "--config.model.moe.dispatch=recicle"), "'recicle' is not one of 'recycle', 'drop', 'dropless'"),
-        ((TINY, "--config.model.num_kv_heads=3"), "num_heads = 8 is not divisible by num_kv_heads = 3"),
-        ((TINY, "--config.mesh.expert=3"), "num_experts = 8 does not divide over config.mesh.expert = 3"),
-        ((TINY, "--config.model.hidden_size=0"), "config.model.hidden_size = 0 must be at least 1"),
+        (
+            (TINY, "--config.model.moe.dispatch=recicle"),
+            "'recicle' is not one of 'recycle', 'drop', 'dropless'",
+        ),
+        (
+            (TINY, "--config.model.num_kv_heads=3"),
+            "num_heads = 8 is not divisible by num_kv_heads = 3",
+        ),
+        (
+            (TINY, "--config.mesh.expert=3"),
+            "num_experts = 8 does not divide over config.mesh.expert = 3",
+        ),
+        (
+            (TINY, "--config.model.hidden_size=0"),
+            "config.model.hidden_size = 0 must be at least 1",
+        ),
         (("--config=configs/missing.py",), "--config=configs/missing.py: no such file"),
         ((TINY, "--wrkdir=x"), "wrkdir"),
         ((TINY, "extra"), "unexpected argument 'extra'"),
@@ -57,7 +82,9 @@ def test_missing_workdir():
 
 def test_misspelled_key_is_answered_quickly_and_without_jax():
     start = time.perf_counter()
-    result = run("-X", "importtime", "train.py", TINY, "--config.train.num_step=5", "--workdir=unused")
+    result = run(
+        "-X", "importtime", "train.py", TINY, "--config.train.num_step=5", "--workdir=unused"
+    )
     assert time.perf_counter() - start < 3
     assert result.returncode == 2
     assert " jax\n" not in result.stderr
@@ -65,7 +92,10 @@ def test_misspelled_key_is_answered_quickly_and_without_jax():
 
 def test_import_is_quick_and_loads_no_jax():
     start = time.perf_counter()
-    result = run("-c", "import sys, hunyuan_jax; assert 'jax' not in sys.modules; hunyuan_jax.presets.a52b()")
+    result = run(
+        "-c",
+        "import sys, hunyuan_jax; assert 'jax' not in sys.modules; hunyuan_jax.presets.a52b()",
+    )
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < 1
 
@@ -88,7 +118,9 @@ def test_count_prints_the_exact_numbers():
     assert counts["total"] == 388_698_128_640
     assert counts["active"] == 51_318_800_640
     assert counts["kv_bytes_per_token"] == 81_920
-    assert "388,698,128,640" in run("-m", "hunyuan_jax", "count", "--config=configs/a52b.py").stdout
+    assert (
+        "388,698,128,640" in run("-m", "hunyuan_jax", "count", "--config=configs/a52b.py").stdout
+    )
 
 
 def test_unknown_command_and_help():
@@ -100,17 +132,33 @@ def test_unknown_command_and_help():
 def test_train_then_generate_then_bench(tmp_path):
     """The README's path, shortened: train, look at the workdir, generate from it."""
     workdir = tmp_path / "run"
-    small = ("--config.model.num_layers=2", "--config.train.num_steps=2", "--config.train.batch_size=2", "--config.train.eval_batches=1")
-    result = run("train.py", TINY, *small, "--config.schedule.warmup_steps=1", f"--workdir={workdir}")
+    small = (
+        "--config.model.num_layers=2",
+        "--config.train.num_steps=2",
+        "--config.train.batch_size=2",
+        "--config.train.eval_batches=1",
+    )
+    result = run(
+        "train.py", TINY, *small, "--config.schedule.warmup_steps=1", f"--workdir={workdir}"
+    )
     assert result.returncode == 0, result.stderr
     assert "step 2/2  loss" in result.stderr
     assert "validation loss" in result.stderr
 
-    generate = ("-m", "hunyuan_jax", "generate", f"--checkpoint={workdir}", "--prompt=def ", "--max_new_tokens=8")
+    generate = (
+        "-m",
+        "hunyuan_jax",
+        "generate",
+        f"--checkpoint={workdir}",
+        "--prompt=def ",
+        "--max_new_tokens=8",
+    )
     result = run(*generate)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def ")
-    assert "nor hy.tiktoken" in error_of("-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x")
+    assert "nor hy.tiktoken" in error_of(
+        "-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x"
+    )
 
     result = run("-m", "hunyuan_jax", "bench", TINY, *small[::2], "--num_steps=1", "--json")
     figures = json.loads(result.stdout.splitlines()[-1])

@@ -10,7 +10,9 @@ from hunyuan_jax.errors import ConfigError
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """A file system that is not local, over a folder: what is written is in place when it is committed."""
+    """A file system that is not local, over a folder: what is written is in place when it is
+    committed.
+    """
     monkeypatch.setattr(files, "_UPLOAD_BYTES", 1000)
     (tmp_path / "bucket").mkdir()
     return DirFileSystem(str(tmp_path / "bucket"), fsspec.filesystem("file"))
@@ -44,12 +46,19 @@ def test_what_fails_leaves_what_was_there(tmp_path, bucket, before):
         files.upload(bucket, "target", broken())
     assert bucket.exists("target") == bool(before)
     assert not before or bucket.cat_file("target") == before
-    with pytest.raises(RuntimeError, match="the rest"), files.replacing(tmp_path / "target", tmp_path / "new") as temporary:
+    with (
+        pytest.raises(RuntimeError, match="the rest"),
+        files.replacing(tmp_path / "target", tmp_path / "new") as temporary,
+    ):
         temporary.write_bytes(b"".join(broken()))
     assert not before or (tmp_path / "target").read_bytes() == before
 
 
 def test_an_address_that_cannot_be_used_names_its_option():
     assert files.filesystem("memory://a/b/", "the folder")[1] == "/a/b"
-    with pytest.raises(ConfigError, match=r"the folder = 'nowhere://a' cannot be used: .*nowhere.* It must be a URL that fsspec knows"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the folder = 'nowhere://a' cannot be used: .*nowhere.* It must be a URL that "
+        r"fsspec knows",
+    ):
         files.filesystem("nowhere://a", "the folder")

@@ -15,7 +15,9 @@ def resident_mb():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_given_back():
-    blocks = [bytes(1000) for _ in range(100_000)]  # larger than what Python manages itself, smaller than what malloc maps
+    blocks = [
+        bytes(1000) for _ in range(100_000)
+    ]  # larger than what Python manages itself, smaller than what malloc maps
     last = bytes(1000)  # so the end of the heap is in use
     before = resident_mb()
     del blocks

@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom, with shorter settings in their parameter cell; in full with `-m slow`."""
+"""The notebooks run from top to bottom, with shorter settings in their parameter cell; in full
+with `-m slow`.
+"""
 
 import os
 import sys
@@ -7,9 +9,15 @@ import pytest
 
 from support import paths
 
-nbformat = pytest.importorskip("nbformat", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
-nbclient = pytest.importorskip("nbclient", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
-pytest.importorskip("ipykernel", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
+nbformat = pytest.importorskip(
+    "nbformat", reason="the notebooks extra is not installed: pip install '.[notebooks]'"
+)
+nbclient = pytest.importorskip(
+    "nbclient", reason="the notebooks extra is not installed: pip install '.[notebooks]'"
+)
+pytest.importorskip(
+    "ipykernel", reason="the notebooks extra is not installed: pip install '.[notebooks]'"
+)
 
 FOLDER = paths.ROOT / "notebooks"
 SHORT = {
@@ -25,21 +33,31 @@ def run(name, monkeypatch, tmp_path, parameters=None):
     book = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (cell,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
     if parameters is not None:
-        assert [line.split(" = ")[0] for line in cell.source.splitlines()] == [line.split(" = ")[0] for line in parameters.splitlines()]
+        assert [line.split(" = ")[0] for line in cell.source.splitlines()] == [
+            line.split(" = ")[0] for line in parameters.splitlines()
+        ]
         cell.source = parameters
     book.cells = [cell for cell in book.cells if "install" not in cell.metadata.get("tags", ())]
-    # A kernel of this interpreter, whatever kernels the machine knows; one device, as a notebook has.
+    # A kernel of this interpreter, whatever kernels the machine knows; one device, as a notebook
+    # has.
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), *sys.path]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    client = nbclient.NotebookClient(book, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client = nbclient.NotebookClient(
+        book, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+    )
     client.execute()
     return book
 
 
 def figures(book):
-    return sum("image/png" in output.get("data", {}) for cell in book.cells if cell.cell_type == "code" for output in cell.outputs)
+    return sum(
+        "image/png" in output.get("data", {})
+        for cell in book.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # jupyter's own

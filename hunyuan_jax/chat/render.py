@@ -1,4 +1,6 @@
-"""Chats as token ids: Hunyuan-Large's template or a folder's own, and the labels of supervised fine-tuning."""
+"""Chats as token ids: Hunyuan-Large's template or a folder's own, and the labels of supervised
+fine-tuning.
+"""
 
 import itertools
 import reprlib
@@ -26,23 +28,28 @@ def render_chat(
     enable_thinking: bool | None = None,
     **variables: Any,
 ) -> list[int]:
-    """Return the ids of a chat, a list of int: by the template of the tokenizer's folder if it has one, else by Hunyuan-Large's own.
+    """Return the ids of a chat, a list of int: by the template of the tokenizer's folder if it has
+    one, else by Hunyuan-Large's own.
 
-    `messages` are {"role": "system" | "user" | "assistant", "content": str}.  A chat that ends with a user turn is a
-    prompt: the model answers from its last id.  No default system message is added.
+    `messages` are {"role": "system" | "user" | "assistant", "content": str}.  A chat that ends
+    with a user turn is a prompt: the model answers from its last id.  No default system message is
+    added.
 
-    The template's own tokens are placed as ids and contents are encoded as plain text, so that a content cannot forge a
-    turn.  `parse_special` turns token names inside contents into tokens, as the official code does.
+    The template's own tokens are placed as ids and contents are encoded as plain text, so that a
+    content cannot forge a turn.  `parse_special` turns token names inside contents into tokens, as
+    the official code does.
 
-    For a jinja template only: `add_generation_prompt`, by default true unless the last turn is the assistant's; further
-    `variables`, such as tools; and `enable_thinking`, for models that can think before they answer.  It is handed to a
-    template that knows it; otherwise the last user turn begins with "/think" or "/no_think", which the models know too.
+    For a jinja template only: `add_generation_prompt`, by default true unless the last turn is the
+    assistant's; further `variables`, such as tools; and `enable_thinking`, for models that can
+    think before they answer.  It is handed to a template that knows it; otherwise the last user
+    turn begins with "/think" or "/no_think", which the models know too.
 
-    In the built-in template (specification section 7) an empty first message makes the official one fail (or, outside its
-    sandbox, repeat <|startoftext|>).  Here an empty system message is as good as none: the user after it starts with one
-    <|startoftext|>.
+    In the built-in template (specification section 7) an empty first message makes the official
+    one fail (or, outside its sandbox, repeat <|startoftext|>).  Here an empty system message is as
+    good as none: the user after it starts with one <|startoftext|>.
 
-    Raises ValueError for malformed messages, a tokenizer without the chat tokens, and what the template cannot do.
+    Raises ValueError for malformed messages, a tokenizer without the chat tokens, and what the
+    template cannot do.
     """
     has_template = tokenizer.chat_template is not None
     fault = _find_fault(messages, None if has_template else ROLES)
@@ -55,50 +62,82 @@ def render_chat(
             if "enable_thinking" in tokenizer.chat_template:
                 variables["enable_thinking"] = enable_thinking
             else:
-                messages = _with_thinking_command(messages, "/think" if enable_thinking else "/no_think")
+                messages = _with_thinking_command(
+                    messages, "/think" if enable_thinking else "/no_think"
+                )
         variables["add_generation_prompt"] = add_generation_prompt
         return template.encode_chat(messages, tokenizer, parse_special=parse_special, **variables)
-    given = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking, **variables}
+    given = {
+        "add_generation_prompt": add_generation_prompt,
+        "enable_thinking": enable_thinking,
+        **variables,
+    }
     given = [name for name, value in given.items() if value is not None]
     if given:
-        raise ValueError(f"{given[0]} has no effect without a chat template: this tokenizer's folder has none; leave it out")
+        raise ValueError(
+            f"{given[0]} has no effect without a chat template: this tokenizer's folder has none; "
+            "leave it out"
+        )
     ids = []
-    # Texts that meet (a system message after the first has no token around it) are joined before they are encoded.
-    for is_text, group in itertools.groupby(_template_pieces(messages, tokenizer), key=lambda piece: isinstance(piece, str)):
+    # Texts that meet (a system message after the first has no token around it) are joined before
+    # they are encoded.
+    for is_text, group in itertools.groupby(
+        _template_pieces(messages, tokenizer), key=lambda piece: isinstance(piece, str)
+    ):
         pieces = list(group)
-        ids += tokenizer.encode("".join(pieces), parse_special=parse_special) if is_text else pieces
+        ids += (
+            tokenizer.encode("".join(pieces), parse_special=parse_special) if is_text else pieces
+        )
     return ids
 
 
 def sft_example(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_len: int | None = None, parse_special: bool = False
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: Tokenizer,
+    max_len: int | None = None,
+    parse_special: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Return (ids, labels) of a chat for supervised fine-tuning, two lists of one length.
 
-    The labels are not shifted.  With a jinja template they are what an assistant turn adds to the prompt before it, and -100
-    elsewhere.  With the built-in one (specification section 8) they are the ids from the i-th <|extra_0|> through the i-th
-    <|eos|>, both included, and -100 elsewhere, so the model also learns to close the user's turn.  Pairing is by order of
-    appearance as in the official code: it is meaningful when user and assistant alternate, user first; an unanswered last turn
-    has no labels.  Both lists are cut on the right to `max_len`; labels are found first, so that a cut answer keeps its beginning.
+    The labels are not shifted.  With a jinja template they are what an assistant turn adds to the
+    prompt before it, and -100 elsewhere.  With the built-in one (specification section 8) they are
+    the ids from the i-th <|extra_0|> through the i-th <|eos|>, both included, and -100 elsewhere,
+    so the model also learns to close the user's turn.  Pairing is by order of appearance as in the
+    official code: it is meaningful when user and assistant alternate, user first; an unanswered
+    last turn has no labels.  Both lists are cut on the right to `max_len`; labels are found first,
+    so that a cut answer keeps its beginning.
 
-    `parse_special` is that of `render_chat`; a token name inside a content then takes part in the pairing.
-    Raises ValueError as `render_chat`, for a max_len below 1, and for a template that writes earlier turns differently later.
+    `parse_special` is that of `render_chat`; a token name inside a content then takes part in the
+    pairing. Raises ValueError as `render_chat`, for a max_len below 1, and for a template that
+    writes earlier turns differently later.
     """
     if max_len is not None and max_len < 1:
-        raise ValueError(f"max_len={max_len} keeps no token: it must be at least 1; raise it, or leave it None to keep all")
+        raise ValueError(
+            f"max_len={max_len} keeps no token: it must be at least 1; raise it, or leave it None "
+            "to keep all"
+        )
     if tokenizer.chat_template is None:
         ids = render_chat(messages, tokenizer, parse_special=parse_special)
-        labels = _answer_labels(ids, tokenizer.special_id(_USER_END), tokenizer.special_id(_ASSISTANT_END))
+        labels = _answer_labels(
+            ids, tokenizer.special_id(_USER_END), tokenizer.special_id(_ASSISTANT_END)
+        )
     else:
         ids, labels = _labelled_by_prefixes(messages, tokenizer, parse_special)
     return ids[:max_len], labels[:max_len]
 
 
-def _labelled_by_prefixes(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, parse_special: bool) -> tuple[list[int], list[int]]:
+def _labelled_by_prefixes(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, parse_special: bool
+) -> tuple[list[int], list[int]]:
     """`sft_example` under a jinja template: each answer is found as the end of the chat up to it."""
 
     def rendered(num_messages: int, is_prompt: bool) -> list[int]:
-        return render_chat(messages[:num_messages], tokenizer, parse_special=parse_special, add_generation_prompt=is_prompt)
+        return render_chat(
+            messages[:num_messages],
+            tokenizer,
+            parse_special=parse_special,
+            add_generation_prompt=is_prompt,
+        )
 
     ids = rendered(len(messages), is_prompt=False)
     labels = [IGNORED_LABEL] * len(ids)
@@ -109,24 +148,36 @@ def _labelled_by_prefixes(messages: Sequence[Mapping[str, str]], tokenizer: Toke
         answered = rendered(index + 1, is_prompt=False)
         if answered[: len(prompt)] != prompt or ids[: len(answered)] != answered:
             raise ValueError(
-                f"messages[{index}] cannot be labelled: this chat template writes the turns before it differently once it is there, or it "
+                f"messages[{index}] cannot be labelled: this chat template writes the turns "
+                "before it differently once it is there, or it "
                 "once more turns follow; train on chats that end with it"
             )
         labels[len(prompt) : len(answered)] = ids[len(prompt) : len(answered)]
     return ids, labels
 
 
-def _with_thinking_command(messages: Sequence[Mapping[str, Any]], command: str) -> list[Mapping[str, Any]]:
-    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
+def _with_thinking_command(
+    messages: Sequence[Mapping[str, Any]], command: str
+) -> list[Mapping[str, Any]]:
+    last = max(
+        (index for index, message in enumerate(messages) if message["role"] == "user"),
+        default=None,
+    )
     if last is None:
-        raise ValueError(f"enable_thinking puts {command} before a user turn, but the chat has none; add one")
+        raise ValueError(
+            f"enable_thinking puts {command} before a user turn, but the chat has none; add one"
+        )
     changed = {**messages[last], "content": f"{command} {messages[last].get('content') or ''}"}
     return [*messages[:last], changed, *messages[last + 1 :]]
 
 
-def _template_pieces(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int | str]:
+def _template_pieces(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
+) -> list[int | str]:
     """Return the chat as special ids (int) and texts (str) in order."""
-    start, system_end, user_end, assistant_end = map(tokenizer.special_id, (_START, _SYSTEM_END, _USER_END, _ASSISTANT_END))
+    start, system_end, user_end, assistant_end = map(
+        tokenizer.special_id, (_START, _SYSTEM_END, _USER_END, _ASSISTANT_END)
+    )
     has_head = messages[0]["content"] != ""
     pieces = []
     for index, message in enumerate(messages):
@@ -134,8 +185,11 @@ def _template_pieces(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
         if role == "assistant":
             pieces += [content, assistant_end]
         elif role == "user":
-            # The template goes by position alone: the second message continues the head, whatever the head's role.
-            pieces += [content, user_end] if index == 1 and has_head else [start, content, user_end]
+            # The template goes by position alone: the second message continues the head, whatever
+            # the head's role.
+            pieces += (
+                [content, user_end] if index == 1 and has_head else [start, content, user_end]
+            )
         elif index == 0 and has_head:
             pieces += [start, content, system_end]
         else:
@@ -144,7 +198,9 @@ def _template_pieces(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 
 
 def _answer_labels(ids: list[int], open_id: int, close_id: int) -> list[int]:
-    """Copy `ids` between the i-th `open_id` and the i-th `close_id`, both included; IGNORED_LABEL elsewhere."""
+    """Copy `ids` between the i-th `open_id` and the i-th `close_id`, both included; IGNORED_LABEL
+    elsewhere.
+    """
     opens = [position for position, token_id in enumerate(ids) if token_id == open_id]
     closes = [position for position, token_id in enumerate(ids) if token_id == close_id]
     labels = [IGNORED_LABEL] * len(ids)
@@ -153,15 +209,20 @@ def _answer_labels(ids: list[int], open_id: int, close_id: int) -> list[int]:
     return labels
 
 
-def _find_fault(messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...] | None) -> str | None:
+def _find_fault(
+    messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...] | None
+) -> str | None:
     """Return one line about the first thing that the template cannot hold, or None.
 
-    With `roles` None a jinja template decides about roles, and about messages that have other fields than a content.
+    With `roles` None a jinja template decides about roles, and about messages that have other
+    fields than a content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return f'messages is a {type(messages).__name__}: a chat is a list of {{"role", "content"}}; pass the list itself'
     if not messages:
-        return "messages is empty: a chat has at least one message; drop the record or add a message"
+        return (
+            "messages is empty: a chat has at least one message; drop the record or add a message"
+        )
     for index, message in enumerate(messages):
         needed = {"role"} if roles is None else {"role", "content"}
         if not isinstance(message, Mapping) or not needed <= message.keys():

@@ -1,4 +1,6 @@
-"""Chat templates in jinja, as model folders bring them: rendered in a sandbox, with the settings and helpers of transformers."""
+"""Chat templates in jinja, as model folders bring them: rendered in a sandbox, with the settings
+and helpers of transformers.
+"""
 
 import datetime
 import functools
@@ -9,24 +11,38 @@ from typing import Any
 
 from hunyuan_jax.tokenizer import Tokenizer
 
-# Around the number of a special token whose name stands in somebody's text while the template is rendered: private characters.
+# Around the number of a special token whose name stands in somebody's text while the template is
+# rendered: private characters.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 def encode_chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, parse_special: bool, add_generation_prompt: bool, **variables: Any
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    parse_special: bool,
+    add_generation_prompt: bool,
+    **variables: Any,
 ) -> list[int]:
     """Return the ids of the chat under the tokenizer's template, a list of int.
 
-    Names of special tokens that the template writes are tokens; those in the messages are text unless `parse_special`, which is what
-    transformers does.  `variables` are further names that the template can use, such as enable_thinking or tools.
+    Names of special tokens that the template writes are tokens; those in the messages are text
+    unless `parse_special`, which is what transformers does.  `variables` are further names that
+    the template can use, such as enable_thinking or tools.
 
-    Raises ValueError with one line for a template that cannot be read or fails, and with the template's own word where it refuses.
+    Raises ValueError with one line for a template that cannot be read or fails, and with the
+    template's own word where it refuses.
     """
     names = tokenizer.special_names
     shown = messages if parse_special else _map_texts(messages, lambda text: _hide(text, names))
-    text = render(tokenizer.chat_template, shown, tokenizer.named_tokens, add_generation_prompt=add_generation_prompt, **variables)
+    text = render(
+        tokenizer.chat_template,
+        shown,
+        tokenizer.named_tokens,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
     if not _STAND_IN.search(text):
         return tokenizer.encode(text, parse_special=True)
     ids = []
@@ -39,7 +55,12 @@ def encode_chat(
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, Any]], named_tokens: Mapping[str, str], *, add_generation_prompt: bool, **variables: Any
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    named_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool,
+    **variables: Any,
 ) -> str:
     """Return the text of the chat; errors as in `encode_chat`."""
     from jinja2 import TemplateError
@@ -47,15 +68,24 @@ def render(
     try:
         compiled = _compile(template)
     except TemplateError as e:
-        raise ValueError(f"the chat template cannot be read: {_one_line(e)}; correct it, or take the one of the model's folder") from e
-    values = {**named_tokens, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        raise ValueError(
+            f"the chat template cannot be read: {_one_line(e)}; correct it, or take the one of "
+            "the model's folder"
+        ) from e
+    values = {
+        **named_tokens,
+        **variables,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
         return compiled.render(values)
     except Refusal as e:
         raise ValueError(f"the chat template refuses this chat: {_one_line(e)}") from e
     except Exception as e:  # the template is a program of somebody else, and fails like one
         raise ValueError(
-            f"the chat template fails on this chat: {type(e).__name__}: {_one_line(e)}; change the messages, or take another template"
+            f"the chat template fails on this chat: {type(e).__name__}: {_one_line(e)}; change "
+            "the messages, or take another template"
         ) from e
 
 
@@ -68,7 +98,9 @@ def _compile(template: str) -> Any:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -92,7 +124,9 @@ def _hide(text: str, names: tuple[str, ...]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _any_of(names: tuple[str, ...]) -> re.Pattern:
-    """Matches a name; in a group, so that `split` keeps it.  Of two that begin alike the longer one."""
+    """Matches a name; in a group, so that `split` keeps it.  Of two that begin alike the longer
+    one.
+    """
     return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
 
@@ -101,8 +135,12 @@ def _map_texts(value: Any, change: Any) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: item if key == "role" else _map_texts(item, change) for key, item in value.items()}
-    return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
+        return {
+            key: item if key == "role" else _map_texts(item, change) for key, item in value.items()
+        }
+    return (
+        [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""What vouches for a checkpoint: its manifest, with what the run was and the size and checksum of every file.
+"""What vouches for a checkpoint: its manifest, with what the run was and the size and checksum of
+every file.
 
-checkpoints/STEP/manifest.json is written when all other files of the step are there, and nothing is written to the step after it.  Imports
-no jax.
+checkpoints/STEP/manifest.json is written when all other files of the step are there, and nothing
+is written to the step after it.  Imports no jax.
 """
 
 import concurrent.futures
@@ -20,7 +21,8 @@ from hunyuan_jax.files import write_whole
 
 FILE = "manifest.json"
 
-# What may not change between the runs of a workdir: the model, the text, what decides the order of the batches.
+# What may not change between the runs of a workdir: the model, the text, what decides the order of
+# the batches.
 _FIXED_SECTIONS = ("model", "data")
 _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
 
@@ -28,14 +30,21 @@ _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
 _NUM_THREADS = 4  # that read files; hashing leaves the interpreter to others
 _BLOCK_BYTES = 2**22
 
-Facts = dict[str, Any]  # what `facts` returns; a manifest is that and "files": {name: [bytes, checksum]}
+Facts = dict[
+    str, Any
+]  # what `facts` returns; a manifest is that and "files": {name: [bytes, checksum]}
 
 
-def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], validation_loss: float | None) -> Facts:
+def facts(
+    config: Config,
+    mesh_shape: dict[str, int],
+    position: dict[str, Any],
+    validation_loss: float | None,
+) -> Facts:
     """What a checkpoint says about its run; survives JSON.
 
-    config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions; mesh: axis -> size; position: of the
-    data; validation_loss: of this very step, or None.
+    config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions;
+    mesh: axis -> size; position: of the data; validation_loss: of this very step, or None.
     """
     values = to_dict(config)
     return json.loads(
@@ -54,13 +63,22 @@ def facts(config: Config, mesh_shape: dict[str, int], position: dict[str, Any], 
 
 
 def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Those fields of a config, as a nested dict, that may not change during a run: dotted name -> value."""
-    found = {name: value for section in _FIXED_SECTIONS for name, value in flat_fields(values.get(section, {}), f"{section}.")}
-    return found | {f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS}
+    """Those fields of a config, as a nested dict, that may not change during a run: dotted name ->
+    value.
+    """
+    found = {
+        name: value
+        for section in _FIXED_SECTIONS
+        for name, value in flat_fields(values.get(section, {}), f"{section}.")
+    }
+    return found | {
+        f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS
+    }
 
 
 def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
-    """Checks the `fixed_fields` of an earlier run, `old`, against a config; `where` is the beginning of the message.
+    """Checks the `fixed_fields` of an earlier run, `old`, against a config; `where` is the
+    beginning of the message.
 
     Raises:
       ConfigError: one differs, naming the first.
@@ -69,7 +87,8 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             raise ConfigError(
-                f"{where} made with config.{name} = {old.get(name)!r}; now it is {new.get(name)!r}. "
+                f"{where} made with config.{name} = {old.get(name)!r}; now it is "
+                f"{new.get(name)!r}. "
                 "Use another --workdir (and config.checkpoint.mirror), or set it back."
             )
 
@@ -85,7 +104,9 @@ def files(folder: Path) -> dict[str, int]:
 
 
 def share(sizes: dict[str, int], index: int, count: int) -> list[str]:
-    """The files that process `index` of `count` takes care of: all take about as many bytes, and each file is taken once."""
+    """The files that process `index` of `count` takes care of: all take about as many bytes, and
+    each file is taken once.
+    """
     loads, taken = [0] * count, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         least = loads.index(min(loads))
@@ -99,7 +120,9 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, list]:
     """name -> [bytes, checksum] of files, as a manifest holds them."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
+        return dict(
+            zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True)
+        )
 
 
 def problem(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
@@ -150,20 +173,30 @@ def parse(data: bytes) -> dict[str, Any]:
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes a step's manifest, with its own checksum, whole or not at all."""
-    write_whole(folder / FILE, json.dumps(manifest | {"checksum": _digest_of(manifest)}, indent=1).encode())
+    write_whole(
+        folder / FILE, json.dumps(manifest | {"checksum": _digest_of(manifest)}, indent=1).encode()
+    )
 
 
 def kept(losses: dict[int, float | None], keep: int, keep_every: int, keep_best: int) -> set[int]:
-    """Which steps stay, of {step: validation loss or None}; the arguments are fields of config.checkpoint."""
+    """Which steps stay, of {step: validation loss or None}; the arguments are fields of
+    config.checkpoint.
+    """
     steps = sorted(losses)
     best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
-    return {*steps[-keep:], *(step for step in steps if keep_every and step % keep_every == 0), *(-step for _, step in best[:keep_best])}
+    return {
+        *steps[-keep:],
+        *(step for step in steps if keep_every and step % keep_every == 0),
+        *(-step for _, step in best[:keep_best]),
+    }
 
 
 def _versions() -> dict[str, str]:
     versions = {}
     for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # this package itself need not be installed
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # this package itself need not be installed
             versions[name] = importlib.metadata.version(name)
     return versions
 

@@ -1,7 +1,9 @@
-"""A second copy of the finished checkpoints, in a bucket or on any other filesystem that fsspec knows: URL/STEP/...
+"""A second copy of the finished checkpoints, in a bucket or on any other filesystem that fsspec
+knows: URL/STEP/...
 
-Uploads run in the background, and never stop the run: what cannot be uploaded after some attempts is left out with a warning.  A step is
-complete there when its manifest is, which is written last.  Each process takes a share of the files.  Imports no jax.
+Uploads run in the background, and never stop the run: what cannot be uploaded after some attempts
+is left out with a warning.  A step is complete there when its manifest is, which is written last.
+Each process takes a share of the files.  Imports no jax.
 """
 
 import posixpath
@@ -62,7 +64,11 @@ class Mirror:
         Raises:
           MirrorError: it cannot be read.
         """
-        return [step for step in self._all_steps() if self._attempt(lambda step=step: self._is_complete(step))]
+        return [
+            step
+            for step in self._all_steps()
+            if self._attempt(lambda step=step: self._is_complete(step))
+        ]
 
     def manifest(self, step: int) -> dict[str, Any]:
         """The manifest of a complete step.
@@ -71,10 +77,13 @@ class Mirror:
           ValueError: it is damaged.
           MirrorError: it cannot be read.
         """
-        return manifest_lib.parse(self._attempt(lambda: self._fs.cat_file(self._path(step, manifest_lib.FILE))))
+        return manifest_lib.parse(
+            self._attempt(lambda: self._fs.cat_file(self._path(step, manifest_lib.FILE)))
+        )
 
     def download(self, step: int, target: Path) -> str | None:
-        """Copies this process' share of a complete step's files to a folder; what is wrong with them, or None.
+        """Copies this process' share of a complete step's files to a folder; what is wrong with
+        them, or None.
 
         Raises:
           MirrorError: it cannot be read.
@@ -88,13 +97,21 @@ class Mirror:
         names = self._share(manifest)
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            if not self._attempt(lambda name=name: self._get(self._path(step, name), target / name)):
+            if not self._attempt(
+                lambda name=name: self._get(self._path(step, name), target / name)
+            ):
                 return f"{name} is missing"
         return manifest_lib.problem(target, manifest, names)
 
     def set_aside(self, step: int) -> str:
-        """Renames a damaged step, so that nothing takes it for a good one; returns its new address."""
-        target = next(name for n in range(1, 1000) if not self._fs.exists(name := f"{self._root}/damaged-{step}{f'-{n}' * (n > 1)}"))
+        """Renames a damaged step, so that nothing takes it for a good one; returns its new
+        address.
+        """
+        target = next(
+            name
+            for n in range(1, 1000)
+            if not self._fs.exists(name := f"{self._root}/damaged-{step}{f'-{n}' * (n > 1)}")
+        )
         self._attempt(lambda: self._fs.mv(self._path(step), target, recursive=True))
         return target
 
@@ -128,10 +145,16 @@ class Mirror:
             try:
                 self._upload(step)
             except FileNotFoundError:
-                self._report(f"warning: step {step} was replaced by newer ones before it was uploaded to {self._cfg.mirror}.")
+                self._report(
+                    f"warning: step {step} was replaced by newer ones before it was uploaded to "
+                    f"{self._cfg.mirror}."
+                )
             except (OSError, ValueError) as error:
                 reason = str(error).rstrip(".")
-                self._report(f"warning: step {step} was not uploaded to {self._cfg.mirror}: {reason}. The next one will be tried again.")
+                self._report(
+                    f"warning: step {step} was not uploaded to {self._cfg.mirror}: {reason}. The "
+                    "next one will be tried again."
+                )
             self.uploading = None
 
     def _upload(self, step: int) -> None:
@@ -142,7 +165,9 @@ class Mirror:
         if self._index == 0:
             if self._count > 1:
                 self._wait_for(step, {name: size for name, (size, _) in manifest["files"].items()})
-            self._attempt(lambda: self._put(folder / manifest_lib.FILE, self._path(step, manifest_lib.FILE)))
+            self._attempt(
+                lambda: self._put(folder / manifest_lib.FILE, self._path(step, manifest_lib.FILE))
+            )
             self._delete_old(step, manifest)
 
     def _local_manifest(self, folder: Path) -> dict[str, Any]:
@@ -181,7 +206,9 @@ class Mirror:
             if not missing:
                 return
             if time.monotonic() > deadline:
-                raise MirrorError(f"{len(missing)} files of other processes did not come, such as {missing[0]}")
+                raise MirrorError(
+                    f"{len(missing)} files of other processes did not come, such as {missing[0]}"
+                )
             time.sleep(_POLL_SECONDS)
 
     def _is_complete(self, step: int) -> bool:
@@ -190,14 +217,20 @@ class Mirror:
     def _sizes(self, step: int) -> dict[str, int]:
         self._fs.invalidate_cache()
         found = self._fs.find(self._path(step), detail=True)
-        return {path.removeprefix(self._path(step) + "/"): info["size"] for path, info in found.items()}
+        return {
+            path.removeprefix(self._path(step) + "/"): info["size"] for path, info in found.items()
+        }
 
     def _delete_old(self, step: int, manifest: dict[str, Any]) -> None:
         """Applies the same rule as to the local steps."""
         if self._losses is None:
-            self._losses = {other: self.manifest(other)["validation_loss"] for other in self.steps()}
+            self._losses = {
+                other: self.manifest(other)["validation_loss"] for other in self.steps()
+            }
         self._losses[step] = manifest["validation_loss"]
-        for old in self._losses.keys() - manifest_lib.kept(self._losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best):
+        for old in self._losses.keys() - manifest_lib.kept(
+            self._losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best
+        ):
             # The manifest goes first: what is left of a step without one is no step.
             self._attempt(lambda old=old: self._rm(self._path(old, manifest_lib.FILE)))
             self._attempt(lambda old=old: self._rm(self._path(old)))
@@ -211,7 +244,9 @@ class Mirror:
     # --- Everything
 
     def _share(self, manifest: dict[str, Any]) -> list[str]:
-        return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)
+        return manifest_lib.share(
+            {name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count
+        )
 
     def _all_steps(self) -> list[int]:
         def names():
@@ -240,11 +275,16 @@ class Mirror:
             except Exception as error:  # every filesystem has its own
                 if attempt == _ATTEMPTS:
                     raise MirrorError(
-                        f"config.checkpoint.mirror = {self._cfg.mirror!r} has failed {_ATTEMPTS} times: {type(error).__name__}: {error}. "
-                        "Check the address and the credentials, or set it to '' to go on without a mirror."
+                        f"config.checkpoint.mirror = {self._cfg.mirror!r} has failed {_ATTEMPTS} "
+                        f"times: {type(error).__name__}: {error}. "
+                        "Check the address and the credentials, or set it to '' to go on without "
+                        "a mirror."
                     ) from error
                 if attempt == _PATIENCE:
-                    self._report(f"warning: {self._cfg.mirror} has failed {attempt} times ({error}); it is tried {_ATTEMPTS} times in all.")
+                    self._report(
+                        f"warning: {self._cfg.mirror} has failed {attempt} times ({error}); it is "
+                        f"tried {_ATTEMPTS} times in all."
+                    )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("not reached")

@@ -1,12 +1,14 @@
-"""Saving and restoring a run: train state (orbax), what the run is, and which checkpoints are good.
+"""Saving and restoring a run: train state (orbax), what the run is, and which checkpoints are
+good.
 
 A workdir holds config.json and checkpoints/STEP/{state,run,manifest.json}.  A checkpoint is
 
-  committed  when checkpoints/STEP is there: orbax renames a folder in which everything is written.  `run` is the JSON of `manifest.facts`.
-  finished   when it has its manifest too: the size and checksum of every file, made in the background after the commit.
+  committed  when checkpoints/STEP is there: orbax renames a folder in which everything is written.
+  `run` is the JSON of `manifest.facts`. finished   when it has its manifest too: the size and
+  checksum of every file, made in the background after the commit.
 
-Beside them may lie damaged-STEP (set aside at a restore, for a person to look at), and what a killed process left (_LEFTOVER), removed at
-the next start.
+Beside them may lie damaged-STEP (set aside at a restore, for a person to look at), and what a
+killed process left (_LEFTOVER), removed at the next start.
 """
 
 import contextlib
@@ -34,7 +36,14 @@ from hunyuan_jax import malloc as heap
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
-from hunyuan_jax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, from_config_dict, to_dict
+from hunyuan_jax.config import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    from_config_dict,
+    to_dict,
+)
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object, write_whole
 from hunyuan_jax.layers import lora
@@ -48,50 +57,75 @@ _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class Store:
-    """The checkpoints of one workdir.  All processes of a run make one and take part in each call; each writes its own shards.
+    """The checkpoints of one workdir.  All processes of a run make one and take part in each call;
+    each writes its own shards.
 
-    What takes time happens in a thread: writing, checksums (each process takes a share of the files), deleting what `config.checkpoint`
-    does not keep.
+    What takes time happens in a thread: writing, checksums (each process takes a share of the
+    files), deleting what `config.checkpoint` does not keep.
     """
 
-    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig, report: Callable[[str], None], is_alone: bool = False):
-        """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several threads.
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        cfg: CheckpointConfig,
+        report: Callable[[str], None],
+        is_alone: bool = False,
+    ):
+        """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several
+        threads.
 
-        is_alone: to read by this process, whatever the others do; arrays must be for its own devices.
+        is_alone: to read by this process, whatever the others do; arrays must be for its own
+        devices.
 
         Raises:
           ConfigError: the mirror cannot be used.
         """
         self._cfg, self._report, self._folder = cfg, report, _folder(workdir)
-        self._index, self._count = (0, 1) if is_alone else (jax.process_index(), jax.process_count())
-        # Told which processes take part, orbax waits for them through jax's service and not through the devices: a thread may do that.
+        self._index, self._count = (
+            (0, 1) if is_alone else (jax.process_index(), jax.process_count())
+        )
+        # Told which processes take part, orbax waits for them through jax's service and not
+        # through the devices: a thread may do that.
         first = jax.process_index() if is_alone else 0
-        processes = None if jax.process_count() == 1 else {first + index for index in range(self._count)}
-        options = ocp.options.MultiprocessingOptions(primary_host=first, active_processes=processes)
+        processes = (
+            None if jax.process_count() == 1 else {first + index for index in range(self._count)}
+        )
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=first, active_processes=processes
+        )
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=options),
             state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
             run=ocp.JsonCheckpointHandler(multiprocessing_options=options),
         )
         self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
-        self._mirror = Mirror(cfg, self._folder, self._index, self._count, report) if cfg.mirror else None
+        self._mirror = (
+            Mirror(cfg, self._folder, self._index, self._count, report) if cfg.mirror else None
+        )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.best_loss = math.inf  # lowest validation loss of the steps that are kept
-        self.save_seconds: float | None = None  # from the call of the last save until its manifest was there
-        logging.getLogger("absl").addFilter(_is_news)  # for good: orbax's threads outlive a save that failed
+        self.save_seconds: float | None = (
+            None  # from the call of the last save until its manifest was there
+        )
+        logging.getLogger("absl").addFilter(
+            _is_news
+        )  # for good: orbax's threads outlive a save that failed
 
     # --- Restoring
 
     def restore_newest(self, target_of: Callable[[Facts], Any]) -> tuple[int, Any, Facts] | None:
-        """(step, state, facts) of the newest good checkpoint, here or in the mirror, or None.  Call it once, before the first save.
+        """(step, state, facts) of the newest good checkpoint, here or in the mirror, or None.
+        Call it once, before the first save.
 
-        Every file is read and compared with the manifest.  A step that is damaged is set aside with a warning, and the one before it is
-        looked at.  A step without manifest, whose process was killed right after the commit, has no checksums to compare with: it is
-        taken, with a warning, if it can be read, and gets its manifest.
+        Every file is read and compared with the manifest.  A step that is damaged is set aside
+        with a warning, and the one before it is looked at.  A step without manifest, whose process
+        was killed right after the commit, has no checksums to compare with: it is taken, with a
+        warning, if it can be read, and gets its manifest.
 
         Args:
-          target_of: facts -> pytree of shapes, dtypes and shardings to restore to; may refuse the checkpoint with ConfigError.
+          target_of: facts -> pytree of shapes, dtypes and shardings to restore to; may refuse the
+            checkpoint with ConfigError.
 
         Raises:
           ConfigError: there were only damaged ones.
@@ -114,13 +148,20 @@ class Store:
         with hosts.raised_by_all():
             if found is None and any(self._folder.glob("damaged-*")):
                 raise ConfigError(
-                    f"no checkpoint in {self._folder} can be used any more, only damaged ones are there, and a run does not start over by "
+                    f"no checkpoint in {self._folder} can be used any more, only damaged ones are "
+                    "there, and a run does not start over by "
                     "itself. Use another --workdir, or delete them."
                 )
-            losses = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
+            losses = {
+                step: manifest["validation_loss"]
+                for step, manifest in finished_steps(self._folder).items()
+            }
         best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
-        # Process 0 speaks for all: it may just have written a manifest that the others do not see yet.
-        newest, self.best_loss = json.loads(hosts.gathered(json.dumps([max(losses, default=0), best]))[0])
+        # Process 0 speaks for all: it may just have written a manifest that the others do not see
+        # yet.
+        newest, self.best_loss = json.loads(
+            hosts.gathered(json.dumps([max(losses, default=0), best]))[0]
+        )
         if self._mirror:
             with hosts.raised_by_all():
                 self._mirror.start([newest] if newest else [])
@@ -136,9 +177,13 @@ class Store:
             facts, wrong = self._verified(step)
             if not wrong:
                 return step, facts
-            self._report(f"warning: checkpoint {step} of {self._folder} is damaged: {wrong}. The one before is tried.")
+            self._report(
+                f"warning: checkpoint {step} of {self._folder} is damaged: {wrong}. The one "
+                "before is tried."
+            )
         raise ConfigError(
-            f"{self._folder.parent} holds no finished checkpoint yet; train until config.checkpoint.every = {self._cfg.every} steps."
+            f"{self._folder.parent} holds no finished checkpoint yet; train until "
+            f"config.checkpoint.every = {self._cfg.every} steps."
         )
 
     def restore(self, step: int, target: Any) -> Any:
@@ -149,7 +194,8 @@ class Store:
     # --- Saving
 
     def save(self, step: int, state: Any, facts: Facts) -> None:
-        """Starts saving in the background; the state may be donated when this returns.  Waits for the save before.
+        """Starts saving in the background; the state may be donated when this returns.  Waits for
+        the save before.
 
         Args:
           step: steps done, more than at any save before.
@@ -163,8 +209,9 @@ class Store:
         if facts["validation_loss"] is not None:
             self.best_loss = min(self.best_loss, facts["validation_loss"])
         start = time.monotonic()
-        # orbax copies the arrays to the host while its caller waits, and does more.  Where the host is the device, one pass over the memory
-        # makes a copy, and all of orbax can run in the thread; an accelerator has no room for a second state.
+        # orbax copies the arrays to the host while its caller waits, and does more.  Where the
+        # host is the device, one pass over the memory makes a copy, and all of orbax can run in
+        # the thread; an accelerator has no room for a second state.
         if is_on_cpu := _is_on_cpu(state):
             state = _copied(state)
         else:
@@ -197,7 +244,9 @@ class Store:
         raise self.disk_full() from error
 
     def require_room(self) -> None:
-        """Raises ConfigError if less is free than the newest checkpoint takes: better to know before the save."""
+        """Raises ConfigError if less is free than the newest checkpoint takes: better to know
+        before the save.
+        """
         manifests = finished_steps(self._folder)
         if manifests:
             needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
@@ -206,13 +255,20 @@ class Store:
 
     def disk_full(self) -> ConfigError:
         """What to tell the user when the workdir's disk is full."""
-        usage, newest = shutil.disk_usage(self._folder), max(finished_steps(self._folder), default=None)
+        usage, newest = (
+            shutil.disk_usage(self._folder),
+            max(finished_steps(self._folder), default=None),
+        )
         untouched = (
-            "There is no finished checkpoint yet" if newest is None else f"Finished checkpoints are untouched; the newest is {newest}"
+            "There is no finished checkpoint yet"
+            if newest is None
+            else f"Finished checkpoints are untouched; the newest is {newest}"
         )
         return ConfigError(
-            f"not enough space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of {usage.total / 1e9:.3g} GB are free. "
-            f"{untouched}. Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the same command continues."
+            f"not enough space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of "
+            f"{usage.total / 1e9:.3g} GB are free. "
+            f"{untouched}. Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the "
+            "same command continues."
         )
 
     def wait(self) -> None:
@@ -233,7 +289,9 @@ class Store:
 
     # --- Restoring, step by step
 
-    def _restore_or_set_aside(self, step: int, target_of: Callable[[Facts], Any]) -> tuple[int, Any, Facts] | None:
+    def _restore_or_set_aside(
+        self, step: int, target_of: Callable[[Facts], Any]
+    ) -> tuple[int, Any, Facts] | None:
         facts, wrong = self._verified(step)
         if not wrong:
             with hosts.raised_by_all():
@@ -241,7 +299,8 @@ class Store:
             if "files" in facts:
                 return step, self.restore(step, target), facts
             self._report_once(
-                f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended between writing it and the checksums. "
+                f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended "
+                "between writing it and the checksums. "
                 "It is used unchecked."
             )
             try:
@@ -256,15 +315,22 @@ class Store:
             if self._index == 0:
                 target = _unused(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(target)
-                self._report(f"warning: checkpoint {step} is damaged: {wrong}. It is now {target}; the one before is tried.")
+                self._report(
+                    f"warning: checkpoint {step} is damaged: {wrong}. It is now {target}; the one "
+                    "before is tried."
+                )
         return None
 
     def _verified(self, step: int) -> tuple[Facts, str]:
-        """(manifest, or without one the facts; what is wrong with the files or "") on all processes, each of which reads a share."""
+        """(manifest, or without one the facts; what is wrong with the files or "") on all
+        processes, each of which reads a share.
+        """
         folder, facts, wrong = self._folder / str(step), {}, ""
         try:
             manifest = manifest_lib.read(folder)
-            facts = manifest or json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))
+            facts = manifest or json.loads(
+                (folder / "run" / "metadata").read_text(encoding="utf-8")
+            )
             if manifest:
                 wrong = manifest_lib.problem(folder, manifest, self._share(manifest)) or ""
         except (ValueError, OSError) as error:
@@ -280,7 +346,10 @@ class Store:
         with hosts.raised_by_all():
             if self._index == 0 and wrong:
                 where = self._mirror.set_aside(step)
-                self._report(f"warning: checkpoint {step} in the mirror is damaged: {wrong}. It is now {where}; the one before is tried.")
+                self._report(
+                    f"warning: checkpoint {step} in the mirror is damaged: {wrong}. It is now "
+                    f"{where}; the one before is tried."
+                )
             elif self._index == 0:
                 manifest_lib.write(target, self._mirror.manifest(step))
                 target.rename(self._folder / str(step))
@@ -290,20 +359,29 @@ class Store:
     # --- Saving, step by step
 
     def _write(self, step: int, state: Any, facts: Facts) -> None:
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts))
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts)
+        )
         self._checkpointer.save(self._folder / str(step), args=arguments)
 
     def _finish(self, step: int, facts: Facts) -> None:
-        """Writes the manifest of a committed step, deletes the steps that are not kept, and tells the mirror."""
+        """Writes the manifest of a committed step, deletes the steps that are not kept, and tells
+        the mirror.
+        """
         folder, parts = self._folder / str(step), self._folder / f"checksums-{step}"
         _wait_until(folder.is_dir, f"process 0 to commit checkpoint {step}")
-        sums = manifest_lib.checksums(folder, manifest_lib.share(manifest_lib.files(folder), self._index, self._count))
+        sums = manifest_lib.checksums(
+            folder, manifest_lib.share(manifest_lib.files(folder), self._index, self._count)
+        )
         if self._index > 0:
             parts.mkdir(exist_ok=True)
             write_whole(parts / str(self._index), json.dumps(sums).encode())
         else:
             for other in (parts / str(index) for index in range(1, self._count)):
-                _wait_until(other.is_file, f"process {other.name} to checksum its share of checkpoint {step}")
+                _wait_until(
+                    other.is_file,
+                    f"process {other.name} to checksum its share of checkpoint {step}",
+                )
                 sums |= json.loads(other.read_bytes())
             manifest_lib.write(folder, facts | {"files": dict(sorted(sums.items()))})
             if self._count > 1:
@@ -313,10 +391,15 @@ class Store:
             self._mirror.add(step)
 
     def _delete_old(self) -> None:
-        losses = {step: manifest["validation_loss"] for step, manifest in finished_steps(self._folder).items()}
+        losses = {
+            step: manifest["validation_loss"]
+            for step, manifest in finished_steps(self._folder).items()
+        }
         kept = manifest_lib.kept(losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best)
         for step in set(steps(self._folder)) - kept - {self._mirror and self._mirror.uploading}:
-            target = self._folder / f"deleting-{step}"  # no half-deleted step, wherever the process may be killed
+            target = (
+                self._folder / f"deleting-{step}"
+            )  # no half-deleted step, wherever the process may be killed
             (self._folder / str(step)).rename(target)
             shutil.rmtree(target)
 
@@ -334,7 +417,9 @@ class Store:
         return text if self._count == 1 else next(filter(None, hosts.gathered(text)), "")
 
     def _share(self, manifest: Facts) -> list[str]:
-        return manifest_lib.share({name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count)
+        return manifest_lib.share(
+            {name: size for name, (size, _) in manifest["files"].items()}, self._index, self._count
+        )
 
 
 def steps(folder: Path) -> list[int]:
@@ -356,27 +441,40 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
     """Writes config.json, or checks that the run in the workdir is this one.
 
     Raises:
-      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order, naming the first field; or it cannot
-        be written to.
+      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order,
+        naming the first field; or it cannot be written to.
     """
     path = Path(workdir) / "config.json"
     if path.is_file() and steps(_folder(workdir)):
-        manifest_lib.require_same_run(manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints")
+        manifest_lib.require_same_run(
+            manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your own with room.") from error
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written to: {error.strerror}. Choose a folder of your "
+            "own with room."
+        ) from error
 
 
 def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What this process sees in a workdir, for comparing with the others: config.json and the committed steps."""
+    """What this process sees in a workdir, for comparing with the others: config.json and the
+    committed steps.
+    """
     path = Path(workdir) / "config.json"
-    return {"config": path.read_text(encoding="utf-8") if path.is_file() else None, "checkpoints": steps(_folder(workdir))}
+    return {
+        "config": path.read_text(encoding="utf-8") if path.is_file() else None,
+        "checkpoints": steps(_folder(workdir)),
+    }
 
 
-def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, params) of the newest good checkpoint of a run, LoRA adapters merged; nothing is changed in the workdir.
+def load_for_inference(
+    workdir: str | os.PathLike, dtype: str | None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """(model config, params) of the newest good checkpoint of a run, LoRA adapters merged; nothing
+    is changed in the workdir.
 
     Raises:
       ConfigError: no checkpoint yet.
@@ -384,32 +482,49 @@ def load_for_inference(workdir: str | os.PathLike, dtype: str | None) -> tuple[M
     cfg, params = lora.merge(*_load_newest(workdir))
     dtype = dtype or cfg.dtype
     params = jax.tree.map_with_path(
-        lambda path, a: a if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE") else a.astype(dtype), params
+        lambda path, a: (
+            a
+            if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE")
+            else a.astype(dtype)
+        ),
+        params,
     )
     return dataclasses.replace(cfg, dtype=dtype), params
 
 
 def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config with its lora section, the adapters as float32 numpy arrays) of the newest checkpoint of a run.
+    """(model config with its lora section, the adapters as float32 numpy arrays) of the newest
+    checkpoint of a run.
 
     Raises:
       ConfigError: no checkpoint yet, or a run without adapters.
     """
     cfg, params = _load_newest(workdir)
     if not cfg.lora.rank:
-        raise ConfigError(f"{workdir} has trained all parameters (config.model.lora.rank = 0); it has no adapter. Export the whole model.")
+        raise ConfigError(
+            f"{workdir} has trained all parameters (config.model.lora.rank = 0); it has no "
+            "adapter. Export the whole model."
+        )
     return cfg, jax.tree.map(np.asarray, lora.split(params, cfg)[0])
 
 
 def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     config = read_config(workdir)
-    store = Store(workdir, dataclasses.replace(config.checkpoint, mirror=""), functools.partial(print, file=sys.stderr), is_alone=True)
+    store = Store(
+        workdir,
+        dataclasses.replace(config.checkpoint, mirror=""),
+        functools.partial(print, file=sys.stderr),
+        is_alone=True,
+    )
     step, facts = store.newest_good()
     from hunyuan_jax.parallel.mesh import single_device_mesh
     from hunyuan_jax.train.state import abstract_state, build_program
 
-    # Of the optimizer's fields, this one alone changes what lies in a checkpoint; config.json may already name the next one.
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(state_dtype=facts["state_dtype"]))
+    # Of the optimizer's fields, this one alone changes what lies in a checkpoint; config.json may
+    # already name the next one.
+    config = dataclasses.replace(
+        config, optimizer=OptimizerConfig(state_dtype=facts["state_dtype"])
+    )
     state = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
     store.close()
     return config.model, load_params(state.params)
@@ -423,7 +538,9 @@ def read_config(workdir: str | os.PathLike) -> Config:
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{workdir} is no run: it has no config.json. Pass the --workdir of `python train.py`.")
+        raise ConfigError(
+            f"{workdir} is no run: it has no config.json. Pass the --workdir of `python train.py`."
+        )
     return from_config_dict(_read_json(path))
 
 
@@ -440,7 +557,9 @@ def _says_disk_full(error: BaseException | None) -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which `Store.check` says in a line."""
+    """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which
+    `Store.check` says in a line.
+    """
     return not (record.exc_info and _says_disk_full(record.exc_info[1]))
 
 
@@ -459,7 +578,9 @@ def _unused(path: Path) -> Path:
 
 
 def _is_on_cpu(state: Any) -> bool:
-    return all(device.platform == "cpu" for device in jax.tree.leaves(state)[0].sharding.device_set)
+    return all(
+        device.platform == "cpu" for device in jax.tree.leaves(state)[0].sharding.device_set
+    )
 
 
 def _copied(state: Any) -> Any:
@@ -468,6 +589,8 @@ def _copied(state: Any) -> Any:
     shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
     copies = iter(jax.device_put(shards, [shard.sharding for shard in shards], may_alias=False))
     return treedef.unflatten(
-        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [next(copies) for _ in leaf.addressable_shards])
+        jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, [next(copies) for _ in leaf.addressable_shards]
+        )
         for leaf in leaves
     )

@@ -1,1 +1,3 @@
-"""Text to training batches: documents and their split (source.py), packed and resumable batches (loader.py)."""
+"""Text to training batches: documents and their split (source.py), packed and resumable batches
+(loader.py).
+"""

@@ -1,7 +1,9 @@
-"""Tokenising as an Apache Beam pipeline, for text beyond one machine: the units of `tokenize`, by whatever runner.
+"""Tokenising as an Apache Beam pipeline, for text beyond one machine: the units of `tokenize`, by
+whatever runner.
 
-The shards are those of `tokenize`, byte for byte, and either continues what the other has begun.  All workers see the input and, at the
-same path, the output folder: a shared file system, or a mounted bucket.
+The shards are those of `tokenize`, byte for byte, and either continues what the other has begun.
+All workers see the input and, at the same path, the output folder: a shared file system, or a
+mounted bucket.
 """
 
 import dataclasses
@@ -18,14 +20,16 @@ def tokenize(job: shards.Job, runner: str, options: Sequence[str]) -> dict[str, 
     """Does what is left of a job by `runner` with pipeline `options`; returns the manifest.
 
     Raises:
-      ConfigError: apache_beam is not installed, no such runner or option, a runner that fails, no text, too many bad rows, or an output
-        folder of another job or another command.
+      ConfigError: apache_beam is not installed, no such runner or option, a runner that fails, no
+        text, too many bad rows, or an output folder of another job or another command.
     """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ConfigError("--runner needs Apache Beam: pip install 'hunyuan_jax[beam]'.") from error
+        raise ConfigError(
+            "--runner needs Apache Beam: pip install 'hunyuan_jax[beam]'."
+        ) from error
     plan = local.prepare(job)
     if plan is None:
         return tokens_lib.read_manifest(job.output)
@@ -38,20 +42,26 @@ def tokenize(job: shards.Job, runner: str, options: Sequence[str]) -> dict[str, 
     try:
         parsed = PipelineOptions(list(options))
         pipeline = beam.Pipeline(runner=runner, options=parsed)
-        known, given = parsed.get_all_options(), parsed.get_all_options(retain_unknown_options=True)
+        known, given = (
+            parsed.get_all_options(),
+            parsed.get_all_options(retain_unknown_options=True),
+        )
     except ValueError as error:
         raise ConfigError(f"{refused}: {error}") from error
     except SystemExit as error:  # of argparse, which has said why
         raise ConfigError(f"{refused}, see above.") from error
     if given.keys() - known.keys():
-        raise ConfigError(f"{refused}: Beam has no option {', '.join(sorted(given.keys() - known.keys()))}.")
+        raise ConfigError(
+            f"{refused}: Beam has no option {', '.join(sorted(given.keys() - known.keys()))}."
+        )
     with shards.alone(job):
         try:
             with pipeline:
                 _ = pipeline | beam.Create(left) | beam.Reshuffle() | beam.Map(_run_unit)
         except RuntimeError as error:  # a runner that is not there, or what a worker has raised
             raise ConfigError(
-                f"--runner={runner} has failed; the same command continues. {' '.join(str(error).split())[-1000:]}"
+                f"--runner={runner} has failed; the same command continues. "
+                f"{' '.join(str(error).split())[-1000:]}"
             ) from error
         return shards.finish(job, len(plan.units), plan.settings)
 

@@ -1,21 +1,23 @@
-"""Batches of a run: endless and resumable for training, a fixed list for validation, and what is in any of them.
+"""Batches of a run: endless and resumable for training, a fixed list for validation, and what is
+in any of them.
 
-Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch is a dict of numpy arrays, all
-[R, T]:
+Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch
+is a dict of numpy arrays, all [R, T]:
 
-  tokens        int32    input ids; pad_id where the segment is 0
-  targets       int32    the id that follows the token in its document; pad_id where the segment is 0
-  segment_ids   int32    1, 2, ... per document piece in the row, 0 for padding
-  positions     int32    0, 1, ... restarting at every document piece
-  loss_weights  float32  1 where there is a target, 0 for padding
+  tokens        int32    input ids; pad_id where the segment is 0 targets       int32    the id
+  that follows the token in its document; pad_id where the segment is 0 segment_ids   int32    1,
+  2, ... per document piece in the row, 0 for padding positions     int32    0, 1, ... restarting
+  at every document piece loss_weights  float32  1 where there is a target, 0 for padding
 
-A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are cut from the pairs of consecutive documents
-(pack.py).  So a target never crosses documents, each pair appears exactly once an epoch of its source, and only the last row of a
-shard holds padding.  The piece that continues a document in another row is a new segment and starts at position 0, without bos.
+A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are cut from the
+pairs of consecutive documents (pack.py).  So a target never crosses documents, each pair appears
+exactly once an epoch of its source, and only the last row of a shard holds padding.  The piece
+that continues a document in another row is a new segment and starts at position 0, without bos.
 
-Batch s of a run is rows [s B, (s + 1) B) of one endless sequence; the mixture says which source a row comes from, and the source's
-rows are taken epoch by epoch, each in its own order.  All of that is a function of (data, train.seed, row): processes, threads and
-where a run was resumed have no say, and each process reads its own rows only.
+Batch s of a run is rows [s B, (s + 1) B) of one endless sequence; the mixture says which source a
+row comes from, and the source's rows are taken epoch by epoch, each in its own order.  All of that
+is a function of (data, train.seed, row): processes, threads and where a run was resumed have no
+say, and each process reads its own rows only.
 """
 
 import dataclasses
@@ -52,25 +54,33 @@ class Corpus:
 
     def identity(self) -> dict[str, Any]:
         """What tells this text from another, for the checkpoint: a small dict that survives JSON."""
-        return {name: opened.identity() for name, opened in zip(self.names, self.sources, strict=True)}
+        return {
+            name: opened.identity() for name, opened in zip(self.names, self.sources, strict=True)
+        }
 
 
 def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """Opens token shards, reads and tokenises text.
 
     Raises:
-      ConfigError: a source that does not exist, holds nothing usable, too much that is not, too much for memory, or tokens of another
-        tokenizer.
+      ConfigError: a source that does not exist, holds nothing usable, too much that is not, too
+        much for memory, or tokens of another tokenizer.
     """
     opened = []
-    for entry, path in zip(config.sources or (SourceConfig("text", config.source),), _paths(config), strict=True):
+    for entry, path in zip(
+        config.sources or (SourceConfig("text", config.source),), _paths(config), strict=True
+    ):
         option = f"config.data.sources[{entry.name!r}]" if config.sources else "config.data.source"
         if tokens.is_shards(path):
             opened.append(tokens.open_shards(path, tokenizer, config.tokenizer))
             continue
         spans = source.find_files(entry.path, option)
         tally = source.Tally(config.max_bad_fraction, "config.data.max_bad_fraction")
-        opened.append(tokens.in_memory(spans, config.text_field, tokenizer, tally, f"{option} = {entry.path!r}"))
+        opened.append(
+            tokens.in_memory(
+                spans, config.text_field, tokenizer, tally, f"{option} = {entry.path!r}"
+            )
+        )
     names = tuple(entry.name for entry in config.sources) or ("text",)
     return Corpus(names, tuple(opened), tokenizer.pad_id)
 
@@ -83,12 +93,19 @@ def damaged_shards(config: DataConfig) -> list[str]:
     """
     folders = [path for path in _paths(config) if tokens.is_shards(path)]
     if not folders:
-        raise ConfigError(f"none of the sources {_paths(config)} is a folder of token shards; only these have hashes.")
-    return [os.path.join(folder, name) for folder in folders for name in tokens.damaged_files(folder)]
+        raise ConfigError(
+            f"none of the sources {_paths(config)} is a folder of token shards; only these have "
+            "hashes."
+        )
+    return [
+        os.path.join(folder, name) for folder in folders for name in tokens.damaged_files(folder)
+    ]
 
 
 def _paths(config: DataConfig) -> list[str]:
-    return [os.path.expanduser(entry.path) for entry in config.sources] or [os.path.expanduser(config.source)]
+    return [os.path.expanduser(entry.path) for entry in config.sources] or [
+        os.path.expanduser(config.source)
+    ]
 
 
 class Order:
@@ -103,11 +120,15 @@ class Order:
         self._corpus, self._batch_size, self._seq_len = corpus, train.batch_size, train.seq_len
         self._phase_names = [phase.name for phase in config.phases] or ["all"]
         both = [
-            pack.sides(opened, config.validation_fraction, train.seq_len, f"{train.seed}/{name}", name)
+            pack.sides(
+                opened, config.validation_fraction, train.seq_len, f"{train.seed}/{name}", name
+            )
             for name, opened in zip(corpus.names, corpus.sources, strict=True)
         ]
         self._training, self._held_out = [sides[0] for sides in both], [sides[1] for sides in both]
-        starts = [round(phase.start * train.num_steps) * train.batch_size for phase in config.phases] or [0]
+        starts = [
+            round(phase.start * train.num_steps) * train.batch_size for phase in config.phases
+        ] or [0]
         weights = [phase.weights for phase in config.phases] or [(1.0,)]
         self._mixture = Mixture(starts, weights, pack.draw(2**32, train.seed, "mixture"))
 
@@ -117,10 +138,11 @@ class Order:
         return self._stack([(self._training[index], epoch, row) for index, epoch, row in places])
 
     def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """The first `num_batches` batches of one fixed shuffle of what is held out of all sources, fewer if it ends; [] if nothing is.
+        """The first `num_batches` batches of one fixed shuffle of what is held out of all sources,
+        fewer if it ends; [] if nothing is.
 
-        The shuffle does not depend on the run's seed: runs are compared on the same rows.  Each process keeps its own `rows` (all if
-        None).  The last batch is filled with rows of padding.
+        The shuffle does not depend on the run's seed: runs are compared on the same rows.  Each
+        process keeps its own `rows` (all if None).  The last batch is filled with rows of padding.
         """
         ends = np.cumsum([len(held_out) for held_out in self._held_out])
         batches = []
@@ -132,19 +154,24 @@ class Order:
                     continue
                 row = pack.shuffled(number, int(ends[-1]), "validation")
                 index = int(np.searchsorted(ends, row, side="right"))
-                places.append((self._held_out[index], 0, row - int(ends[index - 1]) if index else row))
+                places.append(
+                    (self._held_out[index], 0, row - int(ends[index - 1]) if index else row)
+                )
             batches.append(self._stack(places))
         return batches
 
     def rows_before(self, step: int) -> dict[str, int]:
         """How many rows of each source come before 0-based `step`."""
-        return dict(zip(self._corpus.names, self._mixture.counts(step * self._batch_size), strict=True))
+        return dict(
+            zip(self._corpus.names, self._mixture.counts(step * self._batch_size), strict=True)
+        )
 
     def describe(self, step: int) -> dict[str, Any]:
-        """What is in the batch of 0-based `step`: phase, efficiency, and of each row source, epoch and documents; survives JSON.
+        """What is in the batch of 0-based `step`: phase, efficiency, and of each row source, epoch
+        and documents; survives JSON.
 
-        A document has a name, the `piece` of it that was read, and the range [start, stop) of its tokens (bos is token 0) that are
-        inputs here.
+        A document has a name, the `piece` of it that was read, and the range [start, stop) of its
+        tokens (bos is token 0) that are inputs here.
         """
         first = step * self._batch_size
         described, num_pairs = [], 0
@@ -153,10 +180,21 @@ class Order:
             opened, documents = self._corpus.sources[index], []
             for part in self._training[index].slices(epoch, row):
                 piece = int(opened.numbers[part.piece])
-                start, stop = (piece * tokens.PIECE_PAIRS + place for place in (part.start, part.stop))
-                documents.append({"name": opened.document(part.piece), "piece": piece, "start": start, "stop": stop})
+                start, stop = (
+                    piece * tokens.PIECE_PAIRS + place for place in (part.start, part.stop)
+                )
+                documents.append(
+                    {
+                        "name": opened.document(part.piece),
+                        "piece": piece,
+                        "start": start,
+                        "stop": stop,
+                    }
+                )
                 num_pairs += stop - start
-            described.append({"source": self._corpus.names[index], "epoch": epoch, "documents": documents})
+            described.append(
+                {"source": self._corpus.names[index], "epoch": epoch, "documents": documents}
+            )
         return {
             "phase": self._phase_names[self._mixture.phase(first)],
             "efficiency": num_pairs / (self._batch_size * self._seq_len),
@@ -164,13 +202,18 @@ class Order:
         }
 
     def __str__(self) -> str:
-        """For the log: each source with its report, what is held out, and the share of positions that are no padding."""
+        """For the log: each source with its report, what is held out, and the share of positions
+        that are no padding.
+        """
         lines = []
-        for name, opened, rows, held_out in zip(self._corpus.names, self._corpus.sources, self._training, self._held_out, strict=True):
+        for name, opened, rows, held_out in zip(
+            self._corpus.names, self._corpus.sources, self._training, self._held_out, strict=True
+        ):
             first, *rest = str(opened).splitlines()
             prefix = f"{name}: " if len(self._training) > 1 else ""
             lines.append(
-                f"{prefix}{first}; {rows.num_pairs:,} training and {held_out.num_pairs:,} held-out tokens; {len(rows):,} rows an epoch, "
+                f"{prefix}{first}; {rows.num_pairs:,} training and {held_out.num_pairs:,} "
+                f"held-out tokens; {len(rows):,} rows an epoch, "
                 f"{rows.num_pairs / (len(rows) * self._seq_len):.2%} full"
             )
             lines += rest
@@ -183,13 +226,17 @@ class Order:
         """(source, epoch, row of it) of the run's row `number`."""
         index = self._mixture.source(number)
         rows = self._training[index]
-        epoch, place = divmod(self._mixture.counts(number)[index] if len(self._training) > 1 else number, len(rows))
+        epoch, place = divmod(
+            self._mixture.counts(number)[index] if len(self._training) > 1 else number, len(rows)
+        )
         return index, epoch, rows.order(epoch, place)
 
     def _stack(self, places: list[tuple[pack.Rows, int, int] | None]) -> Batch:
         """Rows of (rows, epoch, row), or of padding for None, as a batch."""
         shape = (len(places), self._seq_len)
-        batch = {name: np.full(shape, self._corpus.pad_id, np.int32) for name in ("tokens", "targets")}
+        batch = {
+            name: np.full(shape, self._corpus.pad_id, np.int32) for name in ("tokens", "targets")
+        }
         batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions")}
         for place, *arrays in zip(places, *batch.values(), strict=True):
             if place is not None:
@@ -216,20 +263,24 @@ class TrainIterator(Iterator[Batch]):
         return {**state, "rows": self._order.rows_before(state["next_index"])}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken, from an iterator made with the same arguments.
+        """Goes on behind the batch after which `state` was taken, from an iterator made with the
+        same arguments.
 
         Raises:
           ConfigError: the state is of another mixture, or of a version that cannot be continued.
         """
         if set(state) != {"next_index", "rows"}:
             raise ConfigError(
-                f"the checkpoint's data position {dict(state)} is of an earlier version of hunyuan_jax; use another --workdir."
+                f"the checkpoint's data position {dict(state)} is of an earlier version of "
+                "hunyuan_jax; use another --workdir."
             )
         expected = self._order.rows_before(state["next_index"])
         if state["rows"] != expected:
             raise ConfigError(
-                f"the checkpoint was made after {state['rows']} rows of each source; config.data.phases and train.num_steps now give "
-                f"{expected} by batch {state['next_index']}. Phases may change only from the checkpoint on; set back what came before."
+                f"the checkpoint was made after {state['rows']} rows of each source; "
+                "config.data.phases and train.num_steps now give "
+                f"{expected} by batch {state['next_index']}. Phases may change only from the "
+                "checkpoint on; set back what came before."
             )
         self._batches.set_state({"next_index": state["next_index"]})
 
@@ -239,7 +290,9 @@ class TrainIterator(Iterator[Batch]):
         del self._batches
 
 
-def train_iterator(order: Order, rows: np.ndarray | None = None, num_threads: int = _NUM_THREADS) -> TrainIterator:
+def train_iterator(
+    order: Order, rows: np.ndarray | None = None, num_threads: int = _NUM_THREADS
+) -> TrainIterator:
     """Endless batches [R, T], `rows` of each (all if None), read ahead by `num_threads` threads."""
     import grain
 

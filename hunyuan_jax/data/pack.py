@@ -1,9 +1,11 @@
-"""Rows of fixed length out of tokenised documents, each found by itself: row r of epoch e is a function of (tokens, seed, e, r).
+"""Rows of fixed length out of tokenised documents, each found by itself: row r of epoch e is a
+function of (tokens, seed, e, r).
 
-Shapes: S shards, T positions of a row.  The pairs of a shard, training or held-out side, are one long ring of documents.  An epoch
-cuts the ring into rows of T pairs, starting at a place that depends on seed and epoch, so that each pair is in exactly one row and
-documents are cut elsewhere every time; the last row of a shard ends in padding.  Rows are numbered over all shards; `order` shuffles
-the numbers.
+Shapes: S shards, T positions of a row.  The pairs of a shard, training or held-out side, are one
+long ring of documents.  An epoch cuts the ring into rows of T pairs, starting at a place that
+depends on seed and epoch, so that each pair is in exactly one row and documents are cut elsewhere
+every time; the last row of a shard ends in padding.  Rows are numbered over all shards; `order`
+shuffles the numbers.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ MAX_ROWS = 2**32  # of grain's shuffle
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
-    """Pairs [start, stop) of a piece; `is_new` unless they follow those of the slice before in the same document."""
+    """Pairs [start, stop) of a piece; `is_new` unless they follow those of the slice before in the
+    same document.
+    """
 
     piece: int
     start: int
@@ -31,10 +35,14 @@ class Slice:
 class Rows:
     """The rows of one side of a token source."""
 
-    def __init__(self, tokens: Tokens, first_S: np.ndarray, stop_S: np.ndarray, seq_len: int, seed: str):
+    def __init__(
+        self, tokens: Tokens, first_S: np.ndarray, stop_S: np.ndarray, seq_len: int, seed: str
+    ):
         """Of pieces [first, stop) of each shard."""
         self.tokens, self._seq_len, self._seed = tokens, seq_len, seed
-        begin_S = np.array([int(tokens.ends[first - 1]) if first else 0 for first in first_S], np.int64)
+        begin_S = np.array(
+            [int(tokens.ends[first - 1]) if first else 0 for first in first_S], np.int64
+        )
         end_S = np.array([int(tokens.ends[stop - 1]) if stop else 0 for stop in stop_S], np.int64)
         self._first_S, self._stop_S, self._begin_S = first_S, stop_S, begin_S
         self._pairs_S = np.where(stop_S > first_S, end_S - begin_S, 0)
@@ -42,7 +50,8 @@ class Rows:
         self.num_pairs = int(self._pairs_S.sum())
         if len(self) >= MAX_ROWS:
             raise ConfigError(
-                f"a source has {len(self)} rows of {seq_len} tokens, at most {MAX_ROWS} can be shuffled; split it into several sources."
+                f"a source has {len(self)} rows of {seq_len} tokens, at most {MAX_ROWS} can be "
+                "shuffled; split it into several sources."
             )
 
     def __len__(self) -> int:
@@ -58,18 +67,28 @@ class Rows:
         shard = int(np.searchsorted(self._rows_S, row, side="right"))
         row -= int(self._rows_S[shard - 1]) if shard else 0
         begin, num_pairs = int(self._begin_S[shard]), int(self._pairs_S[shard])
-        start = (draw(num_pairs, self._seed, "start", epoch, shard) + row * self._seq_len) % num_pairs
+        start = (
+            draw(num_pairs, self._seed, "start", epoch, shard) + row * self._seq_len
+        ) % num_pairs
         left = min(self._seq_len, num_pairs - row * self._seq_len)
         parts: list[Slice] = []
         while left:
             stop = min(start + left, num_pairs)
-            parts += self._between(begin + start, begin + stop, int(self._first_S[shard]), int(self._stop_S[shard]))
+            parts += self._between(
+                begin + start, begin + stop, int(self._first_S[shard]), int(self._stop_S[shard])
+            )
             left -= stop - start
             start = 0
         return parts
 
     def fill(
-        self, epoch: int, row: int, tokens_T: np.ndarray, targets_T: np.ndarray, segment_ids_T: np.ndarray, positions_T: np.ndarray
+        self,
+        epoch: int,
+        row: int,
+        tokens_T: np.ndarray,
+        targets_T: np.ndarray,
+        segment_ids_T: np.ndarray,
+        positions_T: np.ndarray,
     ) -> None:
         """Writes a row into arrays that hold padding."""
         place, segment, position = 0, 0, 0
@@ -84,7 +103,9 @@ class Rows:
             place, position = place + count, position + count
 
     def _between(self, start: int, stop: int, first: int, last: int) -> Iterator[Slice]:
-        """Slices of the pairs [start, stop) of the whole source, which lie in pieces [first, last)."""
+        """Slices of the pairs [start, stop) of the whole source, which lie in pieces [first,
+        last).
+        """
         ends = self.tokens.ends
         piece = first + int(np.searchsorted(ends[first:last], np.uint64(start), side="right"))
         is_new = True
@@ -97,45 +118,62 @@ class Rows:
     def _continues(self, piece: int) -> bool:
         """Whether a piece continues the document of the one in front of it."""
         numbers, hashes = self.tokens.numbers, self.tokens.hashes
-        return int(numbers[piece]) == int(numbers[piece - 1]) + 1 and hashes[piece] == hashes[piece - 1]
+        return (
+            int(numbers[piece]) == int(numbers[piece - 1]) + 1
+            and hashes[piece] == hashes[piece - 1]
+        )
 
 
 def split(tokens: Tokens, validation_fraction: float, option: str) -> np.ndarray:
     """int64 [S]: how many pieces at the head of each shard are held out.
 
-    A document is held out if the hash of its name falls below the fraction: other documents, their order and the seed have no
-    say, so a corpus that grows does not move text from one side to the other.  Where that leaves a side empty (few documents),
-    the one document whose hash is nearest to it moves over.
+    A document is held out if the hash of its name falls below the fraction: other documents, their
+    order and the seed have no say, so a corpus that grows does not move text from one side to the
+    other.  Where that leaves a side empty (few documents), the one document whose hash is nearest
+    to it moves over.
 
     Raises:
       ConfigError: a fraction above 0 with a single document.
     """
-    shards = list(zip(tokens.shard_pieces[:-1].tolist(), tokens.shard_pieces[1:].tolist(), strict=True))
+    shards = list(
+        zip(tokens.shard_pieces[:-1].tolist(), tokens.shard_pieces[1:].tolist(), strict=True)
+    )
     if validation_fraction == 0:
         return np.zeros(len(shards), np.int64)
     lowest = min(int(tokens.hashes[first]) for first, _ in shards)
     highest = max(int(tokens.hashes[stop - 1]) for _, stop in shards)
     if lowest == highest:
         raise ConfigError(
-            f"config.data.validation_fraction = {validation_fraction} needs at least 2 documents, {option} holds 1; whole documents are "
+            f"config.data.validation_fraction = {validation_fraction} needs at least 2 documents, "
+            f"{option} holds 1; whole documents are "
             "held out. Set it to 0, or split the text into more files or rows."
         )
     threshold = np.uint64(min(max(int(validation_fraction * 2**64), lowest + 1), highest))
-    return np.array([np.searchsorted(tokens.hashes[first:stop], threshold) for first, stop in shards], np.int64)
+    return np.array(
+        [np.searchsorted(tokens.hashes[first:stop], threshold) for first, stop in shards], np.int64
+    )
 
 
-def sides(tokens: Tokens, validation_fraction: float, seq_len: int, seed: str, option: str) -> tuple[Rows, Rows]:
+def sides(
+    tokens: Tokens, validation_fraction: float, seq_len: int, seed: str, option: str
+) -> tuple[Rows, Rows]:
     """(training, held-out) rows of a source."""
     first_S, stop_S = tokens.shard_pieces[:-1], tokens.shard_pieces[1:]
     middle_S = first_S + split(tokens, validation_fraction, option)
-    return Rows(tokens, middle_S, stop_S, seq_len, seed), Rows(tokens, first_S, middle_S, seq_len, "validation")
+    return Rows(tokens, middle_S, stop_S, seq_len, seed), Rows(
+        tokens, first_S, middle_S, seq_len, "validation"
+    )
 
 
 def shuffled(index: int, count: int, *key: int | str) -> int:
     """Where `index` goes in a permutation of range(count) that depends on `key`."""
     import grain  # loads jax
 
-    return int(grain.experimental.index_shuffle(index, max_index=count - 1, seed=draw(2**32, *key), rounds=4))
+    return int(
+        grain.experimental.index_shuffle(
+            index, max_index=count - 1, seed=draw(2**32, *key), rounds=4
+        )
+    )
 
 
 def draw(below: int, *key: int | str) -> int:

@@ -1,9 +1,12 @@
-"""One unit of tokenising: some text in, token shards out, the same bytes whoever does it and however often.
+"""One unit of tokenising: some text in, token shards out, the same bytes whoever does it and
+however often.
 
-A unit is a list of spans with about `shard_bytes` of text; a compressed file is one, whatever it holds.  Its tokens are collected,
-sorted by the hash of the document's name and written as a shard whenever there are `shard_bytes` of text, so memory is a few times
-that, however large a file or a document is.  A shard is written under another name and renamed when it is whole; the unit's index
-(`unfinished/UNIT.npy`) and then its report (`unfinished/UNIT.json`) come last: a unit with a report is done.
+A unit is a list of spans with about `shard_bytes` of text; a compressed file is one, whatever it
+holds.  Its tokens are collected, sorted by the hash of the document's name and written as a shard
+whenever there are `shard_bytes` of text, so memory is a few times that, however large a file or a
+document is.  A shard is written under another name and renamed when it is whole; the unit's index
+(`unfinished/UNIT.npy`) and then its report (`unfinished/UNIT.json`) come last: a unit with a
+report is done.
 """
 
 import contextlib
@@ -73,7 +76,14 @@ def run_unit(
             with finished(Path(job.output) / name, work) as path:
                 parts.append(shard.write(path))
                 size, digest = os.path.getsize(path), tokens.file_digest(path)
-            shards.append({"file": name, "num_pieces": len(shard.records), "num_bytes": size, "sha256": digest})
+            shards.append(
+                {
+                    "file": name,
+                    "num_pieces": len(shard.records),
+                    "num_bytes": size,
+                    "sha256": digest,
+                }
+            )
 
     for span in spans:
         for item in source.read(span, job.text_field):
@@ -81,7 +91,9 @@ def run_unit(
                 tally.add_bad(span.name, item)
                 continue
             num_tokens += 1  # a document of n pairs has n + 1
-            for piece, ids in enumerate(_pieces(tokens.document_ids(item, span.name, tokenizer, tally))):
+            for piece, ids in enumerate(
+                _pieces(tokens.document_ids(item, span.name, tokenizer, tally))
+            ):
                 shard.add(item.name, piece, ids)
                 num_tokens += len(ids) - 1
                 if tally.total.num_bytes - written >= job.shard_bytes:
@@ -114,7 +126,8 @@ def read_report(job: Job, number: int) -> dict[str, Any] | None:
 
 
 def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Joins what the units left to index and manifest, removes the rest, and returns the manifest, `settings` in it.
+    """Joins what the units left to index and manifest, removes the rest, and returns the manifest,
+    `settings` in it.
 
     Raises:
       ConfigError: too many bad rows in all, or no document.
@@ -127,27 +140,39 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
     tally.check()
     if not tally.total.num_documents:
         raise ConfigError(
-            f"--input = {job.input} holds no usable document ({tally.total.num_bad} skipped: {tally.total.first_bad or 'no rows'}); it "
-            f"needs UTF-8 text. Repair the files, or set --text_field (now {job.text_field!r}) to the field with the text; remove "
+            f"--input = {job.input} holds no usable document ({tally.total.num_bad} skipped: "
+            f"{tally.total.first_bad or 'no rows'}); it "
+            f"needs UTF-8 text. Repair the files, or set --text_field (now {job.text_field!r}) to "
+            "the field with the text; remove "
             f"{job.output}."
         )
     shards = [shard for report in reports for shard in report["shards"]]
     with finished(output / tokens.INDEX, work) as path:
-        _join([work / f"{number:05d}.npy" for number in range(num_units)], sum(shard["num_pieces"] for shard in shards), path)
+        _join(
+            [work / f"{number:05d}.npy" for number in range(num_units)],
+            sum(shard["num_pieces"] for shard in shards),
+            path,
+        )
         index_digest = tokens.file_digest(path)
     tokenizer = _tokenizer(job.tokenizer)
     manifest = {
         "kind": tokens.KIND,
         "format": tokens.FORMAT,
         "settings": settings,
-        "tokenizer": {"name": job.tokenizer, "fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "name": job.tokenizer,
+            "fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+        },
         "num_documents": tally.total.num_documents,
         "num_tokens": sum(report["num_tokens"] for report in reports),
         "num_bytes": tally.total.num_bytes,
         "num_bad": tally.total.num_bad,
         "index_sha256": index_digest,
         "shards": shards,
-        "files": {name: dataclasses.asdict(counts) for name, counts in sorted(tally.files.items())},
+        "files": {
+            name: dataclasses.asdict(counts) for name, counts in sorted(tally.files.items())
+        },
     }
     with finished(output / tokens.MANIFEST, work) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -181,7 +206,8 @@ class _Shard:
         self._num_pairs.append(len(ids) - 1)
 
     def write(self, path: Path) -> np.ndarray:
-        """Writes the pieces by the hash of their document's name; returns pairs, hashes and numbers, uint64 [3, P], in that order.
+        """Writes the pieces by the hash of their document's name; returns pairs, hashes and
+        numbers, uint64 [3, P], in that order.
 
         Raises:
           OSError: the disk is full, and the like.
@@ -201,7 +227,9 @@ class _Shard:
 
 
 def _pieces(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The ids of a document in pieces of PIECE_PAIRS + 1 (the last may be shorter), each beginning with the last id of the one before."""
+    """The ids of a document in pieces of PIECE_PAIRS + 1 (the last may be shorter), each beginning
+    with the last id of the one before.
+    """
     waiting = np.zeros(0, np.uint8)
     for part in parts:
         waiting = np.concatenate([waiting, part]) if len(waiting) else part
@@ -214,7 +242,9 @@ def _pieces(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _join(paths: Sequence[Path], num_pieces: int, joined: Path) -> None:
-    """Writes the indices of all units as one, with pairs summed up to `ends`, without holding it in memory."""
+    """Writes the indices of all units as one, with pairs summed up to `ends`, without holding it
+    in memory.
+    """
     index = np.lib.format.open_memmap(joined, mode="w+", dtype=np.uint64, shape=(3, num_pieces))
     start, num_pairs = 0, np.uint64(0)
     for path in paths:
@@ -241,7 +271,10 @@ def finished(path: Path, work: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ConfigError(f"{path} cannot be written ({error}). Make room or repair it; the same command continues.") from error
+        raise ConfigError(
+            f"{path} cannot be written ({error}). Make room or repair it; the same command "
+            "continues."
+        ) from error
 
 
 @functools.cache
@@ -257,11 +290,16 @@ def make_folder(job: Job) -> None:
     """
     output = Path(job.output)
     if output.is_dir() and any(output.iterdir()) and not tokens.is_shards(output):
-        raise ConfigError(f"--output = {job.output} holds something else than token shards; give a new or empty folder.")
+        raise ConfigError(
+            f"--output = {job.output} holds something else than token shards; give a new or empty "
+            "folder."
+        )
     try:
         (output / tokens.WORK).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output = {job.output} cannot be made ({error.strerror}); give a folder that can.") from error
+        raise ConfigError(
+            f"--output = {job.output} cannot be made ({error.strerror}); give a folder that can."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -274,9 +312,14 @@ def alone(job: Job) -> Iterator[None]:
     folder = os.open(job.output, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+            fcntl.flock(
+                folder, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # ends with the process, however it ends
         except BlockingIOError as error:
-            raise ConfigError(f"another command is writing to --output = {job.output}; wait for it, or give another folder.") from error
+            raise ConfigError(
+                f"another command is writing to --output = {job.output}; wait for it, or give "
+                "another folder."
+            ) from error
         for path in (Path(job.output) / tokens.WORK).glob(f"*{_TEMPORARY}"):
             path.unlink(missing_ok=True)
         yield

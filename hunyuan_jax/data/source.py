@@ -1,8 +1,8 @@
 """Documents of text files: which files a source has, what is in them, and what cannot be used.
 
-A document arrives in parts of about a million characters, cut where no token of any tokenizer here can span (behind a line break), so
-that a file of any size takes little memory.  Imports neither jax nor grain: a misspelled path is answered before anything slow is
-loaded.
+A document arrives in parts of about a million characters, cut where no token of any tokenizer here
+can span (behind a line break), so that a file of any size takes little memory.  Imports neither
+jax nor grain: a misspelled path is answered before anything slow is loaded.
 """
 
 import codecs
@@ -33,9 +33,19 @@ MAX_ROW_BYTES = 2**26  # a longer .jsonl row is a bad one: parsing it takes seve
 _TEXT_AT_ONCE = 2**26  # bytes; a longer text file is read twice, first to see that it is UTF-8
 _BATCH_ROWS = 256  # of .parquet and .array_record
 
-# Folders and files left out of a walk, as name patterns.  The standard library loses its tests and what depends on the
-# machine that built it, so that one Python version gives one corpus; a user's folder loses .git, .venv and the like.
-_STDLIB_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "config-*", "_sysconfigdata*")
+# Folders and files left out of a walk, as name patterns.  The standard library loses its tests and
+# what depends on the machine that built it, so that one Python version gives one corpus; a user's
+# folder loses .git, .venv and the like.
+_STDLIB_SKIPPED = (
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "config-*",
+    "_sysconfigdata*",
+)
 _FOLDER_SKIPPED = (".*",)
 
 _NUM_PATHS_SHOWN = 5
@@ -54,7 +64,8 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """One text.  `name` is its file's, plus ':row' (from 1) where a file holds several; it decides the split.
+    """One text.  `name` is its file's, plus ':row' (from 1) where a file holds several; it decides
+    the split.
 
     `parts` may be a generator: it must be used up before the next document is asked for.
     """
@@ -84,8 +95,15 @@ class FileCounts:
 class Tally:
     """Counts documents and bad rows by file, and says when there are too many of the latter."""
 
-    def __init__(self, max_bad_fraction: float, option: str, others: Callable[[], tuple[int, int]] = lambda: (0, 0)):
-        """`others` returns (documents, bad rows) counted elsewhere, `option` is what the limit is called."""
+    def __init__(
+        self,
+        max_bad_fraction: float,
+        option: str,
+        others: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ):
+        """`others` returns (documents, bad rows) counted elsewhere, `option` is what the limit is
+        called.
+        """
         self.files: dict[str, FileCounts] = {}
         self.total = FileCounts()
         self._max_bad_fraction, self._option, self._others = max_bad_fraction, option, others
@@ -118,10 +136,12 @@ class Tally:
     def check(self, last: str = "") -> None:
         """Compares the share of bad rows with the limit.
 
-        The share is of at least 1000 rows: one bad row of three stops no run, unless none is allowed.
+        The share is of at least 1000 rows: one bad row of three stops no run, unless none is
+        allowed.
 
         Raises:
-          ConfigError: the share is above the limit, naming the `last` bad row ("": names the first).
+          ConfigError: the share is above the limit, naming the `last` bad row ("": names the
+            first).
         """
         num_documents, num_bad = self._others()
         num_bad += self.total.num_bad
@@ -129,7 +149,8 @@ class Tally:
         if num_bad > self._max_bad_fraction * max(num_rows, 1000):
             example = f"the last is {last}" if last else f"the first is {self.total.first_bad}"
             raise ConfigError(
-                f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than {self._option} = {self._max_bad_fraction} "
+                f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than "
+                f"{self._option} = {self._max_bad_fraction} "
                 "allows (of at least 1000 rows). Repair or remove the file, or raise the limit."
             )
 
@@ -147,16 +168,22 @@ class Tally:
 
 
 def find_files(source: str, option: str) -> list[Span]:
-    """Sorted files of a source: "stdlib", or a folder, a file or a glob of text, on this machine or behind an fsspec URL (gs://...).
+    """Sorted files of a source: "stdlib", or a folder, a file or a glob of text, on this machine
+    or behind an fsspec URL (gs://...).
 
-    Hidden files and folders are not visited, unless the source names them.  `option` is what errors call the source.
+    Hidden files and folders are not visited, unless the source names them.  `option` is what
+    errors call the source.
 
     Raises:
       ConfigError: the source does not exist, or holds no file of a known kind.
     """
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
-        found = [(Path(path).relative_to(root).as_posix(), path) for path in _walk(root, _STDLIB_SKIPPED) if path.endswith(".py")]
+        found = [
+            (Path(path).relative_to(root).as_posix(), path)
+            for path in _walk(root, _STDLIB_SKIPPED)
+            if path.endswith(".py")
+        ]
     else:
         try:
             found = _find_remote(source, option) if "://" in source else _find_local(source)
@@ -164,13 +191,15 @@ def find_files(source: str, option: str) -> list[Span]:
             raise ConfigError(f"{option} = {source!r} cannot be read: {error}") from error
         if not found:
             raise ConfigError(
-                f"{option} = {source!r} does not exist; it must be 'stdlib', or a folder, file or glob of {_kinds()}. "
+                f"{option} = {source!r} does not exist; it must be 'stdlib', or a folder, file or "
+                f"glob of {_kinds()}. "
                 f"Correct the path (a relative one starts at {os.getcwd()})."
             )
     names = {_printable(name): path for name, path in found if _kind(path) is not None}
     if not names:
         raise ConfigError(
-            f"{option} = {source!r} holds no {_kinds()} file; only these are read. Point it at a folder, file or glob that has some."
+            f"{option} = {source!r} holds no {_kinds()} file; only these are read. Point it at a "
+            "folder, file or glob that has some."
         )
     return [Span(name, path) for name, path in sorted(names.items())]
 
@@ -179,7 +208,8 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
     """Documents of a file or span in order, and what could not be used.
 
     Raises:
-      ConfigError: a package that the kind of file needs is not installed, or a URL that cannot be read.
+      ConfigError: a package that the kind of file needs is not installed, or a URL that cannot be
+        read.
     """
     kind = _kind(span.path)
     try:
@@ -193,7 +223,9 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
             yield from _read_text(span)
     except OSError as error:
         if "://" in span.path:  # perhaps but for a moment, and the rest of the file would be lost
-            raise ConfigError(f"{span.path} cannot be read ({error}); the same command may succeed later.") from error
+            raise ConfigError(
+                f"{span.path} cannot be read ({error}); the same command may succeed later."
+            ) from error
         yield Bad(span.name, f"cannot be read ({error.strerror or error})")
 
 
@@ -201,7 +233,9 @@ def open_binary(path: str) -> BinaryIO:
     """A local file or an fsspec URL, as it is stored."""
     if "://" not in path:
         return open(path, "rb")
-    return io.BufferedReader(_fsspec().open(path, "rb").open(), 2**17)  # a bucket's own files have no readline with a limit
+    return io.BufferedReader(
+        _fsspec().open(path, "rb").open(), 2**17
+    )  # a bucket's own files have no readline with a limit
 
 
 def size_of(path: str) -> int:
@@ -228,7 +262,9 @@ def is_plain(path: str) -> bool:
 def _kind(path: str) -> str | None:
     """The suffix that says how a file is read, or None."""
     lower = path.lower()
-    stem = next((lower.removesuffix(suffix) for suffix in COMPRESSIONS if lower.endswith(suffix)), lower)
+    stem = next(
+        (lower.removesuffix(suffix) for suffix in COMPRESSIONS if lower.endswith(suffix)), lower
+    )
     kind = os.path.splitext(stem)[1]
     if kind not in SUFFIXES or (stem != lower and kind in (".parquet", ".array_record")):
         return None
@@ -243,8 +279,13 @@ def _find_local(source: str) -> list[tuple[str, str]]:
     elif os.path.isdir(path):
         root, paths = path, list(_walk(path, _FOLDER_SKIPPED))
     else:
-        root, paths = _glob_root(path), [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
-    return [(Path(path).relative_to(root).as_posix(), path) for path in paths] or ([("", path)] if os.path.isdir(path) else [])
+        root, paths = (
+            _glob_root(path),
+            [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)],
+        )
+    return [(Path(path).relative_to(root).as_posix(), path) for path in paths] or (
+        [("", path)] if os.path.isdir(path) else []
+    )
 
 
 def _find_remote(source: str, option: str) -> list[tuple[str, str]]:
@@ -256,7 +297,11 @@ def _find_remote(source: str, option: str) -> list[tuple[str, str]]:
     else:
         root, found = os.path.dirname(path), [path] if fs.exists(path) else []
     names = [(match.removeprefix(root).lstrip("/"), fs.unstrip_protocol(match)) for match in found]
-    return [(name, url) for name, url in names if not any(piece.startswith(".") for piece in name.split("/"))]
+    return [
+        (name, url)
+        for name, url in names
+        if not any(piece.startswith(".") for piece in name.split("/"))
+    ]
 
 
 def _fsspec():
@@ -266,10 +311,14 @@ def _fsspec():
 
 
 def _walk(root: str, skipped: Sequence[str]) -> Iterator[str]:
-    """Paths of the files under `root`; names that match a pattern in `skipped` are neither entered nor returned."""
+    """Paths of the files under `root`; names that match a pattern in `skipped` are neither entered
+    nor returned.
+    """
     for folder, folder_names, file_names in os.walk(root):
         folder_names[:] = [name for name in folder_names if not _matches_any(name, skipped)]
-        yield from (os.path.join(folder, name) for name in file_names if not _matches_any(name, skipped))
+        yield from (
+            os.path.join(folder, name) for name in file_names if not _matches_any(name, skipped)
+        )
 
 
 def _matches_any(name: str, patterns: Sequence[str]) -> bool:
@@ -277,7 +326,9 @@ def _matches_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _glob_root(pattern: str) -> str:
-    """The folder in front of the first wildcard: unlike the matches' common folder, new files cannot change it."""
+    """The folder in front of the first wildcard: unlike the matches' common folder, new files
+    cannot change it.
+    """
     root = os.path.dirname(pattern)
     while root and glob.escape(root) != root:
         root = os.path.dirname(root)
@@ -289,7 +340,9 @@ def _kinds() -> str:
 
 
 def _printable(name: str) -> str:
-    """File names are bytes on most systems; those that are not UTF-8 keep a distinct, printable form."""
+    """File names are bytes on most systems; those that are not UTF-8 keep a distinct, printable
+    form.
+    """
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -315,21 +368,34 @@ class _TruncatedError(OSError):
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd as one stream; unlike the library's own reader it raises where the last frame is cut off."""
+    """Frames of zstd as one stream; unlike the library's own reader it raises where the last frame
+    is cut off.
+    """
 
     def __init__(self, file: BinaryIO):
         try:
             import zstandard
         except ImportError as error:
-            raise ConfigError("a .zst file needs zstandard: pip install 'hunyuan_jax[data]'.") from error
-        self._file, self._library, self._frame, self._pending = file, zstandard, None, memoryview(b"")
+            raise ConfigError(
+                "a .zst file needs zstandard: pip install 'hunyuan_jax[data]'."
+            ) from error
+        self._file, self._library, self._frame, self._pending = (
+            file,
+            zstandard,
+            None,
+            memoryview(b""),
+        )
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while not self._pending:
-            data = self._file.read(2**17) if self._frame is None or not self._frame.unused_data else self._frame.unused_data
+            data = (
+                self._file.read(2**17)
+                if self._frame is None or not self._frame.unused_data
+                else self._frame.unused_data
+            )
             if self._frame is None or self._frame.eof:
                 if not data:
                     return 0
@@ -391,9 +457,11 @@ def _stream_text(path: str) -> Iterator[str]:
 
 
 def cut(text: str) -> list[str]:
-    """The text in parts of at most PART_CHARS, cut behind a line break that no blank follows, where there is one.
+    """The text in parts of at most PART_CHARS, cut behind a line break that no blank follows,
+    where there is one.
 
-    No token spans such a place (of a HyTokenizer: `hy.SPLIT_PATTERN`), so the parts' tokens are those of the text.
+    No token spans such a place (of a HyTokenizer: `hy.SPLIT_PATTERN`), so the parts' tokens are
+    those of the text.
     """
     parts, start = [], 0
     while len(text) - start > PART_CHARS:
@@ -473,18 +541,26 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError("a .parquet file needs pyarrow: pip install 'hunyuan_jax[data]'.") from error
+        raise ConfigError(
+            "a .parquet file needs pyarrow: pip install 'hunyuan_jax[data]'."
+        ) from error
     row = 1
     try:
         with open_binary(span.path) as file, pyarrow.parquet.ParquetFile(file) as table:
             fields = {field.name: field.type for field in table.schema_arrow}
             if text_field not in fields:
                 raise _UnusableError(f"no column {text_field!r}, it has {list(fields)[:5]}")
-            kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+            kinds = (
+                pyarrow.types.is_string,
+                pyarrow.types.is_large_string,
+                pyarrow.types.is_string_view,
+            )
             if not any(is_kind(fields[text_field]) for is_kind in kinds):
                 raise _UnusableError(f"column {text_field!r} is {fields[text_field]}, not string")
             for batch in table.iter_batches(_BATCH_ROWS, columns=[text_field]):
-                for value in batch.column(0).cast(pyarrow.large_binary()):  # bytes: a string column may hold any
+                for value in batch.column(0).cast(
+                    pyarrow.large_binary()
+                ):  # bytes: a string column may hold any
                     where, row = f"{span.name}:{row}", row + 1
                     try:
                         yield Document(where, cut(_text_of(value.as_py())))
@@ -525,4 +601,6 @@ def _text_of(data: bytes | None) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise _UnusableError(f"not UTF-8 (byte {data[error.start]:#04x} at {error.start})") from error
+        raise _UnusableError(
+            f"not UTF-8 (byte {data[error.start]:#04x} at {error.start})"
+        ) from error

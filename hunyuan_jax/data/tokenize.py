@@ -1,7 +1,9 @@
-"""`python -m hunyuan_jax tokenize`: text to token shards with all cores of a machine, from where an earlier attempt stopped.
+"""`python -m hunyuan_jax tokenize`: text to token shards with all cores of a machine, from where
+an earlier attempt stopped.
 
-The plan (`unfinished/plan.json`) cuts the input into units (shards.py): small files together, a big .jsonl in ranges of bytes, of
-which the plan knows the number of the first row.  The same command continues a job that was killed; another job is refused.
+The plan (`unfinished/plan.json`) cuts the input into units (shards.py): small files together, a
+big .jsonl in ranges of bytes, of which the plan knows the number of the first row.  The same
+command continues a job that was killed; another job is refused.
 """
 
 import concurrent.futures
@@ -47,14 +49,18 @@ def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
     """Does what is left of a job with `num_workers` processes; returns the manifest.
 
     Raises:
-      ConfigError: no text, too many bad rows, a worker that died, no room, or an output folder of another job or another command.
+      ConfigError: no text, too many bad rows, a worker that died, no room, or an output folder of
+        another job or another command.
     """
-    # A row of counts for what earlier attempts did, and one for each worker: nobody writes another's, so no lock can be left behind.
+    # A row of counts for what earlier attempts did, and one for each worker: nobody writes
+    # another's, so no lock can be left behind.
     shared = _PROCESSES.RawArray("q", 3 * (num_workers + 1))
     next_row, is_stopped = _PROCESSES.Value("i", 1), _PROCESSES.RawValue("b", 0)
     arguments = (shared, next_row, is_stopped)
     with contextlib.ExitStack() as stack:
-        with concurrent.futures.ProcessPoolExecutor(num_workers, _PROCESSES, _start_worker, arguments) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            num_workers, _PROCESSES, _start_worker, arguments
+        ) as pool:
             try:
                 plan = prepare(job, pool.map)
                 if plan is None:
@@ -63,7 +69,8 @@ def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
                 _run_units(job, plan, pool, _rows(shared))
             except BrokenProcessPool as error:
                 raise ConfigError(
-                    "a worker process has died, perhaps for lack of memory; the same command continues. Lower --num_workers or --shard_mb "
+                    "a worker process has died, perhaps for lack of memory; the same command "
+                    "continues. Lower --num_workers or --shard_mb "
                     "if it happens again."
                 ) from error
             finally:
@@ -100,7 +107,12 @@ def prepare(job: Job, map_spans: Callable[..., Iterator[int]] = map) -> Plan | N
     plan = Plan(settings, _units(spans, job.shard_bytes, map_spans))
     with shards.finished(path, work) as temporary:
         temporary.write_text(
-            json.dumps({"settings": settings, "units": [[[*dataclasses.astuple(s)] for s in unit] for unit in plan.units]})
+            json.dumps(
+                {
+                    "settings": settings,
+                    "units": [[[*dataclasses.astuple(s)] for s in unit] for unit in plan.units],
+                }
+            )
         )
     return plan
 
@@ -109,12 +121,17 @@ def _require_same(job: Job, found: dict[str, Any], settings: dict[str, Any]) -> 
     changed = [name for name, value in settings.items() if found[name] != value]
     if changed:
         raise ConfigError(
-            f"--output = {job.output} was begun with other {', '.join(changed)}; give another folder, or remove this one to begin again."
+            f"--output = {job.output} was begun with other {', '.join(changed)}; give another "
+            "folder, or remove this one to begin again."
         )
 
 
-def _units(spans: list[source.Span], shard_bytes: int, map_spans: Callable[..., Iterator[int]]) -> list[list[source.Span]]:
-    """Spans by unit: files in order, a unit closed when it has `shard_bytes`; the ranges of a big .jsonl are units of their own."""
+def _units(
+    spans: list[source.Span], shard_bytes: int, map_spans: Callable[..., Iterator[int]]
+) -> list[list[source.Span]]:
+    """Spans by unit: files in order, a unit closed when it has `shard_bytes`; the ranges of a big
+    .jsonl are units of their own.
+    """
     units: list[list[source.Span]] = [[]]
     filled = 0
     for span in spans:
@@ -133,19 +150,31 @@ def _units(spans: list[source.Span], shard_bytes: int, map_spans: Callable[..., 
     return [unit for unit in units if unit]
 
 
-def _ranges(span: source.Span, size: int, step: int, map_spans: Callable[..., Iterator[int]]) -> Iterator[source.Span]:
-    """Ranges of `step` bytes of a .jsonl file.  The first row of one is the first that begins in it."""
+def _ranges(
+    span: source.Span, size: int, step: int, map_spans: Callable[..., Iterator[int]]
+) -> Iterator[source.Span]:
+    """Ranges of `step` bytes of a .jsonl file.  The first row of one is the first that begins in
+    it.
+    """
     print(f"counting the rows of {span.name}", file=sys.stderr, flush=True)
     starts = range(0, size, step)
     first_row = 1
-    for start, num_lines in zip(starts, map_spans(_count_lines, [span.path] * len(starts), starts, [step] * len(starts)), strict=True):
-        yield dataclasses.replace(span, start=start, stop=min(start + step, size), first_row=first_row)
+    for start, num_lines in zip(
+        starts,
+        map_spans(_count_lines, [span.path] * len(starts), starts, [step] * len(starts)),
+        strict=True,
+    ):
+        yield dataclasses.replace(
+            span, start=start, stop=min(start + step, size), first_row=first_row
+        )
         # The row behind a line break that is the last byte of this range begins in the next.
         first_row += num_lines + (start == 0)
 
 
 def _count_lines(path: str, start: int, length: int) -> int:
-    """Line breaks in [start - 1, start - 1 + length): those whose next row begins in [start, start + length); the file begins a row."""
+    """Line breaks in [start - 1, start - 1 + length): those whose next row begins in [start, start
+    + length); the file begins a row.
+    """
     first = max(start - 1, 0)
     left = start - 1 + length - first
     count = 0
@@ -157,7 +186,9 @@ def _count_lines(path: str, start: int, length: int) -> int:
     return count
 
 
-def _run_units(job: Job, plan: Plan, pool: concurrent.futures.Executor, counts: np.ndarray) -> None:
+def _run_units(
+    job: Job, plan: Plan, pool: concurrent.futures.Executor, counts: np.ndarray
+) -> None:
     """Runs the units that have no report yet."""
     done = source.Tally(job.max_bad_fraction, shards.LIMIT_OPTION)
     left = []
@@ -171,7 +202,9 @@ def _run_units(job: Job, plan: Plan, pool: concurrent.futures.Executor, counts: 
     futures = {pool.submit(_run_unit, job, number, plan.units[number]) for number in left}
     with _Progress(len(plan.units)) as progress:
         while futures:
-            finished, futures = concurrent.futures.wait(futures, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            finished, futures = concurrent.futures.wait(
+                futures, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
+            )
             for future in finished:
                 future.result()
             progress.show(len(plan.units) - len(futures), counts.sum(0))
@@ -234,7 +267,9 @@ def _rows(shared: Any) -> np.ndarray:
 
 
 class _Progress:
-    """A bar over units, with documents, bytes and speed; a line every few seconds where there is no terminal."""
+    """A bar over units, with documents, bytes and speed; a line every few seconds where there is
+    no terminal.
+    """
 
     def __init__(self, num_units: int):
         from rich.console import Console
@@ -242,7 +277,12 @@ class _Progress:
 
         console = Console(file=sys.stderr)
         self._is_live, self._num_units = console.is_terminal, num_units
-        columns = (TextColumn("unit {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("unit {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=console, disable=not self._is_live)
         self._task = self._bar.add_task("starting", total=num_units)
         self._start = self._last = time.perf_counter()

@@ -1,14 +1,17 @@
-"""Tokenised documents with random access: from text in memory, or from a folder made by `python -m hunyuan_jax tokenize`.
+"""Tokenised documents with random access: from text in memory, or from a folder made by `python -m
+hunyuan_jax tokenize`.
 
-Shapes: P pieces.  A piece is at most PIECE_PAIRS consecutive (token, target) pairs of a document, stored as one id more than it has
-pairs; in memory a document is one piece.  A document is bos, its tokens, eos.  Pieces lie in shards; in a shard they are sorted by the
-hash of their document's name, so that
+Shapes: P pieces.  A piece is at most PIECE_PAIRS consecutive (token, target) pairs of a document,
+stored as one id more than it has pairs; in memory a document is one piece.  A document is bos, its
+tokens, eos.  Pieces lie in shards; in a shard they are sorted by the hash of their document's
+name, so that
 
   * the documents of a shard are in random order,
   * what any validation_fraction holds out is the head of each shard, found by a binary search,
   * a piece is followed by the rest of its document.
 
-The index of a source is uint64 [3, P], a row each for `ends`, `hashes` and `numbers`; on disk it is mapped, not read.
+The index of a source is uint64 [3, P], a row each for `ends`, `hashes` and `numbers`; on disk it
+is mapped, not read.
 """
 
 import functools
@@ -30,12 +33,16 @@ from hunyuan_jax.tokenizer import Tokenizer
 KIND, FORMAT = "hunyuan_jax token shards", 1
 PIECE_PAIRS = 2048
 MANIFEST, INDEX, WORK = "manifest.json", "index.npy", "unfinished"
-WRITER_OPTIONS = "group_size:1,zstd:1"  # a record alone can be read; 3 is 2 to 3 % smaller and a sixth slower
+WRITER_OPTIONS = (
+    "group_size:1,zstd:1"  # a record alone can be read; 3 is 2 to 3 % smaller and a sixth slower
+)
 
 # Text that is tokenised at every start, by every host.  Beyond it `tokenize` does the work once.
 IN_MEMORY_BYTES = 2**28
 
-_HEADER = struct.Struct("<IHB")  # number of the piece in its document, bytes of the document's name, bytes of an id
+_HEADER = struct.Struct(
+    "<IHB"
+)  # number of the piece in its document, bytes of the document's name, bytes of an id
 
 
 class Tokens(Protocol):
@@ -67,7 +74,11 @@ class MemoryTokens:
         self.ends = np.cumsum([len(documents[i][1]) - 1 for i in order], dtype=np.uint64)
         self.hashes, self.numbers = hashes[order], np.zeros_like(hashes)
         self.shard_pieces, self.num_documents = np.array([0, len(documents)]), len(documents)
-        self._ids, self._names, self._tally = np.concatenate([documents[i][1] for i in order]), [documents[i][0] for i in order], tally
+        self._ids, self._names, self._tally = (
+            np.concatenate([documents[i][1] for i in order]),
+            [documents[i][0] for i in order],
+            tally,
+        )
 
     def read(self, piece: int) -> np.ndarray:
         """See `Tokens`."""
@@ -83,7 +94,11 @@ class MemoryTokens:
         """See `Tokens`."""
         digest = hashlib.blake2b(self.hashes, digest_size=8)
         digest.update(self._ids)
-        return {"num_documents": self.num_documents, "num_pairs": int(self.ends[-1]), "digest": digest.hexdigest()}
+        return {
+            "num_documents": self.num_documents,
+            "num_pairs": int(self.ends[-1]),
+            "digest": digest.hexdigest(),
+        }
 
     def __str__(self) -> str:
         return str(self._tally)
@@ -104,7 +119,8 @@ class ShardTokens:
             self.ends, self.hashes, self.numbers = np.load(self._folder / INDEX, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{self._folder / INDEX} cannot be read ({error}); copy it again, or remove the folder and tokenize again."
+                f"{self._folder / INDEX} cannot be read ({error}); copy it again, or remove the "
+                "folder and tokenize again."
             ) from error
         self.num_documents = manifest["num_documents"]
 
@@ -113,7 +129,10 @@ class ShardTokens:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         _allow_open_files(len(self._manifest["shards"]) + 256)
-        paths = [f"{self._folder / shard['file']}[0:{shard['num_pieces']}]" for shard in self._manifest["shards"]]
+        paths = [
+            f"{self._folder / shard['file']}[0:{shard['num_pieces']}]"
+            for shard in self._manifest["shards"]
+        ]
         return ArrayRecordDataSource(paths)  # with counts it opens a file when it is first read
 
     def read(self, piece: int) -> np.ndarray:
@@ -126,8 +145,15 @@ class ShardTokens:
 
     def identity(self) -> dict[str, Any]:
         """See `Tokens`."""
-        digest = hashlib.blake2b(json.dumps([shard["sha256"] for shard in self._manifest["shards"]]).encode(), digest_size=8)
-        return {"num_documents": self.num_documents, "num_pairs": int(self.ends[-1]), "digest": digest.hexdigest()}
+        digest = hashlib.blake2b(
+            json.dumps([shard["sha256"] for shard in self._manifest["shards"]]).encode(),
+            digest_size=8,
+        )
+        return {
+            "num_documents": self.num_documents,
+            "num_pairs": int(self.ends[-1]),
+            "digest": digest.hexdigest(),
+        }
 
     def _record(self, piece: int) -> bytes:
         records = self._records
@@ -136,8 +162,10 @@ class ShardTokens:
         except (ValueError, RuntimeError, OSError) as error:
             shard = int(np.searchsorted(self.shard_pieces, piece, side="right")) - 1
             raise ConfigError(
-                f"{self._folder / self._manifest['shards'][shard]['file']}: record {piece - self.shard_pieces[shard]} cannot be "
-                f"read ({' '.join(str(error).split())[:200]}). The shard is damaged: `python -m hunyuan_jax data --verify` says which are; "
+                f"{self._folder / self._manifest['shards'][shard]['file']}: record "
+                f"{piece - self.shard_pieces[shard]} cannot be "
+                f"read ({' '.join(str(error).split())[:200]}). The shard is damaged: `python -m "
+                "hunyuan_jax data --verify` says which are; "
                 "copy them again, or remove the folder and tokenize again."
             ) from error
 
@@ -145,7 +173,13 @@ class ShardTokens:
         return report_of(self._manifest)
 
 
-def in_memory(spans: Iterable[source.Span], text_field: str, tokenizer: Tokenizer, tally: source.Tally, option: str) -> MemoryTokens:
+def in_memory(
+    spans: Iterable[source.Span],
+    text_field: str,
+    tokenizer: Tokenizer,
+    tally: source.Tally,
+    option: str,
+) -> MemoryTokens:
     """Reads and tokenises text.
 
     Raises:
@@ -159,33 +193,43 @@ def in_memory(spans: Iterable[source.Span], text_field: str, tokenizer: Tokenize
             if isinstance(item, source.Bad):
                 tally.add_bad(span.name, item)
                 continue
-            documents.append((item.name, np.concatenate([*document_ids(item, span.name, tokenizer, tally)])))
+            documents.append(
+                (item.name, np.concatenate([*document_ids(item, span.name, tokenizer, tally)]))
+            )
         _check_size(tally.total.num_bytes, option)
     if not documents:
         raise ConfigError(
-            f"{option} holds no usable document ({tally.total.num_bad} skipped: {tally.total.first_bad or 'no rows'}); training needs "
-            f"UTF-8 text. Repair the files, or set config.data.text_field (now {text_field!r}) to the field with the text."
+            f"{option} holds no usable document ({tally.total.num_bad} skipped: "
+            f"{tally.total.first_bad or 'no rows'}); training needs "
+            f"UTF-8 text. Repair the files, or set config.data.text_field (now {text_field!r}) to "
+            "the field with the text."
         )
     return MemoryTokens(documents, tally)
 
 
-def open_shards(folder: str | os.PathLike, tokenizer: Tokenizer, tokenizer_name: str) -> ShardTokens:
+def open_shards(
+    folder: str | os.PathLike, tokenizer: Tokenizer, tokenizer_name: str
+) -> ShardTokens:
     """Token shards of a folder that has a manifest.
 
     Raises:
-      ConfigError: made with another tokenizer or format, or shards that are gone or have another size.
+      ConfigError: made with another tokenizer or format, or shards that are gone or have another
+        size.
     """
     manifest = read_manifest(folder)
     if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(
-            f"{folder} was made with tokenizer {manifest['tokenizer']['name']!r} (fingerprint {manifest['tokenizer']['fingerprint']}); "
-            f"config.data.tokenizer = {tokenizer_name!r} has fingerprint {tokenizer.fingerprint()}. Use that tokenizer, or tokenize again."
+            f"{folder} was made with tokenizer {manifest['tokenizer']['name']!r} (fingerprint "
+            f"{manifest['tokenizer']['fingerprint']}); "
+            f"config.data.tokenizer = {tokenizer_name!r} has fingerprint "
+            f"{tokenizer.fingerprint()}. Use that tokenizer, or tokenize again."
         )
     for shard in manifest["shards"]:
         found = source.size_of(str(Path(folder) / shard["file"]))
         if found != shard["num_bytes"]:
             raise ConfigError(
-                f"{Path(folder) / shard['file']} has {found} bytes, the manifest says {shard['num_bytes']}; copy it again, or "
+                f"{Path(folder) / shard['file']} has {found} bytes, the manifest says "
+                f"{shard['num_bytes']}; copy it again, or "
                 "remove the folder and make it again with `python -m hunyuan_jax tokenize`."
             )
     if not manifest["shards"]:
@@ -196,7 +240,10 @@ def open_shards(folder: str | os.PathLike, tokenizer: Tokenizer, tokenizer_name:
 def is_shards(folder: str | os.PathLike) -> bool:
     """Whether a path is a folder of `tokenize`, finished or not."""
     path = Path(folder) / MANIFEST
-    return (Path(folder) / WORK).is_dir() or (path.is_file() and f'"kind": "{KIND}"' in path.read_text(encoding="utf-8", errors="replace"))
+    return (Path(folder) / WORK).is_dir() or (
+        path.is_file()
+        and f'"kind": "{KIND}"' in path.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -208,14 +255,19 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ConfigError(
-            f"{folder} is unfinished: it has no {MANIFEST}. Run the same `python -m hunyuan_jax tokenize` again; it continues."
+            f"{folder} is unfinished: it has no {MANIFEST}. Run the same `python -m hunyuan_jax "
+            "tokenize` again; it continues."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); copy it again, or remove the folder and tokenize again.") from error
+        raise ConfigError(
+            f"{path} is damaged ({error}); copy it again, or remove the folder and tokenize again."
+        ) from error
     if manifest["format"] != FORMAT:
-        raise ConfigError(f"{path} has format {manifest['format']}, this version reads {FORMAT}; tokenize again.")
+        raise ConfigError(
+            f"{path} has format {manifest['format']}, this version reads {FORMAT}; tokenize again."
+        )
     return manifest
 
 
@@ -230,8 +282,14 @@ def report_of(manifest: dict[str, Any]) -> str:
 def damaged_files(folder: str | os.PathLike) -> list[str]:
     """Files of a finished folder whose SHA-256 is not the manifest's; reads all of them."""
     manifest = read_manifest(folder)
-    files = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]] + [(INDEX, manifest["index_sha256"])]
-    return [name for name, expected in files if not (Path(folder) / name).is_file() or file_digest(Path(folder) / name) != expected]
+    files = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]] + [
+        (INDEX, manifest["index_sha256"])
+    ]
+    return [
+        name
+        for name, expected in files
+        if not (Path(folder) / name).is_file() or file_digest(Path(folder) / name) != expected
+    ]
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -240,7 +298,9 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def document_ids(document: source.Document, file: str, tokenizer: Tokenizer, tally: source.Tally) -> Iterator[np.ndarray]:
+def document_ids(
+    document: source.Document, file: str, tokenizer: Tokenizer, tally: source.Tally
+) -> Iterator[np.ndarray]:
     """Ids of a document in parts, bos and eos included; counts it in `tally`."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     tally.add_document(file, 0)
@@ -252,28 +312,40 @@ def document_ids(document: source.Document, file: str, tokenizer: Tokenizer, tal
 
 
 def name_hash(name: str) -> int:
-    """64 bits that decide on which side of the split a document is, the same in every process (unlike `hash`)."""
+    """64 bits that decide on which side of the split a document is, the same in every process
+    (unlike `hash`).
+    """
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def pack_record(name: str, number: int, ids: np.ndarray) -> bytes:
     """The record of a piece."""
     encoded = name.encode()[: 2**16 - 1]
-    return _HEADER.pack(number, len(encoded), ids.itemsize) + encoded + ids.astype(f"<u{ids.itemsize}", copy=False).tobytes()
+    return (
+        _HEADER.pack(number, len(encoded), ids.itemsize)
+        + encoded
+        + ids.astype(f"<u{ids.itemsize}", copy=False).tobytes()
+    )
 
 
 def _unpack(record: bytes) -> tuple[str, int, np.ndarray]:
     """(document, number of the piece, ids) of a record."""
     number, length, itemsize = _HEADER.unpack_from(record)
     start = _HEADER.size + length
-    return record[_HEADER.size : start].decode(errors="replace"), number, np.frombuffer(record, f"<u{itemsize}", offset=start)
+    return (
+        record[_HEADER.size : start].decode(errors="replace"),
+        number,
+        np.frombuffer(record, f"<u{itemsize}", offset=start),
+    )
 
 
 def _check_size(num_bytes: int, option: str) -> None:
     if num_bytes > IN_MEMORY_BYTES:
         raise ConfigError(
-            f"{option} holds {num_bytes / 1e6:,.0f} MB; text above {IN_MEMORY_BYTES / 1e6:,.0f} MB is not tokenised at every start. Do it "
-            "once, with `python -m hunyuan_jax tokenize --input=... --output=DIR --tokenizer=...`, and point it at DIR."
+            f"{option} holds {num_bytes / 1e6:,.0f} MB; text above {IN_MEMORY_BYTES / 1e6:,.0f} "
+            "MB is not tokenised at every start. Do it "
+            "once, with `python -m hunyuan_jax tokenize --input=... --output=DIR "
+            "--tokenizer=...`, and point it at DIR."
         )
 
 
@@ -286,7 +358,8 @@ def _allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != hard < count:
         raise ConfigError(
-            f"reading the token shards takes up to {count} open files, this machine allows {hard}. Raise `ulimit -Hn`, or make fewer "
+            f"reading the token shards takes up to {count} open files, this machine allows "
+            f"{hard}. Raise `ulimit -Hn`, or make fewer "
             "shards with `tokenize --shard_mb`."
         )
     if resource.RLIM_INFINITY != soft < count:

@@ -27,12 +27,20 @@ from hunyuan_jax.weights import torch_io
 
 
 class Pretrained:
-    """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S] integers.
+    """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S]
+    integers.
 
-    config: ModelConfig; params: nested dict of arrays, on the mesh as the rules table says; routing is dropless.
+    config: ModelConfig; params: nested dict of arrays, on the mesh as the rules table says;
+    routing is dropless.
     """
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any], source: torch_io.Source | None = None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        source: torch_io.Source | None = None,
+        mesh: Mesh | None = None,
+    ):
         self.config = dropless(config)
         self._source = source
         self._mesh = single_device_mesh() if mesh is None else mesh
@@ -40,10 +48,17 @@ class Pretrained:
         self.params = jax.device_put(params, shardings)
         self._engine = Engine(graph_def, self.params)
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
-        self._loss = jax.jit(lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels))
+        self._loss = jax.jit(
+            lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels)
+        )
 
-    def logits(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> jax.Array:
-        """float32 [B, S, V].  Positions default to 0 .. S-1 whatever the mask, as the official forward does."""
+    def logits(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None
+    ) -> jax.Array:
+        """float32 [B, S, V].  Positions default to 0 ..
+
+        S-1 whatever the mask, as the official forward does.
+        """
         ids = self._ids("input_ids", input_ids)
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
         arrays = (ids, mask, _like("position_ids", position_ids, ids, _arange(ids)))
@@ -56,8 +71,18 @@ class Pretrained:
         labels = _like("labels", labels, ids, None)
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
         if wrong.size:
-            raise ValueError(f"labels holds {wrong[0]}; a label is an id from 0 to {self.config.vocab_size - 1}, or -100 to ignore it.")
-        return float(self._loss(self.params, self._filled_up(ids), self._filled_up(labels, -100), self._filled_up(mask)))
+            raise ValueError(
+                f"labels holds {wrong[0]}; a label is an id from 0 to "
+                f"{self.config.vocab_size - 1}, or -100 to ignore it."
+            )
+        return float(
+            self._loss(
+                self.params,
+                self._filled_up(ids),
+                self._filled_up(labels, -100),
+                self._filled_up(mask),
+            )
+        )
 
     def generate(
         self,
@@ -73,11 +98,23 @@ class Pretrained:
     ) -> np.ndarray:
         """int32 [B, S + max_new_tokens]: the prompts and what follows; temperature 0 is greedy.
 
-        Prompts of unequal length are padded on the left and masked.  A row ends with its first eos_token_id (default: the
-        config's) and is filled with the padding id.
+        Prompts of unequal length are padded on the left and masked.  A row ends with its first
+        eos_token_id (default: the config's) and is filled with the padding id.
         """
         ids = self._ids("input_ids", input_ids)
-        steps = list(self.stream(ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_token_id, seed))
+        steps = list(
+            self.stream(
+                ids,
+                attention_mask,
+                max_new_tokens,
+                temperature,
+                top_k,
+                top_p,
+                repetition_penalty,
+                eos_token_id,
+                seed,
+            )
+        )
         new = np.full((ids.shape[0], max_new_tokens), self._fill_id(), np.int32)
         if steps:
             new[:, : len(steps)] = np.stack(steps, axis=1)
@@ -100,27 +137,39 @@ class Pretrained:
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
         if not mask[:, -1].all() or (np.diff(mask, axis=1) < 0).any():
             raise ValueError(
-                "attention_mask has a 0 after a 1: generation continues the last token of a row, so pad prompts on the left only."
+                "attention_mask has a 0 after a 1: generation continues the last token of a row, "
+                "so pad prompts on the left only."
             )
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         total = ids.shape[1] + max_new_tokens
         if total > self.config.max_position:
             raise ValueError(
-                f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the {self.config.max_position} positions of the "
+                f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the "
+                f"{self.config.max_position} positions of the "
                 "model; shorten the prompt or ask for fewer tokens."
             )
-        eos = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        eos = (
+            self.config.eos_token_ids
+            if eos_token_id is None
+            else np.atleast_1d(eos_token_id).tolist()
+        )
         sampling = Sampling(
             float(temperature) if temperature else None,
             int(top_k) if temperature else 0,
             float(top_p) if temperature and top_p < 1 else None,
             float(repetition_penalty) if repetition_penalty != 1 else None,
         )
-        return self._engine.stream(ids, mask, max_new_tokens, sampling, tuple(eos), self._fill_id(), seed)
+        return self._engine.stream(
+            ids, mask, max_new_tokens, sampling, tuple(eos), self._fill_id(), seed
+        )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes a model folder with the official names; one that was loaded unchanged comes out byte for byte the same."""
-        torch_io.write_model(folder, self.config, jax.tree.map(np.asarray, self.params), self._source)
+        """Writes a model folder with the official names; one that was loaded unchanged comes out
+        byte for byte the same.
+        """
+        torch_io.write_model(
+            folder, self.config, jax.tree.map(np.asarray, self.params), self._source
+        )
 
     def _filled_up(self, array_BS: np.ndarray, value: int = 0) -> np.ndarray:
         """With rows of `value` that make the batch divide over the mesh."""
@@ -133,21 +182,34 @@ class Pretrained:
     def _ids(self, name: str, value: Any) -> np.ndarray:
         ids = np.asarray(value)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-            raise ValueError(f"{name} has shape {ids.shape} and dtype {ids.dtype}; it must be a non-empty [batch, length] of integers.")
+            raise ValueError(
+                f"{name} has shape {ids.shape} and dtype {ids.dtype}; it must be a non-empty "
+                "[batch, length] of integers."
+            )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"{name} holds the id {ids.min() if ids.min() < 0 else ids.max()}; ids are 0 to {self.config.vocab_size - 1}.")
+            raise ValueError(
+                f"{name} holds the id {ids.min() if ids.min() < 0 else ids.max()}; ids are 0 to "
+                f"{self.config.vocab_size - 1}."
+            )
         return ids.astype(np.int32)
 
 
 def from_pretrained(
-    path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Pretrained:
-    """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or the newest one of a training run.
+    """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or
+    the newest one of a training run.
 
     Args:
-      path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an import, or the --workdir of a run.
-      dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder says.
-      mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first device if None.
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an
+        import, or the --workdir of a run.
+      dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder
+        says.
+      mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first
+        device if None.
       adapter: a folder with a LoRA adapter in PEFT's format, which is merged into the weights.
 
     Raises:
@@ -166,7 +228,9 @@ def from_pretrained(
     return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)), mesh=mesh)
 
 
-def _with_adapter(adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source) -> tuple[Any, ...]:
+def _with_adapter(
+    adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source
+) -> tuple[Any, ...]:
     """The model with a PEFT adapter merged into its weights."""
     adapted_cfg, adapters = peft_io.read_adapter(adapter, cfg)
     _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
@@ -174,9 +238,14 @@ def _with_adapter(adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:
-    """The same model as inference runs it: every token reaches its first choice, and nothing is kept for a backward pass."""
-    # group_size 0: a training run's groups need not fit a prompt, and without a capacity they change nothing but the router figures.
-    return dataclasses.replace(cfg, remat="none", moe=dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0))
+    """The same model as inference runs it: every token reaches its first choice, and nothing is
+    kept for a backward pass.
+    """
+    # group_size 0: a training run's groups need not fit a prompt, and without a capacity they
+    # change nothing but the router figures.
+    return dataclasses.replace(
+        cfg, remat="none", moe=dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0)
+    )
 
 
 def _logits(graph_def, params, ids_BS, mask_BS, positions_BS):
@@ -199,17 +268,24 @@ def _arange(ids_BS):
 def _like(name: str, value: Any, ids_BS: np.ndarray, default: np.ndarray | None) -> np.ndarray:
     array = default if value is None else np.asarray(value)
     if array.shape != ids_BS.shape:
-        raise ValueError(f"{name} has shape {array.shape}; it must match input_ids, {ids_BS.shape}.")
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must match input_ids, {ids_BS.shape}."
+        )
     return array.astype(np.int32)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> None:
     for is_ok, message in (
         (max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens} must be at least 1."),
         (temperature >= 0, f"temperature = {temperature} must not be negative; 0 is greedy."),
         (top_k >= 0, f"top_k = {top_k} must not be negative; 0 is off."),
         (0 < top_p <= 1, f"top_p = {top_p} must be in (0, 1]; 1 is off."),
-        (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be positive; 1 is off."),
+        (
+            repetition_penalty > 0,
+            f"repetition_penalty = {repetition_penalty} must be positive; 1 is off.",
+        ),
     ):
         if not is_ok:
             raise ValueError(message)

@@ -1,4 +1,6 @@
-"""From logits to the next token, with the official processors in the official order (specification section 6)."""
+"""From logits to the next token, with the official processors in the official order (specification
+section 6).
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 class Sampling(NamedTuple):
     """How the next token is drawn; None (top_k: 0) is off.
 
-    Without a temperature it is greedy, and top_k and top_p have no effect.  Numbers but top_k may be traced.
+    Without a temperature it is greedy, and top_k and top_p have no effect.  Numbers but top_k may
+    be traced.
     """
 
     temperature: float | jax.Array | None = None
@@ -19,10 +22,12 @@ class Sampling(NamedTuple):
 
 
 def process(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """Repetition penalty, temperature, top-k, top-p, in this order; excluded tokens become -inf.  float32 [B, V].
+    """Repetition penalty, temperature, top-k, top-p, in this order; excluded tokens become -inf.
+    float32 [B, V].
 
     Args:
-      seen_BV: bool, whether the token occurs in the prompt or the text so far; None without a penalty.
+      seen_BV: bool, whether the token occurs in the prompt or the text so far; None without a
+        penalty.
     """
     if sampling.repetition_penalty is not None:
         penalty = sampling.repetition_penalty
@@ -36,17 +41,22 @@ def process(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling)
         sorted_BV = jax.lax.top_k(logits_BV, sampling.top_k)[0]
         logits_BV = jnp.where(logits_BV < sorted_BV[:, -1:], -jnp.inf, logits_BV)
     if sampling.top_p is not None:
-        # Keep the smallest set of most likely tokens whose probability reaches top_p; at least one.  What top-k left is sorted already,
-        # but for tokens that tie with the last of them: they have its logit, and share its fate.
+        # Keep the smallest set of most likely tokens whose probability reaches top_p; at least
+        # one.  What top-k left is sorted already, but for tokens that tie with the last of them:
+        # they have its logit, and share its fate.
         sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1] if sorted_BV is None else sorted_BV
         p_BV = jnp.exp(sorted_BV - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
         mass_before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-        threshold_B1 = jnp.min(jnp.where(mass_before_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        threshold_B1 = jnp.min(
+            jnp.where(mass_before_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        )
         logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
-def next_token(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling, key_B: jax.Array) -> jax.Array:
+def next_token(
+    logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling, key_B: jax.Array
+) -> jax.Array:
     """int32 [B]: the most likely token if greedy, else a draw, by a typed key for each row."""
     logits_BV = process(logits_BV, seen_BV, sampling)
     if sampling.temperature is None:

@@ -14,12 +14,15 @@ from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 
-def load(checkpoint: str | os.PathLike, tokenizer: str | None = None, mesh: Mesh | None = None) -> tuple[Pretrained, Tokenizer]:
+def load(
+    checkpoint: str | os.PathLike, tokenizer: str | None = None, mesh: Mesh | None = None
+) -> tuple[Pretrained, Tokenizer]:
     """A model and its tokenizer.
 
     Args:
       checkpoint, mesh: as for `from_pretrained`.
-      tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of the model folder.
+      tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
+        the model folder.
 
     Raises:
       ConfigError: no model there, or no tokenizer that fits it.
@@ -28,14 +31,20 @@ def load(checkpoint: str | os.PathLike, tokenizer: str | None = None, mesh: Mesh
     model = from_pretrained(checkpoint, mesh=mesh)
     if vocabulary.vocab_size > model.config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; pass the one it was trained with."
+            f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; "
+            "pass the one it was trained with."
         )
     return model, vocabulary
 
 
-def stream(model: Pretrained, vocabulary: Tokenizer, prompt: str, **sampling: Any) -> Iterator[str]:
-    """Pieces of text that continue `prompt`, one a token, never half a character; `sampling`: keywords of `Pretrained.stream`."""
-    # No bos: the prompt is continued as a passage from the middle of a document, which most of the training rows are.
+def stream(
+    model: Pretrained, vocabulary: Tokenizer, prompt: str, **sampling: Any
+) -> Iterator[str]:
+    """Pieces of text that continue `prompt`, one a token, never half a character; `sampling`:
+    keywords of `Pretrained.stream`.
+    """
+    # No bos: the prompt is continued as a passage from the middle of a document, which most of the
+    # training rows are.
     return _decoded(model, vocabulary, vocabulary.encode(prompt), **sampling)
 
 
@@ -45,7 +54,9 @@ class Chat:
     messages: what was said so far, {"role", "content"} each.
     """
 
-    def __init__(self, model: Pretrained, vocabulary: Tokenizer, system: str = "", **sampling: Any):
+    def __init__(
+        self, model: Pretrained, vocabulary: Tokenizer, system: str = "", **sampling: Any
+    ):
         """`sampling`: keywords of `Pretrained.stream`; max_new_tokens is for each answer.
 
         Raises:
@@ -57,27 +68,38 @@ class Chat:
         try:
             render_chat([{"role": "user", "content": "?"}], vocabulary)
         except ValueError as e:
-            raise ConfigError(f"this tokenizer cannot chat: {e}; use `generate`, or pass --tokenizer=FILE with chat tokens.") from e
+            raise ConfigError(
+                f"this tokenizer cannot chat: {e}; use `generate`, or pass --tokenizer=FILE with "
+                "chat tokens."
+            ) from e
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
         self.messages = list(self._opening)
 
     def ask(self, question: str) -> Iterator[str]:
-        """Pieces of the answer.  What was read of it when the iterator is closed is what the conversation remembers.
+        """Pieces of the answer.  What was read of it when the iterator is closed is what the
+        conversation remembers.
 
         Raises:
-          ValueError: the conversation fills the model's positions, or bad sampling settings; the question is then forgotten.
+          ValueError: the conversation fills the model's positions, or bad sampling settings; the
+            question is then forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         ids = render_chat(asked, self._vocabulary)
         room = self._model.config.max_position - len(ids)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens, the model {self._model.config.max_position} positions; /reset starts a new one."
+                f"the conversation has {len(ids)} tokens, the model "
+                f"{self._model.config.max_position} positions; /reset starts a new one."
             )
         wanted = self._sampling.get("max_new_tokens", 256)
-        pieces = _decoded(self._model, self._vocabulary, ids, **self._sampling | {"max_new_tokens": min(wanted, room)})
+        pieces = _decoded(
+            self._model,
+            self._vocabulary,
+            ids,
+            **self._sampling | {"max_new_tokens": min(wanted, room)},
+        )
         return self._remembered(asked, pieces)
 
     def _remembered(self, asked: list[dict[str, str]], pieces: Iterator[str]) -> Iterator[str]:
@@ -90,9 +112,13 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
 
 
-def _decoded(model: Pretrained, vocabulary: Tokenizer, ids: list[int], **sampling: Any) -> Iterator[str]:
+def _decoded(
+    model: Pretrained, vocabulary: Tokenizer, ids: list[int], **sampling: Any
+) -> Iterator[str]:
     stop_ids = {*vocabulary.stop_ids, *model.config.eos_token_ids}
-    tokens = model.stream(np.array([ids]), eos_token_id=sorted(stop_ids), **sampling)  # refuses bad arguments here, not later
+    tokens = model.stream(
+        np.array([ids]), eos_token_id=sorted(stop_ids), **sampling
+    )  # refuses bad arguments here, not later
     return _texts(tokens, StreamDecoder(vocabulary, skip_special=True))
 
 
@@ -108,5 +134,8 @@ def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
 
         return store.read_config(checkpoint).data.tokenizer
     if not Path(checkpoint).is_dir():
-        raise ConfigError(f"checkpoint = {str(checkpoint)!r} is no folder; give the workdir of a run or a model folder.")
+        raise ConfigError(
+            f"checkpoint = {str(checkpoint)!r} is no folder; give the workdir of a run or a model "
+            "folder."
+        )
     return str(checkpoint)

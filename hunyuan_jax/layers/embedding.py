@@ -17,7 +17,9 @@ TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
 
 
 class Embedding(nnx.Module):
-    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification section 8)."""
+    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification
+    section 8).
+    """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         self.pad_token_id = cfg.pad_token_id
@@ -34,7 +36,9 @@ class Embedding(nnx.Module):
         def fn(w_VD, tokens_BT):
             return lookup(w_VD, tokens_BT, dtype, logical)
 
-        x_BTD = island.island(fn, self.mesh, logical, (TOKENS,), ROWS)(self.embedding_VD[...], tokens_BT)
+        x_BTD = island.island(fn, self.mesh, logical, (TOKENS,), ROWS)(
+            self.embedding_VD[...], tokens_BT
+        )
         is_pad_BT = tokens_BT == self.pad_token_id
         return jnp.where(is_pad_BT[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
 
@@ -48,23 +52,36 @@ class Head(nnx.Module):
 
 def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> nnx.Param:
     shape = (cfg.vocab_size, cfg.hidden_size)
-    return params.normal(key, shape, rules.first_that_divides(mesh, shape, TABLES, "the table of tokens"), cfg.init_std)
+    return params.normal(
+        key,
+        shape,
+        rules.first_that_divides(mesh, shape, TABLES, "the table of tokens"),
+        cfg.init_std,
+    )
 
 
-def lookup(w_VD: jax.Array, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]) -> jax.Array:
+def lookup(
+    w_VD: jax.Array, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]
+) -> jax.Array:
     """The rows [B, T, D] of this shard's tokens from the table as stored.  Runs inside an island.
 
-    Each shard looks up its columns for all shards that hold other columns, and an exchange brings a token's columns together: the
-    table never is whole on a chip.
+    Each shard looks up its columns for all shards that hold other columns, and an exchange brings
+    a token's columns together: the table never is whole on a chip.
     """
     vocab, embed = logical
     w_Vd = island.gather_stored(island.cast(w_VD, dtype), vocab, dim=0)
-    tokens_nT = island.gather_stored(tokens_BT, embed, dim=0)  # n: the sequences of all shards in question
+    tokens_nT = island.gather_stored(
+        tokens_BT, embed, dim=0
+    )  # n: the sequences of all shards in question
     row_nT = tokens_nT - island.shard_index("vocab") * w_Vd.shape[0]
-    row_nT = jnp.where(row_nT >= 0, row_nT, w_Vd.shape[0])  # negative numbers would count from the end
+    row_nT = jnp.where(
+        row_nT >= 0, row_nT, w_Vd.shape[0]
+    )  # negative numbers would count from the end
     # In float32, so that the gradients of a frequent token are added up in float32.
     x_nTd = w_Vd.astype(jnp.float32).at[row_nT].get(mode="fill", fill_value=0).astype(dtype)
-    return island.reduce_sum(island.exchange_stored(x_nTd, embed, split_dim=0, concat_dim=2), "vocab")
+    return island.reduce_sum(
+        island.exchange_stored(x_nTd, embed, split_dim=0, concat_dim=2), "vocab"
+    )
 
 
 def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
@@ -77,4 +94,6 @@ def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32)
         return logits_MV.reshape(*hidden_BTD.shape[:2], -1)
 
-    return island.island(fn, mesh, logical, (ROWS,), ("batch", "seq", "vocab"))(table_VD[...], hidden_BTD)
+    return island.island(fn, mesh, logical, (ROWS,), ("batch", "seq", "vocab"))(
+        table_VD[...], hidden_BTD
+    )

@@ -9,5 +9,10 @@ from hunyuan_jax.parallel.mesh import device_kind
 
 
 def kernel_options(cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """What `pallas_kernels` are called with: the devices of the mesh, and `model.kernels` as an implementation or a list of them."""
-    return {"device_kind": device_kind(mesh), "implementation": None if cfg.kernels == "auto" else cfg.kernels.split(",")}
+    """What `pallas_kernels` are called with: the devices of the mesh, and `model.kernels` as an
+    implementation or a list of them.
+    """
+    return {
+        "device_kind": device_kind(mesh),
+        "implementation": None if cfg.kernels == "auto" else cfg.kernels.split(","),
+    }

@@ -1,9 +1,10 @@
-"""LoRA (arXiv 2106.09685): projections W become W + alpha / rank * A B, and only A and B are trained.
+"""LoRA (arXiv 2106.09685): projections W become W + alpha / rank * A B, and only A and B are
+trained.
 
-A consumer of a CLA group has no key and value projection, hence no adapter of one: what its group's producer learns serves it too.
-Each routed expert has adapters of its own.
-Letters: P CLA groups, D model, N query heads, K kv heads, H head dim, F ffn, E experts, r rank, I and O the entries of a projection's
-input and output.
+A consumer of a CLA group has no key and value projection, hence no adapter of one: what its
+group's producer learns serves it too. Each routed expert has adapters of its own. Letters: P CLA
+groups, D model, N query heads, K kv heads, H head dim, F ffn, E experts, r rank, I and O the
+entries of a projection's input and output.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.parallel import island
 from hunyuan_jax.params import declare as params
 
-# Of each target: what the name of its W begins with, its leading dims, those that it reads, those that it writes.
+# Of each target: what the name of its W begins with, its leading dims, those that it reads, those
+# that it writes.
 _DIMS = {
     "q": ("wq", "", "D", "NH"),
     "k": ("wk", "", "D", "KH"),
@@ -48,11 +50,17 @@ class Adapted(NamedTuple):
 def names(target: str) -> tuple[str, str, str]:
     """The attributes of `Attention`, `Mlp` or `Experts` that hold W, A and B of a target."""
     stem, lead, ins, outs = _DIMS[target]
-    return f"{stem}_{lead}{ins}{outs}", f"{stem}_lora_a_{lead}{ins}r", f"{stem}_lora_b_{lead}r{outs}"
+    return (
+        f"{stem}_{lead}{ins}{outs}",
+        f"{stem}_lora_a_{lead}{ins}r",
+        f"{stem}_lora_b_{lead}r{outs}",
+    )
 
 
 def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
-    """Gives a module adapters of those of its projections that are targets.  B is zero, so that training starts from the model as it is."""
+    """Gives a module adapters of those of its projections that are targets.  B is zero, so that
+    training starts from the model as it is.
+    """
     for target, target_key in zip(_DIMS, jax.random.split(key, len(_DIMS)), strict=True):
         w_name, a_name, b_name = names(target)
         if not cfg.lora.rank or target not in cfg.lora.targets or not hasattr(module, w_name):
@@ -63,35 +71,58 @@ def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
         def with_rank(dims, rank, lead=first, split=last):
             return (*dims[:split], rank), (*dims[:lead], rank, *dims[split:])
 
-        (a_shape, b_shape), (a_dims, b_dims) = with_rank(w[...].shape, cfg.lora.rank), with_rank(w.get_metadata("logical"), "rank")
+        (a_shape, b_shape), (a_dims, b_dims) = (
+            with_rank(w[...].shape, cfg.lora.rank),
+            with_rank(w.get_metadata("logical"), "rank"),
+        )
         # The spread of the usual initialisation, uniform in +-1 / sqrt(entries of the input).
         std = 1 / math.sqrt(3 * math.prod(a_shape[first:last]))
         setattr(module, a_name, params.normal(target_key, a_shape, a_dims, std))
         setattr(module, b_name, params.zeros(b_shape, b_dims))
 
 
-def added(x_BTI: jax.Array, weights: dict[str, jax.Array], logical: dict[str, tuple[str, ...]], target: str, cfg: ModelConfig) -> jax.Array:
-    """alpha / rank * x A B, [B, T, O] on one shard of the heads: a partial sum where they are the input.  Runs inside an island."""
+def added(
+    x_BTI: jax.Array,
+    weights: dict[str, jax.Array],
+    logical: dict[str, tuple[str, ...]],
+    target: str,
+    cfg: ModelConfig,
+) -> jax.Array:
+    """alpha / rank * x A B, [B, T, O] on one shard of the heads: a partial sum where they are the
+    input.  Runs inside an island.
+    """
     _, a_name, b_name = names(target)
     a, b = (island.whole(weights[name], logical[name], x_BTI.dtype) for name in (a_name, b_name))
     rank = cfg.lora.rank
     return linear(linear(x_BTI, a.reshape(-1, rank)), b.reshape(rank, -1)) * cfg.lora.scale
 
 
-def adapted(weights: dict[str, jax.Array], target: str, cfg: LoraConfig, whole: Callable[[str], jax.Array]) -> Adapted:
-    """The projection of a target out of a module's parameters; `whole` gets one of them by name as it is used."""
+def adapted(
+    weights: dict[str, jax.Array], target: str, cfg: LoraConfig, whole: Callable[[str], jax.Array]
+) -> Adapted:
+    """The projection of a target out of a module's parameters; `whole` gets one of them by name as
+    it is used.
+    """
     w_name, a_name, b_name = names(target)
     w = whole(w_name)
     return Adapted(w, whole(a_name), whole(b_name), cfg.scale) if a_name in weights else Adapted(w)
 
 
 def split(tree: dict[str, Any], cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is trained, what is frozen) of a nested dict of parameters: the adapters and the rest, or all and {} without adapters."""
+    """(what is trained, what is frozen) of a nested dict of parameters: the adapters and the rest,
+    or all and {} without adapters.
+    """
     if not cfg.lora.rank:
         return tree, {}
     trained, frozen = {}, {}
     for name, value in tree.items():
-        parts = split(value, cfg) if isinstance(value, dict) else (value, {}) if "_lora_" in name else ({}, value)
+        parts = (
+            split(value, cfg)
+            if isinstance(value, dict)
+            else (value, {})
+            if "_lora_" in name
+            else ({}, value)
+        )
         for part, whole in zip(parts, (trained, frozen), strict=True):
             if not isinstance(part, dict) or part:
                 whole[name] = part
@@ -101,7 +132,8 @@ def split(tree: dict[str, Any], cfg: ModelConfig) -> tuple[dict[str, Any], dict[
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `split`; a parameter that both hold comes from the second."""
     both = {
-        name: join(first[name], second[name]) if isinstance(second[name], dict) else second[name] for name in first.keys() & second.keys()
+        name: join(first[name], second[name]) if isinstance(second[name], dict) else second[name]
+        for name in first.keys() & second.keys()
     }
     return {**first, **second, **both}
 
@@ -114,12 +146,18 @@ def merge(cfg: ModelConfig, tree: dict[str, Any]) -> tuple[ModelConfig, dict[str
 
 
 def _merged(tree: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    plain = {name: _merged(value, cfg) if isinstance(value, dict) else value for name, value in tree.items() if "_lora_" not in name}
+    plain = {
+        name: _merged(value, cfg) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if "_lora_" not in name
+    }
     for target in cfg.targets:
         w_name, a_name, b_name = names(target)
         if a_name in tree:
             w, a, b = (jnp.asarray(tree[name], jnp.float32) for name in (w_name, a_name, b_name))
             lead = w.shape[: 1 + len(_DIMS[target][1])]  # P, and E
-            delta = jnp.matmul(a.reshape(*lead, -1, cfg.rank), b.reshape(*lead, cfg.rank, -1), precision="highest")
+            delta = jnp.matmul(
+                a.reshape(*lead, -1, cfg.rank), b.reshape(*lead, cfg.rank, -1), precision="highest"
+            )
             plain[w_name] = w + cfg.scale * delta.reshape(w.shape)
     return plain

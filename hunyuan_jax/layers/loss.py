@@ -1,7 +1,8 @@
-"""Training loss: cross entropy per target, computed over parts of the vocabulary, and the auxiliary router losses.
+"""Training loss: cross entropy per target, computed over parts of the vocabulary, and the
+auxiliary router losses.
 
-Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n parts of it, v rows of the table that a shard stores of one
-part, d = D / shards in storage; Vn: a part, whole.
+Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n parts of it, v rows
+of the table that a shard stores of one part, d = D / shards in storage; Vn: a part, whole.
 """
 
 import functools
@@ -17,17 +18,19 @@ from hunyuan_jax.layers.embedding import ROWS, TOKENS
 from hunyuan_jax.layers.linear import apart
 from hunyuan_jax.parallel import island
 
-# Of one part, float32, on one shard.  With twice as much, the part's gradient is above what the TPU compiler (libtpu 0.0.50) turns into
-# a reduce-scatter: it then all-reduces.
+# Of one part, float32, on one shard.  With twice as much, the part's gradient is above what the
+# TPU compiler (libtpu 0.0.50) turns into a reduce-scatter: it then all-reduces.
 _MAX_LOGITS_BYTES = 2**28
 _LANES = 128
 
 
-def token_losses(table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh) -> jax.Array:
+def token_losses(
+    table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh
+) -> jax.Array:
     """-log p(target) in nats, float32 [B, T]; targets are already shifted.
 
-    The [tokens, vocabulary] logits are never whole in memory: the table is gathered and multiplied in parts, and the backward pass
-    computes each part's logits again.
+    The [tokens, vocabulary] logits are never whole in memory: the table is gathered and multiplied
+    in parts, and the backward pass computes each part's logits again.
 
     Args:
       table_VD: the output projection, as declared in embedding.py.
@@ -38,10 +41,14 @@ def token_losses(table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Arr
     logical = table_VD.get_metadata("logical")
 
     def fn(w_VD, hidden_BTD, targets_BT):
-        loss_M = _losses_of_shard(logical, w_VD, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1))
+        loss_M = _losses_of_shard(
+            logical, w_VD, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+        )
         return loss_M.reshape(targets_BT.shape)
 
-    return island.island(fn, mesh, logical, (ROWS, TOKENS), TOKENS)(table_VD[...], hidden_BTD, targets_BT)
+    return island.island(fn, mesh, logical, (ROWS, TOKENS), TOKENS)(
+        table_VD[...], hidden_BTD, targets_BT
+    )
 
 
 def mean_loss(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
@@ -53,14 +60,18 @@ def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
     """Weighted sum of the balance and z losses, averaged over layers; 0 for a dense model."""
     if not stats:
         return jnp.zeros((), jnp.float32)
-    return cfg.aux_loss_weight * stats["aux_loss"].mean() + cfg.z_loss_weight * stats["z_loss"].mean()
+    return (
+        cfg.aux_loss_weight * stats["aux_loss"].mean() + cfg.z_loss_weight * stats["z_loss"].mean()
+    )
 
 
 def num_parts(num_tokens: int, num_rows: int, num_shards: int) -> int:
-    """In how many parts num_rows rows of the table on each of num_shards shards are multiplied with num_tokens tokens.
+    """In how many parts num_rows rows of the table on each of num_shards shards are multiplied
+    with num_tokens tokens.
 
-    The smallest divisor of num_rows that keeps a part's logits small.  Where that is more than twice as many parts as are needed (128167
-    is 13 times a prime, and 13 rows are no matrix) their number is what is needed, and the last part is filled up with zeros.
+    The smallest divisor of num_rows that keeps a part's logits small.  Where that is more than
+    twice as many parts as are needed (128167 is 13 times a prime, and 13 rows are no matrix) their
+    number is what is needed, and the last part is filled up with zeros.
     """
     most_rows = max(1, _MAX_LOGITS_BYTES // (4 * num_tokens * num_shards))
     needed = -(-num_rows // most_rows)
@@ -71,14 +82,18 @@ def num_parts(num_tokens: int, num_rows: int, num_shards: int) -> int:
 
 
 def rows_of_part(num_rows: int, num_parts: int) -> int:
-    """Rows of the table in each part; more than num_rows in all parts together where num_parts is no divisor."""
+    """Rows of the table in each part; more than num_rows in all parts together where num_parts is
+    no divisor.
+    """
     rows = -(-num_rows // num_parts)
     # Filled up in any case, it may as well be whole tiles of a TPU.
     return rows if num_rows % num_parts == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses_of_shard(logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array, targets_M: jax.Array) -> jax.Array:
+def _losses_of_shard(
+    logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array, targets_M: jax.Array
+) -> jax.Array:
     return _losses_fwd(logical, w_Vd, hidden_MD, targets_M)[0]
 
 
@@ -87,17 +102,32 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
 
     def add_part(carry, part):
         max_M, sum_M, target_M = carry
-        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, w_Vd.shape[0])
+        logits_MVn, is_target_MVn = _part_logits(
+            logical, part, hidden_MD, targets_M, w_Vd.shape[0]
+        )
         new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
-        sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.exp(logits_MVn - new_max_M[:, None]).sum(-1)
-        return (new_max_M, sum_M, target_M + jnp.where(is_target_MVn, logits_MVn, 0.0).sum(-1)), None
+        sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.exp(logits_MVn - new_max_M[:, None]).sum(
+            -1
+        )
+        return (
+            new_max_M,
+            sum_M,
+            target_M + jnp.where(is_target_MVn, logits_MVn, 0.0).sum(-1),
+        ), None
 
     zeros_M = jnp.zeros(targets_M.shape, jnp.float32)
-    (max_M, sum_M, target_M), _ = jax.lax.scan(add_part, (zeros_M - jnp.inf, zeros_M, zeros_M), parts)
+    (max_M, sum_M, target_M), _ = jax.lax.scan(
+        add_part, (zeros_M - jnp.inf, zeros_M, zeros_M), parts
+    )
     all_max_M = island.reduce_max(max_M, "vocab")
     sum_M = island.reduce_sum(sum_M * jnp.exp(max_M - all_max_M), "vocab")
     log_sum_M = all_max_M + jnp.log(sum_M)
-    return log_sum_M - island.reduce_sum(target_M, "vocab"), (w_Vd, hidden_MD, targets_M, log_sum_M)
+    return log_sum_M - island.reduce_sum(target_M, "vocab"), (
+        w_Vd,
+        hidden_MD,
+        targets_M,
+        log_sum_M,
+    )
 
 
 def _losses_bwd(logical, residuals, dloss_M):
@@ -107,11 +137,21 @@ def _losses_bwd(logical, residuals, dloss_M):
     dloss_M = island.reduce_sum(dloss_M, "vocab")
 
     def add_part(dhidden_MD, part):
-        w_DVn, to_storage = jax.vjp(lambda w_vd: _whole_part(logical, w_vd, hidden_MD.dtype), part[1])
-        logits_MVn, is_target_MVn = _part_logits(logical, part, hidden_MD, targets_M, w_Vd.shape[0], w_DVn)
+        w_DVn, to_storage = jax.vjp(
+            lambda w_vd: _whole_part(logical, w_vd, hidden_MD.dtype), part[1]
+        )
+        logits_MVn, is_target_MVn = _part_logits(
+            logical, part, hidden_MD, targets_M, w_Vd.shape[0], w_DVn
+        )
         probs_MVn = jnp.exp(logits_MVn - log_sum_M[:, None])
-        dlogits_MVn = apart((dloss_M[:, None] * (probs_MVn - is_target_MVn.astype(jnp.float32))).astype(hidden_MD.dtype))
-        dhidden_MD = dhidden_MD + jnp.einsum("MV,DV->MD", dlogits_MVn, w_DVn, preferred_element_type=jnp.float32)
+        dlogits_MVn = apart(
+            (dloss_M[:, None] * (probs_MVn - is_target_MVn.astype(jnp.float32))).astype(
+                hidden_MD.dtype
+            )
+        )
+        dhidden_MD = dhidden_MD + jnp.einsum(
+            "MV,DV->MD", dlogits_MVn, w_DVn, preferred_element_type=jnp.float32
+        )
         return dhidden_MD, to_storage(apart(jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MVn)))[0]
 
     dhidden_MD, dw_nvd = jax.lax.scan(add_part, jnp.zeros(hidden_MD.shape, jnp.float32), parts)
@@ -125,8 +165,12 @@ def _losses_bwd(logical, residuals, dloss_M):
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
 
 
-def _parts(logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(index [n], rows [n, v, d]): part i is the i-th stretch of v rows of every shard; the last may be filled up with zeros."""
+def _parts(
+    logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(index [n], rows [n, v, d]): part i is the i-th stretch of v rows of every shard; the last
+    may be filled up with zeros.
+    """
     num_rows, width = w_Vd.shape
     n = num_parts(hidden_MD.shape[0], num_rows, island.num_stored_shards(logical[0]))
     v = rows_of_part(num_rows, n)
@@ -135,16 +179,21 @@ def _parts(logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array) -> t
 
 
 def _whole_part(logical, w_vd, dtype):
-    # Turned round, the columns of a shard are rows; a TPU can reduce-scatter their gradient, where it would all-reduce columns.
+    # Turned round, the columns of a shard are rows; a TPU can reduce-scatter their gradient, where
+    # it would all-reduce columns.
     return island.whole(w_vd.T, logical[::-1], dtype)
 
 
 def _part_logits(logical, part, hidden_MD, targets_M, num_rows, w_DVn=None):
-    """Logits float32 [M, Vn] of a part of the vocabulary, and whether each is the target's; num_rows: that a shard really stores."""
+    """Logits float32 [M, Vn] of a part of the vocabulary, and whether each is the target's;
+    num_rows: that a shard really stores.
+    """
     index, w_vd = part
     v = w_vd.shape[0]
     w_DVn = _whole_part(logical, w_vd, hidden_MD.dtype) if w_DVn is None else w_DVn
-    logits_MVn = apart(jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32))
+    logits_MVn = apart(
+        jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32)
+    )
     # Row r of the part is row r % v of the stretch that shard r // v stores.
     num_shards, row_Vn = island.num_stored_shards(logical[0]), jnp.arange(w_DVn.shape[1])
     shard_Vn = island.shard_index("vocab") * num_shards + row_Vn // v
@@ -152,5 +201,7 @@ def _part_logits(logical, part, hidden_MD, targets_M, num_rows, w_DVn=None):
     is_target_MVn = (shard_Vn * num_rows + stored_row_Vn)[None, :] == targets_M[:, None]
     if num_rows % v == 0:
         return logits_MVn, is_target_MVn
-    is_row_Vn = stored_row_Vn < num_rows  # behind them, the numbers would be those of the next shard's tokens
+    is_row_Vn = (
+        stored_row_Vn < num_rows
+    )  # behind them, the numbers would be those of the next shard's tokens
     return jnp.where(is_row_Vn, logits_MVn, -jnp.inf), is_target_MVn & is_row_Vn

@@ -14,7 +14,9 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class RmsNorm(nnx.Module):
-    """Scaled RMS norm over D: the cast back to x's dtype comes before the multiplication by the scale."""
+    """Scaled RMS norm over D: the cast back to x's dtype comes before the multiplication by the
+    scale.
+    """
 
     def __init__(self, dim: int, eps: float):
         self.scale_D = params.ones((dim,), ("norm",))

@@ -1,4 +1,6 @@
-"""Rotary position embedding: half-split rotation and the official frequency variants (specification section 4)."""
+"""Rotary position embedding: half-split rotation and the official frequency variants
+(specification section 4).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,16 @@ from hunyuan_jax.config import ModelConfig
 def inverse_frequencies(cfg: ModelConfig) -> jax.Array:
     """Inverse frequencies, float32 [head_dim / 2].
 
-    alpha: base = theta * alpha^(d / (d - 2)), whatever the length.  default: theta^(-2i/d), as in transformers.  plain and linear: the
-    same rounded to bfloat16, which is what Hunyuan-Large's class stores (an error of up to 0.37 %).
+    alpha: base = theta * alpha^(d / (d - 2)), whatever the length.  default: theta^(-2i/d), as in
+    transformers.  plain and linear: the same rounded to bfloat16, which is what Hunyuan-Large's
+    class stores (an error of up to 0.37 %).
     """
     exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
     if cfg.rope_type == "alpha":
-        return 1.0 / (cfg.rope_theta * cfg.rope_alpha ** (cfg.head_dim / (cfg.head_dim - 2))) ** exponent
+        return (
+            1.0
+            / (cfg.rope_theta * cfg.rope_alpha ** (cfg.head_dim / (cfg.head_dim - 2))) ** exponent
+        )
     inverse_h = 1.0 / cfg.rope_theta**exponent
     return inverse_h if cfg.rope_type == "default" else _round_to_bfloat16(inverse_h)
 
@@ -25,7 +31,8 @@ def cos_sin(positions_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.A
     angles_BTh = positions[..., None] * inverse_frequencies(cfg)
     if cfg.rope_type != "linear":
         return jnp.cos(angles_BTh), jnp.sin(angles_BTh)
-    # The official linear variant does all of its arithmetic in bfloat16: 512 positions give only 385 distinct values.
+    # The official linear variant does all of its arithmetic in bfloat16: 512 positions give only
+    # 385 distinct values.
     scaled = _round_to_bfloat16(_round_to_bfloat16(positions) / cfg.rope_factor)
     angles_BTh = _round_to_bfloat16(scaled[..., None] * inverse_frequencies(cfg))
     return _round_to_bfloat16(jnp.cos(angles_BTh)), _round_to_bfloat16(jnp.sin(angles_BTh))
@@ -36,9 +43,12 @@ def rotate(x_BTNH: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> jax.A
     cos_BTh, sin_BTh = cos_sin_BTh
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BTNH.dtype)
 
 
 def _round_to_bfloat16(x: jax.Array) -> jax.Array:
-    # A pair of casts may be folded away by XLA (excess precision is allowed); reduce_precision may not.
+    # A pair of casts may be folded away by XLA (excess precision is allowed); reduce_precision may
+    # not.
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -11,7 +11,9 @@ from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
 
 
-def abstract_model(cfg: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+def abstract_model(
+    cfg: ModelConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """(graph_def, shapes, shardings) of the model; nothing is allocated."""
     graph_def, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0))))
     shapes = nnx.to_pure_dict(state)
@@ -24,7 +26,10 @@ def abstract_model(cfg: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str
         logical = ("layers",) * (len(shape.shape) - len(logical)) + logical
         return rules.stored_sharding(mesh, logical, shape.shape, path_of(path))
 
-    shardings = [sharding(path, shape, param) for (path, shape), param in zip(shape_leaves, declared, strict=True)]
+    shardings = [
+        sharding(path, shape, param)
+        for (path, shape), param in zip(shape_leaves, declared, strict=True)
+    ]
     return graph_def, shapes, jax.tree.unflatten(treedef, shardings)
 
 

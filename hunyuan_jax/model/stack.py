@@ -1,6 +1,7 @@
 """The CLA group: one producer layer and its consumers, the unit of scan, remat and cache.
 
-Letters: B batch, T queries, S keys, D model, K kv heads, H head dim, F layers of the group (the share factor).
+Letters: B batch, T queries, S keys, D model, K kv heads, H head dim, F layers of the group (the
+share factor).
 """
 
 from collections.abc import Callable
@@ -20,14 +21,17 @@ from hunyuan_jax.layers.norm import RmsNorm
 
 
 class Sequence(NamedTuple):
-    """What every layer knows about the tokens: RoPE tables [B, T, H/2] each, who sees whom, is_valid bool [B, T]."""
+    """What every layer knows about the tokens: RoPE tables [B, T, H/2] each, who sees whom,
+    is_valid bool [B, T].
+    """
 
     cos_sin_BTh: tuple[jax.Array, jax.Array]
     visibility: Visibility
     is_valid_BT: jax.Array
 
 
-# (k, v) [B, T, K, H] of new tokens -> ((k, v) [B, S, K, H] to attend to, the cache that holds them).
+# (k, v) [B, T, K, H] of new tokens -> ((k, v) [B, S, K, H] to attend to, the cache that holds
+# them).
 Extend = Callable[[tuple[jax.Array, jax.Array]], tuple[tuple[jax.Array, jax.Array], Any]]
 
 
@@ -68,12 +72,25 @@ class Layer(nnx.Module):
         out_BTD = self.attn(y_BTD, *kv, sequence.cos_sin_BTh, sequence.visibility, attention_key)
         x_BTD = x_BTD + self._hidden_drop(out_BTD, dropout_keys[1], is_training)
         y_BTD = self.mlp_norm(x_BTD)
-        out_BTD, stats = self.moe(y_BTD, sequence.is_valid_BT, routing_key) if self.cfg.is_moe else (self.mlp(y_BTD), {})
-        return checkpoint_name(x_BTD + self._hidden_drop(out_BTD, dropout_keys[2], is_training), "stream"), stats
+        out_BTD, stats = (
+            self.moe(y_BTD, sequence.is_valid_BT, routing_key)
+            if self.cfg.is_moe
+            else (self.mlp(y_BTD), {})
+        )
+        return checkpoint_name(
+            x_BTD + self._hidden_drop(out_BTD, dropout_keys[2], is_training), "stream"
+        ), stats
 
-    def _hidden_drop(self, x_BTD: jax.Array, key: jax.Array | None, is_training: bool) -> jax.Array:
-        # The paper's SFT uses a "hidden dropout" of 0.2 without saying where; before each residual addition is the usual place.
-        return drop(x_BTD, self.cfg.hidden_dropout, key) if is_training and self.cfg.hidden_dropout else x_BTD
+    def _hidden_drop(
+        self, x_BTD: jax.Array, key: jax.Array | None, is_training: bool
+    ) -> jax.Array:
+        # The paper's SFT uses a "hidden dropout" of 0.2 without saying where; before each residual
+        # addition is the usual place.
+        return (
+            drop(x_BTD, self.cfg.hidden_dropout, key)
+            if is_training and self.cfg.hidden_dropout
+            else x_BTD
+        )
 
 
 class ClaGroup(nnx.Module):
@@ -96,7 +113,8 @@ class ClaGroup(nnx.Module):
         is_training: bool,
         extend: Extend | None = None,
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """The residual stream after the group, what `extend` made of the cache (None without), and router figures [F, ...].
+        """The residual stream after the group, what `extend` made of the cache (None without), and
+        router figures [F, ...].
 
         Args:
           key: typed key of this (seed, step, group).

@@ -21,13 +21,17 @@ from hunyuan_jax.parallel.rules import constrain
 from hunyuan_jax.params import declare as params
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names("stream", "product", "dispatched", "attended"),
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        "stream", "product", "dispatched", "attended"
+    ),
     "full": jax.checkpoint_policies.save_only_these_names("stream"),
 }
 
 
 class Output(NamedTuple):
-    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, F, ...] (empty if dense)."""
+    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, F, ...]
+    (empty if dense).
+    """
 
     hidden_BTD: jax.Array
     cache: KvCache | None
@@ -35,14 +39,18 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Hunyuan-Large.  Holds parameters; `__call__` and `logits` are functions of them and change nothing."""
+    """Hunyuan-Large.  Holds parameters; `__call__` and `logits` are functions of them and change
+    nothing.
+    """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         embed_key, groups_key, head_key = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
         self.embed = embedding.Embedding(cfg, mesh, embed_key)
-        self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(jax.random.split(groups_key, cfg.num_groups))
+        self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(
+            jax.random.split(groups_key, cfg.num_groups)
+        )
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = embedding.Head(cfg, mesh, head_key)
@@ -62,19 +70,24 @@ class Transformer(nnx.Module):
         Args:
           tokens_BT: int32.
           positions_BT: int32 RoPE positions.
-          segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.  With a cache, 1 or 0.
+          segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.  With a
+            cache, 1 or 0.
           key: typed key of this (seed, step), for recycle routing and dropout.
           is_training: whether dropout acts; needs `key`.
           cache: continues it: the tokens take the next T slots.
         """
         cfg = self.cfg
         if is_training and key is None and (cfg.attention_dropout or cfg.hidden_dropout):
-            raise ValueError("is_training with dropout needs a key; pass key=, or is_training=False.")
+            raise ValueError(
+                "is_training with dropout needs a key; pass key=, or is_training=False."
+            )
         x_BTD = constrain(self.embed(tokens_BT, cfg.dtype), self.mesh, ("batch", "seq", "embed"))
         first_slot, key_segment_BS, cached_PBSKH = 0, segment_ids_BT, None
         if cache is not None:
             first_slot = cache.num_filled
-            key_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_ids_BT, first_slot, axis=1)
+            key_segment_BS = jax.lax.dynamic_update_slice_in_dim(
+                cache.segment_BS, segment_ids_BT, first_slot, axis=1
+            )
             cached_PBSKH = (cache.k_PBSKH, cache.v_PBSKH)
         slot_T = first_slot + jnp.arange(tokens_BT.shape[1])
         visibility = Visibility(slot_T, segment_ids_BT, key_segment_BS)
@@ -86,22 +99,32 @@ class Transformer(nnx.Module):
             group_params, group_index = per_group
             group_key = None if key is None else jax.random.fold_in(key, group_index)
             group = nnx.merge(group_def, params.in_use(group_params, group_index))
-            extend = None if cache is None else functools.partial(_extend, cached_PBSKH, group_index, first_slot)
+            extend = (
+                None
+                if cache is None
+                else functools.partial(_extend, cached_PBSKH, group_index, first_slot)
+            )
             x_BTD, cached_PBSKH, stats = group(x_BTD, sequence, group_key, is_training, extend)
             return (constrain(x_BTD, self.mesh, ("batch", "seq", "embed")), cached_PBSKH), stats
 
         if cfg.remat != "none":
-            one_group = jax.checkpoint(one_group, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
+            one_group = jax.checkpoint(
+                one_group, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False
+            )
         carry = (x_BTD, cached_PBSKH)
         if any(map(params.is_apart, jax.tree.leaves(group_params_P, is_leaf=params.is_apart))):
             stats_P = []
             for index in range(cfg.num_groups):
-                group_params = jax.tree.map(lambda leaf, i=index: leaf[i], group_params_P, is_leaf=params.is_apart)
+                group_params = jax.tree.map(
+                    lambda leaf, i=index: leaf[i], group_params_P, is_leaf=params.is_apart
+                )
                 carry, stats = one_group(carry, (group_params, index))
                 stats_P.append(stats)
             stats_PF = jax.tree.map(lambda *a: jnp.stack(a), *stats_P)
         else:
-            carry, stats_PF = jax.lax.scan(one_group, carry, (group_params_P, jnp.arange(cfg.num_groups)))
+            carry, stats_PF = jax.lax.scan(
+                one_group, carry, (group_params_P, jnp.arange(cfg.num_groups))
+            )
         x_BTD, cached_PBSKH = carry
         if cache is not None:
             cache = KvCache(*cached_PBSKH, key_segment_BS, first_slot + tokens_BT.shape[1])
@@ -112,7 +135,9 @@ class Transformer(nnx.Module):
         return embedding.logits(self._table(), hidden_BTD, self.mesh)
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """-log p(target) in nats, float32 [B, T]; targets are already shifted: targets[:, t] is what position t predicts."""
+        """-log p(target) in nats, float32 [B, T]; targets are already shifted: targets[:, t] is
+        what position t predicts.
+        """
         return loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh)
 
     def _table(self) -> nnx.Param:
@@ -120,21 +145,35 @@ class Transformer(nnx.Module):
 
 
 def _extend(
-    cached_PBSKH: tuple[Any, Any], group: jax.Array | int, first_slot: jax.Array, kv_BTKH: tuple[jax.Array, jax.Array]
+    cached_PBSKH: tuple[Any, Any],
+    group: jax.Array | int,
+    first_slot: jax.Array,
+    kv_BTKH: tuple[jax.Array, jax.Array],
 ) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
-    """((k, v) [B, S, K, H] of a CLA group with kv_BTKH from first_slot on, the whole cache with them).
+    """((k, v) [B, S, K, H] of a CLA group with kv_BTKH from first_slot on, the whole cache with
+    them).
 
-    The new rows alone are written; the cache is carried from group to group, so that it stays where it is.
+    The new rows alone are written; the cache is carried from group to group, so that it stays
+    where it is.
     """
     if isinstance(cached_PBSKH[0], tuple):
         (k_P, v_P), (k_BTKH, v_BTKH) = cached_PBSKH, kv_BTKH
         k_BKHT = k_BTKH.transpose(0, 2, 3, 1).astype(k_P[group].dtype)
         k_BKHS = jax.lax.dynamic_update_slice_in_dim(k_P[group], k_BKHT, first_slot, axis=3)
-        v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_P[group], v_BTKH.astype(v_P[group].dtype), first_slot, axis=1)
-        written = tuple((*old_P[:group], new, *old_P[group + 1 :]) for old_P, new in ((k_P, k_BKHS), (v_P, v_BSKH)))
+        v_BSKH = jax.lax.dynamic_update_slice_in_dim(
+            v_P[group], v_BTKH.astype(v_P[group].dtype), first_slot, axis=1
+        )
+        written = tuple(
+            (*old_P[:group], new, *old_P[group + 1 :])
+            for old_P, new in ((k_P, k_BKHS), (v_P, v_BSKH))
+        )
         return (k_BKHS.transpose(0, 3, 1, 2), v_BSKH), written
     whole = tuple(
-        jax.lax.dynamic_update_slice(old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, first_slot, 0, 0))
+        jax.lax.dynamic_update_slice(
+            old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, first_slot, 0, 0)
+        )
         for old_PBSKH, new_BTKH in zip(cached_PBSKH, kv_BTKH, strict=True)
     )
-    return tuple(jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in whole), whole
+    return tuple(
+        jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in whole
+    ), whole

@@ -1,4 +1,6 @@
-"""The optimizer: global-norm clip, then AdamW with a learning-rate ratio and a weight decay per parameter group."""
+"""The optimizer: global-norm clip, then AdamW with a learning-rate ratio and a weight decay per
+parameter group.
+"""
 
 import functools
 import math
@@ -19,10 +21,12 @@ class Optimizer(NamedTuple):
     """Pure functions of the parameters as `scaled.store_params` made them.
 
     init: params -> opt_state, all zeros.
-    step: (grads, opt_state, params, accept) -> (new params, new opt_state, norm of the gradient before the clip, a float32 scalar).
-      grads: one float32 or bfloat16 array per parameter, never Scaled.  accept: norm -> bool []; where it is False, params and opt_state
-      come back as they were; by default a norm that is finite.  Call it under jit, and donate opt_state and params to a function that
-      returns them in the order it takes them: a donated buffer goes to the first result of its shape and dtype.
+    step: (grads, opt_state, params, accept) -> (new params, new opt_state, norm of the gradient
+      before the clip, a float32 scalar). grads: one float32 or bfloat16 array per parameter, never
+      Scaled.  accept: norm -> bool []; where it is False, params and opt_state come back as they
+      were; by default a norm that is finite.  Call it under jit, and donate opt_state and params
+      to a function that returns them in the order it takes them: a donated buffer goes to the
+      first result of its shape and dtype.
     """
 
     init: Callable[[Any], Any]
@@ -32,8 +36,8 @@ class Optimizer(NamedTuple):
 class QuantizedState(NamedTuple):
     """Moments of "fp8_lm", trees like the parameters.
 
-    count: int32, steps done.  mu: first moment, Scaled float8_e4m3fn for a Scaled parameter, else float32.  root_nu: square root of the
-    second moment, Scaled float16 or float32 likewise.
+    count: int32, steps done.  mu: first moment, Scaled float8_e4m3fn for a Scaled parameter, else
+    float32.  root_nu: square root of the second moment, Scaled float16 or float32 likewise.
     """
 
     count: jax.Array
@@ -42,38 +46,48 @@ class QuantizedState(NamedTuple):
 
 
 def build_optimizer(
-    cfg: OptimizerConfig, schedule: optax.Schedule, params_or_shapes: Any, *, is_moe: bool, is_lora: bool = False
+    cfg: OptimizerConfig,
+    schedule: optax.Schedule,
+    params_or_shapes: Any,
+    *,
+    is_moe: bool,
+    is_lora: bool = False,
 ) -> Optimizer:
     """AdamW over the parameter tree.
 
-    One step for a parameter p of a group with ratio r and decay wd, where m and v are the bias-corrected moments of the clipped
-    gradient and lr = schedule(number of steps done before):
+    One step for a parameter p of a group with ratio r and decay wd, where m and v are the
+    bias-corrected moments of the clipped gradient and lr = schedule(number of steps done before):
 
         p -= lr * r * (m / (sqrt(v) + eps) + wd * p)
 
-    For r = 1 this is torch.optim.AdamW, the optimizer of the official fine-tuning code (specification section 8).  The ratio scales
-    the decay too: that is what AdamW does with a smaller learning rate, and the paper does not say otherwise (reference/papers.md 1.5).
-    The clip leaves out the 1e-6 that torch adds to the norm.
+    For r = 1 this is torch.optim.AdamW, the optimizer of the official fine-tuning code
+    (specification section 8).  The ratio scales the decay too: that is what AdamW does with a
+    smaller learning rate, and the paper does not say otherwise (reference/papers.md 1.5). The clip
+    leaves out the 1e-6 that torch adds to the norm.
 
     Arithmetic is float32 for every `cfg.state_dtype`; the choice is what is kept between steps:
 
     * "float32", 12 bytes a parameter: p, m and v in float32.
     * "bfloat16", 8 bytes: p in float32, m and v of every parameter in bfloat16.
-    * "fp8_lm", 5 bytes for matrices (`_quantized`): p in float16, m in float8 and sqrt(v) in float16, with power-of-two scales.
+    * "fp8_lm", 5 bytes for matrices (`_quantized`): p in float16, m in float8 and sqrt(v) in
+      float16, with power-of-two scales.
 
-    The state holds arrays only: two trees of moments with the structure, shapes and sharding of the parameters, and int32 counts.
-    A moment's path ends in its parameter's, with "/value" or "/inv_scale" after it where it is Scaled.  The moments are one tree for all
-    groups, so the state's layout does not depend on the groups.
+    The state holds arrays only: two trees of moments with the structure, shapes and sharding of
+    the parameters, and int32 counts. A moment's path ends in its parameter's, with "/value" or
+    "/inv_scale" after it where it is Scaled.  The moments are one tree for all groups, so the
+    state's layout does not depend on the groups.
 
     Args:
       cfg: the optimizer section.
       schedule: step -> learning rate, as `build_schedule` returns it.
-      params_or_shapes: nested dict of the parameters (plain arrays) or their shape structs; only the paths are used.
+      params_or_shapes: nested dict of the parameters (plain arrays) or their shape structs; only
+        the paths are used.
       is_moe: whether the model has routed experts (`ModelConfig.is_moe`).
       is_lora: whether the parameters are LoRA adapters.
 
     Raises:
-      ConfigError: a parameter without a group, a group without a parameter, or a moment that decays too slowly for its dtype.
+      ConfigError: a parameter without a group, a group without a parameter, or a moment that
+        decays too slowly for its dtype.
     """
     by_name = {group.name: group for group in default_groups(cfg, is_moe=is_moe, is_lora=is_lora)}
     names = assign_groups(params_or_shapes, tuple(by_name.values()))
@@ -84,14 +98,22 @@ def build_optimizer(
 
 
 def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> Optimizer:
-    """The "float32" and "bfloat16" states: an optax chain, which XLA fuses into one pass over each whole parameter."""
+    """The "float32" and "bfloat16" states: an optax chain, which XLA fuses into one pass over each
+    whole parameter.
+    """
     dtype = jnp.dtype(cfg.state_dtype)
     for name in ("b1", "b2"):
         _require_decay(cfg, name, getattr(cfg, name), dtype)
     chain = optax.chain(
-        optax.stateless(lambda grads, params: optax.tree.scale(_clip_factor(cfg, optax.tree.norm(grads)), grads)),
+        optax.stateless(
+            lambda grads, params: optax.tree.scale(
+                _clip_factor(cfg, optax.tree.norm(grads)), grads
+            )
+        ),
         _scale_by_adam(cfg, dtype),
-        optax.stateless(lambda updates, params: jax.tree.map(_decay_and_scale, groups, updates, params)),
+        optax.stateless(
+            lambda updates, params: jax.tree.map(_decay_and_scale, groups, updates, params)
+        ),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -106,21 +128,26 @@ def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) ->
 
 
 def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> Optimizer:
-    """The "fp8_lm" state, that of arXiv 2310.18313 (reference/papers.md section 8) but for the following.
+    """The "fp8_lm" state, that of arXiv 2310.18313 (reference/papers.md section 8) but for the
+    following.
 
-    sqrt(v) is stored, not v.  v is a square: gradients that differ by 2**20 within a tensor have v apart by 2**40, the whole range of
-    float16, so v of the small one becomes 0 while its m does not, and m / (0 + eps) is a jump.  The root has the range of the gradient.
+    sqrt(v) is stored, not v.  v is a square: gradients that differ by 2**20 within a tensor have v
+    apart by 2**40, the whole range of float16, so v of the small one becomes 0 while its m does
+    not, and m / (0 + eps) is a jump.  The root has the range of the gradient.
 
-    m is limited to c * sqrt(v) when it is read.  Exact Adam can never be above that (Cauchy-Schwarz on the two weighted sums, c in
-    `_moment_ratio`), so the limit acts on rounding errors alone: whatever was rounded away, no step is longer than a step of Adam can be.
+    m is limited to c * sqrt(v) when it is read.  Exact Adam can never be above that
+    (Cauchy-Schwarz on the two weighted sums, c in `_moment_ratio`), so the limit acts on rounding
+    errors alone: whatever was rounded away, no step is longer than a step of Adam can be.
 
-    m below float8's normal numbers is rounded towards zero (`quantize`): to nearest it would stay while sqrt(v) goes on falling.
+    m below float8's normal numbers is rounded towards zero (`quantize`): to nearest it would stay
+    while sqrt(v) goes on falling.
 
-    Rounding the float16 master to nearest, as the paper does, has a limit: a change below 2**-12 of a weight is lost, which is weight
-    decay's share of a step at any usual learning rate if the gradient's share is zero.
+    Rounding the float16 master to nearest, as the paper does, has a limit: a change below 2**-12
+    of a weight is lost, which is weight decay's share of a step at any usual learning rate if the
+    gradient's share is zero.
 
-    Norms, biases and the router are float32 with float32 moments.  A parameter stacked as [P, ...] is updated in place, one of its P
-    slices after another: float32 exists for one slice at a time.
+    Norms, biases and the router are float32 with float32 moments.  A parameter stacked as [P, ...]
+    is updated in place, one of its P slices after another: float32 exists for one slice at a time.
     """
     _require_decay(cfg, "b1", cfg.b1, jnp.float8_e4m3fn)
     _require_decay(cfg, "b2", math.sqrt(cfg.b2), jnp.float16)
@@ -136,7 +163,9 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
 
             return jax.tree.map(zeros_of, params, is_leaf=is_scaled)
 
-        return QuantizedState(jnp.zeros((), jnp.int32), zeros(jnp.float8_e4m3fn), zeros(jnp.float16))
+        return QuantizedState(
+            jnp.zeros((), jnp.int32), zeros(jnp.float8_e4m3fn), zeros(jnp.float16)
+        )
 
     def step(grads, state, params, accept=jnp.isfinite):
         grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
@@ -146,14 +175,24 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
         def update(group, grad, param, mu, root_nu):
             """float32 arrays of one shape -> the new parameter, m and sqrt(v)."""
             mu = jnp.clip(mu, -max_ratio * root_nu, max_ratio * root_nu)
-            direction, adam_state = adam.update(factor * grad, optax.ScaleByAdamState(state.count, mu, jnp.square(root_nu)))
+            direction, adam_state = adam.update(
+                factor * grad, optax.ScaleByAdamState(state.count, mu, jnp.square(root_nu))
+            )
             new_param = param - lr * _decay_and_scale(group, direction, param)
             return new_param, adam_state.mu, jnp.sqrt(adam_state.nu)
 
         treedef = jax.tree.structure(grads)
-        columns = (treedef.flatten_up_to(tree) for tree in (groups, grads, params, state.mu, state.root_nu))
-        new_leaves = [_update_leaf(update, is_accepted, group, grad, *stored) for group, grad, *stored in zip(*columns, strict=True)]
-        params, mu, root_nu = (treedef.unflatten(column) for column in zip(*new_leaves, strict=True))
+        columns = (
+            treedef.flatten_up_to(tree)
+            for tree in (groups, grads, params, state.mu, state.root_nu)
+        )
+        new_leaves = [
+            _update_leaf(update, is_accepted, group, grad, *stored)
+            for group, grad, *stored in zip(*columns, strict=True)
+        ]
+        params, mu, root_nu = (
+            treedef.unflatten(column) for column in zip(*new_leaves, strict=True)
+        )
         count = jnp.where(is_accepted, optax.safe_increment(state.count), state.count)
         return params, QuantizedState(count, mu, root_nu), grad_norm
 
@@ -165,66 +204,95 @@ def _selected(is_new: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(functools.partial(jnp.where, is_new), new, old)
 
 
-def _update_leaf(update: Callable, is_accepted: jax.Array, group: ParamGroup, grad: jax.Array, *stored: Any) -> tuple[Any, ...]:
-    """(parameter, m, sqrt(v)) as stored -> the same after `update`; a stacked one slice by slice, in place if its buffers are donated."""
+def _update_leaf(
+    update: Callable, is_accepted: jax.Array, group: ParamGroup, grad: jax.Array, *stored: Any
+) -> tuple[Any, ...]:
+    """(parameter, m, sqrt(v)) as stored -> the same after `update`; a stacked one slice by slice,
+    in place if its buffers are donated.
+    """
     if not is_scaled(stored[0]):
         return _selected(is_accepted, update(group, grad.astype(jnp.float32), *stored), stored)
 
     def update_scaled(grad, stored):
         new = update(group, grad.astype(jnp.float32), *map(dequantize, stored))
         return _selected(
-            is_accepted, tuple(quantize(x, old.value.dtype, old.inv_scale) for x, old in zip(new, stored, strict=True)), stored
+            is_accepted,
+            tuple(
+                quantize(x, old.value.dtype, old.inv_scale)
+                for x, old in zip(new, stored, strict=True)
+            ),
+            stored,
         )
 
     if stored[0].inv_scale.ndim == 0:
         return update_scaled(grad, stored)
 
     def update_slice(i, stored):
-        old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (grad, stored))
-        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stored, update_scaled(*old))
+        old = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (grad, stored)
+        )
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0),
+            stored,
+            update_scaled(*old),
+        )
 
-    # Compiled for a v5p (16 slices of 2M entries): everything in place, temporaries of 1 MiB.  XLA on CPU also copies one float16 array,
-    # and a bfloat16 gradient to float32.
+    # Compiled for a v5p (16 slices of 2M entries): everything in place, temporaries of 1 MiB.  XLA
+    # on CPU also copies one float16 array, and a bfloat16 gradient to float32.
     return jax.lax.fori_loop(0, grad.shape[0], update_slice, tuple(stored))
 
 
-def _require_decay(cfg: OptimizerConfig, name: str, decay: float, dtype: jax.typing.DTypeLike) -> None:
-    """Raises ConfigError if a number times `decay` can round back to itself in `dtype`: such a moment would never fall."""
+def _require_decay(
+    cfg: OptimizerConfig, name: str, decay: float, dtype: jax.typing.DTypeLike
+) -> None:
+    """Raises ConfigError if a number times `decay` can round back to itself in `dtype`: such a
+    moment would never fall.
+    """
     if 1 - decay <= 2.0 ** -(jnp.finfo(dtype).nmant + 1):
         raise ConfigError(
-            f"config.optimizer.{name} = {getattr(cfg, name)} is too close to 1 for state_dtype = '{cfg.state_dtype}': a moment kept in "
-            f"{jnp.dtype(dtype).name} would round back to what it was instead of decaying. Lower it, or use state_dtype = 'float32'."
+            f"config.optimizer.{name} = {getattr(cfg, name)} is too close to 1 for state_dtype = "
+            f"'{cfg.state_dtype}': a moment kept in "
+            f"{jnp.dtype(dtype).name} would round back to what it was instead of decaying. Lower "
+            "it, or use state_dtype = 'float32'."
         )
 
 
 def _moment_ratio(cfg: OptimizerConfig) -> float:
     """The largest |m| / sqrt(v) of exact Adam, before bias correction.
 
-    m = (1 - b1) sum b1^k g_k and v = (1 - b2) sum b2^k g_k^2, so m^2 <= v (1 - b1)^2 / (1 - b2) sum (b1^2 / b2)^k.
+    m = (1 - b1) sum b1^k g_k and v = (1 - b2) sum b2^k g_k^2, so m^2 <= v (1 - b1)^2 / (1 - b2)
+    sum (b1^2 / b2)^k.
     """
     if cfg.b1**2 >= cfg.b2:
         raise ConfigError(
-            f"config.optimizer.b1 = {cfg.b1} and b2 = {cfg.b2}: state_dtype = 'fp8_lm' needs b1**2 < b2, or m / sqrt(v) has no bound. "
+            f"config.optimizer.b1 = {cfg.b1} and b2 = {cfg.b2}: state_dtype = 'fp8_lm' needs "
+            "b1**2 < b2, or m / sqrt(v) has no bound. "
             "Lower b1 or raise b2."
         )
     return (1 - cfg.b1) / math.sqrt((1 - cfg.b2) * (1 - cfg.b1**2 / cfg.b2))
 
 
-# optax.clip_by_global_norm divides each element by the norm, and XLA on CPU repeats the division in every pass that reads the gradient:
-# the whole update took twice as long as with this one factor (28 against 14 ms, best of 30; 15M parameters, 2 cores, jax 0.10.2).
+# optax.clip_by_global_norm divides each element by the norm, and XLA on CPU repeats the division
+# in every pass that reads the gradient: the whole update took twice as long as with this one
+# factor (28 against 14 ms, best of 30; 15M parameters, 2 cores, jax 0.10.2).
 def _clip_factor(cfg: OptimizerConfig, grad_norm: jax.Array) -> jax.Array:
     return jnp.minimum(1.0, cfg.max_grad_norm / grad_norm)
 
 
-def _scale_by_adam(cfg: OptimizerConfig, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+def _scale_by_adam(
+    cfg: OptimizerConfig, dtype: jax.typing.DTypeLike
+) -> optax.GradientTransformation:
     """float32 gradients -> m / (sqrt(v) + eps); both moments kept in `dtype`, computed in float32."""
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
 
     def cast(state, dtype):
-        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+        return state._replace(
+            mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype)
+        )
 
     def update(updates, state, params=None):
-        # The bias correction raises a float to the int32 count, which strict mode refuses; the moments stay float32 either way.
+        # The bias correction raises a float to the int32 count, which strict mode refuses; the
+        # moments stay float32 either way.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = adam.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)

@@ -1,7 +1,8 @@
-"""Which updates are carried out: none from a loss or gradient that is not finite, none from a gradient far above the usual.
+"""Which updates are carried out: none from a loss or gradient that is not finite, none from a
+gradient far above the usual.
 
-A step that is not accepted uses up its batch and its random numbers, and changes nothing else: parameters, moments and the count that
-the schedule follows stay as they are, bit for bit.
+A step that is not accepted uses up its batch and its random numbers, and changes nothing else:
+parameters, moments and the count that the schedule follows stay as they are, bit for bit.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,10 @@ _WINDOW = 100  # accepted steps that the running mean looks back on
 class Guard(NamedTuple):
     """The rule's memory, scalars; part of the train state.
 
-    mean_norm: float32, running mean of the accepted gradient norms: plain over the first 100, then exponential.
-    num_accepted, num_skipped: int32, steps so far; num_in_row: int32, steps skipped since the last accepted one.
+    mean_norm: float32, running mean of the accepted gradient norms: plain over the first 100, then
+    exponential.
+    num_accepted, num_skipped: int32, steps so far; num_in_row: int32, steps skipped since the last
+    accepted one.
     """
 
     mean_norm: jax.Array
@@ -32,12 +35,18 @@ def new_guard() -> Guard:
     return Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
-def accepts(cfg: OptimizerConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
-    """Whether a step may change the parameters, bool []: float32 scalars, grad_norm as before the clip."""
+def accepts(
+    cfg: OptimizerConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
+) -> jax.Array:
+    """Whether a step may change the parameters, bool []: float32 scalars, grad_norm as before the
+    clip.
+    """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not cfg.spike_factor:
         return is_finite
-    is_spike = (guard.num_accepted >= cfg.spike_after) & (grad_norm > cfg.spike_factor * guard.mean_norm)
+    is_spike = (guard.num_accepted >= cfg.spike_after) & (
+        grad_norm > cfg.spike_factor * guard.mean_norm
+    )
     return is_finite & ~is_spike
 
 

@@ -11,22 +11,33 @@ from hunyuan_jax.optim.build import Optimizer, QuantizedState
 from hunyuan_jax.quant.scaled import is_scaled, load_params, quantize, store_params
 
 
-def convert_state(params: Any, opt_state: Any, state_dtype: StateDtype, optimizer: Optimizer) -> tuple[Any, Any]:
-    """(params, opt_state), made by any optimizer of `build_optimizer`, in the layout of `optimizer`, whose dtype is `state_dtype`.
+def convert_state(
+    params: Any, opt_state: Any, state_dtype: StateDtype, optimizer: Optimizer
+) -> tuple[Any, Any]:
+    """(params, opt_state), made by any optimizer of `build_optimizer`, in the layout of
+    `optimizer`, whose dtype is `state_dtype`.
 
-    Each number is rounded once, as if it had just been computed: to a wider dtype and back is the identity, but that float8 chooses its
-    scales anew.
+    Each number is rounded once, as if it had just been computed: to a wider dtype and back is the
+    identity, but that float8 chooses its scales anew.
     """
     count, mu, nu = _moments(opt_state)
     params = store_params(load_params(params), state_dtype)
     fresh = optimizer.init(params)
     if isinstance(fresh, QuantizedState):
-        return params, QuantizedState(count, _stored(fresh.mu, mu), _stored(fresh.root_nu, jax.tree.map(jnp.sqrt, nu)))
+        return params, QuantizedState(
+            count, _stored(fresh.mu, mu), _stored(fresh.root_nu, jax.tree.map(jnp.sqrt, nu))
+        )
 
     def fill(part):
         if isinstance(part, optax.ScaleByAdamState):
-            return optax.ScaleByAdamState(count, *(optax.tree.cast(moment, jnp.dtype(state_dtype)) for moment in (mu, nu)))
-        return optax.ScaleByScheduleState(count) if isinstance(part, optax.ScaleByScheduleState) else part
+            return optax.ScaleByAdamState(
+                count, *(optax.tree.cast(moment, jnp.dtype(state_dtype)) for moment in (mu, nu))
+            )
+        return (
+            optax.ScaleByScheduleState(count)
+            if isinstance(part, optax.ScaleByScheduleState)
+            else part
+        )
 
     return params, jax.tree.map(fill, fresh, is_leaf=_is_filled)
 
@@ -34,15 +45,26 @@ def convert_state(params: Any, opt_state: Any, state_dtype: StateDtype, optimize
 def _moments(opt_state: Any) -> tuple[jax.Array, Any, Any]:
     """(int32 steps done, first moments, second moments), both trees in float32."""
     if isinstance(opt_state, QuantizedState):
-        return opt_state.count, load_params(opt_state.mu), jax.tree.map(jnp.square, load_params(opt_state.root_nu))
-    (adam,) = (part for part in jax.tree.leaves(opt_state, is_leaf=_is_filled) if isinstance(part, optax.ScaleByAdamState))
+        return (
+            opt_state.count,
+            load_params(opt_state.mu),
+            jax.tree.map(jnp.square, load_params(opt_state.root_nu)),
+        )
+    (adam,) = (
+        part
+        for part in jax.tree.leaves(opt_state, is_leaf=_is_filled)
+        if isinstance(part, optax.ScaleByAdamState)
+    )
     return adam.count, *(optax.tree.cast(moment, jnp.float32) for moment in (adam.mu, adam.nu))
 
 
 def _stored(fresh: Any, values: Any) -> Any:
     """float32 arrays with the dtypes of `fresh`."""
     return jax.tree.map(
-        lambda old, x: quantize(x, old.value.dtype, old.inv_scale) if is_scaled(old) else x, fresh, values, is_leaf=is_scaled
+        lambda old, x: quantize(x, old.value.dtype, old.inv_scale) if is_scaled(old) else x,
+        fresh,
+        values,
+        is_leaf=is_scaled,
     )
 
 

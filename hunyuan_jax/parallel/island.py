@@ -19,7 +19,8 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
     Args:
       fn: the function of one shard.
       mesh: over which it runs.
-      stored: logical names of the parameters, a tree of tuples; the shards that fn sees are those in storage, see `whole`.
+      stored: logical names of the parameters, a tree of tuples; the shards that fn sees are those
+        in storage, see `whole`.
       in_logical: the same for each of the activations, a tuple of trees.
       out_logical: of the results.
     """
@@ -28,12 +29,20 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
         return jax.tree.map(to_spec, tree, is_leaf=_is_names)
 
     in_specs = (specs(stored, stored_spec), *specs(in_logical, partition_spec))
-    # check_vma is off because kernels called inside do not state how their results vary over the mesh.
-    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=specs(out_logical, partition_spec), check_vma=False)
+    # check_vma is off because kernels called inside do not state how their results vary over the
+    # mesh.
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=specs(out_logical, partition_spec),
+        check_vma=False,
+    )
 
 
 def whole(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
-    """A parameter's shard in `dtype`, gathered from storage (FSDP); its gradient comes back as a reduce-scatter in `dtype`.
+    """A parameter's shard in `dtype`, gathered from storage (FSDP); its gradient comes back as a
+    reduce-scatter in `dtype`.
 
     Dims stay split over their compute axes.
     """
@@ -44,9 +53,11 @@ def whole(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
 
 
 def whole_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) -> jax.Array:
-    """As `whole`, with the first num_in dims made one and the others another: [in, out]; "embed" is one of the two.
+    """As `whole`, with the first num_in dims made one and the others another: [in, out]; "embed"
+    is one of the two.
 
-    Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6 times the size.
+    Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6
+    times the size.
     """
     w = cast(w, dtype)
     for dim, name in enumerate(logical):
@@ -56,37 +67,47 @@ def whole_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) 
 
 
 def whole_in_tiles(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
-    """As `whole`, but each shard's part of the dim `tiled` is filled up with zeros to whole tiles where that takes little.
+    """As `whole`, but each shard's part of the dim `tiled` is filled up with zeros to whole tiles
+    where that takes little.
 
-    So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The gather is then a plain concatenation of
-    tiles; without, the TPU compiler moves the parts against each other in memory (0.8 ms for 6400 x 18304 on v5p, as it estimates).
+    So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The
+    gather is then a plain concatenation of tiles; without, the TPU compiler moves the parts
+    against each other in memory (0.8 ms for 6400 x 18304 on v5p, as it estimates).
     """
     dim = list(logical).index(tiled)
     if jax.lax.axis_size(RULES[tiled].storage) > 1:
         missing = -w.shape[dim] % _LANES
         if missing * 32 <= w.shape[dim]:
-            # The barrier: libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient with the slice that undoes the padding.
-            w = jax.lax.optimization_barrier(jnp.pad(w, [(0, missing if i == dim else 0) for i in range(w.ndim)]))
+            # The barrier: libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient
+            # with the slice that undoes the padding.
+            w = jax.lax.optimization_barrier(
+                jnp.pad(w, [(0, missing if i == dim else 0) for i in range(w.ndim)])
+            )
     return whole(w, logical, dtype)
 
 
 def _is_rows(logical: str) -> bool:
-    # Gathered last: the other dims' parts are not always whole tiles of a TPU, and gathering those is cheaper for small arrays.
+    # Gathered last: the other dims' parts are not always whole tiles of a TPU, and gathering those
+    # is cheaper for small arrays.
     return logical in ("embed", "wide_embed")
 
 
 def cast(w: jax.Array, dtype: Any) -> jax.Array:
     """w in dtype, converted where it is used."""
-    # The barrier keeps the compiler from converting all layers' weights before the loop over layers: a second copy of the model.
+    # The barrier keeps the compiler from converting all layers' weights before the loop over
+    # layers: a second copy of the model.
     return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
 
 
 def gather_stored(x: jax.Array, logical: str, dim: int) -> jax.Array:
-    """The whole of a dim that is split over the storage axes of `logical`; its transpose is a reduce-scatter."""
+    """The whole of a dim that is split over the storage axes of `logical`; its transpose is a
+    reduce-scatter.
+    """
     axes = RULES[logical].storage
     if not axes or jax.lax.axis_size(axes) == 1:
         return x  # here and below: XLA:CPU copies the array even when nothing moves
-    # The barrier is for the gradient: the TPU compiler turns a reduce-scatter that it merges with what follows into an all-reduce.
+    # The barrier is for the gradient: the TPU compiler turns a reduce-scatter that it merges with
+    # what follows into an all-reduce.
     x = jax.lax.optimization_barrier(x)
     if dim == 0:
         return jax.lax.all_gather(x, axes, axis=0).reshape(-1, *x.shape[1:])
@@ -145,11 +166,17 @@ def reduce_max(x: jax.Array, logical: str) -> jax.Array:
 
 
 def exchange(x: jax.Array, logical: str) -> jax.Array:
-    """all_to_all over the shards of `logical`: part i of the leading dim goes to shard i, and the parts received take its place."""
+    """all_to_all over the shards of `logical`: part i of the leading dim goes to shard i, and the
+    parts received take its place.
+    """
     if num_shards(logical) == 1:
         return x
     return jax.lax.all_to_all(x, RULES[logical].compute, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _is_names(x: Any) -> bool:
-    return isinstance(x, Sequence) and not isinstance(x, str) and all(isinstance(name, str) for name in x)
+    return (
+        isinstance(x, Sequence)
+        and not isinstance(x, str)
+        and all(isinstance(name, str) for name in x)
+    )

@@ -14,18 +14,21 @@ class Axes(NamedTuple):
     """Mesh axes of a logical dim.
 
     compute: over these the work is split: activations, and parameters while they are used.
-    storage: over these a parameter's dim, its gradient and its moments are split besides; `island.whole` gathers it for each use.
+    storage: over these a parameter's dim, its gradient and its moments are split besides;
+    `island.whole` gathers it for each use.
     """
 
     compute: tuple[str, ...] = ()
     storage: tuple[str, ...] = ()
 
 
-# The expert axis carries tokens outside the MoE and experts inside it, which makes the exchange an all_to_all.
+# The expert axis carries tokens outside the MoE and experts inside it, which makes the exchange an
+# all_to_all.
 #
-# Storage: rows go to `data`, another dim to `expert`, because one dim cannot take every axis: 6400 = 2^8 * 25 does not divide over 512
-# chips.  200 rows a chip (data 32) are still whole (8, 128) tiles, so that gathering them is a plain concatenation; the TPU compiler
-# turns the gather of unaligned shards into a zero-filled all-reduce of twice the traffic.
+# Storage: rows go to `data`, another dim to `expert`, because one dim cannot take every axis: 6400
+# = 2^8 * 25 does not divide over 512 chips.  200 rows a chip (data 32) are still whole (8, 128)
+# tiles, so that gathering them is a plain concatenation; the TPU compiler turns the gather of
+# unaligned shards into a zero-filled all-reduce of twice the traffic.
 RULES: dict[str, Axes] = {
     "batch": Axes(("replica", "data", "expert")),
     "seq": Axes(),
@@ -64,16 +67,21 @@ def stored_spec(logical: Sequence[str]) -> PartitionSpec:
     return _spec(logical, _storage_axes(logical))
 
 
-def sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = None, name: str = "") -> NamedSharding:
+def sharding(
+    mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = None, name: str = ""
+) -> NamedSharding:
     """The NamedSharding of an activation; with `shape`, every sharded dim must divide.
 
     Raises:
-      ConfigError: a dim does not divide by the axes it is spread over, naming tensor, dim, axes and a size that works.
+      ConfigError: a dim does not divide by the axes it is spread over, naming tensor, dim, axes
+        and a size that works.
     """
     return _checked(mesh, _compute_axes(logical), logical, shape, name)
 
 
-def stored_sharding(mesh: Mesh, logical: Sequence[str], shape: Sequence[int], name: str = "") -> NamedSharding:
+def stored_sharding(
+    mesh: Mesh, logical: Sequence[str], shape: Sequence[int], name: str = ""
+) -> NamedSharding:
     """The NamedSharding of a parameter as it is stored; errors as in `sharding`."""
     return _checked(mesh, _storage_axes(logical), logical, shape, name)
 
@@ -83,7 +91,9 @@ def num_shards(mesh: Mesh, name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES[name].compute)
 
 
-def first_that_divides(mesh: Mesh, shape: Sequence[int], options: Sequence[tuple[str, ...]], name: str) -> tuple[str, ...]:
+def first_that_divides(
+    mesh: Mesh, shape: Sequence[int], options: Sequence[tuple[str, ...]], name: str
+) -> tuple[str, ...]:
     """The first of several ways to name a parameter's dims that its shape allows on this mesh.
 
     Raises:
@@ -100,7 +110,9 @@ def first_that_divides(mesh: Mesh, shape: Sequence[int], options: Sequence[tuple
 
 
 def constrain(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
-    """Pins an activation to the layout its logical names ask for, so that the compiler does not choose another."""
+    """Pins an activation to the layout its logical names ask for, so that the compiler does not
+    choose another.
+    """
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical)))
 
 
@@ -116,12 +128,19 @@ def _spec(logical: Sequence[str], axes: list[tuple[str, ...]]) -> PartitionSpec:
     used = [axis for dim_axes in axes for axis in dim_axes]
     for axis in used:
         if used.count(axis) > 1:
-            raise ConfigError(f"dims {tuple(logical)} put the mesh axis {axis!r} on more than one dim; change parallel/rules.py.")
+            raise ConfigError(
+                f"dims {tuple(logical)} put the mesh axis {axis!r} on more than one dim; change "
+                "parallel/rules.py."
+            )
     return PartitionSpec(*(dim_axes if dim_axes else None for dim_axes in axes))
 
 
 def _checked(
-    mesh: Mesh, axes_of_dims: list[tuple[str, ...]], logical: Sequence[str], shape: Sequence[int] | None, name: str
+    mesh: Mesh,
+    axes_of_dims: list[tuple[str, ...]],
+    logical: Sequence[str],
+    shape: Sequence[int] | None,
+    name: str,
 ) -> NamedSharding:
     spec = _spec(logical, axes_of_dims)
     for dim, size in enumerate(shape or ()):
@@ -130,7 +149,9 @@ def _checked(
         if size % ways:
             fits = max(d for d in range(1, ways + 1) if size % d == 0)
             raise ConfigError(
-                f"{name or 'tensor'} {tuple(shape)}: dim {dim} ({logical[dim]}, size {size}) does not divide over mesh axes "
-                f"{' x '.join(axes)} = {ways}; use {fits} ways there, or a size of {math.ceil(size / ways) * ways}."
+                f"{name or 'tensor'} {tuple(shape)}: dim {dim} ({logical[dim]}, size {size}) does "
+                "not divide over mesh axes "
+                f"{' x '.join(axes)} = {ways}; use {fits} ways there, or a size of "
+                f"{math.ceil(size / ways) * ways}."
             )
     return NamedSharding(mesh, spec)

@@ -1,4 +1,6 @@
-"""How a parameter is declared: shape, initialiser and the logical name of each dim (mapped to mesh axes by parallel/rules.py)."""
+"""How a parameter is declared: shape, initialiser and the logical name of each dim (mapped to mesh
+axes by parallel/rules.py).
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,8 +12,12 @@ from flax import nnx
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], logical: tuple[str, ...], std: float) -> nnx.Param:
-    """A float32 matrix drawn from N(0, std), as the official initialisation does for Linear and Embedding."""
+def normal(
+    key: jax.Array, shape: tuple[int, ...], logical: tuple[str, ...], std: float
+) -> nnx.Param:
+    """A float32 matrix drawn from N(0, std), as the official initialisation does for Linear and
+    Embedding.
+    """
     assert len(shape) == len(logical), (shape, logical)
     return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std, logical=logical)
 
@@ -32,21 +38,31 @@ _MAX_GROUPS = 2**30
 
 
 class Declared(NamedTuple):
-    """A module's own parameters by attribute name: their arrays, and the logical names of their dims."""
+    """A module's own parameters by attribute name: their arrays, and the logical names of their
+    dims.
+    """
 
     arrays: dict[str, jax.Array]
     logical: dict[str, tuple[str, ...]]
 
 
 def declared(module: nnx.Module) -> Declared:
-    """The parameters of `module` itself, without those of the modules in it: what it hands to its island.
+    """The parameters of `module` itself, without those of the modules in it: what it hands to its
+    island.
 
-    One that lies apart is a tuple of arrays; the names are those of the dims that each of them has.
+    One that lies apart is a tuple of arrays; the names are those of the dims that each of them
+    has.
     """
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
     arrays = {name: param[...] for name, param in own.items()}
     logical = {name: param.get_metadata("logical") for name, param in own.items()}
-    return Declared(arrays, {name: names[1:] if isinstance(arrays[name], tuple) else names for name, names in logical.items()})
+    return Declared(
+        arrays,
+        {
+            name: names[1:] if isinstance(arrays[name], tuple) else names
+            for name, names in logical.items()
+        },
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +70,8 @@ def declared(module: nnx.Module) -> Declared:
 class Apart:
     """A parameter whose leading dim is a tuple: arrays of their own, or an Apart again.
 
-    A loop over a leading dim takes each part out of the whole before it multiplies with it; XLA:CPU does that by a copy, which for a
-    few tokens costs as much as the products.
+    A loop over a leading dim takes each part out of the whole before it multiplies with it;
+    XLA:CPU does that by a copy, which for a few tokens costs as much as the products.
     """
 
     parts: tuple[Any, ...]
@@ -73,20 +89,24 @@ class Weight(NamedTuple):
     """A parameter during training: what is stored, and the place where its gradient is collected.
 
     stored: the master weight, an array or a Scaled.
-    tap: zeros of the parameter's shape in the dtype in which it is used.  Differentiating with respect to it gives the gradient in that
-      dtype, whatever the dtype and the representation of `stored`.
+    tap: zeros of the parameter's shape in the dtype in which it is used.  Differentiating with
+      respect to it gives the gradient in that dtype, whatever the dtype and the representation of
+      `stored`.
     """
 
     stored: jax.Array | Scaled
     tap: jax.Array
 
     def use(self, group: jax.Array | None = None) -> jax.Array:
-        """The parameter in the dtype of `tap`; `group` is the index of the CLA group it belongs to, inside the loop over them."""
+        """The parameter in the dtype of `tap`; `group` is the index of the CLA group it belongs
+        to, inside the loop over them.
+        """
         w = dequantize(self.stored, jnp.float32) if is_scaled(self.stored) else self.stored
         if w.dtype != self.tap.dtype:
             if group is not None:
-                # A factor of one that the compiler cannot know before the loop: it would convert the weights of all layers there, a
-                # second copy of the model.  It moves a plain conversion past barriers (libtpu 0.0.50).
+                # A factor of one that the compiler cannot know before the loop: it would convert
+                # the weights of all layers there, a second copy of the model.  It moves a plain
+                # conversion past barriers (libtpu 0.0.50).
                 w = w * jnp.where(group < _MAX_GROUPS, 1.0, 0.0)
             w = w.astype(self.tap.dtype)
         return _with_gradient_at(jax.lax.optimization_barrier(w), self.tap)
@@ -94,7 +114,11 @@ class Weight(NamedTuple):
 
 def in_use(tree: Any, group: jax.Array | None = None) -> Any:
     """`tree` with every Weight replaced by its array; `group` as for `Weight.use`."""
-    return jax.tree.map(lambda leaf: leaf.use(group) if isinstance(leaf, Weight) else leaf, tree, is_leaf=lambda x: isinstance(x, Weight))
+    return jax.tree.map(
+        lambda leaf: leaf.use(group) if isinstance(leaf, Weight) else leaf,
+        tree,
+        is_leaf=lambda x: isinstance(x, Weight),
+    )
 
 
 @jax.custom_vjp

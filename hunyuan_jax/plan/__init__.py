@@ -1,1 +1,3 @@
-"""What a run would need on a pod, proved without one: memory by line item, and the step compiled by the real TPU compiler."""
+"""What a run would need on a pod, proved without one: memory by line item, and the step compiled
+by the real TPU compiler.
+"""

@@ -1,4 +1,6 @@
-"""The train step of a config, compiled for a pod by the TPU compiler on this machine, and what the compiler says about it."""
+"""The train step of a config, compiled for a pod by the TPU compiler on this machine, and what the
+compiler says about it.
+"""
 
 import dataclasses
 import re
@@ -17,7 +19,13 @@ from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_state, build_program
 
 _GIB = 2**30
-_BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_weights": "float32"}
+_BATCH_DTYPES = {
+    "tokens": "int32",
+    "targets": "int32",
+    "segment_ids": "int32",
+    "positions": "int32",
+    "loss_weights": "float32",
+}
 
 
 class HbmOverflowError(ConfigError):
@@ -30,7 +38,9 @@ class HbmOverflowError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """compiled: jax's object; seconds: lowering and compiling; host_bytes: peak resident memory of this process so far."""
+    """compiled: jax's object; seconds: lowering and compiling; host_bytes: peak resident memory of
+    this process so far.
+    """
 
     compiled: Any
     seconds: float
@@ -39,7 +49,9 @@ class CompiledStep:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """The compiler's figures in bytes per device; output arrays that reuse an argument's memory count in `alias` too."""
+    """The compiler's figures in bytes per device; output arrays that reuse an argument's memory
+    count in `alias` too.
+    """
 
     arguments: int
     outputs: int
@@ -53,9 +65,11 @@ class DeviceMemory:
 class Report:
     """What `plan` prints.  Bytes are per device, seconds and FLOPs per step.
 
-    model_flops: of `count` (attention included), over all devices.  ideal_seconds: 6 x active parameters x tokens at the peak.
-    estimated_seconds: the compiler's estimated cycles over the clock, and the kernels' FLOPs at the chip's peak; collectives left out.
-    So the two figures from it, share_of_ideal (ideal over estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
+    model_flops: of `count` (attention included), over all devices.  ideal_seconds: 6 x active
+    parameters x tokens at the peak.
+    estimated_seconds: the compiler's estimated cycles over the clock, and the kernels' FLOPs at
+    the chip's peak; collectives left out. So the two figures from it, share_of_ideal (ideal over
+    estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
     """
 
     topology: str
@@ -93,7 +107,10 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
     program = build_program(config, make_mesh(config.mesh, devices))
     sharding = step_lib.batch_sharding(program)
     shape = (config.train.batch_size, config.train.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in _BATCH_DTYPES.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in _BATCH_DTYPES.items()
+    }
     lowered = step_lib.make_train_step(program).lower(abstract_state(program), batch)
     try:
         compiled = lowered.compile()
@@ -107,7 +124,8 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
 
 
 def report(config: Config, topology_name: str) -> Report:
-    """Compiles the step for `config.mesh.num_slices` slices of this name and gathers everything `plan` shows.
+    """Compiles the step for `config.mesh.num_slices` slices of this name and gathers everything
+    `plan` shows.
 
     Raises:
       ConfigError, HbmOverflowError: see `topology_devices` and `compile_step`.
@@ -155,7 +173,9 @@ def report(config: Config, topology_name: str) -> Report:
 
 @dataclasses.dataclass(frozen=True)
 class Overflow:
-    """Bytes per device a program needs and has, and the largest allocations in words, where the compiler names any."""
+    """Bytes per device a program needs and has, and the largest allocations in words, where the
+    compiler names any.
+    """
 
     used: int
     available: int
@@ -165,35 +185,47 @@ class Overflow:
 def parse_overflow(message: str) -> Overflow | None:
     """The compiler's out-of-memory message; None if it is another error.
 
-    libtpu 0.0.50 writes "memory required for HLO temporaries (202G) exceeds available HBM (95.7G)", arguments included; others write
-    "Used 107G of 95.7G hbm" and a list of the largest allocations.
+    libtpu 0.0.50 writes "memory required for HLO temporaries (202G) exceeds available HBM
+    (95.7G)", arguments included; others write "Used 107G of 95.7G hbm" and a list of the largest
+    allocations.
     """
     size = r"([\d.]+[KMGT]?)"
-    match = re.search(rf"Used {size} of {size} hbm", message) or re.search(rf"\({size}\) exceeds available HBM \({size}\)", message)
+    match = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)", message
+    )
     if match is None:
         return None
     largest = []
     for entry in re.split(r"\n\s*\d+\. (?=Size:)", message)[1:]:
         fields = dict(re.findall(r"(Size|Shape): (\S+)", entry))
         origin = re.search(r'op_name="([^"\[]*)', entry)
-        largest.append(f"{fields['Size']} {fields.get('Shape', '')}" + (f" of {origin[1]}" if origin else ""))
+        largest.append(
+            f"{fields['Size']} {fields.get('Shape', '')}" + (f" of {origin[1]}" if origin else "")
+        )
     return Overflow(_bytes(match[1]), _bytes(match[2]), tuple(largest))
 
 
 def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> HbmOverflowError:
-    """One line: how much too much, the largest items (by line item if the compiler named none) and what could fit."""
+    """One line: how much too much, the largest items (by line item if the compiler named none) and
+    what could fit.
+    """
     items = sorted(memory.estimate(config, num_devices).items, key=lambda item: -item.bytes)
-    largest = overflow.largest[:3] or [f"{item.name} {item.bytes / _GIB:.1f} GiB by line item" for item in items[:3]]
+    largest = overflow.largest[:3] or [
+        f"{item.name} {item.bytes / _GIB:.1f} GiB by line item" for item in items[:3]
+    ]
     remedies = [
         "config.model.remat = 'full'" * (config.model.remat != "full"),
-        "config.optimizer.state_dtype = 'bfloat16' or 'fp8_lm'" * (config.optimizer.state_dtype == "float32"),
+        "config.optimizer.state_dtype = 'bfloat16' or 'fp8_lm'"
+        * (config.optimizer.state_dtype == "float32"),
         "config.optimizer.state_dtype = 'fp8_lm'" * (config.optimizer.state_dtype == "bfloat16"),
         "a smaller config.train.batch_size" * (config.train.batch_size > num_devices),
         "a larger slice (`plan --fit` finds the smallest)",
     ]
     return HbmOverflowError(
-        f"the step needs {overflow.used / _GIB:.1f} GiB of HBM a device and {overflow.available / _GIB:.1f} GiB are there, "
-        f"{(overflow.used - overflow.available) / _GIB:.1f} GiB too much. Largest: {'; '.join(largest)}. "
+        f"the step needs {overflow.used / _GIB:.1f} GiB of HBM a device and "
+        f"{overflow.available / _GIB:.1f} GiB are there, "
+        f"{(overflow.used - overflow.available) / _GIB:.1f} GiB too much. Largest: "
+        f"{'; '.join(largest)}. "
         f"What could fit: {'; '.join(filter(None, remedies))}.",
         overflow,
     )

@@ -1,4 +1,6 @@
-"""The text of a compiled, scheduled XLA module, read into computations and ops; nothing but text comes in, no jax is needed."""
+"""The text of a compiled, scheduled XLA module, read into computations and ops; nothing but text
+comes in, no jax is needed.
+"""
 
 import dataclasses
 import math
@@ -14,8 +16,10 @@ _UNKNOWN_CYCLES = 2**63 - 1
 class Op:
     """One instruction.
 
-    shape: as written, layouts included; operands: names; attributes: everything after the operands.
-    cycles: the compiler's estimate, 0 where the op carries none, None where it wrote "unknown" (2^63 - 1).
+    shape: as written, layouts included; operands: names; attributes: everything after the
+    operands.
+    cycles: the compiler's estimate, 0 where the op carries none, None where it wrote "unknown"
+    (2^63 - 1).
     """
 
     name: str
@@ -29,12 +33,16 @@ class Op:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program the op comes from, such as 'jit(step)/jvp()/while/body/dot_general'."""
+        """Where in the Python program the op comes from, such as
+        'jit(step)/jvp()/while/body/dot_general'.
+        """
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations that the attributes `keys`, such as 'calls' or 'branch_computations', refer to."""
+        """Names of the computations that the attributes `keys`, such as 'calls' or
+        'branch_computations', refer to.
+        """
         found = []
         for key in keys:
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
@@ -44,7 +52,9 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, each a list of ops in the order they are scheduled, and the name of the entry."""
+    """Computations by name, each a list of ops in the order they are scheduled, and the name of
+    the entry.
+    """
 
     computations: dict[str, list[Op]]
     entry: str
@@ -56,8 +66,9 @@ class Module:
 def parse(text: str) -> Module:
     """Reads `compiled.as_text()`.
 
-    An op may go on over several lines (metadata of a Pallas kernel holds line breaks); a computation ends at a line that is exactly
-    '}', or '}, execution_thread="NAME"' where it runs beside the main one.
+    An op may go on over several lines (metadata of a Pallas kernel holds line breaks); a
+    computation ends at a line that is exactly '}', or '}, execution_thread="NAME"' where it runs
+    beside the main one.
     """
     computations: dict[str, list[Op]] = {}
     entry, current, lines = "", None, []
@@ -75,7 +86,9 @@ def parse(text: str) -> Module:
         elif lines:
             lines[-1] += "\n" + line
     if not entry:
-        raise ValueError("the text has no ENTRY computation; pass the text of one compiled module.")
+        raise ValueError(
+            "the text has no ENTRY computation; pass the text of one compiled module."
+        )
     return Module(computations, entry)
 
 
@@ -97,15 +110,17 @@ def num_bytes(shape: str) -> int:
     bits = 0
     for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
         width = re.search(r"\d+", dtype)
-        bits += (int(width[0]) if width else 8) * math.prod(int(dim) for dim in dims.split(",") if dim)
+        bits += (int(width[0]) if width else 8) * math.prod(
+            int(dim) for dim in dims.split(",") if dim
+        )
     return bits // 8
 
 
 def trip_count(module: Module, loop: Op) -> int | None:
     """How often a while op runs its body, or None if that depends on data.
 
-    It is the compiler's own figure where it wrote one, else the constant that the loop's condition compares its counter with: jax's
-    loops count up from zero by one.
+    It is the compiler's own figure where it wrote one, else the constant that the loop's condition
+    compares its counter with: jax's loops count up from zero by one.
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(match[1])
@@ -120,8 +135,14 @@ def trip_count(module: Module, loop: Op) -> int | None:
 
 def _constants_of(op: Op, computation: list[Op]) -> set[int]:
     """Values of the op's operands that are integer constants."""
-    constants = {other.name: other.arguments for other in computation if other.opcode == "constant"}
-    return {int(constants[name]) for name in op.operands if re.fullmatch(r"\d+", constants.get(name, ""))}
+    constants = {
+        other.name: other.arguments for other in computation if other.opcode == "constant"
+    }
+    return {
+        int(constants[name])
+        for name in op.operands
+        if re.fullmatch(r"\d+", constants.get(name, ""))
+    }
 
 
 def _parse_op(text: str) -> Op:

@@ -1,8 +1,10 @@
-"""Memory of one device by line item, from the config and the mesh sizes alone: no device, nothing compiled.
+"""Memory of one device by line item, from the config and the mesh sizes alone: no device, nothing
+compiled.
 
-The state's items are exact (its shapes and shardings, traced); those of the step are the formulas below, each a function of `Sizes`,
-written down for the program as it is built today and compared with the compiler's peak by `plan`.
-Letters: D model, N query heads, K kv heads, H head dim, F ffn, E experts, V vocabulary.
+The state's items are exact (its shapes and shardings, traced); those of the step are the formulas
+below, each a function of `Sizes`, written down for the program as it is built today and compared
+with the compiler's peak by `plan`. Letters: D model, N query heads, K kv heads, H head dim, F ffn,
+E experts, V vocabulary.
 """
 
 import dataclasses
@@ -22,10 +24,11 @@ from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import Program, abstract_state, build_program
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# Arrays of the size of one part's float32 logits that are alive at once: the logits, and their gradient.
+# Arrays of the size of one part's float32 logits that are alive at once: the logits, and their
+# gradient.
 _LOGIT_COPIES = 2
-# Layers whose gathered weights are alive at once, read off the buffers alive at the peak of the compiled a52b step (v5p:4x8x8,
-# libtpu 0.0.50.1, 2026-11).
+# Layers whose gathered weights are alive at once, read off the buffers alive at the peak of the
+# compiled a52b step (v5p:4x8x8, libtpu 0.0.50.1, 2026-11).
 _GATHERED_LAYERS = 1
 
 # When an item is alive.
@@ -66,10 +69,10 @@ class Estimate:
 class Sizes:
     """What the formulas need of a config on a mesh; all of it per device.
 
-    batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes `parts`
-    (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k with the slack of their capacity; part_rows: of the
-    vocabulary, in one of the parts in which the loss takes it; expert_ways, tensor_ways: sizes of those axes;
-    parameters: elements.
+    batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes
+    `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k with the
+    slack of their capacity; part_rows: of the vocabulary, in one of the parts in which the loss
+    takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
     """
 
     model: ModelConfig
@@ -101,7 +104,8 @@ def estimate(config: Config, num_devices: int) -> Estimate:
     """Line items of the train step.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or a dim of a parameter or of the batch does not divide over it.
+      ConfigError: the mesh does not fit the devices, or a dim of a parameter or of the batch does
+        not divide over it.
     """
     sizes, state = sizes_of(config, num_devices), _state_of(config, num_devices)
     kept = kept_activations(sizes)
@@ -129,7 +133,9 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
     mesh = MeshConfig(**mesh_sizes(config, num_devices))
     shape = (config.train.batch_size, config.train.seq_len)
     state = _state_of(config, num_devices)
-    batch_tokens = math.prod(step_lib.batch_sharding(state.program._replace(config=config)).shard_shape(shape))
+    batch_tokens = math.prod(
+        step_lib.batch_sharding(state.program._replace(config=config)).shard_shape(shape)
+    )
     tokens = math.ceil(batch_tokens / config.train.grad_accum_steps)
     return Sizes(
         model=config.model,
@@ -145,18 +151,24 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
 
 
 def kept_activations(sizes: Sizes) -> int:
-    """What the forward pass keeps for the backward pass: every layer's residual stream [tokens, D], and what remat keeps inside.
+    """What the forward pass keeps for the backward pass: every layer's residual stream [tokens,
+    D], and what remat keeps inside.
 
     Without remat that is everything, the gathered weights included.
     """
     model = sizes.model
     stream = sizes.tokens * model.hidden_size * sizes.element
-    inside = {"full": 0, "dots": _products(sizes), "none": _products(sizes) + _elementwise(sizes) + gathered_weights(sizes)}[model.remat]
+    inside = {
+        "full": 0,
+        "dots": _products(sizes),
+        "none": _products(sizes) + _elementwise(sizes) + gathered_weights(sizes),
+    }[model.remat]
     return model.num_layers * (stream + inside)
 
 
 def group_activations(sizes: Sizes) -> int:
-    """Everything that the backward pass of one CLA group works on: what the forward pass made of its layers, and its gradients of one.
+    """Everything that the backward pass of one CLA group works on: what the forward pass made of
+    its layers, and its gradients of one.
 
     What remat keeps is counted by `kept_activations` already.
     """
@@ -171,10 +183,17 @@ def gathered_weights(sizes: Sizes) -> int:
 
 
 def layer_weights(sizes: Sizes) -> int:
-    """Elements of one layer's weights when gathered: only the expert and tensor axes still split them."""
+    """Elements of one layer's weights when gathered: only the expert and tensor axes still split
+    them.
+    """
     model, moe = sizes.model, sizes.model.moe
     mlp = 3 * model.hidden_size * model.intermediate_size
-    attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads / model.cla_share_factor)
+    attention = (
+        2
+        * model.hidden_size
+        * model.head_dim
+        * (model.num_heads + model.num_kv_heads / model.cla_share_factor)
+    )
     mlps = moe.num_experts / sizes.expert_ways + moe.num_shared_experts if model.is_moe else 1
     return math.ceil((mlps * mlp + attention) / sizes.tensor_ways)
 
@@ -185,45 +204,69 @@ def gathered_vocabulary(sizes: Sizes) -> int:
 
 
 def logits(sizes: Sizes) -> int:
-    """Float32 [tokens, a part of V] and its copies, and the gradient of the hidden states, added up in float32."""
+    """Float32 [tokens, a part of V] and its copies, and the gradient of the hidden states, added
+    up in float32.
+    """
     return 4 * sizes.tokens * (_LOGIT_COPIES * sizes.part_rows + sizes.model.hidden_size)
 
 
 def _products(sizes: Sizes) -> int:
-    """Bytes per layer of all that remat "dots" keeps: the wide matmuls' results, and what attention and the exchange bring."""
+    """Bytes per layer of all that remat "dots" keeps: the wide matmuls' results, and what
+    attention and the exchange bring.
+    """
     model = sizes.model
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads / model.cla_share_factor) * model.head_dim / sizes.tensor_ways
-    per_token = heads + model.hidden_size  # queries, attended, keys, values; the attention's output
+    heads = (
+        (2 * model.num_heads + 2 * model.num_kv_heads / model.cla_share_factor)
+        * model.head_dim
+        / sizes.tensor_ways
+    )
+    per_token = (
+        heads + model.hidden_size
+    )  # queries, attended, keys, values; the attention's output
     if not model.is_moe or model.moe.num_shared_experts:
         per_token += 2 * _mlp_width(sizes)  # gate and up
-    per_row = model.hidden_size + 2 * model.intermediate_size / sizes.tensor_ways if model.is_moe else 0  # dispatched; gate and up
+    per_row = (
+        model.hidden_size + 2 * model.intermediate_size / sizes.tensor_ways if model.is_moe else 0
+    )  # dispatched; gate and up
     return math.ceil((sizes.tokens * per_token + sizes.rows * per_row) * sizes.element)
 
 
 def _elementwise(sizes: Sizes) -> int:
-    """Bytes per layer of the rest: two norms, the residual sums, the MLP's output, and the packed, served and returned rows."""
+    """Bytes per layer of the rest: two norms, the residual sums, the MLP's output, and the packed,
+    served and returned rows.
+    """
     return (5 * sizes.tokens + 3 * sizes.rows) * sizes.model.hidden_size * sizes.element
 
 
 def _ffn_activations(sizes: Sizes) -> int:
-    """Bytes of the backward pass of one SwiGLU: its hidden activation and the gradients of that, of gate and of up."""
+    """Bytes of the backward pass of one SwiGLU: its hidden activation and the gradients of that,
+    of gate and of up.
+    """
     width = sizes.model.intermediate_size / sizes.tensor_ways
     return 4 * math.ceil(max(sizes.rows * width, sizes.tokens * _mlp_width(sizes)) * sizes.element)
 
 
 def _mlp_width(sizes: Sizes) -> float:
     """F of the dense or shared MLP on a device."""
-    return sizes.model.intermediate_size * max(1, sizes.model.moe.num_shared_experts) / sizes.tensor_ways
+    return (
+        sizes.model.intermediate_size
+        * max(1, sizes.model.moe.num_shared_experts)
+        / sizes.tensor_ways
+    )
 
 
 def _expert_rows(config: Config, tokens: int) -> int:
-    """Rows that a device's experts serve; with capacity limits the buffers have that many slots, full or not."""
+    """Rows that a device's experts serve; with capacity limits the buffers have that many slots,
+    full or not.
+    """
     moe = config.model.moe
     if not config.model.is_moe:
         return 0
     if moe.dispatch == "dropless":
         return tokens * moe.top_k
-    group_size = routing.group_size(moe, config.train.batch_size // config.train.grad_accum_steps, config.train.seq_len)
+    group_size = routing.group_size(
+        moe, config.train.batch_size // config.train.grad_accum_steps, config.train.seq_len
+    )
     return math.ceil(tokens / group_size * routing.capacity(moe, group_size) * moe.num_experts)
 
 
@@ -231,7 +274,9 @@ def _part_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
     """Rows of the table in one part, gathered from storage."""
     axes = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
     table = (config.model.vocab_size, config.model.hidden_size)
-    storage_ways = _storage_ways(mesh, first_that_divides(axes, table, embedding.TABLES, "the table of tokens")[0])
+    storage_ways = _storage_ways(
+        mesh, first_that_divides(axes, table, embedding.TABLES, "the table of tokens")[0]
+    )
     stored = config.model.vocab_size // mesh.tensor // storage_ways
     return loss.rows_of_part(stored, loss.num_parts(tokens, stored, storage_ways)) * storage_ways
 
@@ -242,7 +287,9 @@ def _storage_ways(mesh: MeshConfig, logical: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Per device: bytes of weights, optimizer state and gradients, and the number of parameters; program: what they belong to."""
+    """Per device: bytes of weights, optimizer state and gradients, and the number of parameters;
+    program: what they belong to.
+    """
 
     weights: int
     moments: int
@@ -261,11 +308,20 @@ def _state_of(config: Config, num_devices: int) -> _State:
 
 @functools.lru_cache(maxsize=256)
 def _trace_state(config: Config, num_devices: int) -> _State:
-    program = build_program(config, AbstractMesh(tuple(mesh_sizes(config, num_devices).values()), AXES))
+    program = build_program(
+        config, AbstractMesh(tuple(mesh_sizes(config, num_devices).values()), AXES)
+    )
     state = abstract_state(program)
-    elements = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.taps)]
-    return _State(_bytes(state.params), _bytes(state.opt_state), _bytes(program.taps), sum(elements), program)
+    elements = [
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.taps)
+    ]
+    return _State(
+        _bytes(state.params), _bytes(state.opt_state), _bytes(program.taps), sum(elements), program
+    )
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

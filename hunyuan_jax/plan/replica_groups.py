@@ -15,11 +15,14 @@ _LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)
 
 
 def parse(attributes: str, num_devices: int) -> Groups | None:
-    """Groups of device positions from an op's attributes, or None where they are written in a way that is not known here.
+    """Groups of device positions from an op's attributes, or None where they are written in a way
+    that is not known here.
 
-    Three forms of `replica_groups`, all in positions of the flattened mesh: `mesh['a'=2,'b'=4] {'b'}` (one group per combination of
-    the axes that are not named; `'b':(1)2` is the part of b with 1 before it and size 2), `[2,4]<=[8]T(..)` (rows of a transposed
-    range) and `{{0,1},{2,3}}`; `{}` is one group of all.  The `source_target_pairs` of a permutation count as groups of two.
+    Three forms of `replica_groups`, all in positions of the flattened mesh: `mesh['a'=2,'b'=4]
+    {'b'}` (one group per combination of the axes that are not named; `'b':(1)2` is the part of b
+    with 1 before it and size 2), `[2,4]<=[8]T(..)` (rows of a transposed range) and
+    `{{0,1},{2,3}}`; `{}` is one group of all.  The `source_target_pairs` of a permutation count as
+    groups of two.
     """
     if match := _MESH.search(attributes):
         return _mesh_groups(match[1], match[2])
@@ -28,26 +31,37 @@ def parse(attributes: str, num_devices: int) -> Groups | None:
         positions = np.arange(math.prod(dims)).reshape(dims)
         return np.transpose(positions, order or None).reshape(shape).tolist()
     if match := _LISTS.search(attributes):
-        return [_ints(group) for group in re.findall(r"\{([\d,]*)\}", match[1])] or [list(range(num_devices))]
+        return [_ints(group) for group in re.findall(r"\{([\d,]*)\}", match[1])] or [
+            list(range(num_devices))
+        ]
     return None
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which members of a group differ, in mesh order; 'data/4' is a part of size 4 of a larger axis.
+    """The axes along which members of a group differ, in mesh order; 'data/4' is a part of size 4
+    of a larger axis.
 
     Args:
       groups: device positions, numbered as in the flattened mesh.
       mesh: axis sizes in mesh order.
     """
     coordinates = np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values()))
-    extents = [max(len({int(coordinate[i]) for i in group}) for group in groups) for coordinate in coordinates]
-    return tuple(axis if extent == mesh[axis] else f"{axis}/{extent}" for axis, extent in zip(mesh, extents, strict=True) if extent > 1)
+    extents = [
+        max(len({int(coordinate[i]) for i in group}) for group in groups)
+        for coordinate in coordinates
+    ]
+    return tuple(
+        axis if extent == mesh[axis] else f"{axis}/{extent}"
+        for axis, extent in zip(mesh, extents, strict=True)
+        if extent > 1
+    )
 
 
 def _mesh_groups(mesh_text: str, axes_text: str) -> Groups:
     """Groups of the `mesh[..] {..}` form."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh_text)}
-    # Every axis is cut into (before, part, after); a whole axis is the part of size n with 1 before and 1 after.
+    # Every axis is cut into (before, part, after); a whole axis is the part of size n with 1
+    # before and 1 after.
     parts = {name: (1, 1, size) for name, size in sizes.items()}
     for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes_text):
         part = int(size) if size else sizes[name]

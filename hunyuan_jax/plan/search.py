@@ -1,4 +1,6 @@
-"""Many plans at once: the best ways to run a config on one slice, and the smallest slice that runs it."""
+"""Many plans at once: the best ways to run a config on one slice, and the smallest slice that runs
+it.
+"""
 
 import dataclasses
 import itertools
@@ -11,11 +13,13 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.plan import aot, memory, topology
 
-# The step's matmuls over those without any recomputation: the forward pass, a third of them all, is repeated or not.
+# The step's matmuls over those without any recomputation: the forward pass, a third of them all,
+# is repeated or not.
 _RECOMPUTE = {"none": 1.0, "dots": 1.0, "full": 4 / 3}
 # The most exact first.
 _STATE_DTYPES = ("float32", "bfloat16", "fp8_lm")
-# An estimate by line item may be so far from the compiler's peak; what is further above the memory is not compiled.
+# An estimate by line item may be so far from the compiler's peak; what is further above the memory
+# is not compiled.
 _TOLERANCE = 1.1
 _REFUSED = "the compiler refuses it: "
 
@@ -25,7 +29,8 @@ class Trial:
     """One config on one slice.
 
     estimate: bytes per device by `memory.estimate`, None where the config does not suit the slice.
-    report: of the compiled step, None where it was not compiled or does not fit; outcome: in words.
+    report: of the compiled step, None where it was not compiled or does not fit; outcome: in
+    words.
     """
 
     topology: str
@@ -39,15 +44,21 @@ class Trial:
 def with_batch(config: Config, num_devices: int, batch_per_chip: int) -> Config:
     """The config with so many sequences a device in each of its grad_accum_steps parts."""
     batch_size = num_devices * batch_per_chip * config.train.grad_accum_steps
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=batch_size)
+    )
 
 
-def search(config: Config, topology_name: str, batches_per_chip: Sequence[int], compile_top: int) -> list[Trial]:
-    """The ways to run `config` on this slice that fit by line item, best first, the first `compile_top` of them compiled.
+def search(
+    config: Config, topology_name: str, batches_per_chip: Sequence[int], compile_top: int
+) -> list[Trial]:
+    """The ways to run `config` on this slice that fit by line item, best first, the first
+    `compile_top` of them compiled.
 
-    Tried are all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the optimizer's state.  Before compiling
-    they are ranked by recomputation, then by the tensor axis, then by the bytes that a token makes the chips exchange, then by the
-    precision of the state; the compiled ones by share of ideal.
+    Tried are all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the
+    optimizer's state.  Before compiling they are ranked by recomputation, then by the tensor axis,
+    then by the bytes that a token makes the chips exchange, then by the precision of the state;
+    the compiled ones by share of ideal.
 
     Raises:
       ConfigError: nothing fits.
@@ -60,37 +71,62 @@ def search(config: Config, topology_name: str, batches_per_chip: Sequence[int], 
         try:
             peak = memory.estimate(candidate, num_devices).peak
         except ConfigError:
-            continue  # this mesh does not suit the model or the batch: that is what a search finds out
+            # this mesh does not suit the model or the batch: that is what a search
+            # finds out
+            continue
         least = min(least, peak)
         if peak <= generation.hbm_bytes:
             state = _STATE_DTYPES.index(candidate.optimizer.state_dtype)
-            tensor = candidate.mesh.tensor  # what lies between the matmuls is repeated on each of its shards
-            rank = (_RECOMPUTE[candidate.model.remat], tensor, _exchanged_bytes(candidate, num_devices), state, peak)
-            ranked.append((rank, Trial(topology_name, num_devices, candidate, peak, "not compiled")))
+            tensor = (
+                candidate.mesh.tensor
+            )  # what lies between the matmuls is repeated on each of its shards
+            rank = (
+                _RECOMPUTE[candidate.model.remat],
+                tensor,
+                _exchanged_bytes(candidate, num_devices),
+                state,
+                peak,
+            )
+            ranked.append(
+                (rank, Trial(topology_name, num_devices, candidate, peak, "not compiled"))
+            )
     if least == math.inf:
         raise ConfigError(
-            f"no mesh over the {num_devices} devices of {topology_name} suits the model and a batch of {batches_per_chip} a chip."
+            f"no mesh over the {num_devices} devices of {topology_name} suits the model and a "
+            f"batch of {batches_per_chip} a chip."
         )
     if not ranked:
         raise ConfigError(
-            f"nothing fits on {topology_name}: by line item the leanest way to run the config needs {least / 2**30:.1f} GiB a device, "
-            f"and {generation.hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan --fit` finds the smallest)."
+            f"nothing fits on {topology_name}: by line item the leanest way to run the config "
+            f"needs {least / 2**30:.1f} GiB a device, "
+            f"and {generation.hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan "
+            "--fit` finds the smallest)."
         )
     trials = [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
     tried = [_compile(trial) for trial in trials[:compile_top]]
-    return sorted(tried, key=lambda trial: -trial.report.share_of_ideal if trial.report else 1) + trials[compile_top:]
+    return (
+        sorted(tried, key=lambda trial: -trial.report.share_of_ideal if trial.report else 1)
+        + trials[compile_top:]
+    )
 
 
 def fit(config: Config, generations: Sequence[str], batch_per_chip: int) -> list[Trial]:
-    """Of each generation the slices up to the smallest on which the config trains, with what became of each.
+    """Of each generation the slices up to the smallest on which the config trains, with what
+    became of each.
 
     The config's mesh is kept, its -1 axis grows with the slice, and so does the batch.
     """
     topology.load_compiler()
-    return list(itertools.chain.from_iterable(_fit_one(config, topology.GENERATIONS[name], batch_per_chip) for name in generations))
+    return list(
+        itertools.chain.from_iterable(
+            _fit_one(config, topology.GENERATIONS[name], batch_per_chip) for name in generations
+        )
+    )
 
 
-def _fit_one(config: Config, generation: topology.Generation, batch_per_chip: int) -> Iterator[Trial]:
+def _fit_one(
+    config: Config, generation: topology.Generation, batch_per_chip: int
+) -> Iterator[Trial]:
     for shape in generation.slices:
         name = f"{generation.name}:{shape}"
         num_devices = topology.num_devices(name, config.mesh.num_slices)
@@ -106,7 +142,9 @@ def _fit_one(config: Config, generation: topology.Generation, batch_per_chip: in
         trial = _compile(Trial(name, num_devices, scaled, peak, "not compiled"))
         yield trial
         if trial.report or trial.outcome.startswith(_REFUSED):
-            return  # a kernel that this generation cannot run does not become possible on more chips
+            # a kernel that this generation cannot run does not become possible on
+            # more chips
+            return
 
 
 def _compile(trial: Trial) -> Trial:
@@ -119,27 +157,41 @@ def _compile(trial: Trial) -> Trial:
     return dataclasses.replace(trial, outcome="fits", report=report)
 
 
-def _candidates(config: Config, num_devices: int, batches_per_chip: Sequence[int]) -> Iterator[Config]:
+def _candidates(
+    config: Config, num_devices: int, batches_per_chip: Sequence[int]
+) -> Iterator[Config]:
     replica = max(config.mesh.replica, config.mesh.num_slices)
     ways = [n for n in range(1, num_devices // replica + 1) if num_devices // replica % n == 0]
     experts = [n for n in ways if config.model.moe.num_experts % n == 0]
-    for expert, tensor, remat, batch, state_dtype in itertools.product(experts, ways, _RECOMPUTE, batches_per_chip, _STATE_DTYPES):
+    for expert, tensor, remat, batch, state_dtype in itertools.product(
+        experts, ways, _RECOMPUTE, batches_per_chip, _STATE_DTYPES
+    ):
         if num_devices // replica % (expert * tensor) == 0:
-            mesh = dataclasses.replace(config.mesh, replica=replica, data=-1, expert=expert, tensor=tensor)
+            mesh = dataclasses.replace(
+                config.mesh, replica=replica, data=-1, expert=expert, tensor=tensor
+            )
             model = dataclasses.replace(config.model, remat=remat)
             optimizer = dataclasses.replace(config.optimizer, state_dtype=state_dtype)
-            yield with_batch(dataclasses.replace(config, mesh=mesh, model=model, optimizer=optimizer), num_devices, batch)
+            yield with_batch(
+                dataclasses.replace(config, mesh=mesh, model=model, optimizer=optimizer),
+                num_devices,
+                batch,
+            )
 
 
 def _exchanged_bytes(config: Config, num_devices: int) -> float:
-    """Bytes that a device exchanges per token of its batch: weights gathered, gradients sent, tokens sent to experts and back.
+    """Bytes that a device exchanges per token of its batch: weights gathered, gradients sent,
+    tokens sent to experts and back.
 
-    A layer's weights are gathered for the forward and for the backward pass and their gradients sent once; a token's row goes to its
-    expert and back in both passes, and is summed over the tensor axis twice in each.
+    A layer's weights are gathered for the forward and for the backward pass and their gradients
+    sent once; a token's row goes to its expert and back in both passes, and is summed over the
+    tensor axis twice in each.
     """
     sizes = memory.sizes_of(config, num_devices)
     model = config.model
-    weights = max(0, model.num_layers * memory.layer_weights(sizes) - sizes.parameters) * sizes.element
+    weights = (
+        max(0, model.num_layers * memory.layer_weights(sizes) - sizes.parameters) * sizes.element
+    )
     rows = 4 * sizes.rows if sizes.expert_ways > 1 else 0
     summed = 8 * sizes.tokens if sizes.tensor_ways > 1 else 0
     activations = (rows + summed) * model.hidden_size * model.num_layers * sizes.element

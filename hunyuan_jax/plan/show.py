@@ -13,14 +13,18 @@ from hunyuan_jax.plan.search import Trial
 
 _GIB = 2**30
 _NUM_OPS = 8
-_CAVEAT = (
-    "the compiler's estimate, not a measurement; kernels run at the chip's peak and collectives are left out, so the true step is longer"
-)
+_CAVEAT = "the compiler's estimate, not a measurement; kernels run at the chip's peak and collectives are left out, so the true step is longer"
 
 
 def report_data(report: Report) -> dict[str, Any]:
-    """One JSON object: the report's fields, with estimated_peak and difference (of the estimate from the compiler's peak)."""
-    return {**dataclasses.asdict(report), "estimated_peak": report.items.peak, "difference": report.difference}
+    """One JSON object: the report's fields, with estimated_peak and difference (of the estimate
+    from the compiler's peak).
+    """
+    return {
+        **dataclasses.asdict(report),
+        "estimated_peak": report.items.peak,
+        "difference": report.difference,
+    }
 
 
 def trials_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -41,21 +45,47 @@ def print_report(report: Report) -> None:
     console = _console()
     chips = report.num_devices // report.devices_per_chip
     axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
-    per_device = "" if report.devices_per_chip == 1 else f", {report.devices_per_chip} devices a chip: figures are per device"
+    per_device = (
+        ""
+        if report.devices_per_chip == 1
+        else f", {report.devices_per_chip} devices a chip: figures are per device"
+    )
     slices = chips * report.devices_per_chip // topology.num_devices(report.topology)
     several = f"{slices} x " if slices > 1 else ""
-    console.print(f"{several}{report.topology}: {chips} chips{per_device}; mesh {axes}; {report.tokens:,} tokens a step", highlight=False)
-    for table in (_memory_table(report), _items_table(report.items), _time_table(report), _ops_table(report), _collectives_table(report)):
+    console.print(
+        f"{several}{report.topology}: {chips} chips{per_device}; mesh {axes}; {report.tokens:,} "
+        "tokens a step",
+        highlight=False,
+    )
+    for table in (
+        _memory_table(report),
+        _items_table(report.items),
+        _time_table(report),
+        _ops_table(report),
+        _collectives_table(report),
+    ):
         console.print(table)
     console.print(
-        f"Time is {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with {report.host_bytes / _GIB:.1f} GiB on this host.",
+        f"Time is {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with "
+        f"{report.host_bytes / _GIB:.1f} GiB on this host.",
         highlight=False,
     )
 
 
 def print_trials(trials: Sequence[Trial], title: str, num_rows: int = 30) -> None:
     """One row per trial, at most num_rows."""
-    table = _table(title, "slice", "mesh", "remat", "batch", "optimizer state", ">estimate GiB", ">peak GiB", ">share of ideal", "outcome")
+    table = _table(
+        title,
+        "slice",
+        "mesh",
+        "remat",
+        "batch",
+        "optimizer state",
+        ">estimate GiB",
+        ">peak GiB",
+        ">share of ideal",
+        "outcome",
+    )
     for trial in trials[:num_rows]:
         settings = _settings(trial)
         report = trial.report
@@ -90,7 +120,12 @@ def _memory_table(report: Report) -> Table:
         table.add_row(name, _gib(compiled), _gib(estimated), f"{estimated / compiled - 1:+.1%}")
     table.add_row("HBM", _gib(stats.hbm), "", f"{stats.peak / stats.hbm:.0%} used")
     table.add_row("temporaries, all together", _gib(stats.temporaries), "", "")
-    table.add_row("outputs (of these in place of arguments)", f"{_gib(stats.outputs)} ({_gib(stats.aliased)})", "", "")
+    table.add_row(
+        "outputs (of these in place of arguments)",
+        f"{_gib(stats.outputs)} ({_gib(stats.aliased)})",
+        "",
+        "",
+    )
     return table
 
 
@@ -101,38 +136,87 @@ def _items_table(items: memory.Estimate) -> Table:
             if item.phase == phase:
                 table.add_row(phase, item.name, _gib(item.bytes))
         table.add_row(
-            phase, "together" + (" (largest)" if phase == items.peak_phase else ""), _gib(items.in_phase(phase)), end_section=True
+            phase,
+            "together" + (" (largest)" if phase == items.peak_phase else ""),
+            _gib(items.in_phase(phase)),
+            end_section=True,
         )
     return table
 
 
 def _time_table(report: Report) -> Table:
-    table = _table(f"Time per step at {report.clock_hz / 1e9:.2f} GHz: the compiler's estimate", "region", ">executions", ">cycles", ">ms")
+    table = _table(
+        f"Time per step at {report.clock_hz / 1e9:.2f} GHz: the compiler's estimate",
+        "region",
+        ">executions",
+        ">cycles",
+        ">ms",
+    )
     for region in report.hlo.regions:
-        table.add_row(region.name, str(region.times), f"{region.cycles:,}", f"{1e3 * region.cycles / report.clock_hz:,.1f}")
+        table.add_row(
+            region.name,
+            str(region.times),
+            f"{region.cycles:,}",
+            f"{1e3 * region.cycles / report.clock_hz:,.1f}",
+        )
     for kernel in report.hlo.kernels:
         at_peak = f"{1e3 * kernel.flops / report.peak_flops:,.1f}" if kernel.flops else "left out"
-        table.add_row(f"kernel {kernel.name}, {kernel.region}", str(kernel.times), "at the peak", at_peak)
-    table.add_row("together", "", f"{report.hlo.cycles:,}", f"{1e3 * report.estimated_seconds:,.1f}", end_section=True)
-    table.add_row("ideal: 6 x active x tokens at the peak", "", "", f"{1e3 * report.ideal_seconds:,.1f}")
+        table.add_row(
+            f"kernel {kernel.name}, {kernel.region}", str(kernel.times), "at the peak", at_peak
+        )
+    table.add_row(
+        "together",
+        "",
+        f"{report.hlo.cycles:,}",
+        f"{1e3 * report.estimated_seconds:,.1f}",
+        end_section=True,
+    )
+    table.add_row(
+        "ideal: 6 x active x tokens at the peak", "", "", f"{1e3 * report.ideal_seconds:,.1f}"
+    )
     table.add_row("share of ideal", "", "", f"{report.share_of_ideal:.1%}")
-    table.add_row(f"implied MFU ({report.model_flops:.4g} FLOPs)", "", "", f"{report.mfu:.1%}", end_section=True)
+    table.add_row(
+        f"implied MFU ({report.model_flops:.4g} FLOPs)",
+        "",
+        "",
+        f"{report.mfu:.1%}",
+        end_section=True,
+    )
     if report.hlo.num_unknown_cycles:
-        table.add_row("ops whose cycles the compiler does not know", str(report.hlo.num_unknown_cycles), "", "left out")
+        table.add_row(
+            "ops whose cycles the compiler does not know",
+            str(report.hlo.num_unknown_cycles),
+            "",
+            "left out",
+        )
     if report.hlo.num_unknown_trips:
-        table.add_row("loops whose length depends on data", str(report.hlo.num_unknown_trips), "", "one trip")
+        table.add_row(
+            "loops whose length depends on data", str(report.hlo.num_unknown_trips), "", "one trip"
+        )
     return table
 
 
 def _ops_table(report: Report) -> Table:
     table = _table("Costliest ops", ">ms", ">executions", "op", "from")
     for op in report.hlo.top_ops[:_NUM_OPS]:
-        table.add_row(f"{1e3 * op.cycles / report.clock_hz:.3g}", str(op.times), op.name, op.op_name)
+        table.add_row(
+            f"{1e3 * op.cycles / report.clock_hz:.3g}", str(op.times), op.name, op.op_name
+        )
     return table
 
 
 def _collectives_table(report: Report) -> Table:
-    table = _table("Collectives per step and device", "kind", "axes", ">MiB each", ">places", ">times", ">GiB", "region", "can overlap")
+    table = _table(
+        "Collectives per step and device",
+        "kind",
+        "axes",
+        ">MiB each",
+        ">places",
+        ">times",
+        ">GiB",
+        "region",
+        "can overlap",
+    )
     for item in report.hlo.collectives:
         table.add_row(
             item.kind,
@@ -167,7 +251,11 @@ def _table(title: str, *columns: str) -> Table:
     """A table whose columns that start with '>' are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""TPU slices by name: what a chip of each generation is, and the devices of a slice for the compiler, without a TPU."""
+"""TPU slices by name: what a chip of each generation is, and the devices of a slice for the
+compiler, without a TPU.
+"""
 
 import dataclasses
 import difflib
@@ -14,10 +16,12 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One TPU generation; figures are per jax device, of which a tpu7x chip has two and the others one.
+    """One TPU generation; figures are per jax device, of which a tpu7x chip has two and the others
+    one.
 
     hbm_bytes: what the compiler lets a program use, a little below the chip's memory.
-    peak_flops: dense bf16 FLOP/s; clock_hz: of the matrix units, to turn the compiler's cycles into seconds.
+    peak_flops: dense bf16 FLOP/s; clock_hz: of the matrix units, to turn the compiler's cycles
+    into seconds.
     slices: shapes that can be rented, by size.
     """
 
@@ -30,13 +34,29 @@ class Generation:
 
 
 _TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_TORUS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_TORUS_3D = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+    "16x16x16",
+)
 
-# hbm: from the compiler's own out-of-memory message ("exceeds available HBM (95.73G)"), libtpu 0.0.50.1.
-# peak: vendors' figures (v4: Google's documentation; the others: checking_without_accelerators.md section 6), per device.
-# clock: v4 1.05 GHz and v5e 1.5 GHz are published; v5p 1.75 GHz is the figure of checking_without_accelerators.md section 1; v6e
-# and tpu7x are ASSUMED: peak over 524288 FLOP a cycle, the smallest power of two above what the compiler's estimate of a 8192^3
-# matmul gives (369 000 and 422 000 FLOP a cycle).  The same rule gives the known clocks of v4 (2 x 131072), v5e and v5p.
+# hbm: from the compiler's own out-of-memory message ("exceeds available HBM (95.73G)"), libtpu
+# 0.0.50.1.
+# peak: vendors' figures (v4: Google's documentation; the others: checking_without_accelerators.md
+# section 6), per device.
+# clock: v4 1.05 GHz and v5e 1.5 GHz are published; v5p 1.75 GHz is the figure of
+# checking_without_accelerators.md section 1; v6e
+# and tpu7x are ASSUMED: peak over 524288 FLOP a cycle, the smallest power of two above what the
+# compiler's estimate of a 8192^3 matmul gives (369 000 and 422 000 FLOP a cycle).  The same rule
+# gives the known clocks of v4 (2 x 131072), v5e and v5p.
 GENERATIONS = {
     generation.name: generation
     for generation in (
@@ -48,7 +68,8 @@ GENERATIONS = {
     )
 }
 
-# The compiler asks for these when it is loaded; they keep it from looking for a TPU, its metadata server and its lock file.
+# The compiler asks for these when it is loaded; they keep it from looking for a TPU, its metadata
+# server and its lock file.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -63,7 +84,11 @@ _ENVIRONMENT = {
 
 def known_names() -> list[str]:
     """Names of the slices that can be rented, such as 'v5p:4x8x8'."""
-    return [f"{generation.name}:{shape}" for generation in GENERATIONS.values() for shape in generation.slices]
+    return [
+        f"{generation.name}:{shape}"
+        for generation in GENERATIONS.values()
+        for shape in generation.slices
+    ]
 
 
 def generation_of(topology: str) -> Generation:
@@ -87,7 +112,8 @@ def num_devices(topology: str, num_slices: int = 1) -> int:
 
 
 def load_compiler() -> None:
-    """Makes ready to compile for TPUs: libtpu reads this environment when it is loaded, and the CPU becomes jax's own platform.
+    """Makes ready to compile for TPUs: libtpu reads this environment when it is loaded, and the
+    CPU becomes jax's own platform.
 
     Comes before the first use of jax.
 
@@ -95,7 +121,10 @@ def load_compiler() -> None:
       ConfigError: libtpu is missing.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("the TPU compiler (libtpu) is not installed; plan needs no TPU, but needs it: pip install -e '.[tpu]'")
+        raise ConfigError(
+            "the TPU compiler (libtpu) is not installed; plan needs no TPU, but needs it: pip "
+            "install -e '.[tpu]'"
+        )
     os.environ.update(_ENVIRONMENT)
     import jax
 
@@ -116,9 +145,14 @@ def topology_devices(topology: str, num_slices: int = 1) -> list:
     # A v4 chip's two cores act as one device, as on a real slice.
     options = {"chip_config_name": "megacore"} if generation.name == "v4" else {}
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=num_slices, **options)
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, num_slices=num_slices, **options
+        )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
-        raise ConfigError(f"--topology={topology}: the compiler refuses it ({str(e).splitlines()[0]}); {_nearest(topology)}") from e
+        raise ConfigError(
+            f"--topology={topology}: the compiler refuses it ({str(e).splitlines()[0]}); "
+            f"{_nearest(topology)}"
+        ) from e
     return list(description.devices)
 
 

@@ -1,13 +1,16 @@
-"""Tensors in few bits with power-of-two scales, and which parameters of `state_dtype = "fp8_lm"` are kept so.
+"""Tensors in few bits with power-of-two scales, and which parameters of `state_dtype = "fp8_lm"`
+are kept so.
 
-FP8-LM (arXiv 2310.18313, reference/papers.md section 8) stores a master weight in float16 and Adam's moments in float8 and float16, each
-tensor with one scale.  "One tensor" is one layer's here, and one expert's: a stacked parameter [P, ...] has P scales, the routed experts
-[P, E, ...] have P * E, embedding and head have one.  Letters: P CLA groups, E experts.
+FP8-LM (arXiv 2310.18313, reference/papers.md section 8) stores a master weight in float16 and
+Adam's moments in float8 and float16, each tensor with one scale.  "One tensor" is one layer's
+here, and one expert's: a stacked parameter [P, ...] has P scales, the routed experts [P, E, ...]
+have P * E, embedding and head have one.  Letters: P CLA groups, E experts.
 
-Two parts of the paper have nothing to do on this mesh.  Its greedy placement (Algorithm 1) balances ranks that each hold whole tensors;
-every tensor is split evenly over the mesh here, so all shards are equal already.  Its shared minimum of the scales makes the ranks' float8
-gradients comparable; gradients are not float8 here, and a maximum over a sharded tensor under jit is one over all shards (XLA adds
-the all-reduce), so each has the same scale.
+Two parts of the paper have nothing to do on this mesh.  Its greedy placement (Algorithm 1)
+balances ranks that each hold whole tensors; every tensor is split evenly over the mesh here, so
+all shards are equal already.  Its shared minimum of the scales makes the ranks' float8 gradients
+comparable; gradients are not float8 here, and a maximum over a sharded tensor under jit is one
+over all shards (XLA adds the all-reduce), so each has the same scale.
 """
 
 import re
@@ -18,7 +21,8 @@ import jax.numpy as jnp
 
 from hunyuan_jax.config import StateDtype
 
-# Matrices by name.  Norms, biases and the router stay float32: they are few, and the router decides between near-equal numbers.
+# Matrices by name.  Norms, biases and the router stay float32: they are few, and the router
+# decides between near-equal numbers.
 _MATRIX = re.compile(r"(.*/)?(w\w+|embedding_VD)")
 _MAX_EXPONENT = 126  # 2**126 and its inverse are both normal float32 numbers
 
@@ -26,7 +30,8 @@ _MAX_EXPONENT = 126  # 2**126 and its inverse are both normal float32 numbers
 class Scaled(NamedTuple):
     """The tensor value * inv_scale, where inv_scale is repeated over the trailing dims of value.
 
-    value: float16 or float8_e4m3fn; inv_scale: float32 powers of two, of shape [], [P] or [P, E], the leading dims of value.
+    value: float16 or float8_e4m3fn; inv_scale: float32 powers of two, of shape [], [P] or [P, E],
+    the leading dims of value.
     """
 
     value: jax.Array
@@ -34,17 +39,26 @@ class Scaled(NamedTuple):
 
 
 def quantize(x: jax.Array, dtype: jax.typing.DTypeLike, old_inv_scale: jax.Array) -> Scaled:
-    """The float32 tensor x in `dtype`, with fresh scales; as many leading dims have a scale each as old_inv_scale has dims.
+    """The float32 tensor x in `dtype`, with fresh scales; as many leading dims have a scale each
+    as old_inv_scale has dims.
 
-    The scale is 2**floor(log2(largest number of dtype / amax)), so that amax lands in the top binade; where amax is 0 or not finite, the
-    old one is kept (MS-AMP).  Rounds to nearest, but towards zero below the smallest normal number: there a moment that decays by a tenth
-    would round back to where it was and never reach zero.
+    The scale is 2**floor(log2(largest number of dtype / amax)), so that amax lands in the top
+    binade; where amax is 0 or not finite, the old one is kept (MS-AMP).  Rounds to nearest, but
+    towards zero below the smallest normal number: there a moment that decays by a tenth would
+    round back to where it was and never reach zero.
     """
     amax = jnp.max(jnp.abs(x), axis=tuple(range(old_inv_scale.ndim, x.ndim)))
-    inv_scale = jnp.where(jnp.isfinite(amax) & (amax > 0), _inverse_scale(amax, dtype), old_inv_scale)
+    inv_scale = jnp.where(
+        jnp.isfinite(amax) & (amax > 0), _inverse_scale(amax, dtype), old_inv_scale
+    )
     scaled = x * _over_trailing_dims(1.0 / inv_scale, x)
-    smallest, smallest_normal = (float(getattr(jnp.finfo(dtype), name)) for name in ("smallest_subnormal", "smallest_normal"))
-    scaled = jnp.where(jnp.abs(scaled) < smallest_normal, jnp.trunc(scaled / smallest) * smallest, scaled)
+    smallest, smallest_normal = (
+        float(getattr(jnp.finfo(dtype), name))
+        for name in ("smallest_subnormal", "smallest_normal")
+    )
+    scaled = jnp.where(
+        jnp.abs(scaled) < smallest_normal, jnp.trunc(scaled / smallest) * smallest, scaled
+    )
     return Scaled(scaled.astype(dtype), inv_scale)
 
 
@@ -55,23 +69,37 @@ def dequantize(scaled: Scaled, dtype: jax.typing.DTypeLike = jnp.float32) -> jax
 
 
 def store_params(params: dict[str, Any], state_dtype: StateDtype) -> dict[str, Any]:
-    """Fresh float32 parameters as the train state keeps them: in "fp8_lm" each matrix is a Scaled float16, otherwise unchanged."""
+    """Fresh float32 parameters as the train state keeps them: in "fp8_lm" each matrix is a Scaled
+    float16, otherwise unchanged.
+    """
     if state_dtype != "fp8_lm":
         return params
 
     def store(path, param):
         num_scale_dims = _num_scale_dims(jax.tree_util.keystr(path, simple=True, separator="/"))
-        return param if num_scale_dims is None else quantize(param, jnp.float16, jnp.ones(param.shape[:num_scale_dims], jnp.float32))
+        return (
+            param
+            if num_scale_dims is None
+            else quantize(param, jnp.float16, jnp.ones(param.shape[:num_scale_dims], jnp.float32))
+        )
 
     return jax.tree.map_with_path(store, params)
 
 
-def load_params(params: dict[str, Any], dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Inverse of `store_params`: plain arrays, matrices that were Scaled in `dtype`, all others as they are.
+def load_params(
+    params: dict[str, Any], dtype: jax.typing.DTypeLike = jnp.float32
+) -> dict[str, Any]:
+    """Inverse of `store_params`: plain arrays, matrices that were Scaled in `dtype`, all others as
+    they are.
 
-    The model casts its matrices to its own dtype anyway: with that dtype here there is no float32 copy, and gradients have it too.
+    The model casts its matrices to its own dtype anyway: with that dtype here there is no float32
+    copy, and gradients have it too.
     """
-    return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_scaled(leaf) else leaf, params, is_leaf=is_scaled)
+    return jax.tree.map(
+        lambda leaf: dequantize(leaf, dtype) if is_scaled(leaf) else leaf,
+        params,
+        is_leaf=is_scaled,
+    )
 
 
 def is_scaled(leaf: Any) -> bool:
@@ -89,7 +117,9 @@ def _num_scale_dims(path: str) -> int | None:
 
 
 def _inverse_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """amax / dtype's largest number, rounded up to a power of two; exact, where a float32 log2 is not.  For amax positive and finite."""
+    """amax / dtype's largest number, rounded up to a power of two; exact, where a float32 log2 is
+    not.  For amax positive and finite.
+    """
     max_mantissa, max_exponent = jnp.frexp(jnp.float32(jnp.finfo(dtype).max))
     mantissa, exponent = jnp.frexp(amax)
     inverse_exponent = exponent - max_exponent + (mantissa > max_mantissa).astype(jnp.int32)

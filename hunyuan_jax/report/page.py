@@ -1,8 +1,10 @@
-"""`python -m hunyuan_jax report`: one self-contained HTML page about a run, from the files in its workdir.
+"""`python -m hunyuan_jax report`: one self-contained HTML page about a run, from the files in its
+workdir.
 
-Drawn by plotly (extra `report`) rather than as still pictures: a spike in a run of weeks must be zoomed into, and a cell of the heatmap
-must say its number.  Its script is in the page; a content security policy admits that script and ours by their hashes and nothing from
-elsewhere, so the page loads nothing, and text of the run that looked like a script would not run.
+Drawn by plotly (extra `report`) rather than as still pictures: a spike in a run of weeks must be
+zoomed into, and a cell of the heatmap must say its number.  Its script is in the page; a content
+security policy admits that script and ours by their hashes and nothing from elsewhere, so the page
+loads nothing, and text of the run that looked like a script would not run.
 """
 
 import base64
@@ -24,7 +26,15 @@ from hunyuan_jax.runlog import goodput, metrics
 
 _MAX_POINTS = 1200  # of a curve; more than a screen has pixels
 _MAX_COLUMNS = 160  # of the heatmap
-_INK, _GREY, _GRID, _BLUE, _ORANGE, _GREEN, _RED = "#1b2430", "#66717f", "#e8ebef", "#2563eb", "#ea580c", "#0d9488", "#dc2626"
+_INK, _GREY, _GRID, _BLUE, _ORANGE, _GREEN, _RED = (
+    "#1b2430",
+    "#66717f",
+    "#e8ebef",
+    "#2563eb",
+    "#ea580c",
+    "#0d9488",
+    "#dc2626",
+)
 _CAUSE_COLOURS = {
     goodput.PRODUCTIVE: _GREEN,
     "startup": "#94a3b8",
@@ -38,7 +48,13 @@ _CAUSE_COLOURS = {
     "repeated": "#f43f5e",
     "down": "#7f1d1d",
 }
-_SCALE = [[0.0, "#b45309"], [0.25, "#fcd9a8"], [0.5, "#f8fafc"], [0.75, "#93c5fd"], [1.0, "#1e40af"]]
+_SCALE = [
+    [0.0, "#b45309"],
+    [0.25, "#fcd9a8"],
+    [0.5, "#f8fafc"],
+    [0.75, "#93c5fd"],
+    [1.0, "#1e40af"],
+]
 
 
 def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -48,20 +64,31 @@ def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -
       ConfigError: no metrics in the workdir, or plotly is missing.
     """
     workdir = Path(workdir)
-    rows = [row for row in metrics.read_objects(workdir / metrics.FILE) if type(row.get("step")) is int]
+    rows = [
+        row for row in metrics.read_objects(workdir / metrics.FILE) if type(row.get("step")) is int
+    ]
     if not rows:
-        raise ConfigError(f"{workdir} holds no metrics ({metrics.FILE} is missing or empty). Pass the --workdir of `python train.py`.")
+        raise ConfigError(
+            f"{workdir} holds no metrics ({metrics.FILE} is missing or empty). Pass the --workdir "
+            "of `python train.py`."
+        )
     if importlib.util.find_spec("plotly") is None:
-        raise ConfigError("the report needs plotly, which is not installed: pip install -e '.[report]'")
+        raise ConfigError(
+            "the report needs plotly, which is not installed: pip install -e '.[report]'"
+        )
     path = Path(output) if output else workdir / "report.html"
     if not path.parent.is_dir():
-        raise ConfigError(f"--output={path}: the folder {path.parent} does not exist; make it first.")
+        raise ConfigError(
+            f"--output={path}: the folder {path.parent} does not exist; make it first."
+        )
     path.write_text(page(workdir, sorted(rows, key=lambda row: row["step"])), encoding="utf-8")
     return path
 
 
 def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
-    """The HTML of a run's rows of metrics.jsonl, rising by step, and of the other files of its workdir."""
+    """The HTML of a run's rows of metrics.jsonl, rising by step, and of the other files of its
+    workdir.
+    """
     from plotly.offline import get_plotlyjs
 
     config, environment = _read(workdir / "config.json"), _read(workdir / "environment.json")
@@ -70,13 +97,20 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     figures = _figures(rows, ledger)
     cards = "".join(
-        f'<section class="card {width}"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div id="{key}"></div></section>'
+        '<section class="card '
+        f'{width}"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div '
+        f'id="{key}"></div></section>'
         for key, (title, note, width, _) in figures.items()
     )
     data = json.dumps({key: json.loads(figure.to_json()) for key, (*_, figure) in figures.items()})
     scripts = [get_plotlyjs(), _BOOT]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(name)}</title><style>{_STYLE}</style></head>
@@ -119,9 +153,13 @@ td:first-child {{ color: {_GREY}; width: 46% }}
 
 
 def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str, Any]) -> str:
-    num_steps = config.get("train", {}).get("num_steps") if isinstance(config.get("train"), dict) else None
+    num_steps = (
+        config.get("train", {}).get("num_steps") if isinstance(config.get("train"), dict) else None
+    )
     last = {
-        name: _curve(rows, name)[1][-1] for name in ("loss", "validation_loss", "validation_bits_per_byte", "mfu") if _curve(rows, name)[1]
+        name: _curve(rows, name)[1][-1]
+        for name in ("loss", "validation_loss", "validation_bits_per_byte", "mfu")
+        if _curve(rows, name)[1]
     }
     speed = _curve(rows, "tokens_per_second")[1][-20:]
     step, skipped = rows[-1]["step"], (_curve(rows, "skipped_steps")[1] or [0])[-1]
@@ -133,12 +171,30 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
         (
             "Validation loss",
             _number(last.get("validation_loss"), ".4f"),
-            f"{last['validation_bits_per_byte']:.3f} bits a byte" if "validation_bits_per_byte" in last else "nats a token",
+            f"{last['validation_bits_per_byte']:.3f} bits a byte"
+            if "validation_bits_per_byte" in last
+            else "nats a token",
         ),
-        ("Tokens/s", _number(float(np.median(speed)) if speed else None, ",.0f"), "median of the last rows"),
-        ("MFU", _number(last.get("mfu"), ".1%"), "of the bf16 peak" if "mfu" in last else "peak not known"),
-        ("Goodput", _number(ledger.goodput if ledger.total else None, ".1%"), f"of {_duration(ledger.total)}"),
-        ("Restarts", f"{max(ledger.num_starts - 1, 0)}", f"{_duration(ledger.seconds['down'])} down"),
+        (
+            "Tokens/s",
+            _number(float(np.median(speed)) if speed else None, ",.0f"),
+            "median of the last rows",
+        ),
+        (
+            "MFU",
+            _number(last.get("mfu"), ".1%"),
+            "of the bf16 peak" if "mfu" in last else "peak not known",
+        ),
+        (
+            "Goodput",
+            _number(ledger.goodput if ledger.total else None, ".1%"),
+            f"of {_duration(ledger.total)}",
+        ),
+        (
+            "Restarts",
+            f"{max(ledger.num_starts - 1, 0)}",
+            f"{_duration(ledger.seconds['down'])} down",
+        ),
     ]
     return "".join(
         f'<div class="tile"><span>{html.escape(name)}</span><b>{html.escape(value)}</b><small>{html.escape(note)}&nbsp;</small></div>'
@@ -146,7 +202,9 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
     )
 
 
-def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tuple[str, str, str, Any]]:
+def _figures(
+    rows: list[dict[str, Any]], ledger: goodput.Ledger
+) -> dict[str, tuple[str, str, str, Any]]:
     """{id: (title, note, width class, figure)} of what the run has."""
     import plotly.graph_objects as go
 
@@ -157,11 +215,30 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             steps, values = _thinned(*_curve(rows, name))
             shown += values
             line = {"color": colour, "width": 1.6}
-            figure.add_scatter(x=steps, y=values, name=label, mode=mode, line=line, marker={"size": 7}, hovertemplate=f"%{{y:{form}}}")
-        axis = kind if kind != "auto" else "log" if shown and min(shown) > 0 and max(shown) > 4 * min(shown) else "linear"
+            figure.add_scatter(
+                x=steps,
+                y=values,
+                name=label,
+                mode=mode,
+                line=line,
+                marker={"size": 7},
+                hovertemplate=f"%{{y:{form}}}",
+            )
+        axis = (
+            kind
+            if kind != "auto"
+            else "log"
+            if shown and min(shown) > 0 and max(shown) > 4 * min(shown)
+            else "linear"
+        )
         _lay_out(figure, height, showlegend=len(curves) > 1, hovermode="x unified")
         figure.update_yaxes(
-            type=axis, **({"dtick": "D1" if max(shown) < 8 * min(shown) else "D2", "tickformat": "~g"} if axis == "log" else {})
+            type=axis,
+            **(
+                {"dtick": "D1" if max(shown) < 8 * min(shown) else "D2", "tickformat": "~g"}
+                if axis == "log"
+                else {}
+            ),
         )
         if axis == "log" and max(shown) > 100 * min(shown):
             figure.update_yaxes(dtick=1)
@@ -169,7 +246,12 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             figure.update_yaxes(rangemode="tozero")
         return figure
 
-    loss = lines(330, ".4f", ("loss", "training", _BLUE, "lines"), ("validation_loss", "validation", _ORANGE, "lines+markers"))
+    loss = lines(
+        330,
+        ".4f",
+        ("loss", "training", _BLUE, "lines"),
+        ("validation_loss", "validation", _ORANGE, "lines+markers"),
+    )
     found = {
         "loss": ("Loss", "cross entropy, nats a token", "wide", loss),
         "lr": (
@@ -178,7 +260,12 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             "half",
             lines(230, ".3~g", ("learning_rate", "", _BLUE, "lines"), kind="linear"),
         ),
-        "norm": ("Gradient norm", "before clipping", "half", lines(230, ".3~g", ("grad_norm", "", _BLUE, "lines"))),
+        "norm": (
+            "Gradient norm",
+            "before clipping",
+            "half",
+            lines(230, ".3~g", ("grad_norm", "", _BLUE, "lines")),
+        ),
         "speed": (
             "Throughput",
             "tokens a second, without evaluation and saving",
@@ -187,11 +274,19 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
         ),
     }
     if ledger.total:
-        found["goodput"] = ("Where the time went", f"{_duration(ledger.total)} of wall time, all restarts", "half", _goodput_figure(ledger))
+        found["goodput"] = (
+            "Where the time went",
+            f"{_duration(ledger.total)} of wall time, all restarts",
+            "half",
+            _goodput_figure(ledger),
+        )
     if any("moe/demand" in row or "moe/load" in row for row in rows):
         note = "share of a layer's choices against an even share; a column is a logged step, a row an expert"
         found["experts"] = ("Experts by layer and time", note, "wide", _heatmap(rows))
-        curves = (("moe/recycled", "recycled", _ORANGE, "lines"), ("moe/dropped", "dropped", _RED, "lines"))
+        curves = (
+            ("moe/recycled", "recycled", _ORANGE, "lines"),
+            ("moe/dropped", "dropped", _RED, "lines"),
+        )
         found["moved"] = (
             "Recycled and dropped",
             "share of choices that their expert had no room for",
@@ -199,8 +294,16 @@ def _figures(rows: list[dict[str, Any]], ledger: goodput.Ledger) -> dict[str, tu
             lines(230, ".2%", *curves, kind="linear"),
         )
         found["moved"][3].update_yaxes(tickformat=".0%")
-        entropy, dead = ("moe/entropy", "", _BLUE, "lines"), ("moe/dead_experts", "", _RED, "lines")
-        found["entropy"] = ("Router entropy", "nats, mean over tokens and layers", "quarter", lines(230, ".3f", entropy, kind="linear"))
+        entropy, dead = (
+            ("moe/entropy", "", _BLUE, "lines"),
+            ("moe/dead_experts", "", _RED, "lines"),
+        )
+        found["entropy"] = (
+            "Router entropy",
+            "nats, mean over tokens and layers",
+            "quarter",
+            lines(230, ".3f", entropy, kind="linear"),
+        )
         note = "of all layers: named by under 1 % of an even share"
         found["dead"] = ("Dead experts", note, "quarter", lines(230, ".0f", dead, kind="linear"))
     return found
@@ -217,7 +320,10 @@ def _goodput_figure(ledger: goodput.Ledger) -> Any:
             y=[cause for _, cause in spent],
             orientation="h",
             marker={"color": [_CAUSE_COLOURS.get(cause, _GREY) for _, cause in spent]},
-            text=[f" {share:.1f} %, {_duration(seconds)}" for share, (seconds, _) in zip(shares, spent, strict=True)],
+            text=[
+                f" {share:.1f} %, {_duration(seconds)}"
+                for share, (seconds, _) in zip(shares, spent, strict=True)
+            ],
             textposition="auto",
             cliponaxis=False,
             customdata=[goodput.CAUSES.get(cause, "") for _, cause in spent],
@@ -231,11 +337,16 @@ def _goodput_figure(ledger: goodput.Ledger) -> Any:
 
 
 def _heatmap(rows: list[dict[str, Any]]) -> Any:
-    """Experts of all layers over time, as powers of two of an even share; a button for each of demand and load."""
+    """Experts of all layers over time, as powers of two of an even share; a button for each of
+    demand and load.
+    """
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    names = {"moe/demand": "demand (what the router wishes)", "moe/load": "load (what experts serve)"}
+    names = {
+        "moe/demand": "demand (what the router wishes)",
+        "moe/load": "load (what experts serve)",
+    }
     labels, ticks = {}, []
     for name, label in names.items():
         steps, table = _tables(rows, name)
@@ -249,7 +360,9 @@ def _heatmap(rows: list[dict[str, Any]]) -> Any:
             z=np.round(np.log2(np.clip(ratio, 2**-6, 2**6)), 3).tolist(),
             x=steps,
             customdata=customdata.tolist(),
-            text=[[f"layer {row // E}, expert {row % E}"] * len(steps) for row in range(L * E)] if L * E <= 128 else None,
+            text=[[f"layer {row // E}, expert {row % E}"] * len(steps) for row in range(L * E)]
+            if L * E <= 128
+            else None,
             zmin=-2,
             zmax=2,
             colorscale=_SCALE,
@@ -260,7 +373,8 @@ def _heatmap(rows: list[dict[str, Any]]) -> Any:
                 "thickness": 12,
                 "outlinewidth": 0,
             },
-            hovertemplate="step %{x}, row %{y} %{text}: %{customdata} of an even share<extra></extra>",
+            hovertemplate="step %{x}, row %{y} %{text}: %{customdata} of an even "
+            "share<extra></extra>",
         )
         labels[name], every = label, max(1, L // 16)
         ticks = [(layer * E + (E - 1) / 2, f"layer {layer}") for layer in range(0, L, every)]
@@ -268,14 +382,36 @@ def _heatmap(rows: list[dict[str, Any]]) -> Any:
     for edge in edges:
         figure.add_hline(y=edge, line={"color": "#ffffff", "width": 2})
     _lay_out(figure, 460)
-    figure.update_yaxes(tickvals=[at for at, _ in ticks], ticktext=[text for _, text in ticks], autorange="reversed", showgrid=False)
+    figure.update_yaxes(
+        tickvals=[at for at, _ in ticks],
+        ticktext=[text for _, text in ticks],
+        autorange="reversed",
+        showgrid=False,
+    )
     if len(labels) > 1:
         buttons = [
-            {"label": label, "method": "restyle", "args": ["visible", [other == name for other in labels]]}
+            {
+                "label": label,
+                "method": "restyle",
+                "args": ["visible", [other == name for other in labels]],
+            }
             for name, label in labels.items()
         ]
-        menu = {"type": "buttons", "direction": "right", "x": 1, "xanchor": "right", "y": 1.12, "pad": {"t": 0}, "buttons": buttons}
-        figure.update_layout(updatemenus=[{**menu, "bgcolor": "#fff", "bordercolor": "#d5dae0", "font": {"size": 12}}], margin={"t": 42})
+        menu = {
+            "type": "buttons",
+            "direction": "right",
+            "x": 1,
+            "xanchor": "right",
+            "y": 1.12,
+            "pad": {"t": 0},
+            "buttons": buttons,
+        }
+        figure.update_layout(
+            updatemenus=[
+                {**menu, "bgcolor": "#fff", "bordercolor": "#d5dae0", "font": {"size": 12}}
+            ],
+            margin={"t": 42},
+        )
     return figure
 
 
@@ -295,12 +431,18 @@ def _lay_out(figure: Any, height: int, **layout: Any) -> None:
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a scalar where it is a finite number."""
-    found = [(row["step"], row[name]) for row in rows if type(row.get(name)) in (int, float) and math.isfinite(row[name])]
+    found = [
+        (row["step"], row[name])
+        for row in rows
+        if type(row.get(name)) in (int, float) and math.isfinite(row[name])
+    ]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """At most _MAX_POINTS points: of each stretch the lowest and the highest, so that no spike is lost."""
+    """At most _MAX_POINTS points: of each stretch the lowest and the highest, so that no spike is
+    lost.
+    """
     if len(values) <= _MAX_POINTS:
         return steps, values
     kept = {0, len(values) - 1}
@@ -327,7 +469,9 @@ def _tables(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[np.n
 def _bucketed(tables: list[np.ndarray], steps: list[int]) -> tuple[np.ndarray, list[int]]:
     """([L, E, C], step of each column): means over stretches, at most _MAX_COLUMNS columns."""
     parts = np.array_split(np.arange(len(tables)), min(len(tables), _MAX_COLUMNS))
-    return np.stack([np.mean([tables[i] for i in part], axis=0) for part in parts], axis=-1), [steps[part[-1]] for part in parts]
+    return np.stack([np.mean([tables[i] for i in part], axis=0) for part in parts], axis=-1), [
+        steps[part[-1]] for part in parts
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -344,7 +488,10 @@ def _subtitle(environment: dict[str, Any]) -> str:
 
 
 def _table(values: dict[str, Any]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in values.items())
+    cells = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in values.items()
+    )
     return f"<table>{cells}</table>" if cells else "<p>not written yet</p>"
 
 
@@ -356,7 +503,11 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return (
-        f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+        f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+        if seconds < 172_800
+        else f"{seconds / 86_400:.1f} days"
     )
 
 

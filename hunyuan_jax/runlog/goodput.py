@@ -1,13 +1,15 @@
-"""Where the wall time of a run goes: the share spent in productive steps and the causes of the rest, over all restarts of a workdir.
+"""Where the wall time of a run goes: the share spent in productive steps and the causes of the
+rest, over all restarts of a workdir.
 
 DIR/goodput.jsonl is the ledger, one JSON object a line, never rewritten:
 
   {"time": t, "start": n}                                a process took up the work after step n
-  {"time": t, "step": n, "seconds": {cause: seconds}}    what passed since the row before; n steps are done
-  {"time": t, "step": n, "end": "finished" | "stopped"}  it ended on purpose
+  {"time": t, "step": n, "seconds": {cause: seconds}}    what passed since the row before; n steps
+  are done {"time": t, "step": n, "end": "finished" | "stopped"}  it ended on purpose
 
-`time` is the wall clock when the process started plus what a monotonic clock has counted since: a change of the wall clock inside a process
-changes nothing, and between two processes it cannot make a time negative.  Imports no jax.
+`time` is the wall clock when the process started plus what a monotonic clock has counted since: a
+change of the wall clock inside a process changes nothing, and between two processes it cannot make
+a time negative.  Imports no jax.
 """
 
 import contextlib
@@ -36,7 +38,8 @@ CAUSES = {
     "checkpoint": "saving, as far as the loop waits for it",
     "profile": "starting and writing a trace",
     "repeated": "steps after the newest checkpoint that a crash lost, and that were done again",
-    "down": "from the last sign of life of a process to the start of the next, unless the run was finished",
+    "down": "from the last sign of life of a process to the start of the next, unless the run was "
+    "finished",
 }
 
 
@@ -88,12 +91,15 @@ class Ledger:
 
 
 class Goodput:
-    """The clock of one process: every moment belongs to one cause, and the ledger is written as the run goes on.
+    """The clock of one process: every moment belongs to one cause, and the ledger is written as
+    the run goes on.
 
     Starts in "startup"; nothing is written before `start`.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time):
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time
+    ):
         self._now, self._offset = now, wall() - now()
         self._cause, self._since = "startup", now()
         self._spent: Counter[str] = Counter()
@@ -101,18 +107,25 @@ class Goodput:
         self.ledger = Ledger()
 
     def start(self, workdir: str | os.PathLike | None, step: int) -> None:
-        """Takes up the ledger of a workdir after `step` steps; without a workdir (one process writes for all) only in memory."""
+        """Takes up the ledger of a workdir after `step` steps; without a workdir (one process
+        writes for all) only in memory.
+        """
         if workdir is not None:
             path = Path(workdir) / FILE
             self.ledger = Ledger(read_rows(path))
-            is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash in the middle of a row
+            is_cut = path.is_file() and path.read_bytes()[-1:] not in (
+                b"",
+                b"\n",
+            )  # by a crash in the middle of a row
             self._file = path.open("a", encoding="utf-8")
             self._file.write("\n" if is_cut else "")
         self._add({"time": self._offset + self._now() - self._elapsed(), "start": step})
         self.flush(step)
 
     def switch(self, cause: str, spent_on: str | None = None) -> None:
-        """From here on time belongs to `cause`; what passed since the last switch to `spent_on`, by default to the cause announced then."""
+        """From here on time belongs to `cause`; what passed since the last switch to `spent_on`,
+        by default to the cause announced then.
+        """
         now = self._now()
         self._spent[spent_on or self._cause] += now - self._since
         self._cause, self._since = cause, now
@@ -132,12 +145,20 @@ class Goodput:
         return sum(self._spent[cause] for cause in causes)
 
     def flush(self, step: int, skipped: float = 0.0) -> None:
-        """Writes a row: `step` steps are done, and all that they took has passed; `skipped` is the share of them that were skipped."""
+        """Writes a row: `step` steps are done, and all that they took has passed; `skipped` is the
+        share of them that were skipped.
+        """
         self.switch(self._cause)
         spent, self._spent = self._spent, Counter()
         spent["skipped"] = skipped * spent[PRODUCTIVE]
         spent[PRODUCTIVE] -= spent["skipped"]
-        self._add({"time": self._offset + self._since, "step": step, "seconds": {k: round(v, 6) for k, v in spent.items() if v > 0}})
+        self._add(
+            {
+                "time": self._offset + self._since,
+                "step": step,
+                "seconds": {k: round(v, 6) for k, v in spent.items() if v > 0},
+            }
+        )
 
     def end(self, step: int, reason: str) -> None:
         """Writes the last row; `reason` is "finished" or "stopped"."""
@@ -160,11 +181,17 @@ class Goodput:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger that may not exist; what is no row (cut off by a crash, damaged) is left out."""
+    """The rows of a ledger that may not exist; what is no row (cut off by a crash, damaged) is
+    left out.
+    """
     return [row for row in read_objects(path) if _is_row(row)]
 
 
 def _is_row(row: dict[str, Any]) -> bool:
     seconds = row.get("seconds", {})
-    numbers = [row.get("time"), row.get("start", row.get("step")), *(seconds.values() if isinstance(seconds, dict) else [None])]
+    numbers = [
+        row.get("time"),
+        row.get("start", row.get("step")),
+        *(seconds.values() if isinstance(seconds, dict) else [None]),
+    ]
     return all(isinstance(number, int | float) for number in numbers)

@@ -18,7 +18,13 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
-from hunyuan_jax.runlog.metrics import MetricsWriter, ProgressLine, moe_health, peak_flops, require_wandb
+from hunyuan_jax.runlog.metrics import (
+    MetricsWriter,
+    ProgressLine,
+    moe_health,
+    peak_flops,
+    require_wandb,
+)
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -26,7 +32,8 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gr
 class Log:
     """Keeps the clock of a run on every process; process 0 alone writes and shows.
 
-    `time` names the cause of what the loop is about to wait for.  Time goes to "startup" until `start`, then to steps.
+    `time` names the cause of what the loop is about to wait for.  Time goes to "startup" until
+    `start`, then to steps.
     """
 
     def __init__(self, config: Config, workdir: str | os.PathLike):
@@ -47,14 +54,22 @@ class Log:
     def open(self, first_step: int, program: Any) -> None:
         """Opens the files and shows the progress line of a run with `first_step` steps done."""
         config, mesh = self._config, program.mesh
-        self._schedule, self._tokens_per_step = program.schedule, config.train.batch_size * config.train.seq_len
+        self._schedule, self._tokens_per_step = (
+            program.schedule,
+            config.train.batch_size * config.train.seq_len,
+        )
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * mesh.size
         self._flops_per_token = count(config.model, config.train.seq_len).flops_per_token
         if hosts.is_first():
             self._writer = MetricsWriter(self._workdir, first_step, config)
-        self._progress = ProgressLine(config.train.num_steps, first_step, is_shown=hosts.is_first())
-        self.print(f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: {_describe(config, program)}")
+        self._progress = ProgressLine(
+            config.train.num_steps, first_step, is_shown=hosts.is_first()
+        )
+        self.print(
+            f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: "
+            f"{_describe(config, program)}"
+        )
 
     def print(self, text: str) -> None:
         """A line that stays, also before `open`."""
@@ -64,14 +79,18 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line about this process, also from other processes than the first and from other threads."""
+        """A line about this process, also from other processes than the first and from other
+        threads.
+        """
         if hosts.is_first():
             self.print(text)
         else:
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
     def start(self, step: int, num_skipped: int, program: Any) -> None:
-        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one compiles."""
+        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one
+        compiles.
+        """
         self._step = self._logged_step = self._flushed_step = step
         self._num_skipped = num_skipped
         self._goodput.start(self._workdir if hosts.is_first() else None, step)
@@ -86,8 +105,8 @@ class Log:
     def time(self, cause: str) -> Iterator[None]:
         """The loop waits for `cause`, one of `obs.goodput.CAUSES`.
 
-        The devices' unfinished steps are waited for first, and are no part of it; "data" alone is not waited for and counts only where
-        the devices ran out of work meanwhile.
+        The devices' unfinished steps are waited for first, and are no part of it; "data" alone is
+        not waited for and counts only where the devices ran out of work meanwhile.
         """
         if cause == "data":
             self._goodput.switch(cause)
@@ -103,20 +122,28 @@ class Log:
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
-        """Around the call of the train step: the first one compiles, and a trace shows each by its number."""
+        """Around the call of the train step: the first one compiles, and a trace shows each by its
+        number.
+        """
         if hosts.is_first() and step in self._config.train.profiled and not self._is_profiling:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # following Python crashes at the end of a trace while other threads save a checkpoint
+            # following Python crashes at the end of a trace while other threads save
+            # a checkpoint
+            options.python_tracer_level = 0
             with self.time("profile"):
                 jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
             self._is_profiling = True
-        compiling = contextlib.nullcontext() if self._is_compiled else self._goodput.time("compile")
+        compiling = (
+            contextlib.nullcontext() if self._is_compiled else self._goodput.time("compile")
+        )
         with jax.profiler.StepTraceAnnotation("train", step_num=step), compiling:
             yield
         self._is_compiled = True
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """A step was given to the devices; every train.log_every steps (and at both ends) it is waited for and logged: then True."""
+        """A step was given to the devices; every train.log_every steps (and at both ends) it is
+        waited for and logged: then True.
+        """
         train, is_first = self._config.train, self._metrics is None
         self._step, self._metrics = step, metrics
         if self._is_profiling and step == train.profiled[-1]:
@@ -129,7 +156,11 @@ class Log:
     def validation(self, step: int, row: dict[str, float]) -> None:
         """Logs what `evaluate` found."""
         self._write(step, row)
-        bits = f", {row['validation_bits_per_byte']:.4f} bits a byte" if "validation_bits_per_byte" in row else ""
+        bits = (
+            f", {row['validation_bits_per_byte']:.4f} bits a byte"
+            if "validation_bits_per_byte" in row
+            else ""
+        )
         self.print(f"step {step}: validation loss {row['validation_loss']:.4f} nats a token{bits}")
 
     def stop(self, is_finished: bool) -> None:
@@ -165,7 +196,11 @@ class Log:
         if self._peak:
             row["mfu"] = self._flops_per_token * row["tokens_per_second"] / self._peak
         ledger = self._goodput.ledger
-        lost = {f"goodput/{cause}_seconds": total for cause, total in ledger.seconds.items() if total > 0}
+        lost = {
+            f"goodput/{cause}_seconds": total
+            for cause, total in ledger.seconds.items()
+            if total > 0
+        }
         self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
         self._progress.update(step, float(metrics["loss"]), row["tokens_per_second"], seconds)
         self._logged_step, self._training_seconds = step, 0.0
@@ -186,7 +221,10 @@ class Log:
             jax.block_until_ready(self._metrics)  # or the devices would still be at the last steps
             jax.profiler.stop_trace()
         self._is_profiling = False
-        self.print(f"wrote a trace of steps {self._config.train.profile_steps} to {self._workdir / 'profile'}")
+        self.print(
+            f"wrote a trace of steps {self._config.train.profile_steps} to "
+            f"{self._workdir / 'profile'}"
+        )
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
         if self._writer:
@@ -208,7 +246,9 @@ def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What a report says about the machine: versions, devices, host."""
     versions = {}
     for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # libtpu is not everywhere
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # libtpu is not everywhere
             versions[name] = importlib.metadata.version(name)
     return {
         "host": socket.gethostname(),

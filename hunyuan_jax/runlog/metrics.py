@@ -1,4 +1,6 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, Weights & Biases, and the live progress line."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, Weights & Biases, and the live progress
+line.
+"""
 
 import importlib.util
 import json
@@ -19,8 +21,8 @@ from hunyuan_jax.errors import ConfigError
 FILE = "metrics.jsonl"
 DEAD_SHARE = 0.01
 
-# Dense bf16 peak of one device in FLOP/s, by a substring of device_kind; vendors' figures.  jax lists a v4 chip as one device
-# and a v7x chip as two.
+# Dense bf16 peak of one device in FLOP/s, by a substring of device_kind; vendors' figures.  jax
+# lists a v4 chip as one device and a v7x chip as two.
 _PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -39,26 +41,36 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class MetricsWriter:
-    """Appends one JSON object per logged step to DIR/metrics.jsonl and scalars to DIR/tensorboard, and to Weights & Biases if asked to."""
+    """Appends one JSON object per logged step to DIR/metrics.jsonl and scalars to DIR/tensorboard,
+    and to Weights & Biases if asked to.
+    """
 
     def __init__(self, workdir: str | os.PathLike, first_step: int, config: Config):
         """Drops rows of steps after `first_step`, which the run is about to repeat."""
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / FILE
-        kept = [json.dumps(row) + "\n" for row in read_objects(path) if isinstance(row.get("step"), int) and row["step"] <= first_step]
+        kept = [
+            json.dumps(row) + "\n"
+            for row in read_objects(path)
+            if isinstance(row.get("step"), int) and row["step"] <= first_step
+        ]
         new = path.with_suffix(".new")
         new.write_text("".join(kept), encoding="utf-8")
         new.replace(path)  # whole or not at all, if the process is killed here
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step + 1)
+        self._tensorboard = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=first_step + 1
+        )
         self._wandb = _start_wandb(Path(workdir), config) if config.train.wandb_project else None
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes scalars and (JSON only) lists."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        scalars = {
+            name: value for name, value in metrics.items() if isinstance(value, int | float)
+        }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
@@ -74,16 +86,21 @@ class MetricsWriter:
 
 
 def require_wandb(project: str) -> None:
-    """Raises ConfigError if Weights & Biases is asked for and not installed; `project` is config.train.wandb_project."""
+    """Raises ConfigError if Weights & Biases is asked for and not installed; `project` is
+    config.train.wandb_project.
+    """
     if project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"config.train.wandb_project = {project!r} needs Weights & Biases, which is not installed: pip install wandb, or leave the "
+            f"config.train.wandb_project = {project!r} needs Weights & Biases, which is not "
+            "installed: pip install wandb, or leave the "
             "field empty; metrics.jsonl and TensorBoard are written in any case."
         )
 
 
 def _start_wandb(workdir: Path, config: Config):
-    """The Weights & Biases run of a workdir, the same one after every restart: its id is in DIR/wandb_id."""
+    """The Weights & Biases run of a workdir, the same one after every restart: its id is in
+    DIR/wandb_id.
+    """
     import wandb
 
     path = workdir / "wandb_id"
@@ -100,9 +117,11 @@ def _start_wandb(workdir: Path, config: Config):
 
 
 def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of `train.step.router_metrics` under the names of metrics.jsonl, {} for a dense model; docs/observability.md.
+    """The figures of `train.step.router_metrics` under the names of metrics.jsonl, {} for a dense
+    model; docs/observability.md.
 
-    An expert of a layer is dead in a step if the router names it for less than DEAD_SHARE of an even share (1 / E) of the choices.
+    An expert of a layer is dead in a step if the router names it for less than DEAD_SHARE of an
+    even share (1 / E) of the choices.
     """
     if "load_LE" not in metrics:
         return {}
@@ -127,7 +146,9 @@ def _rounded(values: np.ndarray) -> list:
 
 
 class ProgressLine:
-    """A live line with step, loss, tokens/s and time left; plain lines where the output is not a terminal."""
+    """A live line with step, loss, tokens/s and time left; plain lines where the output is not a
+    terminal.
+    """
 
     def __init__(self, num_steps: int, first_step: int, is_shown: bool = True):
         console = Console(file=sys.stderr, quiet=not is_shown)
@@ -145,18 +166,24 @@ class ProgressLine:
         self._task = self._progress.add_task("compiling", total=num_steps, completed=first_step)
         self._progress.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float
+    ) -> None:
         """Shows a logged step."""
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._is_live:
             self._progress.update(self._task, completed=step, description=text)
         else:
             left = (self._num_steps - step) * seconds_per_step
-            self.print(f"step {step}/{self._num_steps}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
+            self.print(
+                f"step {step}/{self._num_steps}  {text}  {left // 60:.0f}:{left % 60:02.0f} left"
+            )
 
     def print(self, text: str) -> None:
         """A line that stays, above the live one."""
-        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=not self._is_live)
+        self._progress.console.print(
+            text, highlight=False, markup=False, soft_wrap=not self._is_live
+        )
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
@@ -164,7 +191,9 @@ class ProgressLine:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines that may not exist; lines that are none (cut off by a crash, damaged) are left out."""
+    """The JSON objects of a file of lines that may not exist; lines that are none (cut off by a
+    crash, damaged) are left out.
+    """
     if not path.is_file():
         return []
     found = []

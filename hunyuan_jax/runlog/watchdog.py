@@ -1,4 +1,6 @@
-"""What every thread is doing, written down when a run makes no progress: a hung collective says nothing by itself."""
+"""What every thread is doing, written down when a run makes no progress: a hung collective says
+nothing by itself.
+"""
 
 import contextlib
 import sys
@@ -10,8 +12,9 @@ from pathlib import Path
 
 
 class Watchdog:
-    """A thread that writes the stacks of all threads to standard error and a file when no step has finished for some minutes, the start-up
-    counted, and again after as long; it stops nothing."""
+    """A thread that writes the stacks of all threads to standard error and a file when no step has
+    finished for some minutes, the start-up counted, and again after as long; it stops nothing.
+    """
 
     def __init__(self, minutes: float, file: Path, process: str):
         """minutes: 0 = never; process: such as "process 3 of 4"."""
@@ -28,7 +31,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """The run is busy with something that may last, such as "saving"; what it says of compiling tells a long wait from a hang."""
+        """The run is busy with something that may last, such as "saving"; what it says of
+        compiling tells a long wait from a hang.
+        """
         before, self._doing = self._doing, what
         try:
             yield
@@ -43,14 +48,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported = self._since
-        while not self._stopped.wait(max(0.0, max(self._since, reported) + self._seconds - time.monotonic())):
+        while not self._stopped.wait(
+            max(0.0, max(self._since, reported) + self._seconds - time.monotonic())
+        ):
             now = time.monotonic()
             if now - max(self._since, reported) < self._seconds:
                 continue  # a step has finished meanwhile
             reported = now
             text = (
-                f"watchdog: no step has finished for {(now - self._since) / 60:.1f} minutes. {self._process} has done {self._step} steps "
-                f"and is {self._doing}. The stacks of its threads follow; they are in {self._file} too.\n{_stacks()}"
+                f"watchdog: no step has finished for {(now - self._since) / 60:.1f} minutes. "
+                f"{self._process} has done {self._step} steps "
+                f"and is {self._doing}. The stacks of its threads follow; they are in "
+                f"{self._file} too.\n{_stacks()}"
             )
             print(text, file=sys.stderr, flush=True)
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +69,14 @@ class Watchdog:
 
 def _stacks() -> str:
     """Of all other threads that run Python, by name; innermost call last."""
-    # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a run that was only slow.
+    # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a
+    # run that was only slow.
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
-    # Its own frame would hold `frames`, which holds it: what all threads had in their variables would live until a garbage collection.
+    # Its own frame would hold `frames`, which holds it: what all threads had in their variables
+    # would live until a garbage collection.
     del frames[threading.get_ident()]
-    return "\n".join(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items())
+    return "\n".join(
+        f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames.items()
+    )

@@ -14,13 +14,22 @@ from hunyuan_jax.tokenizer.hy import HyTokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ByteTokenizer", "HfTokenizer", "HyTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "ByteTokenizer",
+    "HfTokenizer",
+    "HyTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "load_tokenizer",
+]
 
 
 class Tokenizer(Protocol):
-    """What data, generation and chats need; `ByteTokenizer`, `HyTokenizer` and `HfTokenizer` provide it.
+    """What data, generation and chats need; `ByteTokenizer`, `HyTokenizer` and `HfTokenizer`
+    provide it.
 
-    chat_template: jinja text that the folder brings, or None; named_tokens: texts that the template may ask for, such as bos_token.
+    chat_template: jinja text that the folder brings, or None; named_tokens: texts that the
+    template may ask for, such as bos_token.
     """
 
     bos_id: int
@@ -39,7 +48,9 @@ class Tokenizer(Protocol):
         """Number of ids, special tokens included; the model's table may be larger."""
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Return the ids of `text`, no bos or eos added; names of special tokens are text unless `parse_special`."""
+        """Return the ids of `text`, no bos or eos added; names of special tokens are text unless
+        `parse_special`.
+        """
 
     def encode_array(self, text: str) -> "np.ndarray":
         """Return `encode(text)` as an array of unsigned integers [S]."""
@@ -54,11 +65,16 @@ class Tokenizer(Protocol):
         """Return the bytes of `ids`, which may begin or end inside a character."""
 
     def special_id(self, name: str) -> int:
-        """Return the id of the special token called `name`, e.g. "<|eos|>"; ValueError if there is none."""
+        """Return the id of the special token called `name`, e.g.
+
+        "<|eos|>"; ValueError if there is none.
+        """
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one; the pushed texts and the finish together are `tokenizer.decode` of all ids."""
+    """Text of ids that arrive one by one; the pushed texts and the finish together are
+    `tokenizer.decode` of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
         self._tokenizer = tokenizer
@@ -67,18 +83,24 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes: possibly "", never part of a character."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special))
+        return self._utf8.decode(
+            self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special)
+        )
 
     def finish(self) -> str:
-        """Return U+FFFD if the ids ended inside a character, else ""; the decoder is then ready for a new text."""
+        """Return U+FFFD if the ids ended inside a character, else ""; the decoder is then ready
+        for a new text.
+        """
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
-    """Return the byte tokenizer for "byte", else that of a model folder or of a single file; no network is used.
+    """Return the byte tokenizer for "byte", else that of a model folder or of a single file; no
+    network is used.
 
-    A folder holds tokenizer.json or hy.tiktoken, and beside them the chat template (`files.read_settings`).  A file is a tokenizer.json,
-    with what lies beside it, or a ranks file, alone: chats then follow Hunyuan-Large's built-in template.
+    A folder holds tokenizer.json or hy.tiktoken, and beside them the chat template
+    (`files.read_settings`).  A file is a tokenizer.json, with what lies beside it, or a ranks
+    file, alone: chats then follow Hunyuan-Large's built-in template.
 
     Raises ValueError when the path holds no tokenizer, or a damaged one.
     """
@@ -91,7 +113,8 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
         return HfTokenizer(path / "tokenizer.json")
     if not (path / "hy.tiktoken").is_file():
         raise ConfigError(
-            f"{path} holds no tokenizer: neither tokenizer.json nor hy.tiktoken. Copy one there, or give the path of another."
+            f"{path} holds no tokenizer: neither tokenizer.json nor hy.tiktoken. Copy one there, "
+            "or give the path of another."
         )
     settings = read_settings(path)
     tokenizer = HyTokenizer(path / "hy.tiktoken", settings.num_ids)

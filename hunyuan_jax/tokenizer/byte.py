@@ -13,11 +13,16 @@ _SPECIAL_TEXT = re.compile("(" + "|".join(map(re.escape, _SPECIAL_TOKENS)) + ")"
 
 
 class ByteTokenizer(Vocabulary):
-    """Ids 0-255 are bytes, then <|bos|>, <|eos|> and <|pad|>.  It has no chat tokens and does not normalise text."""
+    """Ids 0-255 are bytes, then <|bos|>, <|eos|> and <|pad|>.  It has no chat tokens and does not
+    normalise text.
+    """
 
     def __init__(self):
         names = [name.encode() for name in _SPECIAL_TOKENS]
-        super().__init__([*(bytes([byte]) for byte in range(256)), *names], {name: 256 + i for i, name in enumerate(_SPECIAL_TOKENS)})
+        super().__init__(
+            [*(bytes([byte]) for byte in range(256)), *names],
+            {name: 256 + i for i, name in enumerate(_SPECIAL_TOKENS)},
+        )
         self.bos_id, self.eos_id, self.pad_id = map(self.special_id, _SPECIAL_TOKENS)
         self.stop_ids = (self.eos_id,)
 

@@ -1,4 +1,6 @@
-"""What lies beside a tokenizer in a model folder: the names of its special tokens, its chat template, the stop ids."""
+"""What lies beside a tokenizer in a model folder: the names of its special tokens, its chat
+template, the stop ids.
+"""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -6,12 +8,20 @@ from typing import Any, NamedTuple
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_NAMES = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class Settings(NamedTuple):
-    """named_tokens: texts by name, such as "eos_token"; chat_template: jinja text or None; stop_ids: eos_token_id of
-    generation_config.json; num_ids: vocab_size of config.json, or None.
+    """named_tokens: texts by name, such as "eos_token"; chat_template: jinja text or None;
+    stop_ids: eos_token_id of generation_config.json; num_ids: vocab_size of config.json, or None.
     """
 
     named_tokens: dict[str, str]
@@ -21,10 +31,11 @@ class Settings(NamedTuple):
 
 
 def read_settings(folder: pathlib.Path) -> Settings:
-    """Reads tokenizer_config.json, chat_template.jinja, generation_config.json and config.json, as far as they are there.
+    """Reads tokenizer_config.json, chat_template.jinja, generation_config.json and config.json, as
+    far as they are there.
 
-    chat_template.jinja goes before chat_template of tokenizer_config.json, as in transformers; of several named templates "default" is
-    taken.
+    chat_template.jinja goes before chat_template of tokenizer_config.json, as in transformers; of
+    several named templates "default" is taken.
 
     Raises ValueError for a file that is not JSON, or a field that holds something else.
     """
@@ -35,11 +46,19 @@ def read_settings(folder: pathlib.Path) -> Settings:
         text = value.get("content") if isinstance(value, dict) else value
         if text is not None:
             if not isinstance(text, str):
-                raise ConfigError(f'{folder}/tokenizer_config.json: {name} = {value!r} must be a string or {{"content": string}}.')
+                raise ConfigError(
+                    f"{folder}/tokenizer_config.json: {name} = {value!r} must be a string or "
+                    f'{{"content": string}}.'
+                )
             named[name] = text
     eos = _read_object(folder / "generation_config.json").get("eos_token_id")
     stop_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return Settings(named, _template(folder, config), stop_ids, _read_object(folder / "config.json").get("vocab_size"))
+    return Settings(
+        named,
+        _template(folder, config),
+        stop_ids,
+        _read_object(folder / "config.json").get("vocab_size"),
+    )
 
 
 def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
@@ -48,12 +67,22 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
         if "default" not in named:
-            raise ConfigError(f"{folder}/tokenizer_config.json: chat_template has {sorted(map(str, named))} but none named 'default'.")
+            raise ConfigError(
+                f"{folder}/tokenizer_config.json: chat_template has {sorted(map(str, named))} but "
+                "none named 'default'."
+            )
         template = named["default"]
     if template is not None and not isinstance(template, str):
-        raise ConfigError(f"{folder}/tokenizer_config.json: chat_template is a {type(template).__name__}; it must be a string.")
+        raise ConfigError(
+            f"{folder}/tokenizer_config.json: chat_template is a {type(template).__name__}; it "
+            "must be a string."
+        )
     return template
 
 

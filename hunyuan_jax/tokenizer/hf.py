@@ -1,4 +1,6 @@
-"""Tokenizers in a tokenizer.json, as the dense models have: byte-level BPE by the `tokenizers` library."""
+"""Tokenizers in a tokenizer.json, as the dense models have: byte-level BPE by the `tokenizers`
+library.
+"""
 
 import hashlib
 import json
@@ -14,40 +16,64 @@ if TYPE_CHECKING:
 
 
 class HfTokenizer(Vocabulary):
-    """Tokenizer of a tokenizer.json, with the tokenizer_config.json, chat template and generation_config.json beside it.
+    """Tokenizer of a tokenizer.json, with the tokenizer_config.json, chat template and
+    generation_config.json beside it.
 
-    Without a bos_token, a document starts with eos_token, as GPT-2's do; without a pad_token, that pads too.
+    Without a bos_token, a document starts with eos_token, as GPT-2's do; without a pad_token, that
+    pads too.
 
-    Raises ValueError for a file that is missing, damaged or not byte-level, and where no eos_token is named.
+    Raises ValueError for a file that is missing, damaged or not byte-level, and where no eos_token
+    is named.
     """
 
     def __init__(self, path: str | pathlib.Path):
         path = pathlib.Path(path)
         if not path.is_file():
-            raise ConfigError(f"tokenizer {str(path)!r} is not a file; give the path of a model folder or of its tokenizer.json.")
+            raise ConfigError(
+                f"tokenizer {str(path)!r} is not a file; give the path of a model folder or of "
+                "its tokenizer.json."
+            )
         from tokenizers import Tokenizer  # here, so that a run on bytes neither needs nor loads it
 
         try:
             self._parsing, self._plain = (Tokenizer.from_file(str(path)) for _ in range(2))
         except Exception as e:  # the library raises plain Exceptions
-            raise ConfigError(f"{path} is no tokenizer.json ({e}); get the file again, it is damaged or of another kind.") from e
+            raise ConfigError(
+                f"{path} is no tokenizer.json ({e}); get the file again, it is damaged or of "
+                "another kind."
+            ) from e
         self._plain.encode_special_tokens = True  # their names are text
         kinds = _decoder_kinds(json.loads(path.read_text(encoding="utf-8")).get("decoder"))
         if kinds != ["ByteLevel"]:
-            raise ConfigError(f"{path}: its decoder is {' + '.join(kinds) or 'none'}; only ByteLevel tokenizers can be read.")
-        added = {token_id: token.content for token_id, token in self._parsing.get_added_tokens_decoder().items()}
-        special = {token.content: i for i, token in self._parsing.get_added_tokens_decoder().items() if token.special}
+            raise ConfigError(
+                f"{path}: its decoder is {' + '.join(kinds) or 'none'}; only ByteLevel tokenizers "
+                "can be read."
+            )
+        added = {
+            token_id: token.content
+            for token_id, token in self._parsing.get_added_tokens_decoder().items()
+        }
+        special = {
+            token.content: i
+            for i, token in self._parsing.get_added_tokens_decoder().items()
+            if token.special
+        }
         num_ids = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
         tokens = (added.get(i) or self._parsing.id_to_token(i) for i in range(num_ids))
         byte_of = _bytes_of_characters()
         try:
             token_bytes = [
-                UNUSED_ID if token is None else token.encode() if i in added else bytes(byte_of[c] for c in token)
+                UNUSED_ID
+                if token is None
+                else token.encode()
+                if i in added
+                else bytes(byte_of[c] for c in token)
                 for i, token in enumerate(tokens)
             ]
         except KeyError as e:
             raise ConfigError(
-                f"{path}: a token holds {e.args[0]!r}, which stands for no byte; only ByteLevel tokenizers can be read."
+                f"{path}: a token holds {e.args[0]!r}, which stands for no byte; only ByteLevel "
+                "tokenizers can be read."
             ) from e
         super().__init__(token_bytes, special)
         self._rules = (hashlib.sha256(path.read_bytes()).hexdigest(),)
@@ -57,11 +83,20 @@ class HfTokenizer(Vocabulary):
         for name, text in settings.named_tokens.items():
             ids[name] = self._parsing.token_to_id(text)
             if ids[name] is None:
-                raise ConfigError(f"{path.parent}/tokenizer_config.json: {name} = {text!r} is not a token of {path.name}.")
+                raise ConfigError(
+                    f"{path.parent}/tokenizer_config.json: {name} = {text!r} is not a token of "
+                    f"{path.name}."
+                )
         if "eos_token" not in ids:
-            raise ConfigError(f"{path.parent}/tokenizer_config.json names no eos_token; copy it from the model's folder, it ends a text.")
+            raise ConfigError(
+                f"{path.parent}/tokenizer_config.json names no eos_token; copy it from the "
+                "model's folder, it ends a text."
+            )
         self.eos_id = ids["eos_token"]
-        self.bos_id, self.pad_id = ids.get("bos_token", self.eos_id), ids.get("pad_token", self.eos_id)
+        self.bos_id, self.pad_id = (
+            ids.get("bos_token", self.eos_id),
+            ids.get("pad_token", self.eos_id),
+        )
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *settings.stop_ids)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,11 +121,21 @@ class HfTokenizer(Vocabulary):
 def _decoder_kinds(decoder: dict | None) -> list[str]:
     if not decoder:
         return []
-    return [kind for part in decoder.get("decoders", [decoder]) for kind in [part.get("type", "?")]]
+    return [
+        kind for part in decoder.get("decoders", [decoder]) for kind in [part.get("type", "?")]
+    ]
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte for which each character of a byte-level token stands: itself where it can be seen, else one from U+0100 on, in order."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    """The byte for which each character of a byte-level token stands: itself where it can be seen,
+    else one from U+0100 on, in order.
+    """
+    seen = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\xa1"), ord("\xac") + 1),
+        *range(ord("\xae"), ord("\xff") + 1),
+    ]
     unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+    return {chr(byte): byte for byte in seen} | {
+        chr(256 + i): byte for i, byte in enumerate(unseen)
+    }

@@ -1,4 +1,6 @@
-"""The official Hunyuan tokenizer: byte-pair encoding by tiktoken over a local ranks file (specification section 7)."""
+"""The official Hunyuan tokenizer: byte-pair encoding by tiktoken over a local ranks file
+(specification section 7).
+"""
 
 import base64
 import binascii
@@ -34,8 +36,9 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 
-# `\s+(?!\S)` backtracks through the whole run of blanks and tiktoken's regex engine aborts near a million of them
-# (999,999 with tiktoken 0.14).  Longer runs, which the official class cannot encode at all, are cut first.
+# `\s+(?!\S)` backtracks through the whole run of blanks and tiktoken's regex engine aborts near a
+# million of them (999,999 with tiktoken 0.14).  Longer runs, which the official class cannot
+# encode at all, are cut first.
 MAX_BLANK_RUN = 900_000
 _BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # the engine's \s; Python's has four more
 _LONG_BLANK_RUN = re.compile(rf"(?<!{_BLANK}){_BLANK}{{{MAX_BLANK_RUN + 1},}}")
@@ -44,10 +47,12 @@ _GET_AGAIN = "get the file again, it is damaged or of another kind"
 
 
 class HyTokenizer(Vocabulary):
-    """Tokenizer of Hunyuan-Large from its ranks file; `bos_id`, `eos_id` and `pad_id` are the official attributes.
+    """Tokenizer of Hunyuan-Large from its ranks file; `bos_id`, `eos_id` and `pad_id` are the
+    official attributes.
 
-    eos is <|endoftext|>, the end of a pretraining document.  A chat turn ends with another token: generation stops on
-    `stop_ids`, that is <|eos|> and <|extra_5|>.  The special ids follow the last rank, so a small file works the same.
+    eos is <|endoftext|>, the end of a pretraining document.  A chat turn ends with another token:
+    generation stops on `stop_ids`, that is <|eos|> and <|extra_5|>.  The special ids follow the
+    last rank, so a small file works the same.
 
     Raises ValueError for a file that is missing or is not a ranks file, see `read_ranks`.
     """
@@ -55,7 +60,9 @@ class HyTokenizer(Vocabulary):
     _rules = ("NFC", SPLIT_PATTERN)
 
     def __init__(self, path: str | pathlib.Path, num_ids: int | None = None):
-        """`num_ids`: of the model's table; A13B's tokenizer has one token more, <|extra_204|>, and its table just as many rows."""
+        """`num_ids`: of the model's table; A13B's tokenizer has one token more, <|extra_204|>, and
+        its table just as many rows.
+        """
         tokens = read_ranks(path)
         import tiktoken  # here, so that a run on bytes neither needs nor loads it
 
@@ -77,8 +84,8 @@ class HyTokenizer(Vocabulary):
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Return the ids of NFC(`text`), no bos or eos added; lone surrogates become U+FFFD.
 
-        Names of special tokens in `text` are ordinary text, so that nobody's input can forge a turn.  The official class
-        parses them all, which `parse_special` does.
+        Names of special tokens in `text` are ordinary text, so that nobody's input can forge a
+        turn.  The official class parses them all, which `parse_special` does.
         """
         text = unicodedata.normalize("NFC", replace_surrogates(text))
         ids = []
@@ -90,40 +97,50 @@ class HyTokenizer(Vocabulary):
         return ids
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """Return `encode(text)` as uint32 [S]; no int object is made for a token, which counts with several processes."""
+        """Return `encode(text)` as uint32 [S]; no int object is made for a token, which counts
+        with several processes.
+        """
         import numpy as np
 
         pieces = _cut_long_blanks(unicodedata.normalize("NFC", replace_surrogates(text)))
-        return np.concatenate([self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
+        return np.concatenate(
+            [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        )
 
 
 def read_ranks(path: str | pathlib.Path) -> list[bytes]:
     """Read a ranks file: one line "BASE64 RANK" per token; returns the bytes of rank 0, 1, ...
 
-    The rank column is ignored, the line number counts (specification section 7).  Raises ValueError naming file, line
-    and rule for a missing file, a malformed line, a repeated token, or when one of the 256 single bytes has no rank.
+    The rank column is ignored, the line number counts (specification section 7).  Raises
+    ValueError naming file, line and rule for a missing file, a malformed line, a repeated token,
+    or when one of the 256 single bytes has no rank.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ConfigError(
-            f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines 'BASE64 RANK'; "
+            f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines "
+            "'BASE64 RANK'; "
             "give the path of the model's hy.tiktoken"
         )
     rank_of = {}
     for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
         token = _parse_line(line)
         if token is None:
-            raise ConfigError(f"{path}, line {line_number}: {_shorten(line)} is not 'BASE64 RANK'; {_GET_AGAIN}")
+            raise ConfigError(
+                f"{path}, line {line_number}: {_shorten(line)} is not 'BASE64 RANK'; {_GET_AGAIN}"
+            )
         if token in rank_of:
             raise ConfigError(
-                f"{path}, line {line_number}: {_shorten(line)} repeats the token of line {rank_of[token] + 1}, "
+                f"{path}, line {line_number}: {_shorten(line)} repeats the token of line "
+                f"{rank_of[token] + 1}, "
                 f"but a token has one rank; {_GET_AGAIN}"
             )
         rank_of[token] = line_number - 1
     missing = [byte for byte in range(256) if bytes([byte]) not in rank_of]
     if missing:
         raise ConfigError(
-            f"{path}: {len(missing)} of the 256 single bytes have no rank (first: {missing[0]:#04x}), "
+            f"{path}: {len(missing)} of the 256 single bytes have no rank (first: "
+            f"{missing[0]:#04x}), "
             f"but any text must be encodable; {_GET_AGAIN}"
         )
     return list(rank_of)

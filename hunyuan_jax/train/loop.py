@@ -1,4 +1,6 @@
-"""The training loop: resume, step, log, evaluate, save; on one process or, in step, on all that the run was started as."""
+"""The training loop: resume, step, log, evaluate, save; on one process or, in step, on all that
+the run was started as.
+"""
 
 import contextlib
 import errno
@@ -28,14 +30,23 @@ from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.skipped_steps import Skips
 from hunyuan_jax.train.start import read_weights
-from hunyuan_jax.train.state import Program, TrainState, abstract_state, build_program, convert, init_state, with_state_dtype
+from hunyuan_jax.train.state import (
+    Program,
+    TrainState,
+    abstract_state,
+    build_program,
+    convert,
+    init_state,
+    with_state_dtype,
+)
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:
-    """Trains to config.train.num_steps, continuing from the newest checkpoint of workdir.  Returns the exit status.
+    """Trains to config.train.num_steps, continuing from the newest checkpoint of workdir.  Returns
+    the exit status.
 
-    SIGTERM and Ctrl-C save and stop, on all processes if one receives it: 0 after SIGTERM (the same command continues), 130 where
-    Ctrl-C was pressed.
+    SIGTERM and Ctrl-C save and stop, on all processes if one receives it: 0 after SIGTERM (the
+    same command continues), 130 where Ctrl-C was pressed.
 
     Raises:
       ConfigError: something the user must change.
@@ -60,7 +71,8 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids; "
+                f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} "
+                "ids; "
                 f"config.model.vocab_size = {config.model.vocab_size} must be at least that."
             )
         opened = loader.open_corpus(config.data, tokenizer)
@@ -74,7 +86,11 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     # --- Resume, or start.
     store = Store(workdir, config.checkpoint, log.warn)
     with watchdog.doing("restoring a checkpoint"):
-        first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (0, None, None)
+        first_step, state, facts = _restored(config, workdir, program, corpus, store, log) or (
+            0,
+            None,
+            None,
+        )
     if facts is None:
         with watchdog.doing("making its first state"):
             with hosts.raised_by_all():
@@ -84,19 +100,27 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     with hosts.raised_by_all():
         if facts:
             batches.set_state(facts["position"]["batches"])
-        validation = evaluate.with_target_bytes(order.validation(train.eval_batches, rows), tokenizer)
+        validation = evaluate.with_target_bytes(
+            order.validation(train.eval_batches, rows), tokenizer
+        )
         log.open(first_step, program)
     log.print(f"data: {order}")
     if facts and (changed := _changed_versions(facts, config, program)):
-        log.print(f"step {first_step} was made with {changed}: the losses from here may differ in their last bits.")
+        log.print(
+            f"step {first_step} was made with {changed}: the losses from here may differ in their "
+            "last bits."
+        )
 
     def documents_of(step):
         batch = order.describe(step - 1)["rows"]
-        return [f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]]
+        return [
+            f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]
+        ]
 
     skips, schedule = Skips(config, documents_of, log.print), _Saves(config)
 
-    # --- The loop proper.  Nothing here waits for the device except logging, evaluation and saving.
+    # --- The loop proper.  Nothing here waits for the device except logging, evaluation and
+    # saving.
     with (
         _disk_full_explained(store),
         contextlib.closing(log),
@@ -105,13 +129,21 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
         _stop_signals() as stop,
     ):
         if first_step >= train.num_steps:
-            log.print(f"{workdir} is at step {first_step} of {train.num_steps} already; raise config.train.num_steps to go on.")
+            log.print(
+                f"{workdir} is at step {first_step} of {train.num_steps} already; raise "
+                "config.train.num_steps to go on."
+            )
             return 0
         log.start(first_step, int(state.guard.num_skipped), program)
         for step in range(first_step + 1, train.num_steps + 1):
             with log.time("data"), watchdog.doing("waiting for a batch"):
                 batch = next(batches)
-            with log.running(step), watchdog.doing("compiling its first step" if step == first_step + 1 else "in a step"):
+            with (
+                log.running(step),
+                watchdog.doing(
+                    "compiling its first step" if step == first_step + 1 else "in a step"
+                ),
+            ):
                 state, metrics = train_step(state, to_devices(batch))
             is_logged = log.step(step, metrics)
             skips.add(step, metrics)
@@ -120,10 +152,23 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                 with log.time("evaluation"), watchdog.doing("in validation"):
                     found = evaluate.evaluate(eval_step, state.params, map(to_devices, validation))
                 log.validation(step, found)
-                validation_loss = found["validation_loss"] if math.isfinite(found["validation_loss"]) else None
-            is_stopping = hosts.reached_stop(step, bool(stop))  # read once: a signal that comes while saving waits for the next step
-            is_best = config.checkpoint.keep_best > 0 and validation_loss is not None and validation_loss < store.best_loss
-            is_saving = schedule.is_due(step, is_logged) or is_best or step == train.num_steps or is_stopping
+                validation_loss = (
+                    found["validation_loss"] if math.isfinite(found["validation_loss"]) else None
+                )
+            is_stopping = hosts.reached_stop(
+                step, bool(stop)
+            )  # read once: a signal that comes while saving waits for the next step
+            is_best = (
+                config.checkpoint.keep_best > 0
+                and validation_loss is not None
+                and validation_loss < store.best_loss
+            )
+            is_saving = (
+                schedule.is_due(step, is_logged)
+                or is_best
+                or step == train.num_steps
+                or is_stopping
+            )
             if is_logged or is_saving:
                 with hosts.raised_by_all():
                     skips.look()
@@ -133,13 +178,19 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
             if is_saving:
                 with log.time("checkpoint"), watchdog.doing("saving"):
                     position = {"batches": batches.get_state(), "corpus": corpus}
-                    store.save(step, state, manifest.facts(config, program.mesh.shape, position, validation_loss))
+                    store.save(
+                        step,
+                        state,
+                        manifest.facts(config, program.mesh.shape, position, validation_loss),
+                    )
                 schedule.saved()
             watchdog.finished(step)
             if step == first_step + 1:
                 heap.trim()  # of what compiling took
             if is_stopping:
-                received = stop[0] if stop else signal.SIGTERM  # which may have come to another process
+                received = (
+                    stop[0] if stop else signal.SIGTERM
+                )  # which may have come to another process
                 log.stop(is_finished=step == train.num_steps)
                 _stop(received, step, store, log)
                 return 130 if received == signal.SIGINT else 0
@@ -148,7 +199,12 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
 
 
 def _restored(
-    config: Config, workdir: str | os.PathLike, program: Program, corpus: dict[str, Any], store: Store, log: Log
+    config: Config,
+    workdir: str | os.PathLike,
+    program: Program,
+    corpus: dict[str, Any],
+    store: Store,
+    log: Log,
 ) -> tuple[int, TrainState, manifest.Facts] | None:
     """(steps done, state, facts) of the newest good checkpoint, None if there is none yet.
 
@@ -157,10 +213,13 @@ def _restored(
     """
 
     def target_of(facts):
-        manifest.require_same_run(facts["fixed"], config, f"the newest checkpoint of {workdir} was")
+        manifest.require_same_run(
+            facts["fixed"], config, f"the newest checkpoint of {workdir} was"
+        )
         if (before := facts["position"]["corpus"]) != corpus:
             raise ConfigError(
-                f"the text of config.data has changed since {workdir} was started: it was {before}, now {corpus}. Restore the text, or use "
+                f"the text of config.data has changed since {workdir} was started: it was "
+                f"{before}, now {corpus}. Restore the text, or use "
                 "another --workdir."
             )
         return abstract_state(with_state_dtype(program, facts["state_dtype"]))
@@ -170,7 +229,10 @@ def _restored(
     if restored is None or restored[2]["state_dtype"] == config.optimizer.state_dtype:
         return restored
     step, state, facts = restored
-    log.print(f"the state of step {step} is converted from {facts['state_dtype']} to {config.optimizer.state_dtype}.")
+    log.print(
+        f"the state of step {step} is converted from {facts['state_dtype']} to "
+        f"{config.optimizer.state_dtype}."
+    )
     return step, convert(program, state), facts
 
 
@@ -181,12 +243,16 @@ class _Saves:
         self._cfg, self._last = config.checkpoint, time.monotonic()
 
     def is_due(self, step: int, is_logged: bool) -> bool:
-        """Whether to save after `step`; is_logged: the loop waits for the devices now, and may wait for the other processes too."""
+        """Whether to save after `step`; is_logged: the loop waits for the devices now, and may
+        wait for the other processes too.
+        """
         if self._cfg.every and step % self._cfg.every == 0:
             return True
         if not self._cfg.every_minutes or not is_logged:
             return False
-        return bool(hosts.first_says(time.monotonic() - self._last >= 60 * self._cfg.every_minutes))
+        return bool(
+            hosts.first_says(time.monotonic() - self._last >= 60 * self._cfg.every_minutes)
+        )
 
     def saved(self) -> None:
         """There is a new checkpoint."""
@@ -195,11 +261,18 @@ class _Saves:
 
 def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
     """Waits for the save of the last step, and says how long it takes."""
-    usual = f"the last one took {store.save_seconds:.1f} s" if store.save_seconds else "the first one of this process"
+    usual = (
+        f"the last one took {store.save_seconds:.1f} s"
+        if store.save_seconds
+        else "the first one of this process"
+    )
     log.print(f"{received.name}: saving step {step}; {usual}.")
     start = time.monotonic()
     store.wait()
-    log.print(f"{received.name}: saved step {step} in {time.monotonic() - start:.1f} s; the same command continues from there.")
+    log.print(
+        f"{received.name}: saved step {step} in {time.monotonic() - start:.1f} s; the same "
+        "command continues from there."
+    )
 
 
 @contextlib.contextmanager
@@ -233,14 +306,19 @@ def _disk_full_explained(store: Store) -> Iterator[None]:
 def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -> str:
     """What a checkpoint was made with, where that is something else today."""
     today = manifest.facts(config, program.mesh.shape, {}, None)["versions"]
-    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if today.get(name) != version)
+    return ", ".join(
+        f"{name} {version}"
+        for name, version in facts["versions"].items()
+        if today.get(name) != version
+    )
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[signal.Signals]]:
     """A list that SIGTERM or Ctrl-C put themselves into; the second Ctrl-C interrupts at once.
 
-    Among several processes SIGTERM is left to jax, whose handler tells the others (`hosts.reached_stop`); Ctrl-C is passed on to it.
+    Among several processes SIGTERM is left to jax, whose handler tells the others
+    (`hosts.reached_stop`); Ctrl-C is passed on to it.
     """
     received: list[signal.Signals] = []
     is_alone = jax.process_count() == 1

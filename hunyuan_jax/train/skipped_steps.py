@@ -1,4 +1,6 @@
-"""Which steps were skipped (optim/guard.py): looked at together, when the loop waits for the devices anyway."""
+"""Which steps were skipped (optim/guard.py): looked at together, when the loop waits for the
+devices anyway.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,35 +17,58 @@ _NUM_NAMES_SHOWN = 20
 class Skips:
     """The steps given to the devices since the last look."""
 
-    def __init__(self, config: Config, documents_of: Callable[[int], list[str]], report: Callable[[str], None]):
-        """documents_of: step (from 1) -> names of the documents in its batch; report: gets lines for the user."""
+    def __init__(
+        self,
+        config: Config,
+        documents_of: Callable[[int], list[str]],
+        report: Callable[[str], None],
+    ):
+        """documents_of: step (from 1) -> names of the documents in its batch; report: gets lines
+        for the user.
+        """
         self._config, self._documents_of, self._report = config, documents_of, report
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """A step was given to the devices; waits for nothing."""
-        self._pending.append((step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped_in_row")}))
+        self._pending.append(
+            (step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped_in_row")})
+        )
 
     def look(self) -> None:
-        """Waits for the steps, and reports those that were skipped, with the documents of their batches.
+        """Waits for the steps, and reports those that were skipped, with the documents of their
+        batches.
 
         Raises:
           ConfigError: config.train.max_skipped_steps in a row.
         """
         pending, self._pending = self._pending, []
         for step, metrics in pending:
-            loss, grad_norm, in_row = (np.asarray(metrics[name]).item() for name in ("loss", "grad_norm", "skipped_in_row"))
+            loss, grad_norm, in_row = (
+                np.asarray(metrics[name]).item()
+                for name in ("loss", "grad_norm", "skipped_in_row")
+            )
             if not in_row:
                 continue
             names = list(dict.fromkeys(self._documents_of(step)))
-            shown = ", ".join(names[:_NUM_NAMES_SHOWN]) + (f" and {len(names) - _NUM_NAMES_SHOWN} more" if names[_NUM_NAMES_SHOWN:] else "")
+            shown = ", ".join(names[:_NUM_NAMES_SHOWN]) + (
+                f" and {len(names) - _NUM_NAMES_SHOWN} more" if names[_NUM_NAMES_SHOWN:] else ""
+            )
             is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            why = f"a gradient norm of {grad_norm:.4g} is a spike" if is_finite else f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+            why = (
+                f"a gradient norm of {grad_norm:.4g} is a spike"
+                if is_finite
+                else f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+            )
             self._report(f"step {step} was skipped: {why}; documents: {shown}")
             if in_row >= self._config.train.max_skipped_steps:
                 raise ConfigError(
-                    f"{in_row} steps in a row were skipped, up to step {step}: {why}. The limit is config.train.max_skipped_steps = "
-                    f"{self._config.train.max_skipped_steps}. Continue from the last checkpoint with a lower config.schedule.peak_lr (now "
-                    f"{self._config.schedule.peak_lr}) or a longer warm-up, look at the documents named above, or raise "
-                    f"config.optimizer.spike_factor (now {self._config.optimizer.spike_factor}) if these are no spikes."
+                    f"{in_row} steps in a row were skipped, up to step {step}: {why}. The limit "
+                    "is config.train.max_skipped_steps = "
+                    f"{self._config.train.max_skipped_steps}. Continue from the last checkpoint "
+                    "with a lower config.schedule.peak_lr (now "
+                    f"{self._config.schedule.peak_lr}) or a longer warm-up, look at the documents "
+                    "named above, or raise "
+                    f"config.optimizer.spike_factor (now {self._config.optimizer.spike_factor}) "
+                    "if these are no spikes."
                 )

@@ -1,4 +1,6 @@
-"""Weights that a run starts from (config.train.init_from): read, and compared with the model that the run is to train."""
+"""Weights that a run starts from (config.train.init_from): read, and compared with the model that
+the run is to train.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,19 +11,38 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights import torch_io
 
-# How the model is computed, trained and ended: a run may choose these anew.  Everything else decides what the weights mean.
-_FREE = {"max_position", "attention_dropout", "hidden_dropout", "init_std", "pad_token_id", "bos_token_id", "eos_token_ids"}
+# How the model is computed, trained and ended: a run may choose these anew.  Everything else
+# decides what the weights mean.
+_FREE = {
+    "max_position",
+    "attention_dropout",
+    "hidden_dropout",
+    "init_std",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_ids",
+}
 _FREE |= {"dtype", "remat", "kernels", "lora"}
-_FREE_MOE = {"dispatch", "capacity_factor", "min_capacity", "group_size", "aux_loss_weight", "z_loss_weight"}
+_FREE_MOE = {
+    "dispatch",
+    "capacity_factor",
+    "min_capacity",
+    "group_size",
+    "aux_loss_weight",
+    "z_loss_weight",
+}
 
 
 def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
-    """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a workdir, a nested dict of arrays.
+    """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a
+    workdir, a nested dict of arrays.
 
-    They are float32, as a run's master weights are, or in the dtype of `cfg` where LoRA freezes them.  Every process reads all of them.
+    They are float32, as a run's master weights are, or in the dtype of `cfg` where LoRA freezes
+    them.  Every process reads all of them.
 
     Raises:
-      ConfigError: no such folder, or another model than `cfg`, naming the first field that differs.
+      ConfigError: no such folder, or another model than `cfg`, naming the first field that
+        differs.
     """
     dtype = cfg.dtype if cfg.lora.rank else "float32"
     if (Path(path) / "checkpoints").is_dir():
@@ -37,16 +58,26 @@ def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises ConfigError at the first field in which the weights of `path` mean something else than those of `ours`."""
-    for prefix, a, b, free in (("", theirs, ours, _free(ours)), ("moe.", theirs.moe, ours.moe, _FREE_MOE)):
+    """Raises ConfigError at the first field in which the weights of `path` mean something else
+    than those of `ours`.
+    """
+    for prefix, a, b, free in (
+        ("", theirs, ours, _free(ours)),
+        ("moe.", theirs.moe, ours.moe, _FREE_MOE),
+    ):
         for field in dataclasses.fields(a):
             here, there = getattr(b, field.name), getattr(a, field.name)
             if field.name not in free and field.name != "moe" and here != there:
                 raise ConfigError(
-                    f"config.train.init_from = {path!r} holds a model with {prefix}{field.name} = {there!r}; config.model.{prefix}"
+                    f"config.train.init_from = {path!r} holds a model with {prefix}{field.name} = "
+                    f"{there!r}; config.model.{prefix}"
                     f"{field.name} is {here!r}. Set it to {there!r}, or start from other weights."
                 )
 
 
 def _free(cfg: ModelConfig) -> set[str]:
-    return _FREE | {name for name, rope_type in (("rope_alpha", "alpha"), ("rope_factor", "linear")) if cfg.rope_type != rope_type}
+    return _FREE | {
+        name
+        for name, rope_type in (("rope_alpha", "alpha"), ("rope_factor", "linear"))
+        if cfg.rope_type != rope_type
+    }

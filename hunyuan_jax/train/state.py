@@ -23,8 +23,9 @@ from hunyuan_jax.quant.scaled import store_params
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like those that are trained; step: int32, steps
-    done, skipped ones included; guard: which steps were skipped.  What LoRA freezes is kept in the dtype in which it is used.
+    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like
+    those that are trained; step: int32, steps done, skipped ones included; guard: which steps were
+    skipped.  What LoRA freezes is kept in the dtype in which it is used.
     """
 
     params: dict[str, Any]
@@ -36,9 +37,10 @@ class TrainState(NamedTuple):
 class Program(NamedTuple):
     """What a run's functions are made from.
 
-    graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step -> learning rate;
-    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of the gradient of every parameter that is
-    trained.
+    graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step
+    -> learning rate;
+    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of
+    the gradient of every parameter that is trained.
     """
 
     config: Config
@@ -54,22 +56,35 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     """Model, optimizer and shardings of a run.
 
     Raises:
-      ConfigError: a dim that does not divide over the mesh, or parameter groups that do not fit the model.
+      ConfigError: a dim that does not divide over the mesh, or parameter groups that do not fit
+        the model.
     """
     graph_def, shapes, param_shardings = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
     trained, _ = lora.split(shapes, config.model)
-    tx = build_optimizer(config.optimizer, schedule, trained, is_moe=config.model.is_moe, is_lora=config.model.lora.rank > 0)
+    tx = build_optimizer(
+        config.optimizer,
+        schedule,
+        trained,
+        is_moe=config.model.is_moe,
+        is_lora=config.model.lora.rank > 0,
+    )
     by_path = {path_of(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
 
     def sharding(path, _):
         # A path ends in its parameter's, a moment's too; counts and scales stand alone.
-        owners = [name for name in by_path if f"/{path_of(path).removesuffix('/value')}".endswith("/" + name)]
+        owners = [
+            name
+            for name in by_path
+            if f"/{path_of(path).removesuffix('/value')}".endswith("/" + name)
+        ]
         return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
     shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
     taps = jax.tree.map_with_path(
-        lambda path, shape, s: jax.ShapeDtypeStruct(shape.shape, _dtype_in_use(path_of(path), config.model), sharding=s),
+        lambda path, shape, s: jax.ShapeDtypeStruct(
+            shape.shape, _dtype_in_use(path_of(path), config.model), sharding=s
+        ),
         trained,
         lora.split(param_shardings, config.model)[0],
     )
@@ -80,7 +95,8 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
     """A fresh state, created in place on the mesh: drawn from train.seed, all but `weights`.
 
     Args:
-      weights: a nested dict of numpy arrays for some or all of the parameters; every process passes the same.
+      weights: a nested dict of numpy arrays for some or all of the parameters; every process
+        passes the same.
     """
     cfg, mesh = program.config.model, program.mesh
 
@@ -90,27 +106,41 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
     def place(path, array):
         # Each device takes its part: there is no whole copy on any.
-        return jax.make_array_from_callback(array.shape, shardings[path_of(path)], lambda index: array[index])
+        return jax.make_array_from_callback(
+            array.shape, shardings[path_of(path)], lambda index: array[index]
+        )
 
-    shardings = {path_of(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])}
+    shardings = {
+        path_of(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])
+    }
     placed = jax.tree.map_with_path(place, weights or {})
     # Runs once: on a CPU, LLVM would spend seconds on optimising what takes 0.05 s.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
-    return jax.jit(init, out_shardings=program.shardings, compiler_options=options)(jax.random.key(program.config.train.seed), placed)
+    return jax.jit(init, out_shardings=program.shardings, compiler_options=options)(
+        jax.random.key(program.config.train.seed), placed
+    )
 
 
 def abstract_state(program: Program) -> TrainState:
     """Shapes, dtypes and shardings of the state: the target of a restore."""
     _, shapes, _ = abstract_model(program.config.model, program.mesh)
     state = _state_shapes(program.config, program.tx, shapes)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings
+    )
 
 
 def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
-    """The program whose states are kept in `state_dtype`, to restore one from before config.optimizer.state_dtype was changed."""
-    # The other fields of the section may not suit that dtype any more; they say nothing about the layout.
-    return build_program(dataclasses.replace(program.config, optimizer=OptimizerConfig(state_dtype=state_dtype)), program.mesh)
+    """The program whose states are kept in `state_dtype`, to restore one from before
+    config.optimizer.state_dtype was changed.
+    """
+    # The other fields of the section may not suit that dtype any more; they say nothing about the
+    # layout.
+    return build_program(
+        dataclasses.replace(program.config, optimizer=OptimizerConfig(state_dtype=state_dtype)),
+        program.mesh,
+    )
 
 
 def convert(program: Program, state: TrainState) -> TrainState:
@@ -118,7 +148,9 @@ def convert(program: Program, state: TrainState) -> TrainState:
 
     def run(state):
         trained, frozen = lora.split(state.params, program.config.model)
-        trained, opt_state = convert_state(trained, state.opt_state, program.config.optimizer.state_dtype, program.tx)
+        trained, opt_state = convert_state(
+            trained, state.opt_state, program.config.optimizer.state_dtype, program.tx
+        )
         return state._replace(params=lora.join(frozen, trained), opt_state=opt_state)
 
     return jax.jit(run, out_shardings=program.shardings)(state)
@@ -126,9 +158,15 @@ def convert(program: Program, state: TrainState) -> TrainState:
 
 def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
     trained, frozen = lora.split(params, config.model)
-    trained = store_params(jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype)
-    frozen = jax.tree.map_with_path(lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen)
-    return TrainState(lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
+    trained = store_params(
+        jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype
+    )
+    frozen = jax.tree.map_with_path(
+        lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen
+    )
+    return TrainState(
+        lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32), new_guard()
+    )
 
 
 def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:
@@ -136,5 +174,7 @@ def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> Trai
 
 
 def _dtype_in_use(path: str, cfg: ModelConfig) -> str:
-    """The dtype in which the model multiplies with a parameter: norms, biases and the router stay float32."""
+    """The dtype in which the model multiplies with a parameter: norms, biases and the router stay
+    float32.
+    """
     return cfg.dtype if re.search(r"/(w|embedding_)[^/]*$", path) else "float32"

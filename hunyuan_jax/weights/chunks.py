@@ -1,7 +1,9 @@
-"""The parameters of a converted checkpoint on disk: zarr arrays that orbax restores, each chunk a file of a few rows of one tensor.
+"""The parameters of a converted checkpoint on disk: zarr arrays that orbax restores, each chunk a
+file of a few rows of one tensor.
 
-A stacked parameter [groups, experts, rows, ...] has chunks [1, 1, some rows, ...], so it is filled tensor by tensor.  A chunk file
-appears whole or not at all: those that are there are the journal of a conversion.
+A stacked parameter [groups, experts, rows, ...] has chunks [1, 1, some rows, ...], so it is filled
+tensor by tensor.  A chunk file appears whole or not at all: those that are there are the journal
+of a conversion.
 """
 
 import json
@@ -24,7 +26,9 @@ _EXPONENTS = {4: np.uint32(0x7F800000), 2: np.uint16(0x7F80)}
 
 
 class Param(NamedTuple):
-    """One parameter: shape = stacked + piece, where a piece is one official tensor; chunk_rows of a piece's first dim are a file."""
+    """One parameter: shape = stacked + piece, where a piece is one official tensor; chunk_rows of
+    a piece's first dim are a file.
+    """
 
     folder: str
     stacked: tuple[int, ...]
@@ -77,8 +81,17 @@ def params_of(cfg: ModelConfig) -> dict[str, Param]:
     """Every parameter of a checkpoint by its path."""
     found = {}
     for entry in table.entries(cfg):
-        dtype = np.dtype(np.float32) if entry.path.endswith("router_DE") else np.dtype(getattr(ml_dtypes, cfg.dtype, cfg.dtype))
-        found[entry.path] = Param(entry.path.replace("/", "."), table.stacked_shape(entry, cfg), table.our_shape(entry, cfg), dtype)
+        dtype = (
+            np.dtype(np.float32)
+            if entry.path.endswith("router_DE")
+            else np.dtype(getattr(ml_dtypes, cfg.dtype, cfg.dtype))
+        )
+        found[entry.path] = Param(
+            entry.path.replace("/", "."),
+            table.stacked_shape(entry, cfg),
+            table.our_shape(entry, cfg),
+            dtype,
+        )
     return found
 
 
@@ -89,13 +102,22 @@ def tree_metadata(params: dict[str, Param]) -> bytes:
         names = path.split("/")
         tree[str(tuple(names))] = {
             "key_metadata": [{"key": name, "key_type": 2} for name in names],
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": [*param.stacked, *param.piece]},
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": [*param.stacked, *param.piece],
+            },
         }
-    return json.dumps({"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, "custom_metadata": None}).encode()
+    return json.dumps(
+        {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, "custom_metadata": None}
+    ).encode()
 
 
-def encode(tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int, scale: float | None) -> np.ndarray:
-    """One chunk of an official tensor in our layout and dtype, multiplied by `scale` if there is one.
+def encode(
+    tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int, scale: float | None
+) -> np.ndarray:
+    """One chunk of an official tensor in our layout and dtype, multiplied by `scale` if there is
+    one.
 
     Raises:
       ConfigError: it holds a value that is not a finite number.
@@ -114,9 +136,13 @@ def encode(tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int, sca
     block = np.ascontiguousarray(rows, param.dtype).reshape(end - begin, -1)
     exponent = _EXPONENTS[param.dtype.itemsize]
     if ((block.view(exponent.dtype) & exponent) == exponent).any():
-        raise ConfigError(f"{entry.name} holds NaN or infinity; the file is damaged, or the training diverged.")
+        raise ConfigError(
+            f"{entry.name} holds NaN or infinity; the file is damaged, or the training diverged."
+        )
     if end - begin < param.chunk_rows:
-        block = np.concatenate([block, np.zeros((param.chunk_rows - (end - begin), block.shape[1]), block.dtype)])
+        block = np.concatenate(
+            [block, np.zeros((param.chunk_rows - (end - begin), block.shape[1]), block.dtype)]
+        )
     return block
 
 
@@ -135,7 +161,9 @@ def decode(place: Place, entry: table.Entry, param: Param) -> np.ndarray:
             rows = rows.reshape(-1, entry.shape[0])
             transpose_into(tensor[:, begin * width : begin * width + len(rows)], rows)
         else:
-            tensor.reshape(param.piece[0], -1)[begin : begin + len(rows)] = rows.reshape(len(rows), -1)
+            tensor.reshape(param.piece[0], -1)[begin : begin + len(rows)] = rows.reshape(
+                len(rows), -1
+            )
     return tensor
 
 
@@ -145,7 +173,9 @@ def read_piece(place: Place, param: Param, index: tuple[int, ...]) -> np.ndarray
     Raises:
       ConfigError: a chunk that is not there or not whole.
     """
-    return np.concatenate([read_chunk(place, param, index, chunk) for chunk in range(param.num_chunks)])
+    return np.concatenate(
+        [read_chunk(place, param, index, chunk) for chunk in range(param.num_chunks)]
+    )
 
 
 def read_chunk(place: Place, param: Param, index: tuple[int, ...], chunk: int) -> np.ndarray:
@@ -160,13 +190,18 @@ def read_chunk(place: Place, param: Param, index: tuple[int, ...], chunk: int) -
     except FileNotFoundError:
         data = b""
     if len(data) != param.chunk_bytes:
-        raise ConfigError(f"{place}/{name} has {len(data)} bytes instead of {param.chunk_bytes}; import the checkpoint again.")
+        raise ConfigError(
+            f"{place}/{name} has {len(data)} bytes instead of {param.chunk_bytes}; import the "
+            "checkpoint again."
+        )
     rows = np.frombuffer(data, param.dtype).reshape(param.chunk_rows, *param.piece[1:])
     return rows[: param.piece[0] - chunk * param.chunk_rows]
 
 
 def transpose_into(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source.T by tiles that stay in cache; several times quicker than numpy's own, which misses on every element."""
+    """target[...] = source.T by tiles that stay in cache; several times quicker than numpy's own,
+    which misses on every element.
+    """
     height, width = 256, 64
     for i in range(0, source.shape[0], height):
         for j in range(0, source.shape[1], width):

@@ -1,8 +1,8 @@
 """config.json of a model folder <-> ModelConfig.
 
-Three model types: "hunyuan" is Hunyuan-Large's own code (specification section 1), and A13B's as it is on GitHub; "hunyuan_v1_moe" and
-"hunyuan_v1_dense" are transformers' classes (reference of the HF family).  They differ in what follows from the same numbers, see
-docs/family.md.
+Three model types: "hunyuan" is Hunyuan-Large's own code (specification section 1), and A13B's as
+it is on GitHub; "hunyuan_v1_moe" and "hunyuan_v1_dense" are transformers' classes (reference of
+the HF family).  They differ in what follows from the same numbers, see docs/family.md.
 """
 
 import math
@@ -14,9 +14,14 @@ from hunyuan_jax.config import ModelConfig, MoeConfig, validate_model
 from hunyuan_jax.errors import ConfigError
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
-_ARCHITECTURES = {LARGE: "HunYuanForCausalLM", V1_MOE: "HunYuanMoEV1ForCausalLM", V1_DENSE: "HunYuanDenseV1ForCausalLM"}
+_ARCHITECTURES = {
+    LARGE: "HunYuanForCausalLM",
+    V1_MOE: "HunYuanMoEV1ForCausalLM",
+    V1_DENSE: "HunYuanDenseV1ForCausalLM",
+}
 
-# Read by from_hf, in the spelling of the hub; a config.json may hold more, which `_FIXED` and its like check or which has no influence.
+# Read by from_hf, in the spelling of the hub; a config.json may hold more, which `_FIXED` and its
+# like check or which has no influence.
 _DEFAULTS = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -49,12 +54,29 @@ _TYPES = {
     "pad_token_id": (int, NoneType),
     "rope_scaling": (dict, NoneType),
 }
-_JSON_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", list: "a list of integers"}
+_JSON_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "a string",
+    list: "a list of integers",
+}
 _JSON_NAMES |= {dict: "an object", NoneType: "null"}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_PER_LAYER = ("moe_topk", "num_shared_expert", "moe_intermediate_size")  # an integer, or one for each layer
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_PER_LAYER = (
+    "moe_topk",
+    "num_shared_expert",
+    "moe_intermediate_size",
+)  # an integer, or one for each layer
 
-# Fields that change the model in somebody's code but not here: with another value we would compute something else without a word.
+# Fields that change the model in somebody's code but not here: with another value we would compute
+# something else without a word.
 _FIXED = {
     "add_classification_head": False,
     "group_limited_greedy": False,
@@ -81,33 +103,43 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; a model folder routes dropless, as the official code does.
 
     Raises:
-      ConfigError: another model_type, a missing size, a variant that is not implemented, or a field that transformers ignores with a value
-        that asks for something; with what to do.
+      ConfigError: another model_type, a missing size, a variant that is not implemented, or a
+        field that transformers ignores with a value that asks for something; with what to do.
     """
     kind = hf.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ConfigError(
-            f"config.json: model_type = {kind!r}; only {', '.join(map(repr, _ARCHITECTURES))} folders can be loaded (Hunyuan-Large, "
+            f"config.json: model_type = {kind!r}; only {', '.join(map(repr, _ARCHITECTURES))} "
+            "folders can be loaded (Hunyuan-Large, "
             "Hunyuan-A13B and the dense models of 0.5B to 7B)."
         )
     missing = [name for name in _REQUIRED if name not in hf]
     if missing:
-        raise ConfigError(f"config.json: {missing[0]} is missing; a Hunyuan config needs {', '.join(_REQUIRED)}.")
+        raise ConfigError(
+            f"config.json: {missing[0]} is missing; a Hunyuan config needs {', '.join(_REQUIRED)}."
+        )
     given = one_spelling(hf)
     hf = _DEFAULTS | given
     _check_types(hf)
     _check_fixed(given, kind)
     if hf["hidden_act"] != "silu":
-        raise ConfigError(f"config.json: hidden_act = {hf['hidden_act']!r}; only 'silu' is implemented.")
+        raise ConfigError(
+            f"config.json: hidden_act = {hf['hidden_act']!r}; only 'silu' is implemented."
+        )
     if hf["torch_dtype"] not in ("float32", "bfloat16"):
-        raise ConfigError(f"config.json: torch_dtype = {hf['torch_dtype']!r}; only float32 and bfloat16 are implemented.")
+        raise ConfigError(
+            f"config.json: torch_dtype = {hf['torch_dtype']!r}; only float32 and bfloat16 are "
+            "implemented."
+        )
     for name in ("rms_norm_eps", "rope_theta"):
         if hf[name] <= 0:
             raise ConfigError(f"config.json: {name} = {hf[name]} must be positive.")
     _check_experts(hf, kind)
     eos = hf["eos_token_id"]
     if isinstance(eos, list) and any(type(e) is not int for e in eos):
-        raise ConfigError(f"config.json: eos_token_id = {eos} must be an integer or a list of integers.")
+        raise ConfigError(
+            f"config.json: eos_token_id = {eos} must be an integer or a list of integers."
+        )
     num_heads = hf["num_attention_heads"]
     return validate_model(
         ModelConfig(
@@ -116,7 +148,9 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             intermediate_size=hf["intermediate_size"],
             num_layers=hf["num_hidden_layers"],
             num_heads=num_heads,
-            num_kv_heads=num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
+            num_kv_heads=num_heads
+            if hf["num_key_value_heads"] is None
+            else hf["num_key_value_heads"],
             head_dim=_head_dim(hf, kind),
             max_position=hf["max_position_embeddings"],
             rms_norm_eps=float(hf["rms_norm_eps"]),
@@ -138,7 +172,8 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """A config.json for a model that was not loaded from one: transformers' own model type where it can compute the model, else "hunyuan".
+    """A config.json for a model that was not loaded from one: transformers' own model type where
+    it can compute the model, else "hunyuan".
 
     Spelled as on the hub, which transformers reads since 4.56.
 
@@ -175,7 +210,11 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "use_qk_norm": cfg.use_qk_norm,
         "vocab_size": cfg.vocab_size,
         **({} if kind == LARGE else {"head_dim": cfg.head_dim}),
-        **({"cla_share_factor": cfg.cla_share_factor, "use_cla": cfg.cla_share_factor > 1} if kind == LARGE else {}),
+        **(
+            {"cla_share_factor": cfg.cla_share_factor, "use_cla": cfg.cla_share_factor > 1}
+            if kind == LARGE
+            else {}
+        ),
         **({} if kind == V1_DENSE else _moe_fields(cfg.moe)),
         **({"norm_topk_prob": True} if kind == V1_MOE else {}),
     }
@@ -194,34 +233,55 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def stop_ids(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
     """The eos_token_id of a config.json or a generation_config.json as a tuple."""
-    return () if eos_token_id is None else tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else (eos_token_id,)
+    return (
+        ()
+        if eos_token_id is None
+        else tuple(eos_token_id)
+        if isinstance(eos_token_id, Sequence)
+        else (eos_token_id,)
+    )
 
 
 def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
-    """`hf` with torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and rope_parameters, and integers for lists."""
+    """`hf` with torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and
+    rope_parameters, and integers for lists.
+    """
     hf = dict(hf)
     if "dtype" in hf:
         if hf.get("torch_dtype", hf["dtype"]) != hf["dtype"]:
-            raise ConfigError(f"config.json: dtype = {hf['dtype']!r} and torch_dtype = {hf['torch_dtype']!r} are one field; keep one.")
+            raise ConfigError(
+                f"config.json: dtype = {hf['dtype']!r} and torch_dtype = {hf['torch_dtype']!r} "
+                "are one field; keep one."
+            )
         hf["torch_dtype"] = hf.pop("dtype")
     parameters = hf.pop("rope_parameters", None)
     if parameters is not None:
         if hf.get("rope_scaling") is not None:
-            raise ConfigError("config.json: rope_parameters and rope_scaling are one field in two spellings; keep one.")
+            raise ConfigError(
+                "config.json: rope_parameters and rope_scaling are one field in two spellings; "
+                "keep one."
+            )
         if not isinstance(parameters, dict):
-            raise ConfigError(f"config.json: rope_parameters = {parameters!r} must be an object or null.")
+            raise ConfigError(
+                f"config.json: rope_parameters = {parameters!r} must be an object or null."
+            )
         scaling = dict(parameters)
         theta = scaling.pop("rope_theta", hf.get("rope_theta", _DEFAULTS["rope_theta"]))
         if hf.get("rope_theta", theta) != theta:
-            raise ConfigError(f"config.json: rope_theta is {hf['rope_theta']}, but {theta} in rope_parameters; keep one.")
+            raise ConfigError(
+                f"config.json: rope_theta is {hf['rope_theta']}, but {theta} in rope_parameters; "
+                "keep one."
+            )
         hf |= {"rope_theta": theta, "rope_scaling": scaling or None}
     for name in _PER_LAYER:
         values = hf.get(name)
         if isinstance(values, list):
             if len(values) != hf["num_hidden_layers"] or len(set(map(str, values))) != 1:
                 raise ConfigError(
-                    f"config.json: {name} = {values}; only one value for all of the {hf['num_hidden_layers']} layers is implemented, an "
-                    "integer or a list that repeats it for each of them. No release has layers that differ."
+                    f"config.json: {name} = {values}; only one value for all of the "
+                    f"{hf['num_hidden_layers']} layers is implemented, an "
+                    "integer or a list that repeats it for each of them. No release has layers "
+                    "that differ."
                 )
             hf[name] = values[0]
     return hf
@@ -230,13 +290,21 @@ def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
 def _check_types(hf: dict[str, Any]) -> None:
     """Raises ConfigError at the first value of another JSON type than its field has."""
     for name in (*_REQUIRED, *_DEFAULTS):
-        value, types = hf[name], _TYPES.get(name) or _TYPES_OF_DEFAULT[type(_DEFAULTS.get(name, 1))]
+        value, types = (
+            hf[name],
+            _TYPES.get(name) or _TYPES_OF_DEFAULT[type(_DEFAULTS.get(name, 1))],
+        )
         if type(value) not in types or (type(value) is float and not math.isfinite(value)):
-            raise ConfigError(f"config.json: {name} = {value!r} must be {' or '.join(_JSON_NAMES[t] for t in types)}.")
+            raise ConfigError(
+                f"config.json: {name} = {value!r} must be "
+                f"{' or '.join(_JSON_NAMES[t] for t in types)}."
+            )
 
 
 def _check_fixed(given: dict[str, Any], kind: str) -> None:
-    """Raises ConfigError where a field of the file asks for what neither this library nor, for its own types, transformers does."""
+    """Raises ConfigError where a field of the file asks for what neither this library nor, for its
+    own types, transformers does.
+    """
     fixed = {name: (value, "this library") for name, value in _FIXED.items()}
     if kind != LARGE:
         fixed |= {name: (value, f"transformers' {kind}") for name, value in _FIXED_V1.items()}
@@ -245,8 +313,10 @@ def _check_fixed(given: dict[str, Any], kind: str) -> None:
     for name, (value, where) in fixed.items():
         if name in given and given[name] != value:
             raise ConfigError(
-                f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes what {value!r} asks for. Set {name} to "
-                f"{value!r} if that is what the model was trained with; otherwise it cannot be loaded."
+                f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes "
+                f"what {value!r} asks for. Set {name} to "
+                f"{value!r} if that is what the model was trained with; otherwise it cannot be "
+                "loaded."
             )
 
 
@@ -254,41 +324,67 @@ def _check_experts(hf: dict[str, Any], kind: str) -> None:
     """Raises ConfigError for numbers and widths of experts that the model type does not have."""
     num_experts, width = hf["num_experts"], hf.get("moe_intermediate_size")
     if kind == V1_DENSE and num_experts != 1:
-        raise ConfigError(f"config.json: num_experts = {num_experts} has no effect in transformers' {kind}; the model type is {V1_MOE!r}.")
+        raise ConfigError(
+            f"config.json: num_experts = {num_experts} has no effect in transformers' {kind}; the "
+            f"model type is {V1_MOE!r}."
+        )
     if kind == V1_MOE and num_experts < 2:
-        raise ConfigError(f"config.json: num_experts = {num_experts}; a {kind} needs at least 2. A model with one MLP is a {V1_DENSE!r}.")
+        raise ConfigError(
+            f"config.json: num_experts = {num_experts}; a {kind} needs at least 2. A model with "
+            f"one MLP is a {V1_DENSE!r}."
+        )
     if num_experts > 1 and width is not None and width != hf["intermediate_size"]:
         raise ConfigError(
-            f"config.json: moe_intermediate_size = {width} differs from intermediate_size = {hf['intermediate_size']}; transformers "
-            "ignores it, and experts of another width than the shared one are not implemented. Set them equal."
+            f"config.json: moe_intermediate_size = {width} differs from intermediate_size = "
+            f"{hf['intermediate_size']}; transformers "
+            "ignores it, and experts of another width than the shared one are not implemented. "
+            "Set them equal."
         )
     is_normalised = hf["moe_topk"] > 1
-    if kind == LARGE and num_experts > 1 and hf.get("norm_topk_prob", is_normalised) != is_normalised:
+    if (
+        kind == LARGE
+        and num_experts > 1
+        and hf.get("norm_topk_prob", is_normalised) != is_normalised
+    ):
         raise ConfigError(
-            f"config.json: norm_topk_prob = {hf['norm_topk_prob']} has no effect in the code of model_type {LARGE!r}: with moe_topk = "
-            f"{hf['moe_topk']} it computes what {is_normalised} asks for. Set it to that, or leave it out."
+            f"config.json: norm_topk_prob = {hf['norm_topk_prob']} has no effect in the code of "
+            f"model_type {LARGE!r}: with moe_topk = "
+            f"{hf['moe_topk']} it computes what {is_normalised} asks for. Set it to that, or "
+            "leave it out."
         )
 
 
 def _head_dim(hf: dict[str, Any], kind: str) -> int:
-    """head_dim, else attention_head_dim, else hidden_size / heads, which is the only one that Hunyuan-Large's code knows."""
+    """head_dim, else attention_head_dim, else hidden_size / heads, which is the only one that
+    Hunyuan-Large's code knows.
+    """
     num_heads, hidden_size = hf["num_attention_heads"], hf["hidden_size"]
-    named = {name: hf[name] for name in ("head_dim", "attention_head_dim") if hf.get(name) is not None}
+    named = {
+        name: hf[name] for name in ("head_dim", "attention_head_dim") if hf.get(name) is not None
+    }
     for name, value in named.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"config.json: {name} = {value!r} must be a positive integer.")
     if len(set(named.values())) > 1:
-        raise ConfigError(f"config.json: head_dim = {hf['head_dim']} and attention_head_dim = {hf['attention_head_dim']} differ; keep one.")
+        raise ConfigError(
+            f"config.json: head_dim = {hf['head_dim']} and attention_head_dim = "
+            f"{hf['attention_head_dim']} differ; keep one."
+        )
     is_whole = num_heads >= 1 and hidden_size % num_heads == 0
     if not is_whole and (kind == LARGE or not named):
-        raise ConfigError(f"config.json: hidden_size = {hidden_size} is not divisible by num_attention_heads = {num_heads}.")
+        raise ConfigError(
+            f"config.json: hidden_size = {hidden_size} is not divisible by num_attention_heads = "
+            f"{num_heads}."
+        )
     if not named:
         return hidden_size // num_heads
     name, head_dim = next(iter(named.items()))
     if kind == LARGE and head_dim != hidden_size // num_heads:
         raise ConfigError(
-            f"config.json: {name} = {head_dim} has no effect in the code of model_type {LARGE!r}, whose heads have hidden_size / "
-            f"num_attention_heads = {hidden_size // num_heads} entries; set it to that, or use a model_type of transformers."
+            f"config.json: {name} = {head_dim} has no effect in the code of model_type {LARGE!r}, "
+            "whose heads have hidden_size / "
+            f"num_attention_heads = {hidden_size // num_heads} entries; set it to that, or use a "
+            "model_type of transformers."
         )
     return head_dim
 
@@ -300,7 +396,8 @@ def _moe(hf: dict[str, Any], kind: str) -> MoeConfig:
     return MoeConfig(
         num_experts=hf["num_experts"],
         top_k=hf["moe_topk"],
-        # transformers divides by the sum of the chosen probabilities always, Hunyuan-Large's code for more than one choice.
+        # transformers divides by the sum of the chosen probabilities always, Hunyuan-Large's code
+        # for more than one choice.
         norm_topk_prob=kind == V1_MOE or hf["moe_topk"] > 1,
         num_shared_experts=hf["num_shared_expert"] if has_shared else 0,
     )
@@ -324,17 +421,22 @@ def _model_type(cfg: ModelConfig) -> str:
             return V1_MOE
     if cfg.head_dim * cfg.num_heads != cfg.hidden_size:
         raise ConfigError(
-            f"head_dim = {cfg.head_dim} x num_heads = {cfg.num_heads} differs from hidden_size = {cfg.hidden_size}; "
-            "the official format has no head_dim field. Keep the model in its own checkpoint format."
+            f"head_dim = {cfg.head_dim} x num_heads = {cfg.num_heads} differs from hidden_size = "
+            f"{cfg.hidden_size}; "
+            "the official format has no head_dim field. Keep the model in its own checkpoint "
+            "format."
         )
     if cfg.rope_type == "default":
         raise ConfigError(
-            "rope_type = 'default' (exact frequencies) exists in transformers' model types only, which have a norm of queries and keys, no "
-            "cross-layer attention and, with experts, one shared expert and norm_topk_prob. Keep the model in its own checkpoint format."
+            "rope_type = 'default' (exact frequencies) exists in transformers' model types only, "
+            "which have a norm of queries and keys, no "
+            "cross-layer attention and, with experts, one shared expert and norm_topk_prob. Keep "
+            "the model in its own checkpoint format."
         )
     if cfg.is_moe and moe.norm_topk_prob != (moe.top_k > 1):
         raise ConfigError(
-            f"norm_topk_prob = {moe.norm_topk_prob} with top_k = {moe.top_k}: the official format has raw probabilities for one choice and "
+            f"norm_topk_prob = {moe.norm_topk_prob} with top_k = {moe.top_k}: the official format "
+            "has raw probabilities for one choice and "
             "normalised ones for several. Keep the model in its own checkpoint format."
         )
     return LARGE
@@ -347,12 +449,15 @@ def _rope(scaling: dict[str, Any] | None, kind: str) -> dict[str, Any]:
         return plain
     rope_type = scaling.get("type", scaling.get("rope_type"))
     if scaling.get("rope_type", rope_type) != rope_type:
-        raise ConfigError(f"config.json: rope_scaling = {scaling}: type and rope_type are one field; keep one.")
+        raise ConfigError(
+            f"config.json: rope_scaling = {scaling}: type and rope_type are one field; keep one."
+        )
     scaling = {"factor": 1.0, "alpha": None} | scaling if kind != LARGE else scaling
     missing = [name for name in ("factor", "alpha") if name not in scaling]
     if rope_type is None or (missing and rope_type != "default"):
         raise ConfigError(
-            f"config.json: rope_scaling = {scaling} lacks {'type' if rope_type is None else missing[0]!r}; the official class reads type, "
+            f"config.json: rope_scaling = {scaling} lacks "
+            f"{'type' if rope_type is None else missing[0]!r}; the official class reads type, "
             "factor and alpha."
         )
     if rope_type == "default":
@@ -360,15 +465,25 @@ def _rope(scaling: dict[str, Any] | None, kind: str) -> dict[str, Any]:
     for name in ("factor", "alpha"):
         value = scaling[name]
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise ConfigError(f"config.json: rope_scaling {name} = {value!r} must be a finite number.")
+            raise ConfigError(
+                f"config.json: rope_scaling {name} = {value!r} must be a finite number."
+            )
     if rope_type == "linear" and scaling["factor"] is not None and kind == LARGE:
         return {"rope_type": "linear", "rope_factor": float(scaling["factor"])}
     if rope_type == "dynamic" and scaling["alpha"]:
         return {"rope_type": "alpha", "rope_alpha": float(scaling["alpha"])}
     if rope_type == "dynamic":
         raise ConfigError(
-            f"config.json: rope_scaling = {scaling}: dynamic without alpha changes its base with the length of earlier calls, so that "
-            "cached and full forward passes disagree; it is not implemented and no release uses it. Set alpha, or use type 'linear'."
+            f"config.json: rope_scaling = {scaling}: dynamic without alpha changes its base with "
+            "the length of earlier calls, so that "
+            "cached and full forward passes disagree; it is not implemented and no release uses "
+            "it. Set alpha, or use type 'linear'."
         )
-    known = "type 'dynamic' with alpha, 'linear' with factor, or null" if kind == LARGE else "type 'dynamic' with alpha, or null"
-    raise ConfigError(f"config.json: rope_scaling = {scaling} is unknown for {kind!r}; use {known}.")
+    known = (
+        "type 'dynamic' with alpha, 'linear' with factor, or null"
+        if kind == LARGE
+        else "type 'dynamic' with alpha, or null"
+    )
+    raise ConfigError(
+        f"config.json: rope_scaling = {scaling} is unknown for {kind!r}; use {known}."
+    )

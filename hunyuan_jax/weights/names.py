@@ -1,6 +1,7 @@
 """The one table between official tensor names and our parameter paths (specification section 2).
 
-Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and that torch linears are [out, in].
+Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and
+that torch linears are [out, in].
 """
 
 import re
@@ -16,7 +17,8 @@ class Entry(NamedTuple):
     """One official tensor.
 
     name, shape: as in the checkpoint.
-    path: '/'-joined path of our parameter; index: position of the tensor in its leading (stacked) dims.
+    path: '/'-joined path of our parameter; index: position of the tensor in its leading (stacked)
+    dims.
     is_transposed: whether ours is [in, out] (with `in` or `out` split into heads).
     """
 
@@ -42,16 +44,24 @@ def entries(cfg: ModelConfig) -> list[Entry]:
 _FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
-def unfused(tensors: Iterator[tuple[str, np.ndarray, str]], cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(name, array, file) with experts apart where they are one tensor, as transformers 5 has them in memory and can save them.
+def unfused(
+    tensors: Iterator[tuple[str, np.ndarray, str]], cfg: ModelConfig
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(name, array, file) with experts apart where they are one tensor, as transformers 5 has them
+    in memory and can save them.
 
-    gate_up_proj [E, 2 F, D] is gate above up, down_proj [E, D, F]; their parts come with the file "".  A fused tensor of another shape is
-    passed on, and then is one that the model does not have.
+    gate_up_proj [E, 2 F, D] is gate above up, down_proj [E, D, F]; their parts come with the file
+    "".  A fused tensor of another shape is passed on, and then is one that the model does not
+    have.
     """
     E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
     for name, tensor, file in tensors:
         fused = _FUSED.fullmatch(name)
-        kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused[2]] if fused else ()
+        kinds = (
+            {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused[2]]
+            if fused
+            else ()
+        )
         if not fused or tensor.shape != {2: (E, 2 * F, D), 1: (E, D, F)}[len(kinds)]:
             yield name, tensor, file
             continue
@@ -61,7 +71,9 @@ def unfused(tensors: Iterator[tuple[str, np.ndarray, str]], cfg: ModelConfig) ->
 
 
 def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
-    """The official tensor in our layout; `shape` is that of our parameter without its stacked dims."""
+    """The official tensor in our layout; `shape` is that of our parameter without its stacked
+    dims.
+    """
     return (tensor.T if entry.is_transposed else tensor).reshape(shape)
 
 
@@ -74,11 +86,15 @@ def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
 
 def stacked_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
     """The leading dims of our parameter that `entry.index` points into: groups, experts."""
-    return {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[len(entry.index)]
+    return {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[
+        len(entry.index)
+    ]
 
 
 def our_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
-    """Our shape of one tensor, without the stacked dims: heads are split out of the official [out, in]."""
+    """Our shape of one tensor, without the stacked dims: heads are split out of the official [out,
+    in].
+    """
     letters = entry.path.rsplit("_", 1)[1]
     sizes = {"N": cfg.num_heads, "K": cfg.num_kv_heads, "H": cfg.head_dim}
     if not set(letters) & set("NK"):
@@ -101,7 +117,12 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
     for letter, num_out, num_in in projections:
         if i > 0 and letter in "kv":
             continue  # cross layers use the K/V of their group's first layer
-        add(f"self_attn.{letter}_proj.weight", (num_out, num_in), f"attn/{our_weights[letter]}", is_transposed=True)
+        add(
+            f"self_attn.{letter}_proj.weight",
+            (num_out, num_in),
+            f"attn/{our_weights[letter]}",
+            is_transposed=True,
+        )
         if cfg.attention_bias:
             add(f"self_attn.{letter}_proj.bias", (num_out,), f"attn/{our_biases[letter]}")
     if cfg.use_qk_norm:
@@ -109,15 +130,32 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
         add("self_attn.key_layernorm.weight", (H,), "attn/k_norm_H")
 
     def add_mlp(name, path, suffix, width, index=()):
-        for projection, shape, letters in (("gate", (width, D), "DF"), ("up", (width, D), "DF"), ("down", (D, width), "FD")):
-            add(f"{name}{projection}_proj.weight", shape, f"{path}w_{projection}_{suffix}{letters}", index, is_transposed=True)
+        for projection, shape, letters in (
+            ("gate", (width, D), "DF"),
+            ("up", (width, D), "DF"),
+            ("down", (D, width), "FD"),
+        ):
+            add(
+                f"{name}{projection}_proj.weight",
+                shape,
+                f"{path}w_{projection}_{suffix}{letters}",
+                index,
+                is_transposed=True,
+            )
 
     if cfg.is_moe:
         if cfg.moe.num_shared_experts:
-            add_mlp("mlp.shared_mlp.", "moe/shared/", "", cfg.intermediate_size * cfg.moe.num_shared_experts)
+            add_mlp(
+                "mlp.shared_mlp.",
+                "moe/shared/",
+                "",
+                cfg.intermediate_size * cfg.moe.num_shared_experts,
+            )
         add("mlp.gate.wg.weight", (cfg.moe.num_experts, D), "moe/router_DE", is_transposed=True)
         for expert in range(cfg.moe.num_experts):
-            add_mlp(f"mlp.experts.{expert}.", "moe/experts/", "E", cfg.intermediate_size, (expert,))
+            add_mlp(
+                f"mlp.experts.{expert}.", "moe/experts/", "E", cfg.intermediate_size, (expert,)
+            )
     else:
         add_mlp("mlp.", "mlp/", "", cfg.intermediate_size)
     add("input_layernorm.weight", (D,), "attn_norm/scale_D")

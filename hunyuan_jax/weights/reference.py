@@ -1,4 +1,5 @@
-"""The official forward pass, plainly, in numpy float32 and by official names (specification sections 3 to 5).
+"""The official forward pass, plainly, in numpy float32 and by official names (specification
+sections 3 to 5).
 
 It shares no code with the model and does not use the table: `verify` compares the two.
 Letters: T tokens of one sequence, D model, N query heads, K kv heads, H head dim, E experts.
@@ -20,7 +21,11 @@ def embed(read: Read, ids_T: np.ndarray) -> np.ndarray:
 
 
 def layer(
-    hf: dict[str, Any], read: Read, index: int, x_TD: np.ndarray, kv: tuple[np.ndarray, np.ndarray] | None
+    hf: dict[str, Any],
+    read: Read,
+    index: int,
+    x_TD: np.ndarray,
+    kv: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """(x after the layer, raw keys and values [T, K, H] for the layers that share them)."""
     prefix = f"model.layers.{index}."
@@ -36,14 +41,22 @@ def layer(
 def logits(hf: dict[str, Any], read: Read, x_TD: np.ndarray) -> np.ndarray:
     """[T, V]."""
     x_TD = _rms_norm(x_TD, read("model.norm.weight"), hf.get("rms_norm_eps", 1e-5))
-    return x_TD @ read("model.embed_tokens.weight" if hf.get("tie_word_embeddings") else "lm_head.weight").T
+    return (
+        x_TD
+        @ read(
+            "model.embed_tokens.weight" if hf.get("tie_word_embeddings") else "lm_head.weight"
+        ).T
+    )
 
 
 def _attention(hf, read, index, y_TD, kv, eps):
     prefix = f"model.layers.{index}.self_attn."
     num_heads = hf["num_attention_heads"]
     num_kv_heads = hf.get("num_key_value_heads") or num_heads
-    width, num_tokens = hf.get("head_dim") or hf.get("attention_head_dim") or hf["hidden_size"] // num_heads, len(y_TD)
+    width, num_tokens = (
+        hf.get("head_dim") or hf.get("attention_head_dim") or hf["hidden_size"] // num_heads,
+        len(y_TD),
+    )
 
     def project(letter, x):
         out = x @ read(f"{prefix}{letter}_proj.weight").T
@@ -51,7 +64,9 @@ def _attention(hf, read, index, y_TD, kv, eps):
 
     q_TNH = project("q", y_TD).reshape(num_tokens, num_heads, width)
     if not hf.get("use_cla") or index % hf["cla_share_factor"] == 0:
-        kv = tuple(project(letter, y_TD).reshape(num_tokens, num_kv_heads, width) for letter in "kv")
+        kv = tuple(
+            project(letter, y_TD).reshape(num_tokens, num_kv_heads, width) for letter in "kv"
+        )
     k_TKH, v_TKH = kv
     q_TNH, k_TKH = _rotate(hf, q_TNH), _rotate(hf, k_TKH)
     if hf.get("use_qk_norm") or _is_v1(hf):
@@ -66,7 +81,10 @@ def _attention(hf, read, index, y_TD, kv, eps):
 
 def _rotate(hf, x_TNH):
     width, scaling = x_TNH.shape[-1], hf.get("rope_scaling")
-    exponent, theta = np.arange(0, width, 2, dtype=np.float32) / np.float32(width), hf.get("rope_theta", 10_000.0)
+    exponent, theta = (
+        np.arange(0, width, 2, dtype=np.float32) / np.float32(width),
+        hf.get("rope_theta", 10_000.0),
+    )
     positions = np.arange(len(x_TNH), dtype=np.float32)
     rope_type = scaling and scaling.get("type", scaling.get("rope_type"))
     if rope_type == "dynamic":
@@ -79,7 +97,9 @@ def _rotate(hf, x_TNH):
     else:
         inverse = _bfloat16(1.0 / np.float32(theta) ** exponent)
         if rope_type == "linear":
-            angles = _bfloat16(_bfloat16(_bfloat16(positions) / np.float32(scaling["factor"]))[:, None] * inverse)
+            angles = _bfloat16(
+                _bfloat16(_bfloat16(positions) / np.float32(scaling["factor"]))[:, None] * inverse
+            )
             cos, sin = _bfloat16(np.cos(angles)), _bfloat16(np.sin(angles))
         else:
             angles = positions[:, None] * inverse
@@ -95,11 +115,19 @@ def _moe(hf, read, prefix, y_TD):
     chosen_Tk = np.argsort(-probs_TE, axis=-1, kind="stable")[:, :top_k]
     weights_Tk = np.take_along_axis(probs_TE, chosen_Tk, axis=-1)
     if top_k > 1 or _is_v1(hf):
-        weights_Tk = weights_Tk / np.maximum(weights_Tk.sum(-1, keepdims=True), np.finfo(np.float32).eps)
-    out_TD = _swiglu(read, prefix + "shared_mlp.", y_TD) if hf.get("use_mixed_mlp_moe") or _is_v1(hf) else np.zeros_like(y_TD)
+        weights_Tk = weights_Tk / np.maximum(
+            weights_Tk.sum(-1, keepdims=True), np.finfo(np.float32).eps
+        )
+    out_TD = (
+        _swiglu(read, prefix + "shared_mlp.", y_TD)
+        if hf.get("use_mixed_mlp_moe") or _is_v1(hf)
+        else np.zeros_like(y_TD)
+    )
     for expert in np.unique(chosen_Tk):
         tokens, choices = np.nonzero(chosen_Tk == expert)
-        out_TD[tokens] += weights_Tk[tokens, choices, None] * _swiglu(read, f"{prefix}experts.{expert}.", y_TD[tokens])
+        out_TD[tokens] += weights_Tk[tokens, choices, None] * _swiglu(
+            read, f"{prefix}experts.{expert}.", y_TD[tokens]
+        )
     return out_TD
 
 

@@ -1,4 +1,6 @@
-"""A folder that is local or behind an fsspec URL: byte ranges out, whole files in, each in place only when it is complete."""
+"""A folder that is local or behind an fsspec URL: byte ranges out, whole files in, each in place
+only when it is complete.
+"""
 
 import os
 import shutil
@@ -43,14 +45,25 @@ class Place:
             if not os.path.isdir(path):
                 return {}
             with os.scandir(path) as found:
-                return {entry.name: entry.stat().st_size for entry in found if entry.is_file() and not entry.name.endswith(_TEMPORARY)}
+                return {
+                    entry.name: entry.stat().st_size
+                    for entry in found
+                    if entry.is_file() and not entry.name.endswith(_TEMPORARY)
+                }
         try:
             found = self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        sizes = {
+            entry["name"].rsplit("/", 1)[-1]: entry["size"]
+            for entry in found
+            if entry["type"] == "file"
+        }
         if None in sizes.values():  # a web server
-            raise ConfigError(f"{self.url} does not tell the sizes of its files; copy the folder to a disk or a bucket first.")
+            raise ConfigError(
+                f"{self.url} does not tell the sizes of its files; copy the folder to a disk or a "
+                "bucket first."
+            )
         return sizes
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -58,7 +71,9 @@ class Place:
         return self._fs.cat_file(self.path(name), start=start, end=end)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Writes a file that appears under its name only when all pieces are written; a killed process leaves none of it."""
+        """Writes a file that appears under its name only when all pieces are written; a killed
+        process leaves none of it.
+        """
         path = self.path(name)
         if not self.is_local:
             files.upload(self._fs, path, pieces)
@@ -75,7 +90,9 @@ class Place:
         self._fs.rm_file(self.path(name))
 
     def check_space(self, num_bytes: int) -> None:
-        """Raises ConfigError if the local disk of this folder has less room; other file systems do not say."""
+        """Raises ConfigError if the local disk of this folder has less room; other file systems do
+        not say.
+        """
         if not self.is_local:
             return
         folder = os.path.abspath(self.path())
@@ -84,6 +101,7 @@ class Place:
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
             raise ConfigError(
-                f"{self.url}: not enough disk: {num_bytes / 1e9:.3f} GB are still to be written, {free / 1e9:.3f} GB are free. Nothing "
+                f"{self.url}: not enough disk: {num_bytes / 1e9:.3f} GB are still to be written, "
+                f"{free / 1e9:.3f} GB are free. Nothing "
                 "was started; make room or use another --output."
             )

@@ -1,7 +1,9 @@
-"""Official folders to checkpoints and back, tensor by tensor: memory does not grow with the model, and a killed run is continued.
+"""Official folders to checkpoints and back, tensor by tensor: memory does not grow with the model,
+and a killed run is continued.
 
-A checkpoint folder holds conversion.json (what it was made from, and whether it is whole), config.json, the tokenizer and other files of
-the source as they were, params/ (chunks.py; orbax restores it onto any mesh) and source/ (headers and index, to write the same bytes).
+A checkpoint folder holds conversion.json (what it was made from, and whether it is whole),
+config.json, the tokenizer and other files of the source as they were, params/ (chunks.py; orbax
+restores it onto any mesh) and source/ (headers and index, to write the same bytes).
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ _FORMAT = 1
 
 
 class Converted(NamedTuple):
-    """A finished checkpoint: its folder, conversion.json, config.json, ModelConfig and parameters by path."""
+    """A finished checkpoint: its folder, conversion.json, config.json, ModelConfig and parameters
+    by path.
+    """
 
     place: Place
     about: dict[str, Any]
@@ -36,15 +40,20 @@ class Converted(NamedTuple):
     params: dict[str, chunks.Param]
 
 
-def import_model(source: str | os.PathLike, output: str | os.PathLike, dtype: str | None = None) -> int:
-    """Converts a model folder; the same call again continues one that was killed.  Returns how many tensors this call converted.
+def import_model(
+    source: str | os.PathLike, output: str | os.PathLike, dtype: str | None = None
+) -> int:
+    """Converts a model folder; the same call again continues one that was killed.  Returns how
+    many tensors this call converted.
 
     Args:
       source, output: local folders or fsspec URLs.
-      dtype: "float32" or "bfloat16" for the parameters; None keeps torch_dtype of config.json.  The router is float32 always.
+      dtype: "float32" or "bfloat16" for the parameters; None keeps torch_dtype of config.json.
+        The router is float32 always.
 
     Raises:
-      ConfigError: what `Weights` and `plan` refuse, values that are not finite, an output made from something else, a full disk.
+      ConfigError: what `Weights` and `plan` refuse, values that are not finite, an output made
+        from something else, a full disk.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
@@ -57,7 +66,9 @@ def import_model(source: str | os.PathLike, output: str | os.PathLike, dtype: st
         "fingerprint": opened.fingerprint,
         "dtype": plan.cfg.dtype,
         "is_exact": plan.is_exact,
-        "router_dtype": next((s.dtype.name for e, s in plan.tensors.items() if e.path.endswith("router_DE")), ""),
+        "router_dtype": next(
+            (s.dtype.name for e, s in plan.tensors.items() if e.path.endswith("router_DE")), ""
+        ),
         "index_name": opened.index_name,
         "shards": list(opened.headers),
         "copied": opened.others,
@@ -73,7 +84,11 @@ def import_model(source: str | os.PathLike, output: str | os.PathLike, dtype: st
 
     def left_of(entry: table.Entry) -> list[int]:
         param, sizes = params[entry.path], there[entry.path]
-        return [i for i in range(param.num_chunks) if sizes.get(param.key(entry.index, i)) != param.chunk_bytes]
+        return [
+            i
+            for i in range(param.num_chunks)
+            if sizes.get(param.key(entry.index, i)) != param.chunk_bytes
+        ]
 
     todo = [entry for entry in plan.tensors if left_of(entry)]
     # In the order of the files, each of which is then read from its beginning to its end.
@@ -84,7 +99,11 @@ def import_model(source: str | os.PathLike, output: str | os.PathLike, dtype: st
 
     def convert(entry: table.Entry) -> int:
         param = params[entry.path]
-        scale = weights.read_scale(opened, plan.scales[entry.name]) if entry.name in plan.scales else None
+        scale = (
+            weights.read_scale(opened, plan.scales[entry.name])
+            if entry.name in plan.scales
+            else None
+        )
         tensor = opened.read(entry.name)
         for chunk in left_of(entry):
             block = chunks.encode(tensor, entry, param, chunk, scale)
@@ -102,7 +121,9 @@ def import_model(source: str | os.PathLike, output: str | os.PathLike, dtype: st
         target.write(f"source/{name}.header", [raw])
     if opened.index is not None:
         target.write(f"source/{opened.index_name}", [opened.index])
-    target.write("config.json", [opened.config_bytes if plan.hf == opened.config else _json(plan.hf)])
+    target.write(
+        "config.json", [opened.config_bytes if plan.hf == opened.config else _json(plan.hf)]
+    )
     target.write("params/_METADATA", [chunks.tree_metadata(params)])
     _check_whole(target, params)
     target.write(_ABOUT, [_json(about | {"is_complete": True})])
@@ -117,12 +138,21 @@ def open_converted(folder: str | os.PathLike) -> Converted:
     """
     place = Place(folder)
     if not place.is_file(_ABOUT):
-        raise ConfigError(f"{place} is no converted checkpoint: it has no {_ABOUT}. Make one with `python convert_torch.py import`.")
+        raise ConfigError(
+            f"{place} is no converted checkpoint: it has no {_ABOUT}. Make one with `python "
+            "convert_torch.py import`."
+        )
     about = json.loads(place.read(_ABOUT))
     if about["format"] != _FORMAT:
-        raise ConfigError(f"{place}/{_ABOUT}: format = {about['format']}; this version reads format {_FORMAT}. Import the model again.")
+        raise ConfigError(
+            f"{place}/{_ABOUT}: format = {about['format']}; this version reads format {_FORMAT}. "
+            "Import the model again."
+        )
     if not about["is_complete"]:
-        raise ConfigError(f"{place} is an import that has not finished; run the same `convert_torch.py import` again to continue it.")
+        raise ConfigError(
+            f"{place} is an import that has not finished; run the same `convert_torch.py import` "
+            "again to continue it."
+        )
     hf = json.loads(place.read("config.json"))
     cfg = hf_config.from_hf(hf)
     params = chunks.params_of(cfg)
@@ -136,9 +166,11 @@ def is_converted(folder: str | os.PathLike) -> bool:
 
 
 def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> int:
-    """Writes the official folder of a converted checkpoint, byte for byte that of the source if it was safetensors of the same dtype.
+    """Writes the official folder of a converted checkpoint, byte for byte that of the source if it
+    was safetensors of the same dtype.
 
-    The same call again continues one that was killed.  Returns how many files of weights this call wrote.
+    The same call again continues one that was killed.  Returns how many files of weights this call
+    wrote.
 
     Raises:
       ConfigError: no such checkpoint, an output that holds something else, a full disk.
@@ -157,11 +189,20 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     names = set(target.sizes())
     if _EXPORTING in names:
         if json.loads(target.read(_EXPORTING)) != claim:
-            raise ConfigError(f"{target} holds an unfinished export of another checkpoint; use another --output, or delete it.")
+            raise ConfigError(
+                f"{target} holds an unfinished export of another checkpoint; use another "
+                "--output, or delete it."
+            )
     elif names:
-        raise ConfigError(f"{target} is not empty: it holds {weights.listed(sorted(names))}; use another --output.")
+        raise ConfigError(
+            f"{target} is not empty: it holds {weights.listed(sorted(names))}; use another "
+            "--output."
+        )
     layouts = {name: _layout(raw) for name, raw in headers.items()}
-    sizes = {name: len(headers[name]) + sum(num_bytes for _, _, num_bytes in layout) for name, layout in layouts.items()}
+    sizes = {
+        name: len(headers[name]) + sum(num_bytes for _, _, num_bytes in layout)
+        for name, layout in layouts.items()
+    }
     todo = [name for name in headers if name not in names]  # what has its name is whole
     target.check_space(sum(sizes[name] for name in todo))
     target.write(_EXPORTING, [_json(claim)])
@@ -193,8 +234,11 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     return len(todo)
 
 
-def read_params(folder: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any], torch_io.Source]:
-    """(config, params, source) of a converted checkpoint in a local folder, as `torch_io.read_model` gives them.
+def read_params(
+    folder: str | os.PathLike, dtype: str | None = None
+) -> tuple[ModelConfig, dict[str, Any], torch_io.Source]:
+    """(config, params, source) of a converted checkpoint in a local folder, as
+    `torch_io.read_model` gives them.
 
     Raises:
       ConfigError: no such checkpoint.
@@ -219,8 +263,14 @@ def read_params(folder: str | os.PathLike, dtype: str | None = None) -> tuple[Mo
         files |= {name: file for name, _, _ in layout}
     if about["is_exact"] and about["index_name"]:
         texts[about["index_name"]] = converted.place.read(f"source/{about['index_name']}").decode()
-    cfg = converted.cfg if dtype is None else hf_config.from_hf(hf_config.with_dtype(converted.hf, dtype))
-    cfg = dataclasses.replace(cfg, eos_token_ids=torch_io.generation_stop_ids(Path(folder)) or cfg.eos_token_ids)
+    cfg = (
+        converted.cfg
+        if dtype is None
+        else hf_config.from_hf(hf_config.with_dtype(converted.hf, dtype))
+    )
+    cfg = dataclasses.replace(
+        cfg, eos_token_ids=torch_io.generation_stop_ids(Path(folder)) or cfg.eos_token_ids
+    )
     for name in set(about["copied"]) & set(torch_io.SIDE_FILES):
         texts[name] = converted.place.read(name).decode(errors="surrogateescape")
     files = files or {entry.name: "converted.bin" for entry in table.entries(cfg)}
@@ -236,26 +286,35 @@ def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
     names = sorted(target.sizes())
     if _ABOUT not in names:
         if names:
-            raise ConfigError(f"{target} is not empty and no import: it holds {weights.listed(names)}; use another --output.")
+            raise ConfigError(
+                f"{target} is not empty and no import: it holds {weights.listed(names)}; use "
+                "another --output."
+            )
         return about
     old = json.loads(target.read(_ABOUT))
     for name in ("format", "fingerprint", "dtype"):
         if old.get(name) != about[name]:
             raise ConfigError(
-                f"{target} holds an import of another source: {old.get('source')} with {name} {old.get(name)}; this is {about['source']} "
+                f"{target} holds an import of another source: {old.get('source')} with {name} "
+                f"{old.get(name)}; this is {about['source']} "
                 f"with {name} {about[name]}. Use another --output."
             )
     return old
 
 
 def _check_whole(place: Place, params: dict[str, chunks.Param]) -> None:
-    """Raises ConfigError unless every chunk is there with its size: zarr would read a missing one as zeros."""
+    """Raises ConfigError unless every chunk is there with its size: zarr would read a missing one
+    as zeros.
+    """
     missing = []
     for param in params.values():
-        sizes = place.sizes(f"params/{param.folder}")
-        missing += [f"{param.folder}/{key}" for key in param.keys() if sizes.get(key) != param.chunk_bytes]  # noqa: SIM118 - not a dict
+        sizes, keys = place.sizes(f"params/{param.folder}"), param.keys()
+        missing += [f"{param.folder}/{key}" for key in keys if sizes.get(key) != param.chunk_bytes]
     if missing:
-        raise ConfigError(f"{place}/params lacks chunks, or holds parts of them: {weights.listed(missing)}. Import into another folder.")
+        raise ConfigError(
+            f"{place}/params lacks chunks, or holds parts of them: {weights.listed(missing)}. "
+            "Import into another folder."
+        )
 
 
 def _params_of(place: Place, entry: table.Entry, params: dict[str, chunks.Param]) -> np.ndarray:
@@ -266,10 +325,15 @@ def _layout(raw: bytes) -> list[tuple[str, np.dtype, int]]:
     """(name, dtype, bytes) of the tensors of a safetensors header, in the order of their data."""
     about = {name: value for name, value in json.loads(raw[8:]).items() if name != "__metadata__"}
     ordered = sorted(about.items(), key=lambda item: (*item[1]["data_offsets"], item[0]))
-    return [(name, weights.DTYPES[v["dtype"]], v["data_offsets"][1] - v["data_offsets"][0]) for name, v in ordered]
+    return [
+        (name, weights.DTYPES[v["dtype"]], v["data_offsets"][1] - v["data_offsets"][0])
+        for name, v in ordered
+    ]
 
 
-def _new_headers(converted: Converted, entries: list[table.Entry]) -> tuple[dict[str, bytes], bytes | None]:
+def _new_headers(
+    converted: Converted, entries: list[table.Entry]
+) -> tuple[dict[str, bytes], bytes | None]:
     """(header by file name, index) for a folder whose dtypes or format the source did not have."""
 
     router = np.dtype(converted.about["router_dtype"] or np.float32)
@@ -282,7 +346,11 @@ def _new_headers(converted: Converted, entries: list[table.Entry]) -> tuple[dict
     for entry in entries:
         by_file.setdefault(files[entry.name], []).append((entry.name, dtype(entry), entry.shape))
     total = sum(int(np.prod(e.shape)) * dtype(e).itemsize for e in entries)
-    index = _json({"metadata": {"total_size": total}, "weight_map": files}) if len(by_file) > 1 else None
+    index = (
+        _json({"metadata": {"total_size": total}, "weight_map": files})
+        if len(by_file) > 1
+        else None
+    )
     return {file: weights.header(tensors) for file, tensors in by_file.items()}, index
 
 

@@ -1,4 +1,5 @@
-"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward passes, one expert in memory at a time.
+"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward
+passes, one expert in memory at a time.
 
 Letters: T tokens of the one sequence, V vocabulary, D model, F ffn, E experts, g = B = 1.
 """
@@ -39,7 +40,8 @@ _VOCAB_BLOCK = 16_384
 
 
 def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
-    """Every difference between an official folder and a converted checkpoint, a line each; empty if they are the same model.
+    """Every difference between an official folder and a converted checkpoint, a line each; empty
+    if they are the same model.
 
     Raises:
       ConfigError: one of the two cannot be opened.
@@ -67,7 +69,11 @@ def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
 
     def differences(entry: table.Entry) -> str | None:
         tensor, param = opened.read(entry.name), converted.params[entry.path]
-        scale = weights.read_scale(opened, plan.scales[entry.name]) if entry.name in plan.scales else None
+        scale = (
+            weights.read_scale(opened, plan.scales[entry.name])
+            if entry.name in plan.scales
+            else None
+        )
         num_different = 0
         for chunk in range(param.num_chunks):
             expected = chunks.encode(tensor, entry, param, chunk, scale)
@@ -75,10 +81,16 @@ def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
             bits = np.dtype(f"u{param.dtype.itemsize}")
             actual = actual.reshape(len(actual), -1).view(bits)
             num_different += int(np.count_nonzero(expected[: len(actual)].view(bits) != actual))
-        return f"{entry.name}: {num_different} of {tensor.size} values differ" if num_different else None
+        return (
+            f"{entry.name}: {num_different} of {tensor.size} values differ"
+            if num_different
+            else None
+        )
 
     found = []
-    with Meter("compare tensors", sum(stored.num_bytes for stored in plan.tensors.values())) as meter:
+    with Meter(
+        "compare tensors", sum(stored.num_bytes for stored in plan.tensors.values())
+    ) as meter:
         for entry, line in in_order(differences, plan.tensors):
             meter.add(plan.tensors[entry].num_bytes)
             found += [line] * (line is not None)
@@ -86,12 +98,14 @@ def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
 
 
 def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
-    """The parts of the model whose outputs differ between the plain official forward pass and ours.
+    """The parts of the model whose outputs differ between the plain official forward pass and
+    ours.
 
     Each part gets the official pass's own input, so a fault is reported where it is.
     """
     plan = weights.plan(opened, converted.cfg.dtype)
-    # What the source promises decides how the official pass runs, what the checkpoint says how ours does.
+    # What the source promises decides how the official pass runs, what the checkpoint says how
+    # ours does.
     hf, cfg = _defaults(opened.config), _float32(converted.cfg)
     entries = {entry.name: entry for entry in plan.tensors}
 
@@ -102,18 +116,27 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
         if scale is not None:
             tensor = tensor.astype(np.float32) * np.float32(scale)
         # Rounded as the checkpoint is: what is compared is the function.
-        return tensor.astype(converted.params[entry.path].dtype, copy=False).astype(np.float32, copy=False)
+        return tensor.astype(converted.params[entry.path].dtype, copy=False).astype(
+            np.float32, copy=False
+        )
 
     ids_T = np.random.default_rng(0).integers(0, cfg.vocab_size, _NUM_TOKENS)
     ours = _Ours(converted, cfg)
     found = []
 
     def compare(what: str, expected: np.ndarray, actual: Any) -> None:
-        error = np.linalg.norm(np.asarray(actual) - expected) / max(np.linalg.norm(expected), 1e-30)
+        error = np.linalg.norm(np.asarray(actual) - expected) / max(
+            np.linalg.norm(expected), 1e-30
+        )
         if not error <= _TOLERANCE:
-            found.append(f"{what}: outputs differ by {error:.1e} of their norm, {_TOLERANCE:.0e} is rounding")
+            found.append(
+                f"{what}: outputs differ by {error:.1e} of their norm, {_TOLERANCE:.0e} is "
+                "rounding"
+            )
 
-    with Meter("compare layers", sum(stored.num_bytes for stored in plan.tensors.values())) as meter:
+    with Meter(
+        "compare layers", sum(stored.num_bytes for stored in plan.tensors.values())
+    ) as meter:
         x_TD, kv = reference.embed(read, ids_T), None
         compare("embedding", x_TD, ours.embed(ids_T))
         for index in range(cfg.num_layers):
@@ -121,13 +144,21 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
             x_TD, kv = reference.layer(hf, read, index, before_TD, kv)
             # Relative to what the layer adds: a large residual stream would hide it.
             compare(f"layer {index}", x_TD - before_TD, ours.layer(index, before_TD) - before_TD)
-            meter.add(sum(s.num_bytes for name, s in opened.tensors.items() if name.startswith(f"model.layers.{index}.")))
+            meter.add(
+                sum(
+                    s.num_bytes
+                    for name, s in opened.tensors.items()
+                    if name.startswith(f"model.layers.{index}.")
+                )
+            )
         compare("logits", reference.logits(hf, read, x_TD), ours.logits(x_TD))
     return found
 
 
 class _Ours:
-    """Our model's parts with the checkpoint's weights, read when they are needed, in the dtype that they are stored in."""
+    """Our model's parts with the checkpoint's weights, read when they are needed, in the dtype
+    that they are stored in.
+    """
 
     def __init__(self, converted: Converted, cfg: ModelConfig):
         self._converted, self._cfg = converted, cfg
@@ -136,7 +167,9 @@ class _Ours:
         self._kv: Any = None
 
     def embed(self, ids_T: np.ndarray) -> np.ndarray:
-        module = nnx.eval_shape(lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0)))
+        module = nnx.eval_shape(
+            lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0))
+        )
         rows_TD = self._read("embed/embedding_VD", ())[ids_T]
         module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), logical=embedding.TABLES[0])
         return np.asarray(module(jnp.arange(len(ids_T))[None], "float32"))[0]
@@ -144,32 +177,47 @@ class _Ours:
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
         """The layer's output; a producer's keys and values are kept for its group."""
         cfg, (group, i) = self._cfg, divmod(index, self._cfg.cla_share_factor)
-        module = nnx.eval_shape(lambda: Layer(cfg, self._mesh, jax.random.key(0), is_producer=i == 0))
+        module = nnx.eval_shape(
+            lambda: Layer(cfg, self._mesh, jax.random.key(0), is_producer=i == 0)
+        )
         if cfg.is_moe:
             del module.moe.experts
         graph_def, arrays = nnx.split(self._filled(module, f"groups/layer_{i}", (group,)))
-        out_BTD, self._kv, routed = _run_layer(cfg, graph_def, arrays, jnp.asarray(x_TD[None]), self._kv if i else None)
+        out_BTD, self._kv, routed = _run_layer(
+            cfg, graph_def, arrays, jnp.asarray(x_TD[None]), self._kv if i else None
+        )
         del arrays
         if routed is not None:
             for expert in range(cfg.moe.num_experts):
-                out_BTD += _run_expert(cfg, self._expert(f"groups/layer_{i}", group, expert), *routed, expert)
+                out_BTD += _run_expert(
+                    cfg, self._expert(f"groups/layer_{i}", group, expert), *routed, expert
+                )
         return np.asarray(out_BTD)[0]
 
     def logits(self, x_TD: np.ndarray) -> np.ndarray:
         cfg = self._cfg
-        norm = self._filled(nnx.eval_shape(lambda: RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)), "final_norm", ())
+        norm = self._filled(
+            nnx.eval_shape(lambda: RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)), "final_norm", ()
+        )
         hidden_BTD = norm(jnp.asarray(x_TD[None]))
         w_VD = self._read("embed/embedding_VD" if cfg.tie_embeddings else "lm_head/w_VD", ())
-        blocks = (w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK))
+        blocks = (
+            w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK)
+        )
         tables = (nnx.Param(jnp.asarray(block), logical=embedding.TABLES[0]) for block in blocks)
-        return np.concatenate([embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1)
+        return np.concatenate(
+            [embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1
+        )
 
     def _filled(self, module: Any, prefix: str, index: tuple[int, ...]) -> Any:
         """The module with its parameters out of the checkpoint; `index` is that of its group."""
         graph_def, state = nnx.split(module)
 
         def read(path, leaf):
-            array = self._read(f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}", index)
+            array = self._read(
+                f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}",
+                index,
+            )
             assert array.shape == leaf.shape, (path, array.shape, leaf.shape)
             # Scales of norms are multiplied with each other, which is to be in float32.
             return jnp.asarray(array if array.ndim > 1 else array.astype(np.float32))
@@ -178,15 +226,22 @@ class _Ours:
 
     def _expert(self, prefix: str, group: int, expert: int) -> dict[str, jax.Array]:
         """The parameters of `Experts` of one of them, each with a leading dim of one."""
-        return {name: jnp.asarray(self._read(f"{prefix}/moe/experts/{name}", (group, expert))[None]) for name in moe.EXPERT_DIMS}
+        return {
+            name: jnp.asarray(self._read(f"{prefix}/moe/experts/{name}", (group, expert))[None])
+            for name in moe.EXPERT_DIMS
+        }
 
     def _read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         return chunks.read_piece(self._place, self._converted.params[path], index)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_layer(cfg: ModelConfig, graph_def: Any, arrays: Any, x_BTD: jax.Array, kv: Any) -> tuple[jax.Array, Any, Any]:
-    """(the layer's output but for its routed experts, the keys and values of its group, None or what `_run_expert` is told)."""
+def _run_layer(
+    cfg: ModelConfig, graph_def: Any, arrays: Any, x_BTD: jax.Array, kv: Any
+) -> tuple[jax.Array, Any, Any]:
+    """(the layer's output but for its routed experts, the keys and values of its group, None or
+    what `_run_expert` is told).
+    """
     layer = nnx.merge(graph_def, arrays)
     slot_T = jnp.arange(x_BTD.shape[1])
     ones_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
@@ -201,19 +256,33 @@ def _run_layer(cfg: ModelConfig, graph_def: Any, arrays: Any, x_BTD: jax.Array, 
     if cfg.moe.num_shared_experts:
         x_BTD += layer.moe.shared(y_BTD)
     logits_BTE = moe.router_logits(y_BTD, layer.moe.router_DE[...])
-    return x_BTD, kv, (y_BTD, moe.route(logits_BTE, ones_BT > 0, cfg.moe, jax.random.split(jax.random.key(0), 1))[1])
+    return (
+        x_BTD,
+        kv,
+        (
+            y_BTD,
+            moe.route(logits_BTE, ones_BT > 0, cfg.moe, jax.random.split(jax.random.key(0), 1))[1],
+        ),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_expert(
-    cfg: ModelConfig, weights: dict[str, jax.Array], y_gTD: jax.Array, assignment: routing.Assignment, expert: int
+    cfg: ModelConfig,
+    weights: dict[str, jax.Array],
+    y_gTD: jax.Array,
+    assignment: routing.Assignment,
+    expert: int,
 ) -> jax.Array:
     """What one routed expert adds [1, T, D], computed as on a chip that holds no other."""
     here = assignment._replace(
-        expert_Tk=assignment.expert_Tk - expert, count_E=jax.lax.dynamic_slice_in_dim(assignment.count_E, expert, 1, axis=-1)
+        expert_Tk=assignment.expert_Tk - expert,
+        count_E=jax.lax.dynamic_slice_in_dim(assignment.count_E, expert, 1, axis=-1),
     )
     mesh = single_device_mesh()
-    fn = functools.partial(moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora)
+    fn = functools.partial(
+        moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora
+    )
     return island.island(fn, mesh, moe.EXPERT_DIMS, ((), ()), ())(weights, y_gTD, here)
 
 

@@ -1,7 +1,8 @@
 """Speed of decode attention: python -m pallas_kernels.decode_attention.bench [--json FILE].
 
-On a GPU: the median time of a call, all slots filled, against rivals, and the share of HBM bandwidth.  Anywhere else: static estimates for
-TPUs; they need libtpu and no TPU.  The cycles of the kernel know nothing of memory: a call takes the larger of kernel_ms and hbm_ms.
+On a GPU: the median time of a call, all slots filled, against rivals, and the share of HBM
+bandwidth.  Anywhere else: static estimates for TPUs; they need libtpu and no TPU.  The cycles of
+the kernel know nothing of memory: a call takes the larger of kernel_ms and hbm_ms.
 """
 
 import functools
@@ -21,12 +22,15 @@ from pallas_kernels import benchmark, chips, cycles
 from pallas_kernels.decode_attention import api, cases, reference, tpu
 
 _NUM_CORES = {"v5p": 2}
-# libtpu 0.0.50.1 ends the process when it profiles the conversion of an int8 block for v5e or v5p; it compiles it.
+# libtpu 0.0.50.1 ends the process when it profiles the conversion of an int8 block for v5e or v5p;
+# it compiles it.
 _NO_PROFILE = {("v5e", "T=1 int8"), ("v5p", "T=1 int8")}
 
 
 def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
-    """The kernel's inner step on all blocks of one sequence, and its arguments: no control flow that depends on lengths."""
+    """The kernel's inner step on all blocks of one sequence, and its arguments: no control flow
+    that depends on lengths.
+    """
     K, H, R = case.K, case.H, -(-case.N // case.K * case.T // 16) * 16
     state_shapes = [jax.ShapeDtypeStruct((K, R, width), jnp.float32) for width in (H, 1, 1)]
 
@@ -39,7 +43,15 @@ def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.Sh
                 ref[...] = jnp.zeros_like(ref)
 
         scales = tuple(ref[...][:, None] for ref in scale_refs)
-        state = tpu.attend(q_ref[...], k_ref[...], v_ref[...], scales, tuple(ref[...] for ref in state_refs), None, H**-0.5)
+        state = tpu.attend(
+            q_ref[...],
+            k_ref[...],
+            v_ref[...],
+            scales,
+            tuple(ref[...] for ref in state_refs),
+            None,
+            H**-0.5,
+        )
         for ref, value in zip(state_refs, state, strict=True):
             ref[...] = value
 
@@ -61,7 +73,9 @@ def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.Sh
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a call for each chip and case: HBM's, the kernel's static cycles, the compiler's estimate of XLA."""
+    """Milliseconds of a call for each chip and case: HBM's, the kernel's static cycles, the
+    compiler's estimate of XLA.
+    """
     what = [(chip_name, name) for chip_name in chip_names for name in cases.BENCH]
     # Of their own process, since libtpu also ends one that profiles some of XLA's own code.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -69,11 +83,17 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     _prepare_cpu(profiles=True)
     for (chip_name, name), num_xla_cycles in zip(what, xla_cycles, strict=True):
         chip, case = chips.CHIPS[chip_name], cases.BENCH[name]
-        row = {"chip": chip_name, "case": name, "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s}
+        row = {
+            "chip": chip_name,
+            "case": name,
+            "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s,
+        }
         if (chip_name, name) not in _NO_PROFILE:
             q, k = case.shapes()[:2]
             call, args = all_blocks(case, tpu.config(chip.device_kind, q.shape, k.shape, k.dtype))
-            num_cycles = cycles.cost(chip_name, call, *args).cycles * case.B / _NUM_CORES.get(chip_name, 1)
+            num_cycles = (
+                cycles.cost(chip_name, call, *args).cycles * case.B / _NUM_CORES.get(chip_name, 1)
+            )
             row["kernel_ms"] = 1e3 * num_cycles / chip.clock_hz
             row["hbm_share"] = min(1.0, row["hbm_ms"] / row["kernel_ms"])
         row["xla_ms"] = 1e3 * num_xla_cycles / chip.clock_hz
@@ -81,25 +101,38 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def estimated_xla_cycles(chip_name: str, name: str) -> int:
-    """The compiler's own estimate of the einsum version; unlike a static profile it counts memory traffic."""
+    """The compiler's own estimate of the einsum version; unlike a static profile it counts memory
+    traffic.
+    """
     _prepare_cpu(profiles=False)
     case = cases.BENCH[name]
     text = cycles.compile_for(chip_name, functools.partial(_xla, case), *case.shapes()).as_text()
-    return sum(int(number) for number in re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY") :]))
+    return sum(
+        int(number)
+        for number in re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY") :])
+    )
 
 
 def _prepare_cpu(*, profiles: bool) -> None:
     cycles.prepare(profiles=profiles)
-    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # prepare's environment comes too late for a jax that is imported
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
-    """Milliseconds of a call of each implementation, and the share of HBM bandwidth that ours reaches."""
+    """Milliseconds of a call of each implementation, and the share of HBM bandwidth that ours
+    reaches.
+    """
     device = jax.devices()[0]
     chip = chips.CHIPS[chips.of_device(device.device_kind) or "h200"]
     for name, case in cases.BENCH.items():
         args = cases.inputs(case, 0, [case.S] * case.B, [0] * case.B)
-        row = {"chip": device.device_kind, "case": name, "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s}
+        row = {
+            "chip": device.device_kind,
+            "case": name,
+            "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s,
+        }
         row["kernel_ms"] = benchmark.median_ms(functools.partial(_ours, device.device_kind), args)
         row["hbm_share"] = row["hbm_ms"] / row["kernel_ms"]
         row["xla_ms"] = benchmark.median_ms(functools.partial(_xla, case), args)
@@ -110,7 +143,9 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
 
 def _ours(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK):
     scales = {"k_scale_BSK": k_scale_BSK, "v_scale_BSK": v_scale_BSK}
-    return api.decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, device_kind=device_kind, **scales)
+    return api.decode_attention(
+        q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, device_kind=device_kind, **scales
+    )
 
 
 def _xla(case, *args):
@@ -118,16 +153,25 @@ def _xla(case, *args):
 
 
 def _rivals() -> dict[str, Callable]:
-    """Those that are installed.  They see all slots with each query: more than ours by up to T - 1 slots."""
+    """Those that are installed.  They see all slots with each query: more than ours by up to T - 1
+    slots.
+    """
 
     def cudnn(q_BTNH, k_BSKH, v_BSKH, length_B):
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, key_value_seq_lengths=length_B, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, key_value_seq_lengths=length_B, implementation="cudnn"
+        )
 
     if not importlib.util.find_spec("tokamax"):
         return {"cudnn": cudnn}
     import tokamax
 
-    return {"cudnn": cudnn, "tokamax": lambda q_BTNH, k_BSKH, v_BSKH, length_B: tokamax.dot_product_attention(q_BTNH, k_BSKH, v_BSKH)}
+    return {
+        "cudnn": cudnn,
+        "tokamax": lambda q_BTNH, k_BSKH, v_BSKH, length_B: tokamax.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH
+        ),
+    }
 
 
 if __name__ == "__main__":

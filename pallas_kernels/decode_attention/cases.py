@@ -8,7 +8,9 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """Sizes by the letters of dims.md; dtype of the queries; is_int8: the cache is int8 with scales."""
+    """Sizes by the letters of dims.md; dtype of the queries; is_int8: the cache is int8 with
+    scales.
+    """
 
     B: int
     S: int
@@ -21,17 +23,28 @@ class Case(NamedTuple):
 
     def shapes(self) -> list[jax.ShapeDtypeStruct | None]:
         """Of the arguments (q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK)."""
-        cache = jax.ShapeDtypeStruct((self.B, self.S, self.K, self.H), "int8" if self.is_int8 else self.dtype)
+        cache = jax.ShapeDtypeStruct(
+            (self.B, self.S, self.K, self.H), "int8" if self.is_int8 else self.dtype
+        )
         int_B = jax.ShapeDtypeStruct((self.B,), "int32")
         scale = jax.ShapeDtypeStruct((self.B, self.S, self.K), "float32") if self.is_int8 else None
-        return [jax.ShapeDtypeStruct((self.B, self.T, self.N, self.H), self.dtype), cache, cache, int_B, int_B, scale, scale]
+        return [
+            jax.ShapeDtypeStruct((self.B, self.T, self.N, self.H), self.dtype),
+            cache,
+            cache,
+            int_B,
+            int_B,
+            scale,
+            scale,
+        ]
 
     def cache_bytes(self) -> int:
         """What a call has to read if all slots are filled."""
         return sum(x.size * x.dtype.itemsize for x in self.shapes()[1:] if x is not None)
 
 
-# The model's heads, a batch of 8 sequences of 32 thousand tokens: one token, a draft to verify, and the most that is allowed.
+# The model's heads, a batch of 8 sequences of 32 thousand tokens: one token, a draft to verify,
+# and the most that is allowed.
 BENCH = {
     "T=1": Case(8, 32768, 8, 80, 80, 1),
     "T=4": Case(8, 32768, 8, 80, 80, 4),
@@ -53,19 +66,40 @@ SMALL = {
 
 
 def inputs(case: Case, seed: int, length_B: Any, start_B: Any) -> list[jax.Array | None]:
-    """Random arguments in the order of `Case.shapes`; NaN, or for int8 -128 with scale NaN, in every slot outside [start, length)."""
+    """Random arguments in the order of `Case.shapes`; NaN, or for int8 -128 with scale NaN, in
+    every slot outside [start, length).
+    """
     rng = np.random.default_rng(seed)
     slot_S = np.arange(case.S)
-    is_unused_BS = (slot_S < np.asarray(start_B)[:, None]) | (slot_S >= np.asarray(length_B)[:, None])
+    is_unused_BS = (slot_S < np.asarray(start_B)[:, None]) | (
+        slot_S >= np.asarray(length_B)[:, None]
+    )
     q_BTNH = jnp.asarray(rng.standard_normal((case.B, case.T, case.N, case.H)), case.dtype)
     caches, scales = [], []
     for _ in range(2):
         x_BSKH = rng.standard_normal((case.B, case.S, case.K, case.H))
         if not case.is_int8:
-            caches.append(jnp.asarray(np.where(is_unused_BS[..., None, None], np.nan, x_BSKH), case.dtype))
+            caches.append(
+                jnp.asarray(np.where(is_unused_BS[..., None, None], np.nan, x_BSKH), case.dtype)
+            )
             scales.append(None)
             continue
         scale_BSK = np.abs(x_BSKH).max(-1) / 127
-        caches.append(jnp.asarray(np.where(is_unused_BS[..., None, None], -128, np.round(x_BSKH / scale_BSK[..., None])), jnp.int8))
-        scales.append(jnp.asarray(np.where(is_unused_BS[..., None], np.nan, scale_BSK), jnp.float32))
-    return [q_BTNH, *caches, jnp.asarray(length_B, jnp.int32), jnp.asarray(start_B, jnp.int32), *scales]
+        caches.append(
+            jnp.asarray(
+                np.where(
+                    is_unused_BS[..., None, None], -128, np.round(x_BSKH / scale_BSK[..., None])
+                ),
+                jnp.int8,
+            )
+        )
+        scales.append(
+            jnp.asarray(np.where(is_unused_BS[..., None], np.nan, scale_BSK), jnp.float32)
+        )
+    return [
+        q_BTNH,
+        *caches,
+        jnp.asarray(length_B, jnp.int32),
+        jnp.asarray(start_B, jnp.int32),
+        *scales,
+    ]

@@ -1,10 +1,14 @@
-"""What decode attention computes: `reference` in float32, and `xla`, the same in the inputs' dtype.  Shape letters: dims.md."""
+"""What decode attention computes: `reference` in float32, and `xla`, the same in the inputs'
+dtype.  Shape letters: dims.md.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def seen_slots(num_tokens: int, num_slots: int, length_B: jax.Array, start_B: jax.Array) -> jax.Array:
+def seen_slots(
+    num_tokens: int, num_slots: int, length_B: jax.Array, start_B: jax.Array
+) -> jax.Array:
     """Bool [B, T, S]: query token t sees the slots from start up to its own, length - T + t."""
     slot_S = jnp.arange(num_slots)
     end_BT = length_B[:, None] - num_tokens + 1 + jnp.arange(num_tokens)
@@ -21,7 +25,9 @@ def reference(
     v_scale_BSK: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Softmax attention over the slots each query sees, float32 throughout; [B, T, N, H] in q's dtype."""
+    """Softmax attention over the slots each query sees, float32 throughout; [B, T, N, H] in q's
+    dtype.
+    """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H)
     seen_BTS = seen_slots(T, S, length_B, start_B)
@@ -33,8 +39,14 @@ def reference(
     score_BTKGS = scale * jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, k_BSKH, precision="highest")
     seen_BTKGS = seen_BTS[:, :, None, None]
     p_BTKGS = jax.nn.softmax(score_BTKGS, axis=-1, where=seen_BTKGS)
-    p_BTKGS = jnp.where(seen_BTKGS.any(-1, keepdims=True), p_BTKGS, 0)  # 0 / 0 where nothing is seen
-    return jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH, precision="highest").reshape(B, T, N, H).astype(q_BTNH.dtype)
+    p_BTKGS = jnp.where(
+        seen_BTKGS.any(-1, keepdims=True), p_BTKGS, 0
+    )  # 0 / 0 where nothing is seen
+    return (
+        jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH, precision="highest")
+        .reshape(B, T, N, H)
+        .astype(q_BTNH.dtype)
+    )
 
 
 def xla(
@@ -47,14 +59,20 @@ def xla(
     v_scale_BSK: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """The same with matmuls in q's dtype, softmax in float32; the scales of an int8 cache are applied to scores and probabilities."""
+    """The same with matmuls in q's dtype, softmax in float32; the scales of an int8 cache are
+    applied to scores and probabilities.
+    """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     precision = "highest" if q_BTNH.dtype == jnp.float32 else None
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     seen_BTS = seen_slots(T, S, length_B, start_B)
     seen_B11TS = seen_BTS[:, None, None]
     score_BKGTS = scale * jnp.einsum(
-        "BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH.astype(q_BTNH.dtype), precision=precision, preferred_element_type=jnp.float32
+        "BKGTH,BSKH->BKGTS",
+        q_BKGTH,
+        k_BSKH.astype(q_BTNH.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
     if k_scale_BSK is not None:
         score_BKGTS *= k_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
@@ -62,10 +80,16 @@ def xla(
     p_BKGTS = jnp.where(seen_B11TS, jnp.exp(score_BKGTS - score_BKGTS.max(-1, keepdims=True)), 0)
     sum_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
     if v_scale_BSK is not None:
-        p_BKGTS = jnp.where(seen_B11TS, p_BKGTS * v_scale_BSK.transpose(0, 2, 1)[:, :, None, None], 0)
+        p_BKGTS = jnp.where(
+            seen_B11TS, p_BKGTS * v_scale_BSK.transpose(0, 2, 1)[:, :, None, None], 0
+        )
     v_BSKH = jnp.where(seen_BTS.any(1)[..., None, None], v_BSKH, 0).astype(q_BTNH.dtype)
     acc_BKGTH = jnp.einsum(
-        "BKGTS,BSKH->BKGTH", p_BKGTS.astype(q_BTNH.dtype), v_BSKH, precision=precision, preferred_element_type=jnp.float32
+        "BKGTS,BSKH->BKGTH",
+        p_BKGTS.astype(q_BTNH.dtype),
+        v_BSKH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
     out_BKGTH = acc_BKGTH / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)

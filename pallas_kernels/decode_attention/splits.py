@@ -1,4 +1,5 @@
-"""How the visible slots of a sequence are cut into ranges that are attended to apart, and how these are put together again.
+"""How the visible slots of a sequence are cut into ranges that are attended to apart, and how
+these are put together again.
 
 Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row g * T + t.
 """
@@ -6,7 +7,8 @@ Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row 
 import jax
 import jax.numpy as jnp
 
-# Stands for the maximum of no scores.  Finite, so that the difference of two of them is 0 and not NaN.
+# Stands for the maximum of no scores.  Finite, so that the difference of two of them is 0 and not
+# NaN.
 NO_SCORE = -1e30
 # The kernels take powers of two, not of e: one multiplication less for each score.
 LOG2_E = 1.4426950408889634
@@ -29,9 +31,15 @@ def heads_of_rows(out_BKRH: jax.Array, num_tokens: int) -> jax.Array:
 def blocks_of_split(
     split: jax.Array, start: jax.Array, length: jax.Array, block_slots: int, num_splits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(first, end): the blocks of slots a split attends to, none if end <= first.  Splits share the blocks of [start, length) evenly."""
-    # Not //: its rounding of negative numbers takes more instructions, and a device that Mosaic knows when it lowers.
-    first, end = jax.lax.div(start, block_slots), jax.lax.div(length + block_slots - 1, block_slots)
+    """(first, end): the blocks of slots a split attends to, none if end <= first.  Splits share
+    the blocks of [start, length) evenly.
+    """
+    # Not //: its rounding of negative numbers takes more instructions, and a device that Mosaic
+    # knows when it lowers.
+    first, end = (
+        jax.lax.div(start, block_slots),
+        jax.lax.div(length + block_slots - 1, block_slots),
+    )
     blocks_each = jax.lax.div(jnp.maximum(end - first, 0) + num_splits - 1, num_splits)
     return first + split * blocks_each, jnp.minimum(first + (split + 1) * blocks_each, end)
 

@@ -1,9 +1,11 @@
 """Decode attention on a TPU: one pass over the cache with an online softmax.
 
-Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv head, padded to whole tiles.
+Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv
+head, padded to whole tiles.
 
-The kernel reads the cache as [B, K, H, S], slots along the lanes.  That is how XLA stores a [B, S, K, 80] array on a TPU, since nothing is
-padded then; with the 80 of a head along the lanes, HBM traffic would be 1.6 times as large.
+The kernel reads the cache as [B, K, H, S], slots along the lanes.  That is how XLA stores a [B, S,
+K, 80] array on a TPU, since nothing is padded then; with the 80 of a head along the lanes, HBM
+traffic would be 1.6 times as large.
 """
 
 import dataclasses
@@ -24,16 +26,22 @@ VMEM_LIMIT_BYTES = 32 * _MIB
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """block_slots: slots of the cache a grid step attends to; num_splits: ranges of slots that cores can attend to at the same time."""
+    """block_slots: slots of the cache a grid step attends to; num_splits: ranges of slots that
+    cores can attend to at the same time.
+    """
 
     block_slots: int
     num_splits: int
 
 
-def config(device_kind: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], cache_dtype: Any) -> Config:
-    """Two splits for the two cores of v4 and v5p, whatever the lengths; blocks of 2048 slots if they and the scores fit in VMEM.
+def config(
+    device_kind: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], cache_dtype: Any
+) -> Config:
+    """Two splits for the two cores of v4 and v5p, whatever the lengths; blocks of 2048 slots if
+    they and the scores fit in VMEM.
 
-    Static cycles of a block on v6e, libtpu 0.0.50.1, K = 8, G = 10, H = 80, bfloat16; HBM needs 2.73 a slot.
+    Static cycles of a block on v6e, libtpu 0.0.50.1, K = 8, G = 10, H = 80, bfloat16; HBM needs
+    2.73 a slot.
 
     | slots of a block | 256 | 512 | 1024 | 2048 | 4096 |
     |---|---|---|---|---|---|
@@ -46,9 +54,14 @@ def config(device_kind: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...],
     slot_bytes = num_kv_heads * head_dim * jnp.dtype(cache_dtype).itemsize
     score_bytes = 4 * num_kv_heads * (-(-num_heads // num_kv_heads * num_tokens // 16) * 16)
     block_slots = 2048
-    while block_slots > 128 and (block_slots * slot_bytes > (2 if chip == "v4" else 3) * _MIB or block_slots * score_bytes > 12 * _MIB):
+    while block_slots > 128 and (
+        block_slots * slot_bytes > (2 if chip == "v4" else 3) * _MIB
+        or block_slots * score_bytes > 12 * _MIB
+    ):
         block_slots //= 2
-    return Config(num_slots if num_slots <= block_slots else block_slots, 2 if chip in ("v4", "v5p") else 1)
+    return Config(
+        num_slots if num_slots <= block_slots else block_slots, 2 if chip in ("v4", "v5p") else 1
+    )
 
 
 def refuse(device_kind: str, head_dim: int) -> str | None:
@@ -70,7 +83,8 @@ def attend(
     Args:
       scales: (k_scale_K1b, v_scale_K1b) of an int8 cache, else ().
       state: (acc_KRH, max_KR1, sum_KR1) of `splits.merge`, float32.
-      seen: (seen_1Rb, seen_11b), the slots that each row sees, and that hold anything; None if every row sees them all.
+      seen: (seen_1Rb, seen_11b), the slots that each row sees, and that hold anything; None if
+        every row sees them all.
     """
     acc_KRH, max_KR1, sum_KR1 = state
     precision = jax.lax.Precision.HIGHEST if q_KRH.dtype == jnp.float32 else None
@@ -90,13 +104,23 @@ def attend(
         p_KRb *= scales[1] if seen is None else jnp.where(seen[1], scales[1], 0)
     if seen is not None:
         v_KHb = jnp.where(seen[1], v_KHb, jnp.zeros_like(v_KHb))  # 0 * NaN is NaN
-    # One head after the other, since libtpu cannot write the static profile of the batched product for v5e and v5p; it costs the same.
-    out_KRH = jnp.stack([dot("Rb,Hb->RH", p.astype(q_KRH.dtype), v.astype(q_KRH.dtype)) for p, v in zip(p_KRb, v_KHb, strict=True)])
+    # One head after the other, since libtpu cannot write the static profile of the batched product
+    # for v5e and v5p; it costs the same.
+    out_KRH = jnp.stack(
+        [
+            dot("Rb,Hb->RH", p.astype(q_KRH.dtype), v.astype(q_KRH.dtype))
+            for p, v in zip(p_KRb, v_KHb, strict=True)
+        ]
+    )
     return shrink_KR1 * acc_KRH + out_KRH, new_max_KR1, sum_KR1
 
 
-def _kernel(length_ref, start_ref, q_ref, k_ref, v_ref, *rest, cfg: Config, num_tokens: int, scale: float):
-    """Grid (splits, sequences, blocks of the split); the output's block stays in VMEM for all blocks of the split."""
+def _kernel(
+    length_ref, start_ref, q_ref, k_ref, v_ref, *rest, cfg: Config, num_tokens: int, scale: float
+):
+    """Grid (splits, sequences, blocks of the split); the output's block stays in VMEM for all
+    blocks of the split.
+    """
     scale_refs, state_refs = rest[:-3], rest[-3:]
     split, row, step = (pl.program_id(axis) for axis in range(3))
     length, start = length_ref[row], start_ref[row]
@@ -110,13 +134,23 @@ def _kernel(length_ref, start_ref, q_ref, k_ref, v_ref, *rest, cfg: Config, num_
 
     def update(seen):
         scales = tuple(ref[...][:, None] for ref in scale_refs)
-        state = attend(q_ref[...], k_ref[...], v_ref[...], scales, tuple(ref[...] for ref in state_refs), seen, scale)
+        state = attend(
+            q_ref[...],
+            k_ref[...],
+            v_ref[...],
+            scales,
+            tuple(ref[...] for ref in state_refs),
+            seen,
+            scale,
+        )
         for ref, value in zip(state_refs, state, strict=True):
             ref[...] = value
 
     def update_edge():
         slot_11b = slot + jax.lax.broadcasted_iota(jnp.int32, (1, 1, cfg.block_slots), 2)
-        token_1R1 = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (1, q_ref.shape[1], 1), 1), num_tokens)
+        token_1R1 = jax.lax.rem(
+            jax.lax.broadcasted_iota(jnp.int32, (1, q_ref.shape[1], 1), 1), num_tokens
+        )
         seen_1Rb = (slot_11b >= start) & (slot_11b < length - num_tokens + 1 + token_1R1)
         update((seen_1Rb, (slot_11b >= start) & (slot_11b < length)))
 
@@ -147,11 +181,17 @@ def run(
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, -num_rows % 16), (0, 0)))
     R = q_BKRH.shape[2]
     caches = [x_BSKH.transpose(0, 2, 3, 1) for x_BSKH in (k_BSKH, v_BSKH)]
-    scales = [] if k_scale_BSK is None else [x_BSK.transpose(0, 2, 1) for x_BSK in (k_scale_BSK, v_scale_BSK)]
+    scales = (
+        []
+        if k_scale_BSK is None
+        else [x_BSK.transpose(0, 2, 1) for x_BSK in (k_scale_BSK, v_scale_BSK)]
+    )
 
     def visible_block(i, b, step, length_ref, start_ref):
         """Steps without a block of their own stay at the last one, which is not fetched again."""
-        first, end = splits.blocks_of_split(i, start_ref[b], length_ref[b], cfg.block_slots, cfg.num_splits)
+        first, end = splits.blocks_of_split(
+            i, start_ref[b], length_ref[b], cfg.block_slots, cfg.num_splits
+        )
         return jnp.maximum(jnp.minimum(first + step, end - 1), 0)
 
     state_shapes = [(K, R, H), (K, R, 1), (K, R, 1)]
@@ -162,15 +202,38 @@ def run(
             grid=(cfg.num_splits, B, pl.cdiv(pl.cdiv(S, cfg.block_slots), cfg.num_splits)),
             in_specs=[
                 pl.BlockSpec((None, K, R, H), lambda i, b, step, *_: (b, 0, 0, 0)),
-                *[pl.BlockSpec((None, K, H, cfg.block_slots), lambda i, b, *where: (b, 0, 0, visible_block(i, b, *where)))] * 2,
-                *[pl.BlockSpec((None, K, cfg.block_slots), lambda i, b, *where: (b, 0, visible_block(i, b, *where)))] * len(scales),
+                *[
+                    pl.BlockSpec(
+                        (None, K, H, cfg.block_slots),
+                        lambda i, b, *where: (b, 0, 0, visible_block(i, b, *where)),
+                    )
+                ]
+                * 2,
+                *[
+                    pl.BlockSpec(
+                        (None, K, cfg.block_slots),
+                        lambda i, b, *where: (b, 0, visible_block(i, b, *where)),
+                    )
+                ]
+                * len(scales),
             ],
-            out_specs=[pl.BlockSpec((None, None, *shape), lambda i, b, *_: (i, b, 0, 0, 0)) for shape in state_shapes],
+            out_specs=[
+                pl.BlockSpec((None, None, *shape), lambda i, b, *_: (i, b, 0, 0, 0))
+                for shape in state_shapes
+            ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((cfg.num_splits, B, *shape), jnp.float32) for shape in state_shapes],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES),
+        out_shape=[
+            jax.ShapeDtypeStruct((cfg.num_splits, B, *shape), jnp.float32)
+            for shape in state_shapes
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        ),
         interpret=interpret,
         name="decode_attention",
     )(length_B, start_B, q_BKRH, *caches, *scales)
     acc_iBKRH, max_iBKR1, sum_iBKR1 = (x[:, :, :, :num_rows] for x in state_iBKRx)
-    return splits.heads_of_rows(splits.merge(acc_iBKRH, max_iBKR1[..., 0], sum_iBKR1[..., 0]), T).astype(q_BTNH.dtype)
+    return splits.heads_of_rows(
+        splits.merge(acc_iBKRH, max_iBKR1[..., 0], sum_iBKR1[..., 0]), T
+    ).astype(q_BTNH.dtype)

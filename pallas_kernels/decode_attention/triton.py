@@ -1,7 +1,8 @@
-"""Decode attention on an NVIDIA GPU, in Triton: splits of the keys are programs of their own, XLA merges them.
+"""Decode attention on an NVIDIA GPU, in Triton: splits of the keys are programs of their own, XLA
+merges them.
 
-Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv head.  Never ran on a GPU: the Config is a
-guess from the sizes of shared memory and of a wave.
+Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv
+head.  Never ran on a GPU: the Config is a guess from the sizes of shared memory and of a wave.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from pallas_kernels.decode_attention import splits
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """block_rows: query rows of a program; block_slots: slots of the cache in one step of it; num_splits: ranges of the slots.
+    """block_rows: query rows of a program; block_slots: slots of the cache in one step of it;
+    num_splits: ranges of the slots.
 
     num_warps, num_stages: of the program; stages are blocks of the cache in flight.
     """
@@ -32,7 +34,9 @@ class Config:
 
 
 def config(q_shape: tuple[int, ...], k_shape: tuple[int, ...], num_cores: int = 132) -> Config:
-    """Eight programs for each of the GPU's num_cores multiprocessors (about two fit at a time), of at least four blocks each."""
+    """Eight programs for each of the GPU's num_cores multiprocessors (about two fit at a time), of
+    at least four blocks each.
+    """
     (B, num_tokens, num_heads, _), (_, num_slots, num_kv_heads, head_dim) = q_shape, k_shape
     num_rows = num_heads // num_kv_heads * num_tokens
     block_rows = min(max(pl.next_power_of_2(num_rows), 16), 64)
@@ -48,31 +52,60 @@ def refuse(device_kind: str, head_dim: int) -> str | None:
 
 
 def _kernel(
-    length_ref, start_ref, q_ref, k_ref, v_ref, *rest, cfg: Config, num_kv_heads: int, num_rows: int, num_tokens: int, head_dim: int, scale
+    length_ref,
+    start_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    *rest,
+    cfg: Config,
+    num_kv_heads: int,
+    num_rows: int,
+    num_tokens: int,
+    head_dim: int,
+    scale,
 ):
-    """Grid (row blocks x kv heads, splits, sequences): programs next to each other read neighbouring heads of the same slots."""
+    """Grid (row blocks x kv heads, splits, sequences): programs next to each other read
+    neighbouring heads of the same slots.
+    """
     scale_refs, (acc_ref, max_ref, sum_ref) = rest[:-3], rest[-3:]
-    row_R = jax.lax.div(pl.program_id(0), num_kv_heads) * cfg.block_rows + jnp.arange(cfg.block_rows)
+    row_R = jax.lax.div(pl.program_id(0), num_kv_heads) * cfg.block_rows + jnp.arange(
+        cfg.block_rows
+    )
     is_row_R = row_R < num_rows
     is_dim_1H = (jnp.arange(q_ref.shape[1]) < head_dim)[None]
     length, start = length_ref[...], start_ref[...]
-    first, end = splits.blocks_of_split(pl.program_id(1), start, length, cfg.block_slots, cfg.num_splits)
+    first, end = splits.blocks_of_split(
+        pl.program_id(1), start, length, cfg.block_slots, cfg.num_splits
+    )
     q_RH = plgpu.load(q_ref, mask=is_row_R[:, None] & is_dim_1H, other=0.0)
     dtype = q_RH.dtype
-    dot = functools.partial(plgpu.dot, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
+    dot = functools.partial(
+        plgpu.dot, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    )
 
     def attend(block, state):
         acc_RH, max_R, sum_R = state
         slots = pl.ds(block * cfg.block_slots, cfg.block_slots)
         slot_b = block * cfg.block_slots + jnp.arange(cfg.block_slots)
         is_filled_b = (slot_b >= start) & (slot_b < length)
-        # Nothing is read from other slots, nor from the dims that pad a head to a power of two: this is not traffic.
-        k_bH, v_bH = (plgpu.load(ref.at[slots, :], mask=is_filled_b[:, None] & is_dim_1H, other=0).astype(dtype) for ref in (k_ref, v_ref))
-        scale_1b = [plgpu.load(ref.at[slots], mask=is_filled_b, other=0.0)[None] for ref in scale_refs]
+        # Nothing is read from other slots, nor from the dims that pad a head to a power of two:
+        # this is not traffic.
+        k_bH, v_bH = (
+            plgpu.load(ref.at[slots, :], mask=is_filled_b[:, None] & is_dim_1H, other=0).astype(
+                dtype
+            )
+            for ref in (k_ref, v_ref)
+        )
+        scale_1b = [
+            plgpu.load(ref.at[slots], mask=is_filled_b, other=0.0)[None] for ref in scale_refs
+        ]
         score_Rb = dot(q_RH, k_bH, trans_b=True) * (scale * splits.LOG2_E)
         if scale_refs:
             score_Rb *= scale_1b[0]
-        seen_Rb = (slot_b >= start)[None] & (slot_b[None] < (length - num_tokens + 1 + jax.lax.rem(row_R, num_tokens))[:, None])
+        seen_Rb = (slot_b >= start)[None] & (
+            slot_b[None] < (length - num_tokens + 1 + jax.lax.rem(row_R, num_tokens))[:, None]
+        )
         score_Rb = jnp.where(seen_Rb, score_Rb, splits.NO_SCORE)
         new_max_R = jnp.maximum(max_R, score_Rb.max(1))
         p_Rb = jnp.where(seen_Rb, jnp.exp2(score_Rb - new_max_R[:, None]), 0.0)
@@ -112,23 +145,40 @@ def run(
     one_int = pl.BlockSpec((None,), lambda r, i, b: (b,))
     cache = pl.BlockSpec((None, padded_S, None, padded_H), lambda r, i, b: (b, 0, r % K, 0))
     acc_iBKRH, max_iBKR, sum_iBKR = pl.pallas_call(
-        functools.partial(_kernel, cfg=cfg, num_kv_heads=K, num_rows=R, num_tokens=T, head_dim=H, scale=scale),
+        functools.partial(
+            _kernel, cfg=cfg, num_kv_heads=K, num_rows=R, num_tokens=T, head_dim=H, scale=scale
+        ),
         grid=(pl.cdiv(R, cfg.block_rows) * K, cfg.num_splits, B),
         in_specs=[
             one_int,
             one_int,
-            pl.BlockSpec((None, None, cfg.block_rows, padded_H), lambda r, i, b: (b, r % K, r // K, 0)),
+            pl.BlockSpec(
+                (None, None, cfg.block_rows, padded_H), lambda r, i, b: (b, r % K, r // K, 0)
+            ),
             cache,
             cache,
             *[pl.BlockSpec((None, padded_S, None), lambda r, i, b: (b, 0, r % K))] * len(scales),
         ],
         out_specs=[
-            pl.BlockSpec((None, None, None, cfg.block_rows, padded_H), lambda r, i, b: (i, b, r % K, r // K, 0)),
-            *[pl.BlockSpec((None, None, None, cfg.block_rows), lambda r, i, b: (i, b, r % K, r // K))] * 2,
+            pl.BlockSpec(
+                (None, None, None, cfg.block_rows, padded_H),
+                lambda r, i, b: (i, b, r % K, r // K, 0),
+            ),
+            *[
+                pl.BlockSpec(
+                    (None, None, None, cfg.block_rows), lambda r, i, b: (i, b, r % K, r // K)
+                )
+            ]
+            * 2,
         ],
-        out_shape=[jax.ShapeDtypeStruct((cfg.num_splits, B, K, R, *dims), jnp.float32) for dims in ((H,), (), ())],
+        out_shape=[
+            jax.ShapeDtypeStruct((cfg.num_splits, B, K, R, *dims), jnp.float32)
+            for dims in ((H,), (), ())
+        ],
         compiler_params=plgpu.CompilerParams(num_warps=cfg.num_warps, num_stages=cfg.num_stages),
         interpret=interpret,
         name="decode_attention",
     )(length_B, start_B, q_BKRH, k_BSKH, v_BSKH, *scales)
-    return splits.heads_of_rows(splits.merge(acc_iBKRH, max_iBKR, sum_iBKR), T).astype(q_BTNH.dtype)
+    return splits.heads_of_rows(splits.merge(acc_iBKRH, max_iBKR, sum_iBKR), T).astype(
+        q_BTNH.dtype
+    )

@@ -1,6 +1,8 @@
-"""SwiGLU of experts on rows that are sorted by expert, forward and backward, by the implementation that suits the device.
+"""SwiGLU of experts on rows that are sorted by expert, forward and backward, by the implementation
+that suits the device.
 
-Letters: e experts on this shard, C rows of an expert's buffer, s source blocks (one for each shard that sends rows), D model, F ffn.
+Letters: e experts on this shard, C rows of an expert's buffer, s source blocks (one for each shard
+that sends rows), D model, F ffn.
 """
 
 import functools
@@ -33,23 +35,28 @@ def swiglu(
     implementation: str | Sequence[str] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """(row_weight * silu(x @ w_gate) * (x @ w_up)) @ w_down of every expert on its rows: [e, C, D] in x's dtype.
+    """(row_weight * silu(x @ w_gate) * (x @ w_up)) @ w_down of every expert on its rows: [e, C, D]
+    in x's dtype.
 
-    Products accumulate in float32.  Differentiable in x, row_weight and the weights, which then get gradients in their own dtype; what is
-    kept for that has the checkpoint name "product", and a remat policy may have it computed again.
+    Products accumulate in float32.  Differentiable in x, row_weight and the weights, which then
+    get gradients in their own dtype; what is kept for that has the checkpoint name "product", and
+    a remat policy may have it computed again.
 
     Args:
       x_eCD: float32 or bfloat16.
       row_weight_eC: float32 factor of each row, or None for 1.
-      count_es: int32; the rows of an expert's buffer come in s equal blocks, and of block i the first count_es[e, i] are valid.  The
-        others may hold anything, NaN too: they come back as zeros.  None: all rows are valid.
+      count_es: int32; the rows of an expert's buffer come in s equal blocks, and of block i the
+        first count_es[e, i] are valid.  The others may hold anything, NaN too: they come back as
+        zeros.  None: all rows are valid.
       w_gate_eDF, w_up_eDF, w_down_eFD: arrays in x's dtype, or `Quantized` (no gradients then).
       device_kind: what jax calls the device that this is for, such as "TPU v5" or "cpu".
-      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference", a list of these, or None for the first that can.
+      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference", a list of these, or None for
+        the first that can.
       interpret: parameters of Pallas' interpreters, for tests.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together; a named implementation cannot serve them.
+      ValueError: shapes or dtypes that do not fit together; a named implementation cannot serve
+        them.
     """
     _check(x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD)
     is_quantized = isinstance(w_gate_eDF, Quantized)
@@ -59,7 +66,9 @@ def swiglu(
     if row_weight_eC is None:
         row_weight_eC = jnp.ones(x_eCD.shape[:2], jnp.float32)
     if is_quantized:
-        h_eCF, _, _ = ops.module.gate_up(x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=False, **ops.options)
+        h_eCF, _, _ = ops.module.gate_up(
+            x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=False, **ops.options
+        )
         return ops.module.matmul(h_eCF, w_down_eFD, count_es, **ops.options)
     return _swiglu(ops, x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD)
 
@@ -78,15 +87,28 @@ class _Ops(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(ops: "_Ops", x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD):
-    h_eCF, _, _ = ops.module.gate_up(x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=False, **ops.options)
+    h_eCF, _, _ = ops.module.gate_up(
+        x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=False, **ops.options
+    )
     return ops.module.matmul(h_eCF, w_down_eFD, count_es, **ops.options)
 
 
 def _swiglu_fwd(ops, x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD):
-    h_eCF, gate_eCF, up_eCF = ops.module.gate_up(x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=True, **ops.options)
+    h_eCF, gate_eCF, up_eCF = ops.module.gate_up(
+        x_eCD, w_gate_eDF, w_up_eDF, row_weight_eC, count_es, save=True, **ops.options
+    )
     gate_eCF, up_eCF = checkpoint_name(gate_eCF, "product"), checkpoint_name(up_eCF, "product")
     y_eCD = ops.module.matmul(h_eCF, w_down_eFD, count_es, **ops.options)
-    return y_eCD, (x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD, gate_eCF, up_eCF)
+    return y_eCD, (
+        x_eCD,
+        row_weight_eC,
+        count_es,
+        w_gate_eDF,
+        w_up_eDF,
+        w_down_eFD,
+        gate_eCF,
+        up_eCF,
+    )
 
 
 def _swiglu_bwd(ops, residuals, dy_eCD):
@@ -95,15 +117,29 @@ def _swiglu_bwd(ops, residuals, dy_eCD):
     h_eCF, dgate_eCF, dup_eCF, drow_weight_eC = ops.module.gated_gradient(
         dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, **ops.options
     )
-    dx_eCD = ops.module.input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **ops.options)
-    dw_gate_eDF = ops.module.weight_gradient(x_eCD, dgate_eCF, count_es, w_gate_eDF.dtype, **ops.options)
+    dx_eCD = ops.module.input_gradient(
+        dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **ops.options
+    )
+    dw_gate_eDF = ops.module.weight_gradient(
+        x_eCD, dgate_eCF, count_es, w_gate_eDF.dtype, **ops.options
+    )
     dw_up_eDF = ops.module.weight_gradient(x_eCD, dup_eCF, count_es, w_up_eDF.dtype, **ops.options)
-    # Computed as [D, F]: a kernel's result lies row by row in memory, and reducing and scattering it over a mesh by D (FSDP) is possible
-    # for whole rows only; the TPU compiler would sum all of it everywhere.
-    dw_down_eFD = ops.module.weight_gradient(dy_eCD, h_eCF, count_es, w_down_eFD.dtype, **ops.options).swapaxes(1, 2)
+    # Computed as [D, F]: a kernel's result lies row by row in memory, and reducing and scattering
+    # it over a mesh by D (FSDP) is possible for whole rows only; the TPU compiler would sum all of
+    # it everywhere.
+    dw_down_eFD = ops.module.weight_gradient(
+        dy_eCD, h_eCF, count_es, w_down_eFD.dtype, **ops.options
+    ).swapaxes(1, 2)
     # Integer arguments have the empty cotangent type.
     dcount = None if count_es is None else np.zeros(count_es.shape, jax.dtypes.float0)
-    return dx_eCD, drow_weight_eC.astype(row_weight_eC.dtype), dcount, dw_gate_eDF, dw_up_eDF, dw_down_eFD
+    return (
+        dx_eCD,
+        drow_weight_eC.astype(row_weight_eC.dtype),
+        dcount,
+        dw_gate_eDF,
+        dw_up_eDF,
+        dw_down_eFD,
+    )
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
@@ -112,21 +148,43 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 def _check(x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD):
     e, num_rows, D = x_eCD.shape
     F = w_gate_eDF.shape[-1]
-    shapes = {"w_gate": (w_gate_eDF, (e, D, F)), "w_up": (w_up_eDF, (e, D, F)), "w_down": (w_down_eFD, (e, F, D))}
+    shapes = {
+        "w_gate": (w_gate_eDF, (e, D, F)),
+        "w_up": (w_up_eDF, (e, D, F)),
+        "w_down": (w_down_eFD, (e, F, D)),
+    }
     for name, (w, shape) in shapes.items():
         if w.shape != shape:
-            raise ValueError(f"{name} has shape {w.shape}; with x {x_eCD.shape} and {F} ffn columns it must be {shape}.")
+            raise ValueError(
+                f"{name} has shape {w.shape}; with x {x_eCD.shape} and {F} ffn columns it must be "
+                f"{shape}."
+            )
         if isinstance(w, Quantized) != isinstance(w_gate_eDF, Quantized):
-            raise ValueError("some of w_gate, w_up and w_down are Quantized and some are not; quantise all three, or none.")
+            raise ValueError(
+                "some of w_gate, w_up and w_down are Quantized and some are not; quantise all "
+                "three, or none."
+            )
         if isinstance(w, Quantized):
             groups = w.scale_eGO.shape[1]
             if w.scale_eGO.shape != (e, groups, shape[2]) or shape[1] % groups:
                 raise ValueError(
-                    f"{name}: scales {w.scale_eGO.shape} do not fit values {shape}; they are [e, G, O] where G divides {shape[1]}."
+                    f"{name}: scales {w.scale_eGO.shape} do not fit values {shape}; they are [e, "
+                    f"G, O] where G divides {shape[1]}."
                 )
         elif w.dtype != x_eCD.dtype:
-            raise ValueError(f"{name} is {w.dtype} and x is {x_eCD.dtype}; cast the weights, or pass them as Quantized.")
+            raise ValueError(
+                f"{name} is {w.dtype} and x is {x_eCD.dtype}; cast the weights, or pass them as "
+                "Quantized."
+            )
     if row_weight_eC is not None and row_weight_eC.shape != (e, num_rows):
-        raise ValueError(f"row_weight has shape {row_weight_eC.shape}; with x {x_eCD.shape} it must be {(e, num_rows)}.")
-    if count_es is not None and (count_es.ndim != 2 or count_es.shape[0] != e or num_rows % count_es.shape[1]):
-        raise ValueError(f"count has shape {count_es.shape}; it is [{e}, s], where s blocks divide the {num_rows} rows of x.")
+        raise ValueError(
+            f"row_weight has shape {row_weight_eC.shape}; with x {x_eCD.shape} it must be "
+            f"{(e, num_rows)}."
+        )
+    if count_es is not None and (
+        count_es.ndim != 2 or count_es.shape[0] != e or num_rows % count_es.shape[1]
+    ):
+        raise ValueError(
+            f"count has shape {count_es.shape}; it is [{e}, s], where s blocks divide the "
+            f"{num_rows} rows of x."
+        )

@@ -1,9 +1,11 @@
-"""Speed of the expert matmuls: python -m pallas_kernels.expert_matmul.bench [--json FILE] [--chips v5p].
+"""Speed of the expert matmuls: python -m pallas_kernels.expert_matmul.bench [--json FILE] [--chips
+v5p].
 
-One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many runs, of ours and of its rivals.
-Anywhere else: what share of a TPU's peak the static cycles of libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike,
-so cycles are counted at two widths and continued to the whole; control flow that depends on data is cut out of the count (all slots full,
-or half of them by a fixed number of trips).
+One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many
+runs, of ours and of its rivals. Anywhere else: what share of a TPU's peak the static cycles of
+libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike, so cycles are counted at
+two widths and continued to the whole; control flow that depends on data is cut out of the count
+(all slots full, or half of them by a fixed number of trips).
 """
 
 import functools
@@ -30,8 +32,12 @@ def _S(*shape: int, dtype: Any = _BF16) -> jax.ShapeDtypeStruct:
 _ROW_WEIGHT, _COUNT = _S(_C, dtype=jnp.float32), _S(_CASE.sources, dtype=jnp.int32)
 
 
-def _operations(ops: Any, N: int, options: dict[str, Any]) -> dict[str, tuple[Callable, list, int, int]]:
-    """Name -> function of (arrays, row weights, counts), shapes with N of its columns, contraction length, all columns."""
+def _operations(
+    ops: Any, N: int, options: dict[str, Any]
+) -> dict[str, tuple[Callable, list, int, int]]:
+    """Name -> function of (arrays, row weights, counts), shapes with N of its columns, contraction
+    length, all columns.
+    """
 
     def as_stored(w):
         # On TPUs w_down lies in memory as [D, F] (api.py).
@@ -66,22 +72,33 @@ def _operations(ops: Any, N: int, options: dict[str, Any]) -> dict[str, tuple[Ca
         "input gradient": (input_gradient, [_S(_C, _F), _S(N, _F)] * 2, 2 * _F, _D),
         "weight gradient": (weight_gradient, [x, _S(_C, N)], _D, _F),
     }
-    return {name: (fn, [*shapes, _ROW_WEIGHT, _COUNT], length, width) for name, (fn, shapes, length, width) in operations.items()}
+    return {
+        name: (fn, [*shapes, _ROW_WEIGHT, _COUNT], length, width)
+        for name, (fn, shapes, length, width) in operations.items()
+    }
 
 
 def _with_trips(name: str, N: int, device_kind: str) -> tuple[Callable, list]:
-    """A product with half of the slots empty: half of the trips, as a fixed number, through the loop that gathers rows."""
+    """A product with half of the slots empty: half of the trips, as a fixed number, through the
+    loop that gathers rows.
+    """
     cfg = tpu.config_of(device_kind)
     trips = cfg.block_rows[name.startswith("down")] // cfg.group_rows // 2
     options = {"device_kind": device_kind, "trips": trips}
     if name.startswith("gate_up"):
         fn = lambda x, g, u, r, c: tpu.gate_up(x, g, u, r, c, save=False, **options)[0]  # noqa: E731
         return fn, [_S(_C, _D), *[_S(_D, N)] * 2, _ROW_WEIGHT, _COUNT]
-    return lambda h, w, c: tpu.matmul(h, w.swapaxes(1, 2), c, **options), [_S(_C, _F), _S(N, _F), _COUNT]
+    return lambda h, w, c: tpu.matmul(h, w.swapaxes(1, 2), c, **options), [
+        _S(_C, _F),
+        _S(N, _F),
+        _COUNT,
+    ]
 
 
 def _xla(name: str, N: int) -> tuple[Callable, list]:
-    """The product alone, as XLA computes it, with nothing around it: more than it would reach in the layer."""
+    """The product alone, as XLA computes it, with nothing around it: more than it would reach in
+    the layer.
+    """
     contract = {
         "gate_up": ([(_C, _D), (_D, 2 * N)], ((1,), (0,))),
         "down": ([(_C, _F), (_F, N)], ((1,), (0,))),
@@ -97,7 +114,11 @@ def _ragged_dot(name: str, N: int) -> tuple[Callable, list]:
     """jax.lax.ragged_dot with one group."""
     S = jax.ShapeDtypeStruct
     rows, weight = {"gate_up": ((_C, _D), (1, _D, 2 * N)), "down": ((_C, _F), (1, _F, N))}[name]
-    return lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), [S(rows, _BF16), S(weight, _BF16), S((1,), jnp.int32)]
+    return lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), [
+        S(rows, _BF16),
+        S(weight, _BF16),
+        S((1,), jnp.int32),
+    ]
 
 
 def _megablox(name: str, N: int) -> tuple[Callable, list]:
@@ -107,12 +128,18 @@ def _megablox(name: str, N: int) -> tuple[Callable, list]:
     fn, shapes = _ragged_dot(name, N)
     del fn
     return lambda x, w, sizes: gmm(
-        x, w, sizes, preferred_element_type=_BF16, tiling=(512, 1280 if name == "gate_up" else 1408, 1024)
+        x,
+        w,
+        sizes,
+        preferred_element_type=_BF16,
+        tiling=(512, 1280 if name == "gate_up" else 1408, 1024),
     ), shapes
 
 
 def _tokamax(name: str, N: int, implementation: str | None = None) -> tuple[Callable, list]:
-    """tokamax's grouped matmul with the tiles that it takes unless tuned on a chip: 128 x 128 x 128 on TPUs before tpu7x."""
+    """tokamax's grouped matmul with the tiles that it takes unless tuned on a chip: 128 x 128 x
+    128 on TPUs before tpu7x.
+    """
     import tokamax
 
     _, shapes = _ragged_dot(name, N)
@@ -131,7 +158,9 @@ _RIVALS = {
 def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
     """Runs in a process of its own."""
     cycles.prepare(profiles=True)
-    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # prepare's environment comes too late for a jax that is imported
     if who in _RIVALS:
         fn, shapes = _RIVALS[who](name, N)
         return cycles.cost(chip_name, fn, *shapes).cycles
@@ -151,14 +180,24 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     for chip_name in chip_names:
         chip = chips.CHIPS[chip_name]
         cfg = tpu.config_of(chip.device_kind)
-        full = {name: (length, width) for name, (_, _, length, width) in _operations(tpu, 128, {}).items()}
+        full = {
+            name: (length, width)
+            for name, (_, _, length, width) in _operations(tpu, 128, {}).items()
+        }
         full |= {name + _HALF: full[name] for name in ("gate_up", "down")}
         for name, (length, width) in full.items():
-            block = cfg.gradient_out if name == "weight gradient" else cfg.block_cols[name.startswith(("down", "input"))]
+            block = (
+                cfg.gradient_out
+                if name == "weight gradient"
+                else cfg.block_cols[name.startswith(("down", "input"))]
+            )
             ideal = 2 * _C * length * width / (chip.peak_flops / chip.clock_hz)
             row = {"chip": chip_name, "operation": name, "ideal_ms": 1e3 * ideal / chip.clock_hz}
             for who in ("ours", *_rivals_of(name)):
-                counted = [benchmark.apart(_static_cycles, chip_name, who, name, num * block) for num in (2, 4)]
+                counted = [
+                    benchmark.apart(_static_cycles, chip_name, who, name, num * block)
+                    for num in (2, 4)
+                ]
                 if None in counted:
                     continue
                 num_blocks = math.ceil(width / block) if who == "ours" else width / block
@@ -192,7 +231,10 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
         for who in [who for who in rivals if who in _rivals_of(name)]:
             call, rival_shapes = rivals[who](name, columns)
             rival_args = [
-                jnp.full(s.shape, _C, s.dtype) if s.dtype == jnp.int32 else jax.random.normal(key, s.shape, s.dtype) for s in rival_shapes
+                jnp.full(s.shape, _C, s.dtype)
+                if s.dtype == jnp.int32
+                else jax.random.normal(key, s.shape, s.dtype)
+                for s in rival_shapes
             ]
             ms = benchmark.rival_ms(who, call, rival_args)
             row[who] = ms and tera / ms

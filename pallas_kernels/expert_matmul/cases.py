@@ -14,7 +14,8 @@ from pallas_kernels.expert_matmul.quantized import is_valid
 class Case:
     """One SwiGLU of experts.
 
-    fill: share of each source block's rows that is valid, 1.0 for all; "random" draws the counts, "none" passes no counts.
+    fill: share of each source block's rows that is valid, 1.0 for all; "random" draws the counts,
+    "none" passes no counts.
     """
 
     name: str
@@ -42,7 +43,9 @@ class Case:
             return None
         shape = (self.e, self.sources)
         if self.fill == "random":
-            return jnp.asarray(np.random.default_rng(seed).integers(0, self.rows_per_source + 1, shape), jnp.int32)
+            return jnp.asarray(
+                np.random.default_rng(seed).integers(0, self.rows_per_source + 1, shape), jnp.int32
+            )
         return jnp.full(shape, int(self.fill * self.rows_per_source), jnp.int32)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -77,7 +80,8 @@ A52B = Case("a52b", e=1, sources=16, rows_per_source=256, D=6400, F=18304)
 A52B_HALF = dataclasses.replace(A52B, name="a52b_half", fill=0.5)
 A52B_DENSE = dataclasses.replace(A52B, name="a52b_dense", fill="none")
 
-# Small ones, in which every edge is met: odd sizes, rows that are no whole granule, empty experts, several blocks of everything.
+# Small ones, in which every edge is met: odd sizes, rows that are no whole granule, empty experts,
+# several blocks of everything.
 SMALL = [
     Case("one_block", e=1, sources=4, rows_per_source=32, D=128, F=256),
     Case("odd", e=2, sources=3, rows_per_source=7, D=72, F=200, fill="random"),
@@ -85,6 +89,10 @@ SMALL = [
     Case("half", e=1, sources=4, rows_per_source=64, D=128, F=384, fill=0.5),
     Case("empty", e=3, sources=2, rows_per_source=32, D=128, F=128, fill=0.0),
     Case("dense", e=1, sources=1, rows_per_source=96, D=128, F=384, fill="none"),
-    Case("dense_odd", e=1, sources=1, rows_per_source=50, D=80, F=130, fill="none", dtype="float32"),
-    Case("float32", e=2, sources=2, rows_per_source=48, D=160, F=256, fill="random", dtype="float32"),
+    Case(
+        "dense_odd", e=1, sources=1, rows_per_source=50, D=80, F=130, fill="none", dtype="float32"
+    ),
+    Case(
+        "float32", e=2, sources=2, rows_per_source=48, D=160, F=256, fill="random", dtype="float32"
+    ),
 ]

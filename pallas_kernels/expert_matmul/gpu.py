@@ -1,20 +1,26 @@
-"""Expert matmuls on Hopper GPUs in Pallas Mosaic GPU: warp-group matmuls fed by the bulk copy engine; never ran on a GPU.
+"""Expert matmuls on Hopper GPUs in Pallas Mosaic GPU: warp-group matmuls fed by the bulk copy
+engine; never ran on a GPU.
 
-Shape letters: e experts, C rows of an expert's buffer, s source blocks of C/s rows, D model, F ffn, I and O any two dims of a matmul.
+Shape letters: e experts, C rows of an expert's buffer, s source blocks of C/s rows, D model, F
+ffn, I and O any two dims of a matmul.
 
-One kernel structure serves all five operations (`_persistent`).  A block of three warp-groups owns tiles of 128 x 256 outputs: one
-warp-group only issues copies into a ring of stages, 64 deep along the contraction; the two others hold 64 x 256 float32 sums each in
-registers and multiply, one matmul in flight while the next is issued.  Blocks come in clusters of two that lie below each other: they
-share the right operand, of which each fetches one half for both, since the L2 cache cannot feed 132 multiprocessors with 48 bytes a
-cycle each.  The kernel runs one block per multiprocessor and walks over tiles in an order that keeps a wave's operands in L2; copies run
+One kernel structure serves all five operations (`_persistent`).  A block of three warp-groups owns
+tiles of 128 x 256 outputs: one warp-group only issues copies into a ring of stages, 64 deep along
+the contraction; the two others hold 64 x 256 float32 sums each in registers and multiply, one
+matmul in flight while the next is issued.  Blocks come in clusters of two that lie below each
+other: they share the right operand, of which each fetches one half for both, since the L2 cache
+cannot feed 132 multiprocessors with 48 bytes a cycle each.  The kernel runs one block per
+multiprocessor and walks over tiles in an order that keeps a wave's operands in L2; copies run
 ahead into the next tile while the last one is being written.
 
-Rows: the tiles of 128 rows that have a valid row are listed first (`_row_tiles`), so clusters pair them freely, and tiles without one do
-no steps and write zeros.  A sum over rows (`weight_gradient`) lists blocks of 64 rows: full ones, then partial ones, which are cleaned in
+Rows: the tiles of 128 rows that have a valid row are listed first (`_row_tiles`), so clusters pair
+them freely, and tiles without one do no steps and write zeros.  A sum over rows
+(`weight_gradient`) lists blocks of 64 rows: full ones, then partial ones, which are cleaned in
 shared memory before they are multiplied.  Rows that are not valid may hold anything.
 
-All functions: x and weights bfloat16 [e, ., .], row_weight any float [e, C], count int32 [e, s] or None (all rows valid); shapes that
-`refuse` accepts.  device_kind is not used: all Hopper GPUs share one configuration.
+All functions: x and weights bfloat16 [e, ., .], row_weight any float [e, C], count int32 [e, s] or
+None (all rows valid); shapes that `refuse` accepts.  device_kind is not used: all Hopper GPUs
+share one configuration.
 """
 
 import dataclasses
@@ -42,11 +48,13 @@ _SHARED_BYTES = 224 * 2**10  # for operands and staging, of 227 KiB
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernels use the chip.  Chosen from what is known of Hopper (2026-11), not measured; ptxas 12.9 compiles them for sm_90a.
+    """How the kernels use the chip.  Chosen from what is known of Hopper (2026-11), not measured;
+    ptxas 12.9 compiles them for sm_90a.
 
     cluster: blocks that share the right operand.
     clusters: how many run at once; cluster * clusters is the number of multiprocessors.
-    group: row tiles (times cluster) of a wave: a wave of 66 clusters reads 8 x 256 rows and about 8 x 256 columns.
+    group: row tiles (times cluster) of a wave: a wave of 66 clusters reads 8 x 256 rows and about
+    8 x 256 columns.
     """
 
     cluster: int = 2
@@ -57,7 +65,13 @@ class Config:
 HOPPER = Config()
 
 
-def refuse(device_kind: str, x_shape: Sequence[int], w_gate_shape: Sequence[int], dtype: Any, is_quantized: bool) -> str | None:
+def refuse(
+    device_kind: str,
+    x_shape: Sequence[int],
+    w_gate_shape: Sequence[int],
+    dtype: Any,
+    is_quantized: bool,
+) -> str | None:
     """Why these kernels cannot serve x [e, C, D] with w_gate [e, D, F] on a device, or None."""
     if reason := select.only_on_hopper(device_kind):
         return reason
@@ -85,14 +99,20 @@ def gate_up(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """h = row_weight * silu(x @ w_gate) * (x @ w_up) [e, C, F], and with `save` both products too (else None); zero in rows not valid."""
+    """h = row_weight * silu(x @ w_gate) * (x @ w_up) [e, C, F], and with `save` both products too
+    (else None); zero in rows not valid.
+    """
     del device_kind
 
     def finish(tile: "_Tile", products: list[jax.Array], refs: Any, staging: "_Staging") -> None:
-        weight, validity = (_spread(ref.at[tile.expert, tile.rows]) for ref in (refs.row_weight, refs.is_valid))
+        weight, validity = (
+            _spread(ref.at[tile.expert, tile.rows]) for ref in (refs.row_weight, refs.is_valid)
+        )
         for chunk in range(_COLUMNS // 2 // _CHUNK):
             gate, up = (_columns(product, chunk) for product in products)
-            for out, value in zip(refs.outputs, (weight * gate * jax.nn.sigmoid(gate) * up, gate, up), strict=False):
+            for out, value in zip(
+                refs.outputs, (weight * gate * jax.nn.sigmoid(gate) * up, gate, up), strict=False
+            ):
                 staging.store(out, tile, chunk, jnp.where(validity > 0, value, 0.0))
 
     out = jax.ShapeDtypeStruct((*x_eCD.shape[:2], w_gate_eDF.shape[-1]), x_eCD.dtype)
@@ -109,11 +129,27 @@ def gate_up(
     return (*outputs, None, None)[:3]
 
 
-def matmul(x_eCI: jax.Array, w_eIO: jax.Array, count_es: jax.Array | None, *, device_kind: str, interpret: Any = False) -> jax.Array:
+def matmul(
+    x_eCI: jax.Array,
+    w_eIO: jax.Array,
+    count_es: jax.Array | None,
+    *,
+    device_kind: str,
+    interpret: Any = False,
+) -> jax.Array:
     """x @ w [e, C, O]; zero in rows not valid."""
     del device_kind
     out = jax.ShapeDtypeStruct((*x_eCI.shape[:2], w_eIO.shape[-1]), x_eCI.dtype)
-    (y_eCO,) = _by_rows([(x_eCI, [w_eIO])], None, (), count_es, _store_valid, [out], transposed=False, interpret=interpret)
+    (y_eCO,) = _by_rows(
+        [(x_eCI, [w_eIO])],
+        None,
+        (),
+        count_es,
+        _store_valid,
+        [out],
+        transposed=False,
+        interpret=interpret,
+    )
     return y_eCO
 
 
@@ -131,7 +167,9 @@ def input_gradient(
     del device_kind
     out = jax.ShapeDtypeStruct((*dgate_eCF.shape[:2], w_gate_eDF.shape[1]), dgate_eCF.dtype)
     terms = [(dgate_eCF, [w_gate_eDF]), (dup_eCF, [w_up_eDF])]
-    (dx_eCD,) = _by_rows(terms, None, (), count_es, _store_valid, [out], transposed=True, interpret=interpret)
+    (dx_eCD,) = _by_rows(
+        terms, None, (), count_es, _store_valid, [out], transposed=True, interpret=interpret
+    )
     return dx_eCD
 
 
@@ -146,12 +184,16 @@ def gated_gradient(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(h, dgate, dup [e, C, F], drow_weight [e, C] float32): h = row_weight * silu(gate) * up and its pullback at dy @ w_down^T."""
+    """(h, dgate, dup [e, C, F], drow_weight [e, C] float32): h = row_weight * silu(gate) * up and
+    its pullback at dy @ w_down^T.
+    """
     del device_kind
 
     def finish(tile: "_Tile", products: list[jax.Array], refs: Any, staging: "_Staging") -> None:
         num_chunks = _COLUMNS // _CHUNK
-        weight, validity = (_spread(ref.at[tile.expert, tile.rows]) for ref in (refs.row_weight, refs.is_valid))
+        weight, validity = (
+            _spread(ref.at[tile.expert, tile.rows]) for ref in (refs.row_weight, refs.is_valid)
+        )
         for chunk in range(num_chunks):
             if 0 < chunk < num_chunks - 1:
                 staging.fetch(refs.extra, tile, chunk + 1)
@@ -159,8 +201,17 @@ def gated_gradient(
             dh = _columns(products[0], chunk)
             sigmoid = jax.nn.sigmoid(gate)
             silu = gate * sigmoid
-            values = weight * silu * up, weight * dh * up * sigmoid * (1.0 + gate - silu), weight * dh * silu
-            staging.store_in_place(refs.outputs[:3], tile, chunk, [jnp.where(validity > 0, value, 0.0) for value in values])
+            values = (
+                weight * silu * up,
+                weight * dh * up * sigmoid * (1.0 + gate - silu),
+                weight * dh * silu,
+            )
+            staging.store_in_place(
+                refs.outputs[:3],
+                tile,
+                chunk,
+                [jnp.where(validity > 0, value, 0.0) for value in values],
+            )
             drow = jnp.sum(jnp.where(validity > 0, dh * silu * up, 0.0), axis=1)
 
             @pl.when(tile.is_owned(chunk, _CHUNK))
@@ -184,7 +235,13 @@ def gated_gradient(
 
 
 def weight_gradient(
-    x_eCI: jax.Array, dy_eCO: jax.Array, count_es: jax.Array | None, dtype: Any, *, device_kind: str, interpret: Any = False
+    x_eCI: jax.Array,
+    dy_eCO: jax.Array,
+    count_es: jax.Array | None,
+    dtype: Any,
+    *,
+    device_kind: str,
+    interpret: Any = False,
 ) -> jax.Array:
     """x^T @ dy over the valid rows [e, I, O], summed in float32, in `dtype`."""
     del device_kind
@@ -193,12 +250,25 @@ def weight_gradient(
     bands, columns = pl.cdiv(left, _ROWS * config.cluster), pl.cdiv(right, _COLUMNS)
     out = jax.ShapeDtypeStruct((experts, left, right), dtype)
 
-    def body(x_ref, dy_ref, is_valid_ref, blocks_ref, full_ref, some_ref, out_ref, ring_refs, staging_refs, cleaned):
+    def body(
+        x_ref,
+        dy_ref,
+        is_valid_ref,
+        blocks_ref,
+        full_ref,
+        some_ref,
+        out_ref,
+        ring_refs,
+        staging_refs,
+        cleaned,
+    ):
         ring, staging = _Ring(config, *ring_refs), _Staging(*staging_refs)
 
         def locate(index: jax.Array) -> _Tile:
             expert = lax.div(index, bands * columns)
-            band, column = _grouped(lax.rem(index, bands * columns), jnp.int32(bands), columns, config.group)
+            band, column = _grouped(
+                lax.rem(index, bands * columns), jnp.int32(bands), columns, config.group
+            )
             row = _inside(band, _ROWS * config.cluster, left) + lax.axis_index("block") * _ROWS
             owned = band * (_ROWS * config.cluster), column * _COLUMNS
             return _Tile(expert, row, _inside(column, _COLUMNS, right), some_ref[expert], *owned)
@@ -210,13 +280,19 @@ def weight_gradient(
 
         def multiply(tile: _Tile, step: jax.Array, slot: jax.Array, sums: Sequence[Any]) -> None:
             del tile, step
-            plgpu.wgmma(sums[0], ring.left.at[slot, :, _half()].transpose((1, 0)), ring.rights[0].at[slot])
+            plgpu.wgmma(
+                sums[0], ring.left.at[slot, :, _half()].transpose((1, 0)), ring.rights[0].at[slot]
+            )
 
-        def clean_and_multiply(tile: _Tile, step: jax.Array, slot: jax.Array, sums: Sequence[Any]) -> None:
+        def clean_and_multiply(
+            tile: _Tile, step: jax.Array, slot: jax.Array, sums: Sequence[Any]
+        ) -> None:
             rows = pl.ds(blocks_ref[tile.expert, step] * _DEPTH, _DEPTH)
             is_kept = _spread(is_valid_ref.at[tile.expert, rows]) > 0
             for consumer, operand in enumerate((ring.left, ring.rights[0])):
-                pl.when(lax.axis_index("warpgroup") == consumer)(functools.partial(_zero_rows, operand.at[slot], is_kept))
+                pl.when(lax.axis_index("warpgroup") == consumer)(
+                    functools.partial(_zero_rows, operand.at[slot], is_kept)
+                )
             plgpu.barrier_arrive(cleaned)
             plgpu.barrier_wait(cleaned)
             multiply(tile, step, slot, sums)
@@ -225,13 +301,18 @@ def weight_gradient(
             for chunk in range(_COLUMNS // staging.width):
                 staging.store(out_ref, tile, chunk, _columns(products[0], chunk, staging.width))
 
-        phases = [(lambda tile: full_ref[tile.expert], multiply), (lambda tile: tile.steps, clean_and_multiply)]
+        phases = [
+            (lambda tile: full_ref[tile.expert], multiply),
+            (lambda tile: tile.steps, clean_and_multiply),
+        ]
         _persistent(config, experts * bands * columns, ring, locate, fetch, phases, finish)
 
     staging = _Staging.scratch(2, dtype)
     ring = _Ring.scratch(config, (_DEPTH, _ROWS), [(_DEPTH, _COLUMNS)], x_eCI.dtype, staging)
     scratch = (ring, staging, plgpu.Barrier(num_arrivals=_CONSUMERS))
-    (dw_eIO,) = _launch(body, [out], scratch, config, interpret)(x_eCI, dy_eCO, is_valid_eC, *_row_blocks(is_valid_eC))
+    (dw_eIO,) = _launch(body, [out], scratch, config, interpret)(
+        x_eCI, dy_eCO, is_valid_eC, *_row_blocks(is_valid_eC)
+    )
     return dw_eIO
 
 
@@ -246,12 +327,14 @@ def _by_rows(
     transposed: bool,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Sums over terms of left @ right for the valid rows, one sum for each right operand of a term, and `finish`, which writes outputs.
+    """Sums over terms of left @ right for the valid rows, one sum for each right operand of a
+    term, and `finish`, which writes outputs.
 
     Args:
       terms: (left [e, C, K], rights [e, K, N], or [e, N, K] if `transposed`), alike in all terms.
       row_weight_eC: a factor per row, for `finish`.
-      extra: arrays [e, C, N] that `finish` reads, of which the first chunks are fetched before the sums are ready.
+      extra: arrays [e, C, N] that `finish` reads, of which the first chunks are fetched before the
+        sums are ready.
       finish: (tile, sums, refs, staging) -> None.
     """
     config, num_terms, num_rights = HOPPER, len(terms), len(terms[0][1])
@@ -264,8 +347,16 @@ def _by_rows(
 
     def body(*all_refs):
         *refs, ring_refs, staging_refs = all_refs
-        operand_refs, (tiles_ref, active_ref), refs = refs[: len(operands)], refs[len(operands) :][:2], refs[len(operands) + 2 :]
-        vector_refs, extra_refs, output_refs = refs[:2], refs[2 : 2 + len(extra)], refs[2 + len(extra) :]
+        operand_refs, (tiles_ref, active_ref), refs = (
+            refs[: len(operands)],
+            refs[len(operands) :][:2],
+            refs[len(operands) + 2 :],
+        )
+        vector_refs, extra_refs, output_refs = (
+            refs[:2],
+            refs[2 : 2 + len(extra)],
+            refs[2 + len(extra) :],
+        )
         refs = _Refs(*vector_refs, extra_refs, output_refs)
         ring, staging = _Ring(config, *ring_refs), _Staging(*staging_refs)
 
@@ -276,9 +367,14 @@ def _by_rows(
             height = lax.select(is_active, num_active, groups - num_active)
             group, column = _grouped(index - skipped * columns, height, columns, config.group)
             row_tile = tiles_ref[(group + skipped) * config.cluster + lax.axis_index("block")]
-            expert, row = lax.div(row_tile, num_rows // _ROWS), lax.rem(row_tile, num_rows // _ROWS) * _ROWS
+            expert, row = (
+                lax.div(row_tile, num_rows // _ROWS),
+                lax.rem(row_tile, num_rows // _ROWS) * _ROWS,
+            )
             steps = lax.select(is_active, num_terms * steps_per_term, 0)
-            return _Tile(expert, row, _inside(column, width, num_columns), steps, row, column * width)
+            return _Tile(
+                expert, row, _inside(column, width, num_columns), steps, row, column * width
+            )
 
         def fetch(tile: _Tile, step: jax.Array, slot: jax.Array) -> None:
             for term in range(num_terms):
@@ -290,7 +386,15 @@ def _by_rows(
                     ring.fetch_left(left.at[tile.expert, pl.ds(tile.row, _ROWS), inner], slot)
                     outer = pl.ds(tile.column, width)
                     for i, right in enumerate(rights):
-                        ring.fetch_right(i, right.at[(tile.expert, outer, inner) if transposed else (tile.expert, inner, outer)], slot)
+                        ring.fetch_right(
+                            i,
+                            right.at[
+                                (tile.expert, outer, inner)
+                                if transposed
+                                else (tile.expert, inner, outer)
+                            ],
+                            slot,
+                        )
 
         def multiply(tile: _Tile, step: jax.Array, slot: jax.Array, sums: Sequence[Any]) -> None:
             del tile, step
@@ -318,22 +422,33 @@ def _by_rows(
     ring = _Ring.scratch(config, (_ROWS, _DEPTH), ring_rights, operands[0].dtype, staging)
     row_weight_eC = is_valid_eC if row_weight_eC is None else row_weight_eC.astype(jnp.float32)
     launched = _launch(body, outputs, (ring, staging), config, interpret)
-    return launched(*operands, *_row_tiles(is_valid_eC, config.cluster), is_valid_eC, row_weight_eC, *extra)
+    return launched(
+        *operands, *_row_tiles(is_valid_eC, config.cluster), is_valid_eC, row_weight_eC, *extra
+    )
 
 
-def _store_valid(tile: "_Tile", products: Sequence[jax.Array], refs: "_Refs", staging: "_Staging") -> None:
+def _store_valid(
+    tile: "_Tile", products: Sequence[jax.Array], refs: "_Refs", staging: "_Staging"
+) -> None:
     is_kept = _spread(refs.is_valid.at[tile.expert, tile.rows]) > 0
     for chunk in range(_COLUMNS // staging.width):
-        staging.store(refs.outputs[0], tile, chunk, jnp.where(is_kept, _columns(products[0], chunk, staging.width), 0.0))
+        staging.store(
+            refs.outputs[0],
+            tile,
+            chunk,
+            jnp.where(is_kept, _columns(products[0], chunk, staging.width), 0.0),
+        )
 
 
 # The structure of a kernel.
 
 
 class _Tile(NamedTuple):
-    """Where a block's tile of outputs begins, how many steps of the contraction it takes, and from where on it is the one that writes.
+    """Where a block's tile of outputs begins, how many steps of the contraction it takes, and from
+    where on it is the one that writes.
 
-    The last tiles of a dim are moved back inside it, where they compute again what a neighbour writes.
+    The last tiles of a dim are moved back inside it, where they compute again what a neighbour
+    writes.
     """
 
     expert: jax.Array
@@ -346,7 +461,9 @@ class _Tile(NamedTuple):
     @property
     def rows(self) -> Any:
         """The rows of this consumer."""
-        return pl.ds(self.row + lax.axis_index("warpgroup") * (_ROWS // _CONSUMERS), _ROWS // _CONSUMERS)
+        return pl.ds(
+            self.row + lax.axis_index("warpgroup") * (_ROWS // _CONSUMERS), _ROWS // _CONSUMERS
+        )
 
     def columns(self, chunk: int, width: int) -> Any:
         """The columns of a chunk."""
@@ -354,7 +471,9 @@ class _Tile(NamedTuple):
 
     def is_owned(self, chunk: int, width: int) -> jax.Array:
         """Whether this consumer is the one that writes a chunk."""
-        return (self.rows.start >= self.owned_row) & (self.columns(chunk, width).start >= self.owned_column)
+        return (self.rows.start >= self.owned_row) & (
+            self.columns(chunk, width).start >= self.owned_column
+        )
 
 
 class _Refs(NamedTuple):
@@ -377,10 +496,12 @@ def _persistent(
     """One block's whole work, by its three warp-groups.
 
     Args:
-      num_tiles: of a cluster (its blocks take one each of their own); cluster i takes tiles i, i + clusters, ...
+      num_tiles: of a cluster (its blocks take one each of their own); cluster i takes tiles i, i +
+        clusters, ...
       locate: the tile of an index.
       fetch: (tile, step, slot) -> None, starts the copies of a step into the ring.
-      phases: (end(tile), multiply(tile, step, slot, sums)): `multiply` serves the steps up to `end`, from where the last phase ended.
+      phases: (end(tile), multiply(tile, step, slot, sums)): `multiply` serves the steps up to
+        `end`, from where the last phase ended.
       finish: (tile, sums) -> None, writes the tile.
       begin: (tile) -> None, starts what `finish` will need.
     """
@@ -402,7 +523,8 @@ def _persistent(
             return lax.fori_loop(0, tile.steps, step, done)
 
         done = lax.fori_loop(0, num_mine, produce, jnp.int32(0))
-        # The other block may still read or signal this one's memory: leave when all slots are free.
+        # The other block may still read or signal this one's memory: leave when all slots are
+        # free.
         lax.fori_loop(lax.max(done - ring.stages, 0), done, lambda i, _: ring.wait_free(i), None)
 
     @pl.when(lax.axis_index("warpgroup") < _CONSUMERS)
@@ -417,7 +539,9 @@ def _persistent(
                 start, after = 0, done
                 for end, multiply in phases:
                     stop = end(tile)
-                    after = lax.fori_loop(start, stop, functools.partial(step, multiply, sums), after)
+                    after = lax.fori_loop(
+                        start, stop, functools.partial(step, multiply, sums), after
+                    )
                     start = stop
                 products = [total[...] for total in sums]
                 pl.when(tile.steps > 0)(lambda: ring.release(after - 1))
@@ -425,10 +549,14 @@ def _persistent(
                 finish(tile, products)
                 return after
 
-            def step(multiply: Callable, sums: Sequence[Any], k: jax.Array, done: jax.Array) -> jax.Array:
+            def step(
+                multiply: Callable, sums: Sequence[Any], k: jax.Array, done: jax.Array
+            ) -> jax.Array:
                 ring.wait_full(done)
                 multiply(tile, k, ring.slot(done), sums)
-                plgpu.wgmma_wait(len(sums))  # All but this step's are complete, so the slot before is free.
+                plgpu.wgmma_wait(
+                    len(sums)
+                )  # All but this step's are complete, so the slot before is free.
                 pl.when(k > 0)(lambda: ring.release(done - 1))
                 return done + 1
 
@@ -439,7 +567,9 @@ def _persistent(
 
 
 class _Ring:
-    """The stages through which operands come in: shared memory, and barriers that say when a slot is full and when free."""
+    """The stages through which operands come in: shared memory, and barriers that say when a slot
+    is full and when free.
+    """
 
     def __init__(self, config: Config, left: Any, rights: Sequence[Any], full: Any, free: Any):
         self.left, self.rights, self._full, self._free = left, rights, full, free
@@ -448,9 +578,15 @@ class _Ring:
 
     @staticmethod
     def scratch(
-        config: Config, left: tuple[int, int], rights: Sequence[tuple[int, int]], dtype: Any, staging: Sequence[Any]
+        config: Config,
+        left: tuple[int, int],
+        rights: Sequence[tuple[int, int]],
+        dtype: Any,
+        staging: Sequence[Any],
     ) -> tuple[Any, ...]:
-        num_bytes = jnp.dtype(dtype).itemsize * sum(rows * columns for rows, columns in (left, *rights))
+        num_bytes = jnp.dtype(dtype).itemsize * sum(
+            rows * columns for rows, columns in (left, *rights)
+        )
         staging_bytes = jnp.dtype(staging[0].dtype).itemsize * math.prod(staging[0].shape)
         stages = (_SHARED_BYTES - staging_bytes) // num_bytes
         free = {"num_arrivals": _CONSUMERS, "num_barriers": stages}
@@ -458,12 +594,16 @@ class _Ring:
             _tiled((stages, *left), dtype),
             [_tiled((stages, *right), dtype) for right in rights],
             plgpu.Barrier(num_arrivals=1 + len(rights), num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("block",), **free) if config.cluster > 1 else plgpu.Barrier(**free),
+            plgpu.ClusterBarrier(collective_axes=("block",), **free)
+            if config.cluster > 1
+            else plgpu.Barrier(**free),
         )
 
     def sums(self) -> list[Any]:
         """One accumulator for each right operand."""
-        return [plgpu.ACC((_ROWS // _CONSUMERS, _COLUMNS // len(self.rights)), jnp.float32)] * len(self.rights)
+        return [plgpu.ACC((_ROWS // _CONSUMERS, _COLUMNS // len(self.rights)), jnp.float32)] * len(
+            self.rights
+        )
 
     def slot(self, done: jax.Array) -> jax.Array:
         return lax.rem(done, jnp.int32(self.stages))
@@ -472,7 +612,9 @@ class _Ring:
         plgpu.copy_gmem_to_smem(source, self.left.at[slot], self._full.at[slot])
 
     def fetch_right(self, i: int, source: Any, slot: jax.Array) -> None:
-        plgpu.copy_gmem_to_smem(source, self.rights[i].at[slot], self._full.at[slot], collective_axes=self._sharers)
+        plgpu.copy_gmem_to_smem(
+            source, self.rights[i].at[slot], self._full.at[slot], collective_axes=self._sharers
+        )
 
     def wait_full(self, done: jax.Array) -> None:
         plgpu.barrier_wait(self._full.at[self.slot(done)])
@@ -485,7 +627,9 @@ class _Ring:
 
 
 class _Staging:
-    """Shared memory through which a consumer's results go out, and with `loaded` also what its epilogue reads comes in, in chunks."""
+    """Shared memory through which a consumer's results go out, and with `loaded` also what its
+    epilogue reads comes in, in chunks.
+    """
 
     def __init__(self, buffer: Any, loaded: Any = None):
         self._buffer, self._loaded, self._num_stores = buffer, loaded, 0
@@ -496,7 +640,11 @@ class _Staging:
         """Two slots take outputs in turn; five are two for each of two inputs, and one."""
         width = _SWIZZLE // jnp.dtype(dtype).itemsize
         buffer = _tiled((_CONSUMERS, slots, _ROWS // _CONSUMERS, width), dtype)
-        return (buffer,) if slots == 2 else (buffer, plgpu.Barrier(num_arrivals=2, num_barriers=2 * _CONSUMERS))
+        return (
+            (buffer,)
+            if slots == 2
+            else (buffer, plgpu.Barrier(num_arrivals=2, num_barriers=2 * _CONSUMERS))
+        )
 
     def store(self, out_ref: Any, tile: _Tile, chunk: int, value: jax.Array) -> None:
         """Writes a chunk of columns of a tile, when the slot's last store has left it."""
@@ -509,32 +657,58 @@ class _Staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, source in enumerate(sources):
             target = self._buffer.at[lax.axis_index("warpgroup"), chunk % 2 * 2 + i]
-            plgpu.copy_gmem_to_smem(source.at[tile.expert, tile.rows, tile.columns(chunk, self.width)], target, self._barrier(chunk))
+            plgpu.copy_gmem_to_smem(
+                source.at[tile.expert, tile.rows, tile.columns(chunk, self.width)],
+                target,
+                self._barrier(chunk),
+            )
 
     def fetched(self, chunk: int) -> list[jax.Array]:
         """The chunk of the two arrays, in float32."""
         plgpu.barrier_wait(self._barrier(chunk))
-        return [self._buffer[lax.axis_index("warpgroup"), chunk % 2 * 2 + i].astype(jnp.float32) for i in range(2)]
+        return [
+            self._buffer[lax.axis_index("warpgroup"), chunk % 2 * 2 + i].astype(jnp.float32)
+            for i in range(2)
+        ]
 
-    def store_in_place(self, out_refs: Sequence[Any], tile: _Tile, chunk: int, values: Sequence[jax.Array]) -> None:
-        """Writes a chunk of three arrays: two through the slots whence the chunk was fetched, one through the last slot."""
+    def store_in_place(
+        self, out_refs: Sequence[Any], tile: _Tile, chunk: int, values: Sequence[jax.Array]
+    ) -> None:
+        """Writes a chunk of three arrays: two through the slots whence the chunk was fetched, one
+        through the last slot.
+        """
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self._store([chunk % 2 * 2, chunk % 2 * 2 + 1, 4], out_refs, tile, chunk, values)
 
-    def _store(self, slots: Sequence[int], out_refs: Sequence[Any], tile: _Tile, chunk: int, values: Sequence[jax.Array]) -> None:
+    def _store(
+        self,
+        slots: Sequence[int],
+        out_refs: Sequence[Any],
+        tile: _Tile,
+        chunk: int,
+        values: Sequence[jax.Array],
+    ) -> None:
         targets = [self._buffer.at[lax.axis_index("warpgroup"), slot] for slot in slots]
         for target, value in zip(targets, values, strict=True):
             target[...] = value.astype(self._buffer.dtype)
         plgpu.commit_smem()
         for target, out_ref in zip(targets, out_refs, strict=True):
             destination = out_ref.at[tile.expert, tile.rows, tile.columns(chunk, self.width)]
-            pl.when(tile.is_owned(chunk, self.width))(functools.partial(plgpu.copy_smem_to_gmem, target, destination))
+            pl.when(tile.is_owned(chunk, self.width))(
+                functools.partial(plgpu.copy_smem_to_gmem, target, destination)
+            )
 
     def _barrier(self, chunk: int) -> Any:
         return self._loaded.at[lax.axis_index("warpgroup") * 2 + chunk % 2]
 
 
-def _launch(body: Callable, outputs: Sequence[jax.ShapeDtypeStruct], scratch: Any, config: Config, interpret: Any) -> Callable:
+def _launch(
+    body: Callable,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    scratch: Any,
+    config: Config,
+    interpret: Any,
+) -> Callable:
     return plgpu.kernel(
         body,
         out_type=tuple(outputs),
@@ -552,7 +726,9 @@ def _launch(body: Callable, outputs: Sequence[jax.ShapeDtypeStruct], scratch: An
 
 # Small things inside kernels.
 
-_LOAD_ALL = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10 wants an index beside the reference
+_LOAD_ALL = (
+    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+)  # jax 0.10 wants an index beside the reference
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -588,11 +764,15 @@ def _zero_rows(ref: Any, is_kept: jax.Array) -> None:
 
 
 def _inside(index: jax.Array, size: int, limit: int) -> jax.Array:
-    """Where the index-th piece of `size` begins; the last one is moved back inside `limit`, and repeats a part of its neighbour."""
+    """Where the index-th piece of `size` begins; the last one is moved back inside `limit`, and
+    repeats a part of its neighbour.
+    """
     return lax.min(index * (size // _DEPTH), (limit - size) // _DEPTH) * _DEPTH
 
 
-def _grouped(index: jax.Array, num_rows: jax.Array, num_columns: int, group: int) -> tuple[jax.Array, jax.Array]:
+def _grouped(
+    index: jax.Array, num_rows: jax.Array, num_columns: int, group: int
+) -> tuple[jax.Array, jax.Array]:
     """(row, column) of the index-th tile: strips of `group` rows, in a strip column after column."""
     strip = lax.div(index, group * num_columns)
     index = lax.rem(index, group * num_columns)
@@ -604,19 +784,31 @@ def _grouped(index: jax.Array, num_rows: jax.Array, num_columns: int, group: int
 
 
 def _row_tiles(is_valid_eC: jax.Array, cluster: int) -> tuple[jax.Array, jax.Array]:
-    """All tiles of rows as int32 [tiles], those of a cluster one after another, clusters with a valid row first; and their number [1]."""
+    """All tiles of rows as int32 [tiles], those of a cluster one after another, clusters with a
+    valid row first; and their number [1].
+    """
     experts = is_valid_eC.shape[0]
     is_empty_en = is_valid_eC.reshape(experts, -1, _ROWS).max(-1) == 0
     order_en = jnp.argsort(is_empty_en, axis=1, stable=True).astype(jnp.int32)
-    tiles_gn = (order_en + jnp.arange(experts, dtype=jnp.int32)[:, None] * order_en.shape[1]).reshape(-1, cluster)
+    tiles_gn = (
+        order_en + jnp.arange(experts, dtype=jnp.int32)[:, None] * order_en.shape[1]
+    ).reshape(-1, cluster)
     is_empty_g = jnp.take_along_axis(is_empty_en, order_en, axis=1).reshape(-1, cluster).all(1)
     tiles_gn = tiles_gn[jnp.argsort(is_empty_g, stable=True)]
     return tiles_gn.reshape(-1), jnp.sum(~is_empty_g, dtype=jnp.int32)[None]
 
 
 def _row_blocks(is_valid_eC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Blocks of 64 rows by expert as int32 [e, n]: full ones, partial ones, empty ones; how many are full, and how many not empty [e]."""
+    """Blocks of 64 rows by expert as int32 [e, n]: full ones, partial ones, empty ones; how many
+    are full, and how many not empty [e].
+    """
     valid_en = is_valid_eC.reshape(is_valid_eC.shape[0], -1, _DEPTH).sum(-1)
     is_full_en, is_some_en = valid_en == _DEPTH, valid_en > 0
-    blocks_en = jnp.argsort(2 - is_full_en.astype(jnp.int32) - is_some_en.astype(jnp.int32), axis=1, stable=True)
-    return blocks_en.astype(jnp.int32), jnp.sum(is_full_en, 1, dtype=jnp.int32), jnp.sum(is_some_en, 1, dtype=jnp.int32)
+    blocks_en = jnp.argsort(
+        2 - is_full_en.astype(jnp.int32) - is_some_en.astype(jnp.int32), axis=1, stable=True
+    )
+    return (
+        blocks_en.astype(jnp.int32),
+        jnp.sum(is_full_en, 1, dtype=jnp.int32),
+        jnp.sum(is_some_en, 1, dtype=jnp.int32),
+    )

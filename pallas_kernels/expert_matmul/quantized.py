@@ -1,7 +1,8 @@
-"""Which rows of an expert's buffer hold data, and quantised weights: what all implementations are told.
+"""Which rows of an expert's buffer hold data, and quantised weights: what all implementations are
+told.
 
-Letters: e experts, C rows of an expert's buffer, s source blocks of C / s rows each, I rows and O columns of a weight, G groups of its
-rows.
+Letters: e experts, C rows of an expert's buffer, s source blocks of C / s rows each, I rows and O
+columns of a weight, G groups of its rows.
 """
 
 from typing import Any, NamedTuple

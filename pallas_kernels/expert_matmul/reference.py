@@ -32,7 +32,10 @@ def _gated(gate_eCF, up_eCF, row_weight_eC):
 def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, **options):
     """h, and gate and up if `save`."""
     del options
-    x, row_weight = _rows(x_eCD, count_es), jnp.where(is_valid(count_es, x_eCD.shape[:2]), row_weight_eC.astype(_F32), 0.0)
+    x, row_weight = (
+        _rows(x_eCD, count_es),
+        jnp.where(is_valid(count_es, x_eCD.shape[:2]), row_weight_eC.astype(_F32), 0.0),
+    )
     gate, up = (_product("eCD,eDF->eCF", x, dequantized(w, _F32)) for w in (w_gate, w_up))
     h, gate, up = (a.astype(x_eCD.dtype) for a in (_gated(gate, up, row_weight), gate, up))
     return (h, gate, up) if save else (h, None, None)
@@ -41,14 +44,18 @@ def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, **options):
 def matmul(x_eCI, w, count_es, **options):
     """x @ w."""
     del options
-    return _product("eCI,eIO->eCO", _rows(x_eCI, count_es), dequantized(w, _F32)).astype(x_eCI.dtype)
+    return _product("eCI,eIO->eCO", _rows(x_eCI, count_es), dequantized(w, _F32)).astype(
+        x_eCI.dtype
+    )
 
 
 def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, **options):
     """h, and the gradients of gate, up and row_weight."""
     del options
     dh = _product("eCD,eFD->eCF", _rows(dy_eCD, count_es), w_down_eFD.astype(_F32))
-    row_weight = jnp.where(is_valid(count_es, row_weight_eC.shape), row_weight_eC.astype(_F32), 0.0)
+    row_weight = jnp.where(
+        is_valid(count_es, row_weight_eC.shape), row_weight_eC.astype(_F32), 0.0
+    )
     h, pullback = jax.vjp(_gated, _rows(gate_eCF, count_es), _rows(up_eCF, count_es), row_weight)
     dgate, dup, drow_weight = pullback(dh)
     return (*(a.astype(dy_eCD.dtype) for a in (h, dgate, dup)), drow_weight)
@@ -58,7 +65,9 @@ def input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **options
     """dgate @ w_gate^T + dup @ w_up^T."""
     del options
     pairs = ((dgate_eCF, w_gate_eDF), (dup_eCF, w_up_eDF))
-    return sum(_product("eCF,eDF->eCD", _rows(d, count_es), w.astype(_F32)) for d, w in pairs).astype(dgate_eCF.dtype)
+    return sum(
+        _product("eCF,eDF->eCD", _rows(d, count_es), w.astype(_F32)) for d, w in pairs
+    ).astype(dgate_eCF.dtype)
 
 
 def weight_gradient(x_eCI, dy_eCO, count_es, dtype, **options):

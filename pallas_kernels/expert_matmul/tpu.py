@@ -1,14 +1,18 @@
-"""The products on TPUs: whole contractions in vector memory, and only the rows that hold something.
+"""The products on TPUs: whole contractions in vector memory, and only the rows that hold
+something.
 
-A program step multiplies a block of rows [block_rows, K] with a block of columns [K, block_cols]: all of K at once, so nothing is added up
-in memory between steps.  Experts are few and huge, so the weights stream past the rows: read once for each block of rows.
+A program step multiplies a block of rows [block_rows, K] with a block of columns [K, block_cols]:
+all of K at once, so nothing is added up in memory between steps.  Experts are few and huge, so the
+weights stream past the rows: read once for each block of rows.
 
-Rows are picked in granules of 32: those that hold a valid row are listed ahead (scalar prefetch) and gathered, a group of them at a time,
-into the operand of one product.  So work is proportional to the rows in use, wherever they lie; the gather costs nothing, since the rows
-are loaded into registers anyway.  A block without rows is not even fetched.
+Rows are picked in granules of 32: those that hold a valid row are listed ahead (scalar prefetch)
+and gathered, a group of them at a time, into the operand of one product.  So work is proportional
+to the rows in use, wherever they lie; the gather costs nothing, since the rows are loaded into
+registers anyway.  A block without rows is not even fetched.
 
-Letters: e experts, C rows of an expert's buffer, s source blocks, D model, F ffn, I inputs and O outputs of a product, G groups of
-scales, R rows of a group of granules, c columns of a block, b row blocks.
+Letters: e experts, C rows of an expert's buffer, s source blocks, D model, F ffn, I inputs and O
+outputs of a product, G groups of scales, R rows of a group of granules, c columns of a block, b
+row blocks.
 """
 
 import dataclasses
@@ -36,10 +40,14 @@ class Config:
     """Block sizes on one generation of chips.
 
     group_rows: rows of one product, a multiple of the granule.
-    block_rows, block_cols: of a program step, for K up to 8192 and above, by 2-byte elements; less where they do not fit.
-    whole_blocks: a block of which more than one group of rows is in use is one product, for matrix units that longer ones suit better.
-    contraction_part: a product over more than this is written as a sum: its gathered rows would not fit otherwise.
-    gradient_rows, gradient_in, gradient_out: rows, inputs and outputs of a block of the weight gradient.
+    block_rows, block_cols: of a program step, for K up to 8192 and above, by 2-byte elements; less
+    where they do not fit.
+    whole_blocks: a block of which more than one group of rows is in use is one product, for matrix
+    units that longer ones suit better.
+    contraction_part: a product over more than this is written as a sum: its gathered rows would
+    not fit otherwise.
+    gradient_rows, gradient_in, gradient_out: rows, inputs and outputs of a block of the weight
+    gradient.
     vmem_bytes: vector memory that a kernel may take.
     """
 
@@ -54,13 +62,22 @@ class Config:
     vmem_bytes: int = 60 * _MIB
 
 
-# Found by static cycles of the a52b shapes ([4096, 6400] x [6400, 18304] and back, bfloat16), libtpu 0.0.50.1, 2026-11-23
-# (v6e: 2026-11-25); docs/kernels.md.
+# Found by static cycles of the a52b shapes ([4096, 6400] x [6400, 18304] and back, bfloat16),
+# libtpu 0.0.50.1, 2026-11-23 (v6e: 2026-11-25); docs/kernels.md.
 CONFIGS = {
-    "v4": Config(block_rows=(256, 128), block_cols=(256, 128), gradient_rows=1024, gradient_in=512, gradient_out=512, vmem_bytes=14 * _MIB),
+    "v4": Config(
+        block_rows=(256, 128),
+        block_cols=(256, 128),
+        gradient_rows=1024,
+        gradient_in=512,
+        gradient_out=512,
+        vmem_bytes=14 * _MIB,
+    ),
     "v5e": Config(vmem_bytes=110 * _MIB),
     "v5p": Config(),
-    "v6e": Config(group_rows=512, block_rows=(1024, 1024), whole_blocks=True, vmem_bytes=110 * _MIB),
+    "v6e": Config(
+        group_rows=512, block_rows=(1024, 1024), whole_blocks=True, vmem_bytes=110 * _MIB
+    ),
     "tpu7x": Config(),
 }
 
@@ -70,7 +87,13 @@ def config_of(device_kind: str) -> Config:
     return CONFIGS.get(chips.of_device(device_kind), CONFIGS["v5p"])
 
 
-def refuse(device_kind: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], dtype: Any, is_quantized: bool) -> str | None:
+def refuse(
+    device_kind: str,
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    dtype: Any,
+    is_quantized: bool,
+) -> str | None:
     """Why these sizes cannot be served, or None."""
     del is_quantized  # a quantised weight only takes less room
     if reason := only_on("TPU", device_kind):
@@ -84,7 +107,9 @@ def refuse(device_kind: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...],
     return None
 
 
-def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, interpret=False, trips=None):
+def gate_up(
+    x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, interpret=False, trips=None
+):
     """h, and gate and up if `save`; one pass over x for both weights.  trips: see `_multiply`."""
 
     def epilogue(products, tiles, weight_R1):
@@ -93,22 +118,38 @@ def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, 
         h = weight_R1 * gate * jax.nn.sigmoid(gate) * up
         return [h, gate, up] if save else [h]
 
-    options = {"name": "expert_gate_up", "num_out": 3 if save else 1, "device_kind": device_kind, "interpret": interpret, "trips": trips}
+    options = {
+        "name": "expert_gate_up",
+        "num_out": 3 if save else 1,
+        "device_kind": device_kind,
+        "interpret": interpret,
+        "trips": trips,
+    }
     out, _ = _multiply(x_eCD, [w_gate, w_up], [], row_weight_eC, count_es, epilogue, **options)
     return tuple(out) if save else (out[0], None, None)
 
 
 def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
     """x @ w.  trips: see `_multiply`."""
-    options = {"name": "expert_matmul", "device_kind": device_kind, "interpret": interpret, "trips": trips}
+    options = {
+        "name": "expert_matmul",
+        "device_kind": device_kind,
+        "interpret": interpret,
+        "trips": trips,
+    }
     if not isinstance(w, Quantized):
-        # Read as [O, I]: w_down was gathered over its O = D, so that is how it lies in memory without a copy; see api.py.
+        # Read as [O, I]: w_down was gathered over its O = D, so that is how it lies in memory
+        # without a copy; see api.py.
         options["transposed"], w = True, w.swapaxes(1, 2)
-    (y_eCO,), _ = _multiply(x_eCI, [w], [], None, count_es, lambda products, tiles, weight_R1: products, **options)
+    (y_eCO,), _ = _multiply(
+        x_eCI, [w], [], None, count_es, lambda products, tiles, weight_R1: products, **options
+    )
     return y_eCO
 
 
-def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, *, device_kind, interpret=False):
+def gated_gradient(
+    dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, *, device_kind, interpret=False
+):
     """h, and the gradients of gate, up and row_weight, in one pass over dy."""
 
     def epilogue(products, tiles, weight_R1):
@@ -116,7 +157,12 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
         dproduct = weight_R1 * dh
-        return [weight_R1 * silu * up, dproduct * up * (sigmoid + silu * (1.0 - sigmoid)), dproduct * silu, silu * up * dh]
+        return [
+            weight_R1 * silu * up,
+            dproduct * up * (sigmoid + silu * (1.0 - sigmoid)),
+            dproduct * silu,
+            silu * up * dh,
+        ]
 
     outs, drow_weight_eC = _multiply(
         dy_eCD,
@@ -134,14 +180,36 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
     return (*outs, drow_weight_eC)
 
 
-def input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, *, device_kind, interpret=False):
-    """dgate @ w_gate^T + dup @ w_up^T, in two steps: the operands of both do not fit the vector memory.  In between it is float32."""
-    options = {"name": "expert_input_gradient", "transposed": True, "device_kind": device_kind, "interpret": interpret}
+def input_gradient(
+    dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, *, device_kind, interpret=False
+):
+    """dgate @ w_gate^T + dup @ w_up^T, in two steps: the operands of both do not fit the vector
+    memory.  In between it is float32.
+    """
+    options = {
+        "name": "expert_input_gradient",
+        "transposed": True,
+        "device_kind": device_kind,
+        "interpret": interpret,
+    }
     (first,), _ = _multiply(
-        dgate_eCF, [w_gate_eDF], [], None, count_es, lambda products, tiles, weight_R1: products, out_dtype=jnp.float32, **options
+        dgate_eCF,
+        [w_gate_eDF],
+        [],
+        None,
+        count_es,
+        lambda products, tiles, weight_R1: products,
+        out_dtype=jnp.float32,
+        **options,
     )
     (dx_eCD,), _ = _multiply(
-        dup_eCF, [w_up_eDF], [first], None, count_es, lambda products, tiles, weight_R1: [products[0] + tiles[0]], **options
+        dup_eCF,
+        [w_up_eDF],
+        [first],
+        None,
+        count_es,
+        lambda products, tiles, weight_R1: [products[0] + tiles[0]],
+        **options,
     )
     return dx_eCD
 
@@ -150,8 +218,10 @@ class _Granules:
     """Which granules of each block of rows hold a valid row, as arrays for scalar prefetch.
 
     num: [e * b] int32, how many granules of a block do.
-    offset: [e * b * granules of a block], their first rows within the block, in order; filled up with the last one.
-    source: [e * b], the block to fetch: itself, or if it is empty the last one before it that is not, or the first one.
+    offset: [e * b * granules of a block], their first rows within the block, in order; filled up
+    with the last one.
+    source: [e * b], the block to fetch: itself, or if it is empty the last one before it that is
+    not, or the first one.
     """
 
     def __init__(self, count_es: jax.Array, num_experts: int, num_rows: int, block_rows: int):
@@ -166,10 +236,14 @@ class _Granules:
         order_bg = jnp.take_along_axis(order_bg, jnp.minimum(position_g, last_b1), axis=1)
         block_b = jnp.arange(num_experts * num_blocks, dtype=jnp.int32)
         last_used_b = jax.lax.cummax(jnp.where(num_b > 0, block_b, -1))
-        self.source = jnp.where(last_used_b < 0, jnp.argmax(num_b > 0).astype(jnp.int32), last_used_b)
+        self.source = jnp.where(
+            last_used_b < 0, jnp.argmax(num_b > 0).astype(jnp.int32), last_used_b
+        )
         self.num, self.offset = num_b, (order_bg * _GRANULE).reshape(-1)
         # Blocks in which every row holds something, and lies within the buffer.
-        self.is_full = padded_eC.reshape(num_experts * num_blocks, block_rows).all(-1).astype(jnp.int32)
+        self.is_full = (
+            padded_eC.reshape(num_experts * num_blocks, block_rows).all(-1).astype(jnp.int32)
+        )
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """For scalar prefetch."""
@@ -177,11 +251,16 @@ class _Granules:
 
 
 def _pick(ref, block_offset: Callable | None, group, group_rows: int, cols=slice(None)):
-    """The rows [R, cols] of a group: R rows that follow one another, or those of the granules that `block_offset` lists."""
+    """The rows [R, cols] of a group: R rows that follow one another, or those of the granules that
+    `block_offset` lists.
+    """
     if block_offset is None:
         return ref[pl.ds(pl.multiple_of(group * group_rows, group_rows), group_rows), cols]
     granules = range(group_rows // _GRANULE)
-    return jnp.concatenate([ref[pl.ds(block_offset(group * len(granules) + j), _GRANULE), cols] for j in granules], axis=0)
+    return jnp.concatenate(
+        [ref[pl.ds(block_offset(group * len(granules) + j), _GRANULE), cols] for j in granules],
+        axis=0,
+    )
 
 
 def _put(ref, value, block_offset: Callable | None, group, group_rows: int):
@@ -190,7 +269,9 @@ def _put(ref, value, block_offset: Callable | None, group, group_rows: int):
         ref[pl.ds(pl.multiple_of(group * group_rows, group_rows), group_rows), :] = value
         return
     for j in range(group_rows // _GRANULE):
-        ref[pl.ds(block_offset(group * (group_rows // _GRANULE) + j), _GRANULE), :] = value[j * _GRANULE : (j + 1) * _GRANULE]
+        ref[pl.ds(block_offset(group * (group_rows // _GRANULE) + j), _GRANULE), :] = value[
+            j * _GRANULE : (j + 1) * _GRANULE
+        ]
 
 
 def _multiply(
@@ -210,17 +291,21 @@ def _multiply(
     name: str,
     trips: int | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """epilogue([x @ w for w in weights], tiles, row_weight) on every block: `num_out` arrays [e, C, O].
+    """epilogue([x @ w for w in weights], tiles, row_weight) on every block: `num_out` arrays [e,
+    C, O].
 
     Args:
       x_eCI, weights: [e, I, O], or [e, O, I] if transposed, of one kind: arrays or Quantized.
       tiles_eCO: arrays that the epilogue sees the same rows and columns of.
       row_weight_eC, count_es: as in api.py.
-      epilogue: (products, tiles, row_weight [R, 1]), all float32 -> the outputs' rows in float32; rows without data are zeroed later.
+      epilogue: (products, tiles, row_weight [R, 1]), all float32 -> the outputs' rows in float32;
+        rows without data are zeroed later.
       out_dtype: of the outputs, x's by default.
-      has_row_sum: the epilogue returns one more array; its sum over all columns is the second result, float32 [e, C].
+      has_row_sum: the epilogue returns one more array; its sum over all columns is the second
+        result, float32 [e, C].
       name: by which profiles and compiled programs call it.
-      trips: for counting static cycles only: as many groups of rows a block instead of those that hold data.
+      trips: for counting static cycles only: as many groups of rows a block instead of those that
+        hold data.
     """
     e, num_rows, K = x_eCI.shape
     N = weights[0].shape[1 if transposed else 2]
@@ -228,20 +313,43 @@ def _multiply(
     padding = ((0, 0), (0, -num_rows % _GRANULE), (0, 0))
     x_eCI, tiles_eCO = jnp.pad(x_eCI, padding), [jnp.pad(tile, padding) for tile in tiles_eCO]
     C = x_eCI.shape[1]
-    blocks = _fit(config_of(device_kind), C, K, N, dtype.itemsize, num_weights=len(weights), num_tiles=len(tiles_eCO) + num_out)
+    blocks = _fit(
+        config_of(device_kind),
+        C,
+        K,
+        N,
+        dtype.itemsize,
+        num_weights=len(weights),
+        num_tiles=len(tiles_eCO) + num_out,
+    )
     R, block_rows, block_cols = blocks.group_rows, blocks.rows, blocks.cols
     num_blocks, num_cols = pl.cdiv(C, block_rows), pl.cdiv(N, block_cols)
     is_quantized = isinstance(weights[0], Quantized)
 
     valid_eC = jnp.pad(is_valid(count_es, (e, num_rows)), padding[:2])
-    row_weight_eC = jnp.ones((e, C)) if row_weight_eC is None else jnp.pad(row_weight_eC, padding[:2])
-    info_eC2 = jnp.stack([row_weight_eC.astype(jnp.float32), valid_eC.astype(jnp.float32)], axis=-1)
-    listed = () if count_es is None else _Granules(valid_eC.astype(jnp.int32), e, C, block_rows).arrays()
+    row_weight_eC = (
+        jnp.ones((e, C)) if row_weight_eC is None else jnp.pad(row_weight_eC, padding[:2])
+    )
+    info_eC2 = jnp.stack(
+        [row_weight_eC.astype(jnp.float32), valid_eC.astype(jnp.float32)], axis=-1
+    )
+    listed = (
+        ()
+        if count_es is None
+        else _Granules(valid_eC.astype(jnp.int32), e, C, block_rows).arrays()
+    )
     num_lists = len(listed)
 
     def body(*refs):
-        lists, (x_ref, info_ref), refs = refs[:num_lists], refs[num_lists : num_lists + 2], refs[num_lists + 2 :]
-        w_refs, refs = refs[: len(weights) * (1 + is_quantized)], refs[len(weights) * (1 + is_quantized) :]
+        lists, (x_ref, info_ref), refs = (
+            refs[:num_lists],
+            refs[num_lists : num_lists + 2],
+            refs[num_lists + 2 :],
+        )
+        w_refs, refs = (
+            refs[: len(weights) * (1 + is_quantized)],
+            refs[len(weights) * (1 + is_quantized) :],
+        )
         tile_refs, out_refs = refs[: len(tiles_eCO)], refs[len(tiles_eCO) :]
         block, col_block = pl.program_id(0) * num_blocks + pl.program_id(1), pl.program_id(2)
         per_block = block_rows // _GRANULE
@@ -269,25 +377,45 @@ def _multiply(
         def one_group(group, carry, R=R):
             pick = functools.partial(_pick, block_offset=offset, group=group, group_rows=R)
             products = [0.0] * len(weights)
-            for part in _parts(K, w_refs[1].shape[0] if is_quantized else 1, blocks.contraction_part):
+            for part in _parts(
+                K, w_refs[1].shape[0] if is_quantized else 1, blocks.contraction_part
+            ):
                 x_RI = pick(x_ref, cols=part)
                 for i in range(len(weights)):
                     w_ref = w_refs[i * (1 + is_quantized)]
-                    product = _dot(x_RI, w_ref[:, part] if transposed else w_ref[part, :], transposed)
+                    product = _dot(
+                        x_RI, w_ref[:, part] if transposed else w_ref[part, :], transposed
+                    )
                     if is_quantized:
                         scale_ref = w_refs[2 * i + 1]
                         product *= scale_ref[pl.ds(part.start * scale_ref.shape[0] // K, 1), :]
                     products[i] += product
             info_R2 = pick(info_ref)
-            outs = epilogue(products, [pick(ref).astype(jnp.float32) for ref in tile_refs], info_R2[:, :1])
+            outs = epilogue(
+                products, [pick(ref).astype(jnp.float32) for ref in tile_refs], info_R2[:, :1]
+            )
             is_valid_R1 = info_R2[:, 1:] > 0.0
             for ref, out in zip(out_refs[:num_out], outs, strict=False):
-                _put(ref, (jnp.where(is_valid_R1, out, 0.0) if lists else out).astype(ref.dtype), offset, group, R)
+                _put(
+                    ref,
+                    (jnp.where(is_valid_R1, out, 0.0) if lists else out).astype(ref.dtype),
+                    offset,
+                    group,
+                    R,
+                )
             if has_row_sum:
                 # The last block's columns beyond the array hold anything.
-                col_1c = col_block * block_cols + jax.lax.broadcasted_iota(jnp.int32, (1, block_cols), 1)
+                col_1c = col_block * block_cols + jax.lax.broadcasted_iota(
+                    jnp.int32, (1, block_cols), 1
+                )
                 terms = jnp.where(is_valid_R1 & (col_1c < N), outs[num_out], 0.0)
-                _add_row_sums(out_refs[-1], terms.sum(-1, keepdims=True), offset, group, lists[0][block] if lists else None)
+                _add_row_sums(
+                    out_refs[-1],
+                    terms.sum(-1, keepdims=True),
+                    offset,
+                    group,
+                    lists[0][block] if lists else None,
+                )
             return carry
 
         def groups():
@@ -311,7 +439,8 @@ def _multiply(
         num_ref, _, source_ref, _ = lists
         own = expert * num_blocks + block
         src = source_ref[own]
-        # What an empty block would fetch is what the used one before it fetched last, or what the used one after it will fetch first.
+        # What an empty block would fetch is what the used one before it fetched last, or what the
+        # used one after it will fetch first.
         col = jnp.where(num_ref[own] > 0, col, jnp.where(src < own, num_cols - 1, 0))
         return jax.lax.div(src, num_blocks), jax.lax.rem(src, num_blocks), col
 
@@ -325,9 +454,16 @@ def _multiply(
     else:
         w_specs = [spec((K, block_cols), lambda expert, block, col: (expert, 0, col))]
     if is_quantized:
-        w_specs.append(spec((weights[0].scale_eGO.shape[1], block_cols), lambda expert, block, col: (expert, 0, col)))
+        w_specs.append(
+            spec(
+                (weights[0].scale_eGO.shape[1], block_cols),
+                lambda expert, block, col: (expert, 0, col),
+            )
+        )
     tile_of = spec((block_rows, block_cols), lambda expert, block, col: (expert, block, col))
-    out_of = pl.BlockSpec((None, block_rows, block_cols), lambda expert, block, col, *_: (expert, block, col))
+    out_of = pl.BlockSpec(
+        (None, block_rows, block_cols), lambda expert, block, col, *_: (expert, block, col)
+    )
     sum_of = pl.BlockSpec((None, block_rows, 1), lambda expert, block, col, *_: (expert, block, 0))
     out = pl.pallas_call(
         body,
@@ -337,11 +473,16 @@ def _multiply(
             in_specs=[rows_of, info_of, *w_specs * len(weights), *[tile_of] * len(tiles_eCO)],
             out_specs=[out_of] * num_out + [sum_of] * has_row_sum,
         ),
-        out_shape=[jax.ShapeDtypeStruct((e, C, N), out_dtype)] * num_out + [jax.ShapeDtypeStruct((e, C, 1), jnp.float32)] * has_row_sum,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes),
+        out_shape=[jax.ShapeDtypeStruct((e, C, N), out_dtype)] * num_out
+        + [jax.ShapeDtypeStruct((e, C, 1), jnp.float32)] * has_row_sum,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_bytes,
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * e * C * K * N * len(weights),
-            bytes_accessed=sum(w.nbytes for w in jax.tree.leaves(weights)) + e * C * (K + N * num_out) * dtype.itemsize,
+            bytes_accessed=sum(w.nbytes for w in jax.tree.leaves(weights))
+            + e * C * (K + N * num_out) * dtype.itemsize,
             transcendentals=e * C * N if len(weights) > 1 or has_row_sum else 0,
         ),
         name=name,
@@ -352,7 +493,8 @@ def _multiply(
 
 
 def _cdiv(a, b: int):
-    # Not // and %: for numbers known only on the device they ask jax which device that is, and a CPU that compiles for a pod is none.
+    # Not // and %: for numbers known only on the device they ask jax which device that is, and a
+    # CPU that compiles for a pod is none.
     return jax.lax.div(a + b - 1, b)
 
 
@@ -360,13 +502,23 @@ def _dot(x_RI, w, transposed: bool):
     # HIGHEST: by default a TPU multiplies float32 in one bfloat16 pass.
     precision = jax.lax.Precision.HIGHEST if x_RI.dtype == jnp.float32 else None
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(x_RI, w.astype(x_RI.dtype), contract, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x_RI,
+        w.astype(x_RI.dtype),
+        contract,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _parts(K: int, num_groups: int, longest: int) -> list[slice]:
-    """The contraction cut into parts of at most `longest`, none of them with rows of two groups of scales."""
+    """The contraction cut into parts of at most `longest`, none of them with rows of two groups of
+    scales.
+    """
     group = K // num_groups
-    starts = [start for first in range(0, K, group) for start in range(first, first + group, longest)]
+    starts = [
+        start for first in range(0, K, group) for start in range(first, first + group, longest)
+    ]
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], K], strict=True)]
 
 
@@ -380,7 +532,9 @@ def _add_row_sums(ref, sums_R1, block_offset: Callable | None, group, num_granul
 
         @pl.when(group * per_group + j < num_granules)  # the others repeat the last one
         def _(j=j):
-            ref[pl.ds(block_offset(group * per_group + j), _GRANULE), :] += sums_R1[j * _GRANULE : (j + 1) * _GRANULE]
+            ref[pl.ds(block_offset(group * per_group + j), _GRANULE), :] += sums_R1[
+                j * _GRANULE : (j + 1) * _GRANULE
+            ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +549,9 @@ class _Blocks:
     vmem_bytes: int
 
 
-def _fit(cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, num_tiles: int) -> _Blocks:
+def _fit(
+    cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, num_tiles: int
+) -> _Blocks:
     size = int(K > 8192)
     group = min(cfg.group_rows, C)
     rows, cols = max(min(cfg.block_rows[size], C) // group * group, group), cfg.block_cols[size]
@@ -403,9 +559,15 @@ def _fit(cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, n
     def used(group, rows, cols):
         columns, product = min(cols, N), rows if cfg.whole_blocks else group
         blocks = rows * K + num_weights * K * columns + num_tiles * rows * columns
-        return 2 * itemsize * blocks + product * (itemsize * min(K, cfg.contraction_part) + 16 * columns) + rows * 1024
+        return (
+            2 * itemsize * blocks
+            + product * (itemsize * min(K, cfg.contraction_part) + 16 * columns)
+            + rows * 1024
+        )
 
-    while used(group, rows, cols) > cfg.vmem_bytes - 2 * _MIB and (cols > 128 or rows > group or group > _GRANULE):
+    while used(group, rows, cols) > cfg.vmem_bytes - 2 * _MIB and (
+        cols > 128 or rows > group or group > _GRANULE
+    ):
         if cols > 128 and cols * num_weights >= rows:
             cols //= 2
         elif rows > group:
@@ -414,11 +576,20 @@ def _fit(cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, n
             cols //= 2
         else:
             group = rows = max(group // 2 // _GRANULE * _GRANULE, _GRANULE)
-    return _Blocks(group, rows, min(cols, N), cfg.whole_blocks and rows > group, cfg.contraction_part, cfg.vmem_bytes)
+    return _Blocks(
+        group,
+        rows,
+        min(cols, N),
+        cfg.whole_blocks and rows > group,
+        cfg.contraction_part,
+        cfg.vmem_bytes,
+    )
 
 
 def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=False):
-    """x^T @ dy over the valid rows, added up in float32; all rows of a block at once if they are full, else in groups."""
+    """x^T @ dy over the valid rows, added up in float32; all rows of a block at once if they are
+    full, else in groups.
+    """
     cfg = config_of(device_kind)
     e, num_rows, num_in = x_eCI.shape
     num_out, itemsize = dy_eCO.shape[2], x_eCI.dtype.itemsize
@@ -426,7 +597,10 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
     x_eCI, dy_eCO = jnp.pad(x_eCI, padding), jnp.pad(dy_eCO, padding)
     C = x_eCI.shape[1]
     rows, block_in, block_out = _fit_gradient(cfg, C, num_in, num_out, itemsize)
-    R, width = min(cfg.group_rows, rows), math.gcd(block_in, 256) if block_in % _LANES == 0 else block_in
+    R, width = (
+        min(cfg.group_rows, rows),
+        math.gcd(block_in, 256) if block_in % _LANES == 0 else block_in,
+    )
     num_blocks, per_block, per_group = pl.cdiv(C, rows), rows // _GRANULE, R // _GRANULE
     valid_eC = jnp.pad(is_valid(count_es, (e, num_rows)), padding[:2])
     # With rows missing in the last block, what lies beyond the array has to be left out.
@@ -445,12 +619,18 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
         block = pl.program_id(0) * num_blocks + pl.program_id(3)
 
         def whole_block(put):
-            """put(inputs, product) for a few inputs at a time: a loop, since all of them unrolled take long to compile."""
+            """put(inputs, product) for a few inputs at a time: a loop, since all of them unrolled
+            take long to compile.
+            """
 
             def some_inputs(part, carry):
                 inputs = pl.ds(pl.multiple_of(part * width, width), width)
                 product = jax.lax.dot_general(
-                    x_ref[:, inputs], dy_ref[...], contract, precision=precision, preferred_element_type=jnp.float32
+                    x_ref[:, inputs],
+                    dy_ref[...],
+                    contract,
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
                 )
                 put(inputs, product)
                 return carry
@@ -486,7 +666,9 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
                 position_R1 = group * R + jax.lax.broadcasted_iota(jnp.int32, (R, 1), 0)
                 is_valid_R1 = (pick(info_ref) > 0.0) & (position_R1 < num_ref[block] * _GRANULE)
                 x_RI, dy_RO = (jnp.where(is_valid_R1, pick(ref), 0) for ref in (x_ref, dy_ref))
-                acc_ref[...] += jax.lax.dot_general(x_RI, dy_RO, contract, precision=precision, preferred_element_type=jnp.float32)
+                acc_ref[...] += jax.lax.dot_general(
+                    x_RI, dy_RO, contract, precision=precision, preferred_element_type=jnp.float32
+                )
                 return carry
 
             jax.lax.fori_loop(0, _cdiv(num_ref[block], per_group), one_group, 0)
@@ -503,24 +685,37 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
             dw_ref[...] = acc_ref[...].astype(dw_ref.dtype)
 
     def spec(width, index):
-        return pl.BlockSpec((None, rows, width), lambda expert, i, o, block, *_: (expert, block, index(i, o)))
+        return pl.BlockSpec(
+            (None, rows, width), lambda expert, i, o, block, *_: (expert, block, index(i, o))
+        )
 
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(listed),
             grid=(e, pl.cdiv(num_in, block_in), pl.cdiv(num_out, block_out), num_blocks),
-            in_specs=[spec(block_in, lambda i, o: i), spec(block_out, lambda i, o: o), spec(1, lambda i, o: 0)],
-            out_specs=pl.BlockSpec((None, block_in, block_out), lambda expert, i, o, *_: (expert, i, o)),
-            scratch_shapes=[] if is_dense and num_blocks == 1 else [pltpu.VMEM((block_in, block_out), jnp.float32)],
+            in_specs=[
+                spec(block_in, lambda i, o: i),
+                spec(block_out, lambda i, o: o),
+                spec(1, lambda i, o: 0),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, block_in, block_out), lambda expert, i, o, *_: (expert, i, o)
+            ),
+            scratch_shapes=[]
+            if is_dense and num_blocks == 1
+            else [pltpu.VMEM((block_in, block_out), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((e, num_in, num_out), dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=cfg.vmem_bytes
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=cfg.vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * e * C * num_in * num_out,
-            bytes_accessed=x_eCI.nbytes + dy_eCO.nbytes + e * num_in * num_out * jnp.dtype(dtype).itemsize,
+            bytes_accessed=x_eCI.nbytes
+            + dy_eCO.nbytes
+            + e * num_in * num_out * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
         name="expert_weight_gradient",
@@ -528,13 +723,23 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
     )(*listed, x_eCI, dy_eCO, info_eC1)
 
 
-def _fit_gradient(cfg: Config, C: int, num_in: int, num_out: int, itemsize: int) -> tuple[int, int, int]:
+def _fit_gradient(
+    cfg: Config, C: int, num_in: int, num_out: int, itemsize: int
+) -> tuple[int, int, int]:
     """Rows, inputs and outputs of a block of the weight gradient."""
     group = min(cfg.group_rows, C)
-    rows, block_in, block_out = min(cfg.gradient_rows, C) // group * group, min(cfg.gradient_in, num_in), min(cfg.gradient_out, num_out)
+    rows, block_in, block_out = (
+        min(cfg.gradient_rows, C) // group * group,
+        min(cfg.gradient_in, num_in),
+        min(cfg.gradient_out, num_out),
+    )
 
     def used():
-        return 2 * itemsize * (rows * (block_in + block_out) + block_in * block_out) + 4 * block_in * block_out + rows * 1024
+        return (
+            2 * itemsize * (rows * (block_in + block_out) + block_in * block_out)
+            + 4 * block_in * block_out
+            + rows * 1024
+        )
 
     while used() > cfg.vmem_bytes - 2 * _MIB:
         if rows > group and rows * itemsize > 2048:

@@ -1,4 +1,6 @@
-"""Attention that never holds the T x S scores: causal, windows, packed documents, grouped heads of any multiple of 8, dropout."""
+"""Attention that never holds the T x S scores: causal, windows, packed documents, grouped heads of
+any multiple of 8, dropout.
+"""
 
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.dropout import head_seeds

@@ -13,14 +13,20 @@ from pallas_kernels import select
 from pallas_kernels.flash_attention import dropout, gpu, reference, tpu, triton, xla
 from pallas_kernels.flash_attention.reference import Settings
 
-# The preferred first.  run(q, k, v, query_segment, key_segment, seed_BN, settings, device_kind=, interpret=) -> (out_BTNH, lse_BNT) is
-# differentiable in q, k, v, through both results.
+# The preferred first.  run(q, k, v, query_segment, key_segment, seed_BN, settings, device_kind=,
+# interpret=) -> (out_BTNH, lse_BNT) is differentiable in q, k, v, through both results.
 _CANDIDATES = (
     select.Implementation("pallas_tpu", tpu.refuse, tpu.attention),
     select.Implementation("pallas_gpu", gpu.refuse, gpu.attention),
     select.Implementation("pallas_triton", triton.refuse, triton.attention),
-    select.Implementation("xla", lambda *_: None, lambda *args, device_kind, interpret: xla.attention(*args)),
-    select.Implementation("reference", lambda *_: None, lambda *args, device_kind, interpret: reference.attention(*args)),
+    select.Implementation(
+        "xla", lambda *_: None, lambda *args, device_kind, interpret: xla.attention(*args)
+    ),
+    select.Implementation(
+        "reference",
+        lambda *_: None,
+        lambda *args, device_kind, interpret: reference.attention(*args),
+    ),
 )
 
 
@@ -42,62 +48,90 @@ def flash_attention(
     implementation: str | Sequence[str] | None = None,
     interpret: bool | object = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(scale q k) v over the keys that each query sees; float32 softmax, differentiable in q, k and v.
+    """softmax(scale q k) v over the keys that each query sees; float32 softmax, differentiable in
+    q, k and v.
 
-    The query t sees the key s if they are of the same segment and, if causal, s <= t + S - T.  A query that sees no key returns 0,
-    with log-sum-exp -inf and no gradient.  Memory is linear in T and S, except for "reference".
+    The query t sees the key s if they are of the same segment and, if causal, s <= t + S - T.  A
+    query that sees no key returns 0, with log-sum-exp -inf and no gradient.  Memory is linear in T
+    and S, except for "reference".
 
     Args:
       q_BTNH: queries, bfloat16 or float32; the query head n uses the kv head n // (N // K).
       k_BSKH, v_BSKH: keys and values of q's dtype; the kernels need an H that is a multiple of 8.
-      query_segment_BT, key_segment_BS: int32 document numbers; 0 is padding, which sees nothing, is seen by nothing, and may hold NaN.
-      device_kind: what jax calls the device that this runs on ("TPU v5", "NVIDIA H200", "cpu"); from the mesh.
+      query_segment_BT, key_segment_BS: int32 document numbers; 0 is padding, which sees nothing,
+        is seen by nothing, and may hold NaN.
+      device_kind: what jax calls the device that this runs on ("TPU v5", "NVIDIA H200", "cpu");
+        from the mesh.
       causal: whether a query sees no later key.
       window: if given, a query sees only keys with t + S - T - s < window.
       scale: factor of the scores, > 0; None is H ** -0.5.
       soft_cap: if given, scores become soft_cap * tanh(score / soft_cap), before masking.
-      dropout_rate: share of the weights that become 0 after the softmax; the others are divided by 1 - dropout_rate.
-      dropout_seed: int32 or uint32 of shape [] or [2]; or [B, N], one per sequence and head, for a caller that shards these and has
-        `dropout.head_seeds` of the global ones.  The same seed drops the same weights in every implementation.
-      with_lse: whether to return the log-sum-exp of the scaled, capped scores too; it is differentiable.
-      implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla", "reference") or a list of names in order of
-        preference.
+      dropout_rate: share of the weights that become 0 after the softmax; the others are divided by
+        1 - dropout_rate.
+      dropout_seed: int32 or uint32 of shape [] or [2]; or [B, N], one per sequence and head, for a
+        caller that shards these and has `dropout.head_seeds` of the global ones.  The same seed
+        drops the same weights in every implementation.
+      with_lse: whether to return the log-sum-exp of the scaled, capped scores too; it is
+        differentiable.
+      implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla",
+        "reference") or a list of names in order of preference.
       interpret: passed to pallas_call, to run a kernel on the CPU.
 
     Returns:
       out_BTNH in q's dtype; with_lse: (out_BTNH, lse_BNT float32).
 
     Raises:
-      ValueError: arguments that do not fit together, or no implementation of those named can serve them.
+      ValueError: arguments that do not fit together, or no implementation of those named can serve
+        them.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
     B, _, N, H = q_BTNH.shape
-    settings = Settings(bool(causal), window, H**-0.5 if scale is None else float(scale), soft_cap, float(dropout_rate))
+    settings = Settings(
+        bool(causal),
+        window,
+        H**-0.5 if scale is None else float(scale),
+        soft_cap,
+        float(dropout_rate),
+    )
     _check_settings(settings)
     seed_BN = _seeds(dropout_seed, settings.dropout_rate, B, N)
-    chosen = select.choose("flash_attention", _CANDIDATES, implementation, device_kind, q_BTNH, k_BSKH, settings)
+    chosen = select.choose(
+        "flash_attention", _CANDIDATES, implementation, device_kind, q_BTNH, k_BSKH, settings
+    )
     run = functools.partial(chosen.run, device_kind=device_kind, interpret=interpret)
-    out_BTNH, lse_BNT = run(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings)
+    out_BTNH, lse_BNT = run(
+        q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings
+    )
     return (out_BTNH, lse_BNT) if with_lse else out_BTNH
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
     """The arrays fit together."""
     if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
-        raise ValueError(f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: need [B, T, N, H] and twice the same [B, S, K, H].")
+        raise ValueError(
+            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: need [B, T, N, H] and twice "
+            "the same [B, S, K, H]."
+        )
     (B, T, N, H), (B_k, S, K, H_k) = q_BTNH.shape, k_BSKH.shape
     if (B_k, H_k) != (B, H) or N % K:
         raise ValueError(
-            f"q {q_BTNH.shape} and k {k_BSKH.shape}: batch and head dim must be equal, and the query heads (dim 2) a multiple "
+            f"q {q_BTNH.shape} and k {k_BSKH.shape}: batch and head dim must be equal, and the "
+            "query heads (dim 2) a multiple "
             "of the kv heads; slice or repeat heads."
         )
     dtypes = {jnp.dtype(x.dtype).name for x in (q_BTNH, k_BSKH, v_BSKH)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
-        raise ValueError(f"q, k, v of dtypes {sorted(dtypes)}: all three must be bfloat16, or all float32; cast them.")
-    shapes = (query_segment_BT.shape, key_segment_BS.shape)
-    if shapes != ((B, T), (B, S)) or {query_segment_BT.dtype, key_segment_BS.dtype} != {jnp.dtype(jnp.int32)}:
         raise ValueError(
-            f"query_segment {query_segment_BT.dtype}{list(shapes[0])}, key_segment {key_segment_BS.dtype}{list(shapes[1])}: need int32 "
+            f"q, k, v of dtypes {sorted(dtypes)}: all three must be bfloat16, or all float32; "
+            "cast them."
+        )
+    shapes = (query_segment_BT.shape, key_segment_BS.shape)
+    if shapes != ((B, T), (B, S)) or {query_segment_BT.dtype, key_segment_BS.dtype} != {
+        jnp.dtype(jnp.int32)
+    }:
+        raise ValueError(
+            f"query_segment {query_segment_BT.dtype}{list(shapes[0])}, key_segment "
+            f"{key_segment_BS.dtype}{list(shapes[1])}: need int32 "
             f"{[B, T]} and {[B, S]}; for one document without padding pass ones."
         )
 
@@ -105,9 +139,17 @@ def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
 def _check_settings(settings: Settings):
     """The numbers are in their ranges."""
     for name, is_good, rule in (
-        ("window", settings.window is None or settings.window >= 1, "must be at least 1, or None for no window"),
+        (
+            "window",
+            settings.window is None or settings.window >= 1,
+            "must be at least 1, or None for no window",
+        ),
         ("scale", settings.scale > 0, "must be positive; negate q instead"),
-        ("soft_cap", settings.soft_cap is None or settings.soft_cap > 0, "must be positive, or None for no cap"),
+        (
+            "soft_cap",
+            settings.soft_cap is None or settings.soft_cap > 0,
+            "must be positive, or None for no cap",
+        ),
         ("dropout_rate", 0 <= settings.dropout_rate < 1, "must be in [0, 1)"),
     ):
         if not is_good:
@@ -119,9 +161,16 @@ def _seeds(dropout_seed, dropout_rate, B, N):
     if not dropout_rate:
         return jnp.zeros((B, N), jnp.uint32)
     if dropout_seed is None:
-        raise ValueError(f"dropout_rate = {dropout_rate} needs a dropout_seed; pass an int32 array of shape [2], a new one every step.")
-    if dropout_seed.shape not in ((), (2,), (B, N)) or dropout_seed.dtype not in (jnp.int32, jnp.uint32):
         raise ValueError(
-            f"dropout_seed {dropout_seed.dtype}{list(dropout_seed.shape)}: must be int32 or uint32 of shape [], [2] or [B, N] = {[B, N]}."
+            f"dropout_rate = {dropout_rate} needs a dropout_seed; pass an int32 array of shape "
+            "[2], a new one every step."
+        )
+    if dropout_seed.shape not in ((), (2,), (B, N)) or dropout_seed.dtype not in (
+        jnp.int32,
+        jnp.uint32,
+    ):
+        raise ValueError(
+            f"dropout_seed {dropout_seed.dtype}{list(dropout_seed.shape)}: must be int32 or "
+            f"uint32 of shape [], [2] or [B, N] = {[B, N]}."
         )
     return dropout.head_seeds(dropout_seed, B, N)

@@ -1,8 +1,11 @@
-"""`python -m pallas_kernels.flash_attention.bench [--json FILE]`: flash_attention against rivals, on a GPU or in static cycles.
+"""`python -m pallas_kernels.flash_attention.bench [--json FILE]`: flash_attention against rivals,
+on a GPU or in static cycles.
 
-Where jax has a GPU: times and TFLOP/s by the median of many runs.  Elsewhere, with libtpu installed: the TPU compiler's cycles, for dense
-attention (no mask, one group of query heads), since they mean nothing where data decides what runs.  Ours are those of the kernels' steps
-over a static grid, without the skipping, the masks and the transposes around them; a rival's are those of its whole program.
+Where jax has a GPU: times and TFLOP/s by the median of many runs.  Elsewhere, with libtpu
+installed: the TPU compiler's cycles, for dense attention (no mask, one group of query heads),
+since they mean nothing where data decides what runs.  Ours are those of the kernels' steps over a
+static grid, without the skipping, the masks and the transposes around them; a rival's are those of
+its whole program.
 """
 
 import functools
@@ -25,15 +28,28 @@ _GROUP, _LENGTH = 8, 4096  # query heads of one kv head; T = S
 
 
 def measure_static(chip_names: list[str]) -> list[dict]:
-    """One row for each chip, head dim, pass and implementation; each in a process of its own, which libtpu may end."""
+    """One row for each chip, head dim, pass and implementation; each in a process of its own,
+    which libtpu may end.
+    """
     rows = []
     for chip, H, backward in itertools.product(chip_names, (80, 128), (False, True)):
-        ideal = cases.Case("", 1, _LENGTH, _LENGTH, _GROUP, 1, H, causal=False).flops(backward) / chips.CHIPS[chip].peak_flops
+        ideal = (
+            cases.Case("", 1, _LENGTH, _LENGTH, _GROUP, 1, H, causal=False).flops(backward)
+            / chips.CHIPS[chip].peak_flops
+        )
         for name in ("ours", "splash", "xla"):
             num_cycles = benchmark.apart(static_cycles, chip, H, backward, name)
-            row = {"chip": chip, "head_dim": H, "pass": "backward" if backward else "forward", "implementation": name}
+            row = {
+                "chip": chip,
+                "head_dim": H,
+                "pass": "backward" if backward else "forward",
+                "implementation": name,
+            }
             if num_cycles:
-                row |= {"kcycles": round(num_cycles / 1e3), "of_peak": ideal * chips.CHIPS[chip].clock_hz / num_cycles}
+                row |= {
+                    "kcycles": round(num_cycles / 1e3),
+                    "of_peak": ideal * chips.CHIPS[chip].clock_hz / num_cycles,
+                }
             rows.append(row)
             print(*row.values(), flush=True)
     return rows
@@ -42,7 +58,9 @@ def measure_static(chip_names: list[str]) -> list[dict]:
 def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
     """Cycles of dense attention of [_LENGTH, _GROUP, H]; of the backward pass alone, if so."""
     cycles.prepare(profiles=True)
-    jax.config.update("jax_platforms", "cpu")  # prepare's environment comes too late for a jax that is imported
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # prepare's environment comes too late for a jax that is imported
     if name == "ours":
         return _cycles(chip, *(_our_backward if backward else _our_forward)(chip, H))
     q, kv = (jax.ShapeDtypeStruct((heads, _LENGTH, H), jnp.bfloat16) for heads in (_GROUP, 1))
@@ -50,7 +68,8 @@ def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
     if not backward:
         return _cycles(chip, attend, q, kv, kv)
     both = _cycles(chip, lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, kv, kv, q)
-    # What XLA keeps for the backward pass it must compute in the forward pass; splash's forward kernel runs as it is.
+    # What XLA keeps for the backward pass it must compute in the forward pass; splash's forward
+    # kernel runs as it is.
     return both - _cycles(chip, attend, q, kv, kv)
 
 
@@ -60,7 +79,9 @@ def _cycles(chip, fn, *shapes) -> int:
 
 def _problem(chip: str, H: int) -> tpu.Problem:
     settings = Settings(False, None, H**-0.5, None, 0.0)
-    return tpu.Problem(settings, tpu.CONFIGS[chip], chips.CHIPS[chip].vmem_bytes, _LENGTH, _LENGTH, False)
+    return tpu.Problem(
+        settings, tpu.CONFIGS[chip], chips.CHIPS[chip].vmem_bytes, _LENGTH, _LENGTH, False
+    )
 
 
 def _our_forward(chip, H):
@@ -83,13 +104,24 @@ def _our_forward(chip, H):
     fn = pl.pallas_call(
         kernel,
         grid=(_LENGTH // bq, _LENGTH // bk),
-        in_specs=[by_query, pl.BlockSpec((bk, H), lambda i, j: (j, 0)), pl.BlockSpec((H, bk), lambda i, j: (0, j))],
+        in_specs=[
+            by_query,
+            pl.BlockSpec((bk, H), lambda i, j: (j, 0)),
+            pl.BlockSpec((H, bk), lambda i, j: (0, j)),
+        ],
         out_specs=by_query,
         out_shape=jax.ShapeDtypeStruct((G, H, _LENGTH), jnp.bfloat16),
-        scratch_shapes=[pltpu.VMEM((G, H, bq), f32), pltpu.VMEM((G, 1, bq), f32), pltpu.VMEM((G, 1, bq), f32)],
+        scratch_shapes=[
+            pltpu.VMEM((G, H, bq), f32),
+            pltpu.VMEM((G, 1, bq), f32),
+            pltpu.VMEM((G, 1, bq), f32),
+        ],
         compiler_params=_params(chip),
     )
-    return fn, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH)))
+    return fn, *(
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH))
+    )
 
 
 def _our_backward(chip, H):
@@ -107,29 +139,42 @@ def _our_backward(chip, H):
     def by_query(*dims):
         return pl.BlockSpec((*dims, bq), lambda i, j: (*(0,) * len(dims), j))
 
-    rows, columns = pl.BlockSpec((bk, H), lambda i, j: (i, 0)), pl.BlockSpec((H, bk), lambda i, j: (0, i))
+    rows, columns = (
+        pl.BlockSpec((bk, H), lambda i, j: (i, 0)),
+        pl.BlockSpec((H, bk), lambda i, j: (0, i)),
+    )
     gradient = jax.ShapeDtypeStruct((H, _LENGTH), jnp.float32)
     fn = pl.pallas_call(
         kernel,
         grid=(_LENGTH // bk, _LENGTH // bq),
-        in_specs=[*(by_query(G, H), by_query(G, H), by_query(G, 1), by_query(G, 1)), *(rows, columns, rows)],
+        in_specs=[
+            *(by_query(G, H), by_query(G, H), by_query(G, 1), by_query(G, 1)),
+            *(rows, columns, rows),
+        ],
         out_specs=[by_query(G, H), columns, columns],
         out_shape=[jax.ShapeDtypeStruct((G, H, _LENGTH), jnp.float32), gradient, gradient],
         compiler_params=_params(chip),
     )
-    bf16 = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH))]
+    bf16 = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((G, H, _LENGTH), (_LENGTH, H), (H, _LENGTH))
+    ]
     row = jax.ShapeDtypeStruct((G, 1, _LENGTH), jnp.float32)
     return fn, bf16[0], bf16[0], row, row, bf16[1], bf16[2], bf16[1]
 
 
 def _params(chip):
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chips.CHIPS[chip].vmem_bytes // 2)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"),
+        vmem_limit_bytes=chips.CHIPS[chip].vmem_bytes // 2,
+    )
 
 
 def _splash(q_GTH, k_1SH, v_1SH):
     """jax's splash attention: blocks of 512 x 1024, positions minor, one kernel backward.
 
-    Its steps are made unconditional, since the compiler counts what a condition guards as if it did not run (268% of peak).
+    Its steps are made unconditional, since the compiler counts what a condition guards as if it
+    did not run (268% of peak).
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
@@ -138,11 +183,19 @@ def _splash(q_GTH, k_1SH, v_1SH):
         return lambda body: body() if body.__name__ == "run" else pl.when(condition)(body)
 
     splash_attention_kernel.pl = types.SimpleNamespace(**vars(pl) | {"when": when})
-    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash_attention.QKVLayout.SEQ_MINOR)
-    sizes = dict.fromkeys(("block_q", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute"), 512)
-    blocks = splash_attention.BlockSizes(**sizes, block_kv=1024, block_kv_dkv=1024, use_fused_bwd_kernel=True, **layouts)
+    layouts = dict.fromkeys(
+        ("q_layout", "k_layout", "v_layout"), splash_attention.QKVLayout.SEQ_MINOR
+    )
+    sizes = dict.fromkeys(
+        ("block_q", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute"), 512
+    )
+    blocks = splash_attention.BlockSizes(
+        **sizes, block_kv=1024, block_kv_dkv=1024, use_fused_bwd_kernel=True, **layouts
+    )
     mask = splash_attention.MultiHeadMask([splash_attention.FullMask((_LENGTH, _LENGTH))] * _GROUP)
-    return splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks)(q_GTH, k_1SH[0], v_1SH[0])
+    return splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks)(
+        q_GTH, k_1SH[0], v_1SH[0]
+    )
 
 
 def _plain(q_GTH, k_1SH, v_1SH):
@@ -158,11 +211,18 @@ def measure_gpu() -> list[dict]:
         arrays = [jnp.nan_to_num(x) for x in case.arrays(np.random.default_rng(0))]
         for name, attend in _gpu_rivals(case, device_kind).items():
             for backward in (False, True):
-                row = {"device": device_kind, "case": case.name, "pass": "backward" if backward else "forward", "implementation": name}
+                row = {
+                    "device": device_kind,
+                    "case": case.name,
+                    "pass": "backward" if backward else "forward",
+                    "implementation": name,
+                }
                 try:
                     seconds = _seconds(attend, arrays, backward)
                     row |= {"ms": seconds * 1e3, "tflops": case.flops(backward) / seconds / 1e12}
-                except Exception as error:  # whatever a rival raises for what it does not support, the other rows are wanted
+                # whatever a rival raises for what it does not support, the other
+                # rows are wanted
+                except Exception as error:
                     row["note"] = f"{type(error).__name__}: {error}"[:60]
                 rows.append(row)
                 print(*row.values(), flush=True)
@@ -170,20 +230,28 @@ def measure_gpu() -> list[dict]:
 
 
 def _gpu_rivals(case, device_kind):
-    """Implementation -> function of (q, k, v, query_segment, key_segment).  The rivals do not know documents and attend across them."""
+    """Implementation -> function of (q, k, v, query_segment, key_segment).  The rivals do not know
+    documents and attend across them.
+    """
     window = None if case.window is None else (case.window - 1, 0)
 
     def ours(*arrays):
         return flash_attention(*arrays, device_kind=device_kind, **case.settings)
 
     def of_jax(q, k, v, *_, implementation):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=case.causal, local_window_size=window, implementation=implementation
+        )
 
-    rivals = {"ours": ours} | {name: functools.partial(of_jax, implementation=name) for name in ("cudnn", "xla")}
+    rivals = {"ours": ours} | {
+        name: functools.partial(of_jax, implementation=name) for name in ("cudnn", "xla")
+    }
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
-        rivals["tokamax"] = lambda q, k, v, *_: tokamax.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window)
+        rivals["tokamax"] = lambda q, k, v, *_: tokamax.dot_product_attention(
+            q, k, v, is_causal=case.causal, local_window_size=window
+        )
     return rivals
 
 
@@ -201,4 +269,8 @@ def _seconds(attend, arrays, backward) -> float:
 
 
 if __name__ == "__main__":
-    benchmark.main("flash_attention against rivals: static cycles for TPUs, or times on a GPU", measure_static, measure_gpu)
+    benchmark.main(
+        "flash_attention against rivals: static cycles for TPUs, or times on a GPU",
+        measure_static,
+        measure_gpu,
+    )

@@ -9,7 +9,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem: sizes (B batch, T queries, S keys, N query heads, K kv heads, H head dim) and settings of flash_attention.
+    """One problem: sizes (B batch, T queries, S keys, N query heads, K kv heads, H head dim) and
+    settings of flash_attention.
 
     documents: how many documents are packed into a sequence; 1 = one that fills it.
     padding: slots of padding at the end of every sequence.
@@ -34,24 +35,35 @@ class Case:
     def settings(self) -> dict:
         """Keyword arguments of flash_attention, apart from device_kind and implementation."""
         seed = {"dropout_seed": jnp.array([3, 5], jnp.uint32)} if self.dropout_rate else {}
-        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap, "dropout_rate": self.dropout_rate} | seed
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            "dropout_rate": self.dropout_rate,
+        } | seed
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """q, k, v, query_segment, key_segment without data."""
         q, kv = (self.B, self.T, self.N, self.H), (self.B, self.S, self.K, self.H)
-        segments = [jax.ShapeDtypeStruct((self.B, length), jnp.int32) for length in (self.T, self.S)]
+        segments = [
+            jax.ShapeDtypeStruct((self.B, length), jnp.int32) for length in (self.T, self.S)
+        ]
         return (*(jax.ShapeDtypeStruct(shape, self.dtype) for shape in (q, kv, kv)), *segments)
 
     def arrays(self, rng: np.random.Generator) -> tuple[jax.Array, ...]:
         """q, k, v, query_segment, key_segment with random data, and NaN in the padding."""
         key_segment_BS = np.stack([self._segments(rng) for _ in range(self.B)])
         # The last T slots; queries before the first key (T > S) are padding.
-        query_segment_BT = np.pad(key_segment_BS, ((0, 0), (max(self.T - self.S, 0), 0)))[:, -self.T :]
+        query_segment_BT = np.pad(key_segment_BS, ((0, 0), (max(self.T - self.S, 0), 0)))[
+            :, -self.T :
+        ]
         segments = (query_segment_BT, key_segment_BS, key_segment_BS)
         q_k_v = []
         for shape, segment in zip(self.shapes()[:3], segments, strict=True):
             data = rng.standard_normal(shape.shape, np.float32)
-            q_k_v.append(jnp.array(np.where(segment[:, :, None, None] > 0, data, np.nan), self.dtype))
+            q_k_v.append(
+                jnp.array(np.where(segment[:, :, None, None] > 0, data, np.nan), self.dtype)
+            )
         return (*q_k_v, jnp.array(query_segment_BT), jnp.array(key_segment_BS))
 
     def _segments(self, rng: np.random.Generator) -> np.ndarray:
@@ -86,11 +98,42 @@ TESTED = (
     Case("dropout", 2, 128, 256, 4, 2, 16, dropout_rate=0.3),
     Case("one query", 2, 1, 200, 4, 2, 80, dtype="float32"),
     Case("more queries than keys", 1, 300, 130, 2, 1, 24, dtype="float32"),
-    Case("everything float32", 2, 203, 331, 6, 2, 40, "float32", True, 150, 2.0, 0.2, documents=3, padding=37),
-    Case("everything bfloat16", 2, 331, 331, 6, 2, 80, "bfloat16", True, 150, 2.0, 0.2, documents=3, padding=37),
+    Case(
+        "everything float32",
+        2,
+        203,
+        331,
+        6,
+        2,
+        40,
+        "float32",
+        True,
+        150,
+        2.0,
+        0.2,
+        documents=3,
+        padding=37,
+    ),
+    Case(
+        "everything bfloat16",
+        2,
+        331,
+        331,
+        6,
+        2,
+        80,
+        "bfloat16",
+        True,
+        150,
+        2.0,
+        0.2,
+        documents=3,
+        padding=37,
+    ),
 )
 
-# Hunyuan-Large (80 query heads, 8 kv heads), whole and as one of 8 tensor shards; the common shape of other models; long texts.
+# Hunyuan-Large (80 query heads, 8 kv heads), whole and as one of 8 tensor shards; the common shape
+# of other models; long texts.
 TIMED = (
     Case("hunyuan 4k", 1, 4096, 4096, 80, 8, 80),
     Case("hunyuan 4k packed", 1, 4096, 4096, 80, 8, 80, documents=8),

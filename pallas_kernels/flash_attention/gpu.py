@@ -1,12 +1,15 @@
-"""Flash attention's forward pass on Hopper GPUs in Pallas Mosaic GPU; the backward pass is `triton.py`'s.  Never ran on a GPU.
+"""Flash attention's forward pass on Hopper GPUs in Pallas Mosaic GPU; the backward pass is
+`triton.py`'s.  Never ran on a GPU.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 
-A block takes 128 queries of one head: two warp-groups compute 64 of them each, a third one copies keys and values into a ring of
-stages.  Barriers keep the two half a step apart, so that one multiplies while the other is at its exponentials.  Which blocks of keys are
-visited and which go without a mask is decided beforehand (`triton.ranges_of`).  Head dims are taken in pieces of 64 and of 16
-(80 = 64 + 16): a piece of 64 has the widest swizzle, one of 16 the narrowest, and nothing is multiplied by padding.  The pieces are arrays
-of their own in global memory, since the copy engine's tiles must divide the array; XLA cuts them while it clears the padding.
+A block takes 128 queries of one head: two warp-groups compute 64 of them each, a third one copies
+keys and values into a ring of stages.  Barriers keep the two half a step apart, so that one
+multiplies while the other is at its exponentials.  Which blocks of keys are visited and which go
+without a mask is decided beforehand (`triton.ranges_of`).  Head dims are taken in pieces of 64 and
+of 16 (80 = 64 + 16): a piece of 64 has the widest swizzle, one of 16 the narrowest, and nothing is
+multiplied by padding.  The pieces are arrays of their own in global memory, since the copy
+engine's tiles must divide the array; XLA cuts them while it clears the padding.
 """
 
 import functools
@@ -32,7 +35,9 @@ _LOG2E = math.log2(math.e)
 _MASKED = -1e30
 
 
-def refuse(device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings) -> str | None:
+def refuse(
+    device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings
+) -> str | None:
     """Why this cannot serve the problem on the device, or None."""
     del k_BSKH
     if reason := select.only_on_hopper(device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
@@ -41,7 +46,11 @@ def refuse(device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Set
         return f"needs bfloat16, not {q_BTNH.dtype}"
     if q_BTNH.shape[-1] > 128:
         return f"needs a head dim of at most 128, not {q_BTNH.shape[-1]}"
-    return "has no soft cap and no dropout" if settings.soft_cap is not None or settings.dropout_rate else None
+    return (
+        "has no soft cap and no dropout"
+        if settings.soft_cap is not None or settings.dropout_rate
+        else None
+    )
 
 
 def attention(
@@ -56,9 +65,21 @@ def attention(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`; differentiable in q, k and v."""
+    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`;
+    differentiable in q, k and v.
+    """
     del device_kind
-    return triton.with_backward(_forward, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, interpret)
+    return triton.with_backward(
+        _forward,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        query_segment_BT,
+        key_segment_BS,
+        seed_BN,
+        settings,
+        interpret,
+    )
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem):
@@ -66,7 +87,11 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, 
     B, T, N, H = q_BTNH.shape
     ranges = triton.ranges_of(query_segment_BT, key_segment_BS, _BLOCKS, problem, by_query=True)
     pieces, stages = _pieces(H), _BLOCKS.num_stages
-    operands = [x[..., piece.start : piece.start + piece.size] for x in (q_BTNH, k_BSKH, v_BSKH) for piece in pieces]
+    operands = [
+        x[..., piece.start : piece.start + piece.size]
+        for x in (q_BTNH, k_BSKH, v_BSKH)
+        for piece in pieces
+    ]
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[: len(pieces)]]
     keys = [_tiled((stages, _BLOCKS.keys, piece.size)) for piece in pieces]
     arrived = {"num_arrivals": len(pieces)}
@@ -98,7 +123,11 @@ def _kernel(problem, num_pieces, *refs):
     query_segment_ref, key_segment_ref, ranges_ref, *refs = refs[3 * num_pieces :]
     out_refs, lse_ref, scratch = refs[:num_pieces], refs[num_pieces], refs[num_pieces + 1 :]
     q_smem, k_smem, v_smem, q_full, k_full, v_full, k_free, v_free, turn = scratch
-    batch, head, warpgroup = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+    batch, head, warpgroup = (
+        lax.axis_index("batch"),
+        lax.axis_index("head"),
+        lax.axis_index("warpgroup"),
+    )
     # The last block first: if causal it has the most work, and little ones fill up the end.
     block = lax.axis_size("block") - 1 - lax.axis_index("block")
     kv_head = lax.div(head, q_refs[0].shape[2] // k_refs[0].shape[2])
@@ -113,17 +142,26 @@ def _kernel(problem, num_pieces, *refs):
 
         def fetch(j, _):
             slot, columns = slot_of(j), pl.ds(j * _BLOCKS.keys, _BLOCKS.keys)
-            for sources, buffers, full, free in ((k_refs, k_smem, k_full, k_free), (v_refs, v_smem, v_full, v_free)):
-                pl.when(j - edges[0] >= _BLOCKS.num_stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            for sources, buffers, full, free in (
+                (k_refs, k_smem, k_full, k_free),
+                (v_refs, v_smem, v_full, v_free),
+            ):
+                pl.when(j - edges[0] >= _BLOCKS.num_stages)(
+                    functools.partial(plgpu.barrier_wait, free.at[slot])
+                )
                 for source, buffer in zip(sources, buffers, strict=True):
-                    plgpu.copy_gmem_to_smem(source.at[batch, columns, kv_head], buffer.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        source.at[batch, columns, kv_head], buffer.at[slot], full.at[slot]
+                    )
 
         def await_free(j, _):
             plgpu.barrier_wait(k_free.at[slot_of(j)])
             plgpu.barrier_wait(v_free.at[slot_of(j)])
 
         lax.fori_loop(edges[0], edges[3], fetch, None)
-        lax.fori_loop(lax.max(edges[3] - _BLOCKS.num_stages, edges[0]), edges[3], await_free, None)  # as the barriers were found
+        lax.fori_loop(
+            lax.max(edges[3] - _BLOCKS.num_stages, edges[0]), edges[3], await_free, None
+        )  # as the barriers were found
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
@@ -131,17 +169,34 @@ def _kernel(problem, num_pieces, *refs):
         first = block * _BLOCKS.queries + warpgroup * _HALF
         rows = pl.ds(first, _HALF)
         for source, buffer in zip(q_refs, q_smem, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[batch, rows, head], buffer.at[warpgroup], q_full.at[warpgroup])
+            plgpu.copy_gmem_to_smem(
+                source.at[batch, rows, head], buffer.at[warpgroup], q_full.at[warpgroup]
+            )
         query_segment = _load(query_segment_ref.at[batch, rows], plgpu.Layout.WGMMA.reduce(1))
         plgpu.barrier_wait(q_full.at[warpgroup])
 
         def visible(j):
             shape = (_HALF, _BLOCKS.keys)
-            position, key = (plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) for dim in (0, 1))
-            key_segment = _load(key_segment_ref.at[batch, pl.ds(j * _BLOCKS.keys, _BLOCKS.keys)], plgpu.Layout.WGMMA.reduce(0))
-            segments = lax.broadcast_in_dim(query_segment, shape, [0]), lax.broadcast_in_dim(key_segment, shape, [1])
+            position, key = (
+                plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
+                for dim in (0, 1)
+            )
+            key_segment = _load(
+                key_segment_ref.at[batch, pl.ds(j * _BLOCKS.keys, _BLOCKS.keys)],
+                plgpu.Layout.WGMMA.reduce(0),
+            )
+            segments = (
+                lax.broadcast_in_dim(query_segment, shape, [0]),
+                lax.broadcast_in_dim(key_segment, shape, [1]),
+            )
             causal, window = problem.settings.causal, problem.settings.window
-            return is_visible(position + (first + problem.offset), key + j * _BLOCKS.keys, *segments, causal, window)
+            return is_visible(
+                position + (first + problem.offset),
+                key + j * _BLOCKS.keys,
+                *segments,
+                causal,
+                window,
+            )
 
         def step(is_masked, j, carry):
             accumulators, top, total = carry
@@ -163,22 +218,34 @@ def _kernel(problem, num_pieces, *refs):
             new_top = jnp.maximum(top, scores.max(axis=1))
             weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
             if is_masked:
-                weights = jnp.where(is_seen, weights, 0.0)  # a row that has seen nothing yet has no top
+                weights = jnp.where(
+                    is_seen, weights, 0.0
+                )  # a row that has seen nothing yet has no top
             decay = jnp.exp2(top - new_top)
             total = total * decay + weights.sum(axis=1)
             plgpu.barrier_wait(v_full.at[slot])
             _take_turns(turn)
             values = _times_values(weights.astype(jnp.bfloat16), [v.at[slot] for v in v_smem])
             plgpu.barrier_arrive(v_free.at[slot])
-            accumulators = [old * lax.broadcast_in_dim(decay, new.shape, [0]) + new for old, new in zip(accumulators, values, strict=True)]
+            accumulators = [
+                old * lax.broadcast_in_dim(decay, new.shape, [0]) + new
+                for old, new in zip(accumulators, values, strict=True)
+            ]
             return accumulators, new_top, total
 
         zeros = plgpu.layout_cast(jnp.zeros((_HALF,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        accumulators = [plgpu.layout_cast(jnp.zeros((_HALF, v.shape[2]), jnp.float32), plgpu.Layout.WGMMA) for v in v_smem]
+        accumulators = [
+            plgpu.layout_cast(jnp.zeros((_HALF, v.shape[2]), jnp.float32), plgpu.Layout.WGMMA)
+            for v in v_smem
+        ]
         carry = accumulators, zeros + _MASKED, zeros
-        pl.when(warpgroup == 1)(functools.partial(_take_turns, turn))  # half a step behind the other
+        pl.when(warpgroup == 1)(
+            functools.partial(_take_turns, turn)
+        )  # half a step behind the other
         for i, is_masked in enumerate((True, False, True)):
-            carry = lax.fori_loop(edges[i], edges[i + 1], functools.partial(step, is_masked), carry)
+            carry = lax.fori_loop(
+                edges[i], edges[i + 1], functools.partial(step, is_masked), carry
+            )
         pl.when(warpgroup == 0)(functools.partial(_take_turns, turn))
 
         accumulators, top, total = carry
@@ -186,7 +253,9 @@ def _kernel(problem, num_pieces, *refs):
         total = jnp.where(has_keys, total, 1.0)
         lse_ref[batch, head, rows] = jnp.where(has_keys, top / _LOG2E + jnp.log(total), -jnp.inf)
         for buffer, value in zip(q_smem, accumulators, strict=True):
-            buffer[warpgroup] = (value / lax.broadcast_in_dim(total, value.shape, [0])).astype(buffer.dtype)
+            buffer[warpgroup] = (value / lax.broadcast_in_dim(total, value.shape, [0])).astype(
+                buffer.dtype
+            )
         plgpu.commit_smem()
         for out_ref, buffer in zip(out_refs, q_smem, strict=True):
             plgpu.copy_smem_to_gmem(buffer.at[warpgroup], out_ref.at[batch, rows, head])
@@ -201,7 +270,9 @@ def _times_values(weights: jax.Array, values: list[Any]) -> list[jax.Array]:
             plgpu.wgmma(total, weights, value)
         return [total[...] for total in sums]
 
-    return pl.run_scoped(multiply, *[plgpu.ACC((weights.shape[0], value.shape[1]), jnp.float32) for value in values])
+    return pl.run_scoped(
+        multiply, *[plgpu.ACC((weights.shape[0], value.shape[1]), jnp.float32) for value in values]
+    )
 
 
 def _take_turns(barrier: Any) -> None:
@@ -217,11 +288,19 @@ def _pieces(size: int) -> list[Any]:
 
 
 def _tiled(shape: tuple[int, ...]) -> Any:
-    """bfloat16 shared memory in the layout that the copy engine writes and the tensor cores read; the swizzle covers the last dim."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, shape[-1])), plgpu.SwizzleTransform(2 * shape[-1])))
+    """bfloat16 shared memory in the layout that the copy engine writes and the tensor cores read;
+    the swizzle covers the last dim.
+    """
+    return plgpu.SMEM(
+        shape,
+        jnp.bfloat16,
+        transforms=(plgpu.TilingTransform((8, shape[-1])), plgpu.SwizzleTransform(2 * shape[-1])),
+    )
 
 
-_LOAD_ALL = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10 wants an index beside the reference
+_LOAD_ALL = (
+    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+)  # jax 0.10 wants an index beside the reference
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:

@@ -14,7 +14,9 @@ _MASKED = -1e30  # swallows any score in float32, so that a row without keys has
 
 
 class Settings(NamedTuple):
-    """What is computed, apart from the arrays; the arguments of `api.flash_attention`, all filled in."""
+    """What is computed, apart from the arrays; the arguments of `api.flash_attention`, all filled
+    in.
+    """
 
     causal: bool
     window: int | None
@@ -24,7 +26,12 @@ class Settings(NamedTuple):
 
 
 def is_visible(
-    position: jax.Array, key: jax.Array, query_segment: jax.Array, key_segment: jax.Array, causal: bool, window: int | None
+    position: jax.Array,
+    key: jax.Array,
+    query_segment: jax.Array,
+    key_segment: jax.Array,
+    causal: bool,
+    window: int | None,
 ) -> jax.Array:
     """bool: whether a query sees a key; all arrays int32 and broadcasting.
 
@@ -50,7 +57,8 @@ def attention(
     seed_BN: jax.Array,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32; arrays as in `api.flash_attention`.
+    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32; arrays as in
+    `api.flash_attention`.
 
     Args:
       seed_BN: uint32, from `dropout.head_seeds`.
@@ -58,15 +66,28 @@ def attention(
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     f32 = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
     # Padding may hold anything, NaN too.
-    q_BTNH, (k_BSKH, v_BSKH) = zero_padding(q_BTNH, query_segment_BT), (zero_padding(x, key_segment_BS) for x in (k_BSKH, v_BSKH))
+    q_BTNH, (k_BSKH, v_BSKH) = (
+        zero_padding(q_BTNH, query_segment_BT),
+        (zero_padding(x, key_segment_BS) for x in (k_BSKH, v_BSKH)),
+    )
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H)
-    scores_BNTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32), **f32).reshape(B, N, T, S) * settings.scale
+    scores_BNTS = (
+        jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32), **f32).reshape(
+            B, N, T, S
+        )
+        * settings.scale
+    )
     if settings.soft_cap is not None:
         scores_BNTS = settings.soft_cap * jnp.tanh(scores_BNTS / settings.soft_cap)
 
     query_T1, key_S = jnp.arange(T)[:, None], jnp.arange(S)
     visible_BTS = is_visible(
-        query_T1 + S - T, key_S, query_segment_BT[:, :, None], key_segment_BS[:, None, :], settings.causal, settings.window
+        query_T1 + S - T,
+        key_S,
+        query_segment_BT[:, :, None],
+        key_segment_BS[:, None, :],
+        settings.causal,
+        settings.window,
     )
     visible_BNTS = visible_BTS[:, None]
     scores_BNTS = jnp.where(visible_BNTS, scores_BNTS, _MASKED)
@@ -78,7 +99,9 @@ def attention(
     lse_BNT = jnp.where(has_keys_BNT1, max_BNT1 + jnp.log(sum_BNT1), -jnp.inf)[..., 0]
     weights_BNTS = weights_BNTS / sum_BNT1
     if settings.dropout_rate:
-        kept_BNTS = dropout.is_kept(seed_BN[:, :, None, None], query_T1, key_S, settings.dropout_rate)
+        kept_BNTS = dropout.is_kept(
+            seed_BN[:, :, None, None], query_T1, key_S, settings.dropout_rate
+        )
         weights_BNTS = jnp.where(kept_BNTS, weights_BNTS / (1 - settings.dropout_rate), 0.0)
 
     weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)

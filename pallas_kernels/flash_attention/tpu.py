@@ -1,11 +1,13 @@
 """flash_attention on TPUs: scores are computed transposed, keys in sublanes and queries in lanes.
 
-Scores^T[bk, bq] = k[bk, H] q^T[H, bq], so softmax statistics are lane vectors [1, bq] reduced over sublanes, and
-out^T[H, bq] = v^T[H, bk] weights^T[bk, bq] streams H through the matrix unit, where a multiple of 8 costs nothing extra; only the
-contraction over H in the scores is padded to the matrix unit's size.  q, out and their gradients lie in memory as [.., H, T].
+Scores^T[bk, bq] = k[bk, H] q^T[H, bq], so softmax statistics are lane vectors [1, bq] reduced over
+sublanes, and out^T[H, bq] = v^T[H, bk] weights^T[bk, bq] streams H through the matrix unit, where
+a multiple of 8 costs nothing extra; only the contraction over H in the scores is padded to the
+matrix unit's size.  q, out and their gradients lie in memory as [.., H, T].
 
-Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim; G query heads that share one block of keys, J = N / (K G)
-such groups for one kv head, Z = K J groups; bq, bk the blocks of queries and keys.
+Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim; G query heads that
+share one block of keys, J = N / (K G) such groups for one kv head, Z = K J groups; bq, bk the
+blocks of queries and keys.
 """
 
 import dataclasses
@@ -34,8 +36,9 @@ class Config:
 
     block_q, block_k: of the forward kernel.
     block_q_backward, block_k_backward: of the backward kernel.
-    slice_k, slice_k_backward: keys of one matrix product.  Within a block of keys the products of the next slice are issued before the
-      softmax of this one, which is what keeps the matrix and the vector units busy at the same time.
+    slice_k, slice_k_backward: keys of one matrix product.  Within a block of keys the products of
+      the next slice are issued before the softmax of this one, which is what keeps the matrix and
+      the vector units busy at the same time.
     heads: at most so many query heads share a block of keys.
     """
 
@@ -48,8 +51,9 @@ class Config:
     heads: int = 16
 
 
-# Found 2026-11-23 by the static cycles of the steps alone (bench.py), head dim 80, libtpu 0.0.50.1; never run on a chip.  tpu7x, which
-# cannot be profiled, takes v6e's, whose matrix units are of the same size.
+# Found 2026-11-23 by the static cycles of the steps alone (bench.py), head dim 80, libtpu
+# 0.0.50.1; never run on a chip.  tpu7x, which cannot be profiled, takes v6e's, whose matrix units
+# are of the same size.
 CONFIGS = {
     "v5e": Config(),
     "v5p": Config(),
@@ -86,7 +90,11 @@ def refuse(device_kind: str, q_BTNH, k_BSKH, settings: Settings) -> str | None:
     """Why this cannot run on such a device, or None; see select.choose."""
     del k_BSKH, settings
     reason = select.only_on("TPU", device_kind) or select.whole_sublanes(q_BTNH.shape[-1])
-    return reason or (None if chips.of_device(device_kind) in CONFIGS else f"has no block sizes for {device_kind}")
+    return reason or (
+        None
+        if chips.of_device(device_kind) in CONFIGS
+        else f"has no block sizes for {device_kind}"
+    )
 
 
 def attention(
@@ -111,17 +119,27 @@ def attention(
 
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)
     k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
-    q_BTNH, query_segment_BT = (_pad(x, math.lcm(config.block_q, config.block_q_backward)) for x in (q_BTNH, query_segment_BT))
-    k_BSKH, v_BSKH, key_segment_BS = (_pad(x, math.lcm(config.block_k, config.block_k_backward)) for x in (k_BSKH, v_BSKH, key_segment_BS))
+    q_BTNH, query_segment_BT = (
+        _pad(x, math.lcm(config.block_q, config.block_q_backward))
+        for x in (q_BTNH, query_segment_BT)
+    )
+    k_BSKH, v_BSKH, key_segment_BS = (
+        _pad(x, math.lcm(config.block_k, config.block_k_backward))
+        for x in (k_BSKH, v_BSKH, key_segment_BS)
+    )
     q_BZGHT = q_BTNH.transpose(0, 2, 3, 1).reshape(B, N // G, G, H, -1)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    out_BZGHT, lse_BZGT = _attend(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN)
+    out_BZGHT, lse_BZGT = _attend(
+        problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN
+    )
     out_BTNH = out_BZGHT.reshape(B, N, H, -1).transpose(0, 3, 1, 2)[:, :T]
     return out_BTNH, lse_BZGT.reshape(B, N, -1)[:, :, :T]
 
 
 def _fitted(config: Config, T: int, S: int) -> Config:
-    """`config` with blocks no longer than the arrays, in whole slices: libtpu fails on some others for v6e, such as blocks of 384."""
+    """`config` with blocks no longer than the arrays, in whole slices: libtpu fails on some others
+    for v6e, such as blocks of 384.
+    """
     size = math.lcm(_LANES, config.slice_k, config.slice_k_backward)
     T, S = (-(-length // size) * size for length in (T, S))
     return dataclasses.replace(
@@ -139,7 +157,8 @@ def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:
 
 
 class Visits(NamedTuple):
-    """Which blocks of keys each block of queries visits (or the other way around): int32, 1-D over (batch, block), for scalar memory.
+    """Which blocks of keys each block of queries visits (or the other way around): int32, 1-D over
+    (batch, block), for scalar memory.
 
     first, last: blocks that may have visible pairs; last < first if there are none.
     full_first, full_last: within them, those in which every pair is visible.
@@ -151,16 +170,30 @@ class Visits(NamedTuple):
     full_last: jax.Array
 
     def block(self, row: jax.Array, step: jax.Array) -> jax.Array:
-        """The block to load at a step; the last one again when there are no more, which loads nothing."""
+        """The block to load at a step; the last one again when there are no more, which loads
+        nothing.
+        """
         first = self.first[row]
         return jnp.minimum(first + step, jnp.maximum(self.last[row], first))
 
 
 def visits(
-    problem: Problem, query_segment_BT: jax.Array, key_segment_BS: jax.Array, block_q: int, block_k: int
+    problem: Problem,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    block_q: int,
+    block_k: int,
 ) -> tuple[Visits, Visits, int, int]:
-    """For each block of queries the blocks of keys, the reverse, and how many steps each of the two needs at most."""
-    may_qk, all_qk = _static_visibility(problem, query_segment_BT.shape[1] // block_q, key_segment_BS.shape[1] // block_k, block_q, block_k)
+    """For each block of queries the blocks of keys, the reverse, and how many steps each of the
+    two needs at most.
+    """
+    may_qk, all_qk = _static_visibility(
+        problem,
+        query_segment_BT.shape[1] // block_q,
+        key_segment_BS.shape[1] // block_k,
+        block_q,
+        block_k,
+    )
     low_Bq, high_Bq, is_one_Bq = _segment_range(query_segment_BT, block_q)
     low_Bk, high_Bk, is_one_Bk = _segment_range(key_segment_BS, block_k)
     low_Bq1, high_Bq1, is_one_Bq1 = low_Bq[:, :, None], high_Bq[:, :, None], is_one_Bq[:, :, None]
@@ -168,10 +201,16 @@ def visits(
     may_Bqk = may_qk & (low_Bq1 <= high_B1k) & (low_B1k <= high_Bq1)
     all_Bqk = all_qk & is_one_Bq1 & is_one_B1k & (low_Bq1 == low_B1k)
     num_steps = [int(may_qk.sum(axis).max(initial=1)) for axis in (1, 0)]
-    return _ranges(may_Bqk, all_Bqk), _ranges(may_Bqk.swapaxes(1, 2), all_Bqk.swapaxes(1, 2)), *num_steps
+    return (
+        _ranges(may_Bqk, all_Bqk),
+        _ranges(may_Bqk.swapaxes(1, 2), all_Bqk.swapaxes(1, 2)),
+        *num_steps,
+    )
 
 
-def _static_visibility(problem: Problem, num_q: int, num_k: int, block_q: int, block_k: int) -> tuple[np.ndarray, np.ndarray]:
+def _static_visibility(
+    problem: Problem, num_q: int, num_k: int, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """bool [q, k] of pairs of blocks: whether causality and window show any pair, and all pairs."""
     settings = problem.settings
     low_q1 = np.arange(num_q)[:, None] * block_q + problem.lead
@@ -189,7 +228,9 @@ def _static_visibility(problem: Problem, num_q: int, num_k: int, block_q: int, b
 
 
 def _segment_range(segment_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, blocks]: the lowest and the highest document number (low > high: only padding), and whether there is but one."""
+    """[B, blocks]: the lowest and the highest document number (low > high: only padding), and
+    whether there is but one.
+    """
     segment_Bnb = segment_BT.reshape(segment_BT.shape[0], -1, block)
     low_Bn = jnp.where(segment_Bnb > 0, segment_Bnb, np.iinfo(np.int32).max).min(-1)
     high_Bn = segment_Bnb.max(-1)
@@ -204,7 +245,9 @@ def _ranges(may_Brc: jax.Array, all_Brc: jax.Array) -> Visits:
     last = jnp.where(may_Brc, column, -1).max(-1)
     full_first = jnp.where(all_Brc, column, num).min(-1)
     full_last = jnp.where(~all_Brc & (column > full_first[..., None]), column, num).min(-1) - 1
-    return Visits(*(x.reshape(-1) for x in (jnp.where(last < 0, 0, first), last, full_first, full_last)))
+    return Visits(
+        *(x.reshape(-1) for x in (jnp.where(last < 0, 0, first), last, full_first, full_last))
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,24 +271,47 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _dot(a, b, a_dim: int, b_dim: int):
     """Matrix product over one dim of each, accumulated in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((a_dim,), (b_dim,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _scores(problem: Problem, k_kH, q_Hq):
-    """q k [bk, bq], as tanh(q k scale / soft_cap) if there is a cap; the rest of the factor goes into the exponent."""
+    """q k [bk, bq], as tanh(q k scale / soft_cap) if there is a cap; the rest of the factor goes
+    into the exponent.
+    """
     scores_kq = _dot(k_kH, q_Hq, 1, 0)
     settings = problem.settings
-    return scores_kq if settings.soft_cap is None else jnp.tanh(scores_kq * (settings.scale / settings.soft_cap))
+    return (
+        scores_kq
+        if settings.soft_cap is None
+        else jnp.tanh(scores_kq * (settings.scale / settings.soft_cap))
+    )
 
 
 def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segment_1k):
     """float32 [bk, bq], 0 where visible, else _MASKED."""
     bq, bk = query_segment_1q.shape[1], key_segment_1k.shape[1]
     # From lanes into sublanes.
-    key_segment_kq = jnp.broadcast_to(jnp.broadcast_to(key_segment_1k, (_LANES, bk)).T[:, :1], (bk, bq))
+    key_segment_kq = jnp.broadcast_to(
+        jnp.broadcast_to(key_segment_1k, (_LANES, bk)).T[:, :1], (bk, bq)
+    )
     key_kq = key_block * bk + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 0)
-    position_kq = query_block * bq + problem.lead + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
-    visible_kq = is_visible(position_kq, key_kq, query_segment_1q, key_segment_kq, problem.settings.causal, problem.settings.window)
+    position_kq = (
+        query_block * bq + problem.lead + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
+    )
+    visible_kq = is_visible(
+        position_kq,
+        key_kq,
+        query_segment_1q,
+        key_segment_kq,
+        problem.settings.causal,
+        problem.settings.window,
+    )
     return jnp.where(visible_kq, 0.0, _MASKED)
 
 
@@ -253,11 +319,15 @@ def _kept(problem: Problem, query_block, first_key, bq: int, num_keys: int, seed
     """bool [num_keys, bq], False where dropout drops; for the keys from first_key on."""
     key_k1 = first_key + jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
     query_1q = query_block * bq + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
-    return dropout.is_kept(seed.astype(jnp.uint32), query_1q, key_k1, problem.settings.dropout_rate)
+    return dropout.is_kept(
+        seed.astype(jnp.uint32), query_1q, key_k1, problem.settings.dropout_rate
+    )
 
 
 def _when_visible(visits: Visits, row, block, step):
-    """Runs step(is_masked) if the block is one to visit, with masks only where a pair may be hidden."""
+    """Runs step(is_masked) if the block is one to visit, with masks only where a pair may be
+    hidden.
+    """
     is_full = (visits.full_first[row] <= block) & (block <= visits.full_last[row])
     is_visited = block <= visits.last[row]
     pl.when(is_visited & is_full)(lambda: step(False))
@@ -271,7 +341,9 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
     num_q = T // bq
 
     def at_query(*dims):
-        return pl.BlockSpec((None, None, *dims, bq), lambda b, z, i, j, *_: (b, z, *(0,) * len(dims), i))
+        return pl.BlockSpec(
+            (None, None, *dims, bq), lambda b, z, i, j, *_: (b, z, *(0,) * len(dims), i)
+        )
 
     def key_index(b, i, j, prefetched):
         return Visits(*prefetched[:4]).block(b * num_q + i, j)
@@ -281,23 +353,41 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
         grid=(B, Z, num_q, num_steps),
         in_specs=[
             at_query(G, H),
-            pl.BlockSpec((None, None, bk, H), lambda b, z, i, j, *pre: (b, jax.lax.div(z, J), key_index(b, i, j, pre), 0)),
-            pl.BlockSpec((None, None, H, bk), lambda b, z, i, j, *pre: (b, jax.lax.div(z, J), 0, key_index(b, i, j, pre))),
+            pl.BlockSpec(
+                (None, None, bk, H),
+                lambda b, z, i, j, *pre: (b, jax.lax.div(z, J), key_index(b, i, j, pre), 0),
+            ),
+            pl.BlockSpec(
+                (None, None, H, bk),
+                lambda b, z, i, j, *pre: (b, jax.lax.div(z, J), 0, key_index(b, i, j, pre)),
+            ),
             pl.BlockSpec((None, 1, bq), lambda b, z, i, j, *_: (b, 0, i)),
             pl.BlockSpec((None, 1, bk), lambda b, z, i, j, *pre: (b, 0, key_index(b, i, j, pre))),
         ],
         out_specs=[at_query(G, H), at_query(G, 1)],
-        scratch_shapes=[pltpu.VMEM((G, H, bq), jnp.float32)] + [pltpu.VMEM((G, 1, bq), jnp.float32)] * 2,
+        scratch_shapes=[pltpu.VMEM((G, H, bq), jnp.float32)]
+        + [pltpu.VMEM((G, 1, bq), jnp.float32)] * 2,
     )
     out_BZGHT, lse_BZG1T = pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem),
         grid_spec=grid_spec,
-        out_shape=[jax.ShapeDtypeStruct(q_BZGHT.shape, q_BZGHT.dtype), jax.ShapeDtypeStruct((B, Z, G, 1, T), jnp.float32)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BZGHT.shape, q_BZGHT.dtype),
+            jax.ShapeDtypeStruct((B, Z, G, 1, T), jnp.float32),
+        ],
         compiler_params=_compiler_params(problem, "parallel"),
         cost_estimate=_cost(problem, q_BZGHT, k_BKSH, num_products=2),
         interpret=problem.interpret,
         name="flash_attention_forward",
-    )(*table, _flat(seed_BN), q_BZGHT, k_BKSH, v_BKSH.swapaxes(2, 3), query_segment_BT[:, None], key_segment_BS[:, None])
+    )(
+        *table,
+        _flat(seed_BN),
+        q_BZGHT,
+        k_BKSH,
+        v_BKSH.swapaxes(2, 3),
+        query_segment_BT[:, None],
+        key_segment_BS[:, None],
+    )
     return out_BZGHT, lse_BZG1T[:, :, :, 0]
 
 
@@ -308,19 +398,40 @@ def _flat(seed_BN):
 
 def _cost(problem: Problem, q_BZGHT, k_BKSH, num_products: int) -> pl.CostEstimate:
     """What the scheduler around the kernel is told; what segments hide is not known to it."""
-    num_scores = q_BZGHT.size // q_BZGHT.shape[3] * k_BKSH.shape[2] // (2 if problem.settings.causal else 1)
+    num_scores = (
+        q_BZGHT.size // q_BZGHT.shape[3] * k_BKSH.shape[2] // (2 if problem.settings.causal else 1)
+    )
     num_bytes = num_products * (q_BZGHT.size + k_BKSH.size) * q_BZGHT.dtype.itemsize
-    return pl.CostEstimate(flops=2 * num_products * q_BZGHT.shape[3] * num_scores, bytes_accessed=num_bytes, transcendentals=num_scores)
+    return pl.CostEstimate(
+        flops=2 * num_products * q_BZGHT.shape[3] * num_scores,
+        bytes_accessed=num_bytes,
+        transcendentals=num_scores,
+    )
 
 
 def _compiler_params(problem: Problem, third: str):
     # The compiler wants room of its own: at 7/8 v5p ran out although the blocks need 10 MB.
     semantics = ("parallel", "parallel", third, "arbitrary")
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=problem.vmem_bytes // 2)
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=problem.vmem_bytes // 2
+    )
 
 
 def _forward_kernel(*refs, problem: Problem):
-    *table, seed_ref, q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, out_ref, lse_ref, sum_ref, max_ref, norm_ref = refs
+    (
+        *table,
+        seed_ref,
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segment_ref,
+        key_segment_ref,
+        out_ref,
+        lse_ref,
+        sum_ref,
+        max_ref,
+        norm_ref,
+    ) = refs
     table = Visits(*table)
     G, _, bq = q_ref.shape
     bk = k_ref.shape[0]
@@ -335,10 +446,21 @@ def _forward_kernel(*refs, problem: Problem):
         norm_ref[...] = jnp.zeros(norm_ref.shape, jnp.float32)
 
     def step(is_masked):
-        mask_kq = _mask(problem, i, block, query_segment_ref[...], key_segment_ref[...]) if is_masked else None
+        mask_kq = (
+            _mask(problem, i, block, query_segment_ref[...], key_segment_ref[...])
+            if is_masked
+            else None
+        )
 
         def kept(g, keys):
-            return _kept(problem, i, block * bk + keys.start, bq, keys.stop - keys.start, seed_ref[(b * pl.num_programs(1) + z) * G + g])
+            return _kept(
+                problem,
+                i,
+                block * bk + keys.start,
+                bq,
+                keys.stop - keys.start,
+                seed_ref[(b * pl.num_programs(1) + z) * G + g],
+            )
 
         forward_step(problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, mask_kq, kept)
 
@@ -349,7 +471,9 @@ def _forward_kernel(*refs, problem: Problem):
         # A query whose keys were all hidden has summed masked scores, if anything.
         has_keys_G1q = max_ref[...] > _MASKED / 2
         norm_G1q = jnp.where(has_keys_G1q, norm_ref[...], 1.0)
-        factor_G1q = jnp.where(has_keys_G1q, 1 / ((1 - problem.settings.dropout_rate) * norm_G1q), 0.0)
+        factor_G1q = jnp.where(
+            has_keys_G1q, 1 / ((1 - problem.settings.dropout_rate) * norm_G1q), 0.0
+        )
         out_ref[...] = (sum_ref[...] * factor_G1q).astype(out_ref.dtype)
         lse_G1q = max_ref[...] * (problem.exp2_factor / _LOG2E) + jnp.log(norm_G1q)
         lse_ref[...] = jnp.where(has_keys_G1q, lse_G1q, -jnp.inf)
@@ -360,14 +484,16 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def forward_step(problem: Problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, mask_kq=None, kept=None):
+def forward_step(
+    problem: Problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, mask_kq=None, kept=None
+):
     """One block of queries of all G heads over one block of keys.
 
     Args:
       q_ref: [G, H, bq].
       k_ref, v_ref: [bk, H] and [H, bk].
-      sum_ref, max_ref, norm_ref: float32 [G, H, bq], [G, 1, bq] and [G, 1, bq], updated: the weighted sum of values, the highest
-        score, the sum of the weights.
+      sum_ref, max_ref, norm_ref: float32 [G, H, bq], [G, 1, bq] and [G, 1, bq], updated: the
+        weighted sum of values, the highest score, the sum of the weights.
       mask_kq: added to the scores, or None.
       kept: (head, slice of the keys) -> bool [slice, bq], called if there is dropout.
     """
@@ -380,7 +506,9 @@ def forward_step(problem: Problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_r
     def head(g, scores_kq):
         max_1q, norm_1q = max_ref[g], norm_ref[g]
         for keys, next_keys in zip(slices, [*slices[1:], None], strict=True):
-            next_scores_kq = scores(g, next_keys) if next_keys else scores(jnp.minimum(g + 1, G - 1), slices[0])
+            next_scores_kq = (
+                scores(g, next_keys) if next_keys else scores(jnp.minimum(g + 1, G - 1), slices[0])
+            )
             if mask_kq is not None:
                 scores_kq += mask_kq[keys]
             old_max_1q, max_1q = max_1q, jnp.maximum(max_1q, scores_kq.max(0, keepdims=True))
@@ -398,28 +526,50 @@ def forward_step(problem: Problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_r
     jax.lax.fori_loop(0, G, head, scores(0, slices[0]))
 
 
-def _backward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN, out_BZGHT, lse_BZGT, dout_BZGHT, dlse_BZGT):
+def _backward(
+    problem,
+    q_BZGHT,
+    k_BKSH,
+    v_BKSH,
+    query_segment_BT,
+    key_segment_BS,
+    seed_BN,
+    out_BZGHT,
+    lse_BZGT,
+    dout_BZGHT,
+    dlse_BZGT,
+):
     """Gradients of q, k and v in their layouts."""
     (B, Z, G, H, _), (_, K, S, _) = q_BZGHT.shape, k_BKSH.shape
     bq, bk, J = problem.config.block_q_backward, problem.config.block_k_backward, np.int32(Z // K)
     _, table, _, num_steps = visits(problem, query_segment_BT, key_segment_BS, bq, bk)
     num_k = S // bk
 
-    # A query without keys has weights of 2^-1e30 = 0, and its gradients, which may be NaN, are not used.
+    # A query without keys has weights of 2^-1e30 = 0, and its gradients, which may be NaN, are not
+    # used.
     has_keys_BZGT = ~jnp.isneginf(lse_BZGT)
-    delta_BZGT = (out_BZGHT.astype(jnp.float32) * dout_BZGHT.astype(jnp.float32)).sum(3) - dlse_BZGT
+    delta_BZGT = (out_BZGHT.astype(jnp.float32) * dout_BZGHT.astype(jnp.float32)).sum(
+        3
+    ) - dlse_BZGT
     delta_BZGT = jnp.where(has_keys_BZGT, delta_BZGT, 0.0)
     lse2_BZGT = jnp.where(has_keys_BZGT, lse_BZGT * _LOG2E, -_MASKED)
-    dout_BZGHT = jnp.where(has_keys_BZGT[:, :, :, None], dout_BZGHT, jnp.zeros((), dout_BZGHT.dtype))
+    dout_BZGHT = jnp.where(
+        has_keys_BZGT[:, :, :, None], dout_BZGHT, jnp.zeros((), dout_BZGHT.dtype)
+    )
 
     def query_index(b, i, j, prefetched):
         return Visits(*prefetched[:4]).block(b * num_k + i, j)
 
     def at_query(*dims):
-        return pl.BlockSpec((None, None, *dims, bq), lambda b, z, i, j, *pre: (b, z, *(0,) * len(dims), query_index(b, i, j, pre)))
+        return pl.BlockSpec(
+            (None, None, *dims, bq),
+            lambda b, z, i, j, *pre: (b, z, *(0,) * len(dims), query_index(b, i, j, pre)),
+        )
 
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    by_rows = pl.BlockSpec((None, None, bk, H), lambda b, z, i, j, *_: (b, jax.lax.div(z, J), i, 0))
+    by_rows = pl.BlockSpec(
+        (None, None, bk, H), lambda b, z, i, j, *_: (b, jax.lax.div(z, J), i, 0)
+    )
     gradient_spec = pl.BlockSpec((None, None, H, bk), lambda b, z, i, j, *_: (b, z, 0, i))
     gradient_shape = jax.ShapeDtypeStruct((B, Z, H, S), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -427,22 +577,46 @@ def _backward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS
         grid=(B, Z, num_k, num_steps),
         in_specs=[
             *(at_query(G, H), at_query(G, H), at_query(G, 1), at_query(G, 1)),
-            *(by_rows, pl.BlockSpec((None, None, H, bk), lambda b, z, i, j, *_: (b, jax.lax.div(z, J), 0, i)), by_rows),
-            pl.BlockSpec((None, 1, bq), lambda b, z, i, j, *pre: (b, 0, query_index(b, i, j, pre))),
+            *(
+                by_rows,
+                pl.BlockSpec(
+                    (None, None, H, bk), lambda b, z, i, j, *_: (b, jax.lax.div(z, J), 0, i)
+                ),
+                by_rows,
+            ),
+            pl.BlockSpec(
+                (None, 1, bq), lambda b, z, i, j, *pre: (b, 0, query_index(b, i, j, pre))
+            ),
             pl.BlockSpec((None, 1, bk), lambda b, z, i, j, *_: (b, 0, i)),
             in_hbm,
         ],
         out_specs=[in_hbm, gradient_spec, gradient_spec],
-        scratch_shapes=[pltpu.VMEM((G, H, bq), jnp.float32)] * 2 + [pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA],
+        scratch_shapes=[pltpu.VMEM((G, H, bq), jnp.float32)] * 2
+        + [pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA],
     )
     k_BKHS = k_BKSH.swapaxes(2, 3)
     rows = (x[:, :, :, None] for x in (lse2_BZGT, delta_BZGT))
     segments = (query_segment_BT[:, None], key_segment_BS[:, None])
-    inputs = (*table, _flat(seed_BN), q_BZGHT, dout_BZGHT, *rows, k_BKSH, k_BKHS, v_BKSH, *segments, jnp.zeros(q_BZGHT.shape, jnp.float32))
+    inputs = (
+        *table,
+        _flat(seed_BN),
+        q_BZGHT,
+        dout_BZGHT,
+        *rows,
+        k_BKSH,
+        k_BKHS,
+        v_BKSH,
+        *segments,
+        jnp.zeros(q_BZGHT.shape, jnp.float32),
+    )
     dq_BZGHT, dk_BZHS, dv_BZHS = pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem),
         grid_spec=grid_spec,
-        out_shape=[jax.ShapeDtypeStruct(q_BZGHT.shape, jnp.float32), gradient_shape, gradient_shape],
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BZGHT.shape, jnp.float32),
+            gradient_shape,
+            gradient_shape,
+        ],
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=_compiler_params(problem, "arbitrary"),
         cost_estimate=_cost(problem, q_BZGHT, k_BKSH, num_products=5),
@@ -450,12 +624,31 @@ def _backward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS
         name="flash_attention_backward",
     )(*inputs)
     scale = problem.settings.scale
-    dk_BKSH, dv_BKSH = (x.reshape(B, K, -1, H, S).sum(2).swapaxes(2, 3) for x in (dk_BZHS * scale, dv_BZHS))
-    return (dq_BZGHT * scale).astype(q_BZGHT.dtype), dk_BKSH.astype(k_BKSH.dtype), dv_BKSH.astype(v_BKSH.dtype)
+    dk_BKSH, dv_BKSH = (
+        x.reshape(B, K, -1, H, S).sum(2).swapaxes(2, 3) for x in (dk_BZHS * scale, dv_BZHS)
+    )
+    return (
+        (dq_BZGHT * scale).astype(q_BZGHT.dtype),
+        dk_BKSH.astype(k_BKSH.dtype),
+        dv_BKSH.astype(v_BKSH.dtype),
+    )
 
 
 def _backward_kernel(*refs, problem: Problem):
-    *table, seed_ref, q_ref, dout_ref, lse2_ref, delta_ref, k_ref, kt_ref, v_ref, query_segment_ref, key_segment_ref, _ = refs[:15]
+    (
+        *table,
+        seed_ref,
+        q_ref,
+        dout_ref,
+        lse2_ref,
+        delta_ref,
+        k_ref,
+        kt_ref,
+        v_ref,
+        query_segment_ref,
+        key_segment_ref,
+        _,
+    ) = refs[:15]
     dq_hbm_ref, dk_ref, dv_ref, dq_ref, sum_ref, is_writing_ref, semaphore = refs[15:]
     table = Visits(*table)
     G, _, bq = q_ref.shape
@@ -481,13 +674,24 @@ def _backward_kernel(*refs, problem: Problem):
             is_writing_ref[0] = 0
 
     def step(is_masked):
-        mask_kq = _mask(problem, block, i, query_segment_ref[...], key_segment_ref[...]) if is_masked else None
+        mask_kq = (
+            _mask(problem, block, i, query_segment_ref[...], key_segment_ref[...])
+            if is_masked
+            else None
+        )
 
         def kept(g, keys):
-            return _kept(problem, block, i * bk + keys.start, bq, keys.stop - keys.start, seed_ref[(b * pl.num_programs(1) + z) * G + g])
+            return _kept(
+                problem,
+                block,
+                i * bk + keys.start,
+                bq,
+                keys.stop - keys.start,
+                seed_ref[(b * pl.num_programs(1) + z) * G + g],
+            )
 
-        # The sum over blocks of keys that dq needs lies in HBM.  Half of the heads hide the write of the step before, the other half
-        # the read of this one.
+        # The sum over blocks of keys that dq needs lies in HBM.  Half of the heads hide the write
+        # of the step before, the other half the read of this one.
         refs = (q_ref, dout_ref, lse2_ref, delta_ref, k_ref, kt_ref, v_ref, dq_ref, dk_ref, dv_ref)
         half = (G + 1) // 2
         backward_step(problem, (0, half), *refs, mask_kq, kept)
@@ -508,14 +712,28 @@ def _backward_kernel(*refs, problem: Problem):
 
 
 def backward_step(
-    problem: Problem, heads, q_ref, dout_ref, lse2_ref, delta_ref, k_ref, kt_ref, v_ref, dq_ref, dk_ref, dv_ref, mask_kq=None, kept=None
+    problem: Problem,
+    heads,
+    q_ref,
+    dout_ref,
+    lse2_ref,
+    delta_ref,
+    k_ref,
+    kt_ref,
+    v_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    mask_kq=None,
+    kept=None,
 ):
     """One block of queries of some heads over one block of keys.
 
     Args:
       heads: the first and the one after the last of the G heads.
       q_ref, dout_ref: [G, H, bq].
-      lse2_ref, delta_ref: float32 [G, 1, bq]: the log-sum-exp to base 2; sum of out * dout, less the gradient of the log-sum-exp.
+      lse2_ref, delta_ref: float32 [G, 1, bq]: the log-sum-exp to base 2; sum of out * dout, less
+        the gradient of the log-sum-exp.
       k_ref, kt_ref, v_ref: [bk, H], [H, bk], [bk, H].
       dq_ref: float32 [G, H, bq], written.
       dk_ref, dv_ref: float32 [H, bk], added to.  dq and dk lack the factor `scale`.
@@ -532,7 +750,11 @@ def backward_step(
         dq_Hq = jnp.zeros(q_Hq.shape, jnp.float32)
         for keys, next_keys in zip(slices, [*slices[1:], None], strict=True):
             scores_kq, dweights_kq = scores_dweights
-            scores_dweights = products(g, next_keys) if next_keys else products(jnp.minimum(g + 1, heads[1] - 1), slices[0])
+            scores_dweights = (
+                products(g, next_keys)
+                if next_keys
+                else products(jnp.minimum(g + 1, heads[1] - 1), slices[0])
+            )
             exponent_kq = scores_kq * problem.exp2_factor - lse2_1q
             weights_kq = jnp.exp2(exponent_kq if mask_kq is None else exponent_kq + mask_kq[keys])
             kept_weights_kq = weights_kq
@@ -542,7 +764,10 @@ def backward_step(
             dscores_kq = weights_kq * (dweights_kq - delta_1q)
             if settings.soft_cap is not None:
                 dscores_kq *= 1 - scores_kq * scores_kq
-            kept_weights_kq, dscores_kq = kept_weights_kq.astype(q_Hq.dtype), dscores_kq.astype(q_Hq.dtype)
+            kept_weights_kq, dscores_kq = (
+                kept_weights_kq.astype(q_Hq.dtype),
+                dscores_kq.astype(q_Hq.dtype),
+            )
             dv_ref[:, keys] += _dot(dout_Hq, kept_weights_kq, 1, 1)
             dk_ref[:, keys] += _dot(q_Hq, dscores_kq, 1, 1)
             dq_Hq += _dot(kt_ref[:, keys], dscores_kq, 1, 0)

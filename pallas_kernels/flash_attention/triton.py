@@ -2,13 +2,16 @@
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim.
 
-A head dim that is not a power of two is taken in pieces that are (80 = 64 + 16), so nothing is multiplied by padding: Triton's blocks are
-powers of two, and a matrix product with 80 in either place is two products.  For each block of queries XLA computes beforehand which
-blocks of keys it must visit, and which of those need no mask (`_ranges`): the loops run over these, so a block that nothing sees is
-neither loaded nor computed, and the inner loop has no branch.  The backward pass recomputes the weights: one kernel for dq, one for dk
-and dv, which sums over the G query heads of a kv head and works on transposed scores, as both of its products want them.
+A head dim that is not a power of two is taken in pieces that are (80 = 64 + 16), so nothing is
+multiplied by padding: Triton's blocks are powers of two, and a matrix product with 80 in either
+place is two products.  For each block of queries XLA computes beforehand which blocks of keys it
+must visit, and which of those need no mask (`_ranges`): the loops run over these, so a block that
+nothing sees is neither loaded nor computed, and the inner loop has no branch.  The backward pass
+recomputes the weights: one kernel for dq, one for dk and dv, which sums over the G query heads of
+a kv head and works on transposed scores, as both of its products want them.
 
-jax 0.12 calls Pallas' Triton backend deprecated, with a warning whenever one of these kernels is lowered.
+jax 0.12 calls Pallas' Triton backend deprecated, with a warning whenever one of these kernels is
+lowered.
 """
 
 import dataclasses
@@ -45,7 +48,9 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The three kernels' blocks.  Chosen from what is known of Hopper and to fit shared memory (2026-11), not measured."""
+    """The three kernels' blocks.  Chosen from what is known of Hopper and to fit shared memory
+    (2026-11), not measured.
+    """
 
     forward: Blocks
     dq: Blocks
@@ -67,12 +72,18 @@ class _Problem(NamedTuple):
     interpret: Any
 
 
-def refuse(device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings) -> str | None:
+def refuse(
+    device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings
+) -> str | None:
     """Why this cannot serve the problem on the device, or None."""
     del k_BSKH, settings
     if reason := select.only_on("NVIDIA", device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
         return reason
-    return None if q_BTNH.shape[-1] <= 256 else f"needs a head dim of at most 256, not {q_BTNH.shape[-1]}"
+    return (
+        None
+        if q_BTNH.shape[-1] <= 256
+        else f"needs a head dim of at most 256, not {q_BTNH.shape[-1]}"
+    )
 
 
 def attention(
@@ -87,34 +98,63 @@ def attention(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`; differentiable in q, k and v."""
+    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`;
+    differentiable in q, k and v.
+    """
     del device_kind
-    return with_backward(_forward, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, interpret)
+    return with_backward(
+        _forward,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        query_segment_BT,
+        key_segment_BS,
+        seed_BN,
+        settings,
+        interpret,
+    )
 
 
-def with_backward(forward, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, interpret):
-    """`attention` by (operands padded to whole blocks..., problem) -> (out, lse), with the backward pass of this file."""
+def with_backward(
+    forward, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, interpret
+):
+    """`attention` by (operands padded to whole blocks..., problem) -> (out, lse), with the
+    backward pass of this file.
+    """
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
     config = _CONFIGS[jnp.dtype(q_BTNH.dtype).name]
     problem = _Problem(settings, S - T, config, interpret)
     kernels = (config.forward, config.dq, config.dkv)
-    q_BTNH, query_segment_BT = _pad(q_BTNH, query_segment_BT, max(blocks.queries for blocks in kernels))
+    q_BTNH, query_segment_BT = _pad(
+        q_BTNH, query_segment_BT, max(blocks.queries for blocks in kernels)
+    )
     keys = max(blocks.keys for blocks in kernels)
-    (k_BSKH, _), (v_BSKH, key_segment_BS) = _pad(k_BSKH, key_segment_BS, keys), _pad(v_BSKH, key_segment_BS, keys)
-    out_BTNH, lse_BNT = _attention(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem, forward)
+    (k_BSKH, _), (v_BSKH, key_segment_BS) = (
+        _pad(k_BSKH, key_segment_BS, keys),
+        _pad(v_BSKH, key_segment_BS, keys),
+    )
+    out_BTNH, lse_BNT = _attention(
+        q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem, forward
+    )
     return out_BTNH[:, :T, :, :H], lse_BNT[:, :, :T]
 
 
 def _pad(x_BTNH: jax.Array, segment_BT: jax.Array, multiple: int) -> tuple[jax.Array, jax.Array]:
-    """Zeros in padding, whatever it held, and more padding up to a multiple of slots; head dims to a multiple of 16."""
+    """Zeros in padding, whatever it held, and more padding up to a multiple of slots; head dims to
+    a multiple of 16.
+    """
     _, T, _, H = x_BTNH.shape
     more = -T % multiple
-    x_BTNH = jnp.pad(zero_padding(x_BTNH, segment_BT), ((0, 0), (0, more), (0, 0), (0, -H % _PIECE)))
+    x_BTNH = jnp.pad(
+        zero_padding(x_BTNH, segment_BT), ((0, 0), (0, more), (0, 0), (0, -H % _PIECE))
+    )
     return x_BTNH, jnp.pad(segment_BT, ((0, 0), (0, more)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem, forward):
+def _attention(
+    q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem, forward
+):
     return forward(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem)
 
 
@@ -127,9 +167,19 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, 
     (B, T, N, _), blocks = q_BTNH.shape, problem.config.forward
     ranges = ranges_of(query_segment_BT, key_segment_BS, blocks, problem, by_query=True)
     operands = (q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN)
-    outputs = [jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
+    outputs = [
+        jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+    ]
     return tuple(
-        _call(_forward_kernel, (T // blocks.queries, N, B), blocks, problem, outputs, "flash_attention_forward")(*operands, ranges)
+        _call(
+            _forward_kernel,
+            (T // blocks.queries, N, B),
+            blocks,
+            problem,
+            outputs,
+            "flash_attention_forward",
+        )(*operands, ranges)
     )
 
 
@@ -140,41 +190,68 @@ def _attention_bwd(problem, forward, residuals, cotangents):
     dout_BTNH, dlse_BNT = cotangents
     (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     # d score = weight * (d weight - delta); the log-sum-exp's own gradient is weight * dlse.
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", dout_BTNH, out_BTNH, preferred_element_type=jnp.float32) - dlse_BNT
-    lse_BNT = jnp.where(jnp.isneginf(lse_BNT), 0.0, lse_BNT)  # of queries without keys, all of whose weights are masked
+    delta_BNT = (
+        jnp.einsum("BTNH,BTNH->BNT", dout_BTNH, out_BTNH, preferred_element_type=jnp.float32)
+        - dlse_BNT
+    )
+    lse_BNT = jnp.where(
+        jnp.isneginf(lse_BNT), 0.0, lse_BNT
+    )  # of queries without keys, all of whose weights are masked
     operands = (*operands, dout_BTNH, lse_BNT, delta_BNT)
 
     blocks = problem.config.dq
     ranges = ranges_of(query_segment_BT, key_segment_BS, blocks, problem, by_query=True)
     out = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
-    (dq_BTNH,) = _call(_dq_kernel, (T // blocks.queries, N, B), blocks, problem, [out], "flash_attention_dq")(*operands, ranges)
+    (dq_BTNH,) = _call(
+        _dq_kernel, (T // blocks.queries, N, B), blocks, problem, [out], "flash_attention_dq"
+    )(*operands, ranges)
 
     blocks = problem.config.dkv
     ranges = ranges_of(query_segment_BT, key_segment_BS, blocks, problem, by_query=False)
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BSKH, v_BSKH)]
-    dk_BSKH, dv_BSKH = _call(_dkv_kernel, (S // blocks.keys, K, B), blocks, problem, outputs, "flash_attention_dkv")(*operands, ranges)
+    dk_BSKH, dv_BSKH = _call(
+        _dkv_kernel, (S // blocks.keys, K, B), blocks, problem, outputs, "flash_attention_dkv"
+    )(*operands, ranges)
     return dq_BTNH, dk_BSKH, dv_BSKH, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _call(kernel: Callable, grid: tuple[int, ...], blocks: Blocks, problem: _Problem, outputs: Sequence[Any], name: str) -> Callable:
+def _call(
+    kernel: Callable,
+    grid: tuple[int, ...],
+    blocks: Blocks,
+    problem: _Problem,
+    outputs: Sequence[Any],
+    name: str,
+) -> Callable:
     return pl.pallas_call(
         functools.partial(kernel, blocks, problem),
         grid=grid,
         out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages
+        ),
         interpret=problem.interpret,
         name=name,
     )
 
 
-def ranges_of(query_segment_BT: jax.Array, key_segment_BS: jax.Array, blocks: Blocks, problem: _Problem, *, by_query: bool) -> jax.Array:
-    """int32 [B, blocks, 4]: for every block of queries which blocks of keys it visits (or the other way round, if not `by_query`).
+def ranges_of(
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    blocks: Blocks,
+    problem: _Problem,
+    *,
+    by_query: bool,
+) -> jax.Array:
+    """int32 [B, blocks, 4]: for every block of queries which blocks of keys it visits (or the
+    other way round, if not `by_query`).
 
-    Of the four numbers a, b, c, d: blocks a..b and c..d need a mask, b..c need none, others see nothing.  Blocks between a and d that
-    see nothing are visited too; with documents one after another there are none.
+    Of the four numbers a, b, c, d: blocks a..b and c..d need a mask, b..c need none, others see
+    nothing.  Blocks between a and d that see nothing are visited too; with documents one after
+    another there are none.
     """
     (settings, offset), (_, T), S = problem[:2], query_segment_BT.shape, key_segment_BS.shape[1]
     low_q, high_q = _extremes(query_segment_BT, blocks.queries)
@@ -188,7 +265,10 @@ def ranges_of(query_segment_BT: jax.Array, key_segment_BS: jax.Array, blocks: Bl
     if settings.causal:
         is_seen, is_full = is_seen & (first_k <= last_q), is_full & (last_k <= first_q)
     if settings.window is not None:
-        is_seen, is_full = is_seen & (first_q - last_k < settings.window), is_full & (last_q - first_k < settings.window)
+        is_seen, is_full = (
+            is_seen & (first_q - last_k < settings.window),
+            is_full & (last_q - first_k < settings.window),
+        )
     if not by_query:
         is_seen, is_full = is_seen.swapaxes(1, 2), is_full.swapaxes(1, 2)
     index = jnp.arange(is_seen.shape[2], dtype=jnp.int32)
@@ -196,7 +276,9 @@ def ranges_of(query_segment_BT: jax.Array, key_segment_BS: jax.Array, blocks: Bl
     start = jnp.min(jnp.where(is_seen, index, end), axis=2)
     stop = jnp.max(jnp.where(is_seen, index + 1, 0), axis=2)
     full_start = jnp.min(jnp.where(is_full, index, stop[..., None]), axis=2)
-    full_stop = jnp.min(jnp.where(~is_full & (index > full_start[..., None]), index, stop[..., None]), axis=2)
+    full_stop = jnp.min(
+        jnp.where(~is_full & (index > full_start[..., None]), index, stop[..., None]), axis=2
+    )
     return jnp.stack([jnp.minimum(start, stop), full_start, full_stop, stop], axis=2)
 
 
@@ -209,13 +291,28 @@ def _extremes(segment_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 # The kernels.  References are to whole arrays in global memory.
 
 
-def _forward_kernel(blocks, problem, q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, seed_ref, ranges_ref, out_ref, lse_ref):
+def _forward_kernel(
+    blocks,
+    problem,
+    q_ref,
+    k_ref,
+    v_ref,
+    query_segment_ref,
+    key_segment_ref,
+    seed_ref,
+    ranges_ref,
+    out_ref,
+    lse_ref,
+):
     settings = problem.settings
     block, head, batch = _reversed_block(), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(head, q_ref.shape[2] // k_ref.shape[2])
     rows = pl.ds(block * blocks.queries, blocks.queries)
     q = _load(q_ref, batch, rows, head)
-    query, query_segment = block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32), query_segment_ref[batch, rows]
+    query, query_segment = (
+        block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32),
+        query_segment_ref[batch, rows],
+    )
 
     def step(is_masked, j, carry):
         accumulators, top, total = carry
@@ -223,18 +320,27 @@ def _forward_kernel(blocks, problem, q_ref, k_ref, v_ref, query_segment_ref, key
         key = j * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
         scores, _ = _scores(_product(q, _load(k_ref, batch, columns, kv_head)), settings)
         if is_masked:
-            visible = _visible(query[:, None], key[None, :], query_segment[:, None], key_segment_ref[batch, columns][None, :], problem)
+            visible = _visible(
+                query[:, None],
+                key[None, :],
+                query_segment[:, None],
+                key_segment_ref[batch, columns][None, :],
+                problem,
+            )
             scores = jnp.where(visible, scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - new_top[:, None])
         if is_masked:
-            weights = jnp.where(visible, weights, 0.0)  # a row that has seen nothing yet has no top
+            weights = jnp.where(
+                visible, weights, 0.0
+            )  # a row that has seen nothing yet has no top
         decay = jnp.exp2(top - new_top)
         total = total * decay + weights.sum(1)
         weights = _dropped(weights, seed_ref[batch, head], query[:, None], key[None, :], settings)
         values = _load(v_ref, batch, columns, kv_head)
         accumulators = [
-            old * decay[:, None] + _dot(weights.astype(value.dtype), value) for old, value in zip(accumulators, values, strict=True)
+            old * decay[:, None] + _dot(weights.astype(value.dtype), value)
+            for old, value in zip(accumulators, values, strict=True)
         ]
         return accumulators, new_top, total
 
@@ -247,14 +353,29 @@ def _forward_kernel(blocks, problem, q_ref, k_ref, v_ref, query_segment_ref, key
 
 
 def _dq_kernel(blocks, problem, *refs):
-    q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, seed_ref, dout_ref, lse_ref, delta_ref, ranges_ref, dq_ref = refs
+    (
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segment_ref,
+        key_segment_ref,
+        seed_ref,
+        dout_ref,
+        lse_ref,
+        delta_ref,
+        ranges_ref,
+        dq_ref,
+    ) = refs
     settings = problem.settings
     block, head, batch = _reversed_block(), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(head, q_ref.shape[2] // k_ref.shape[2])
     rows = pl.ds(block * blocks.queries, blocks.queries)
     q, dout = _load(q_ref, batch, rows, head), _load(dout_ref, batch, rows, head)
     lse, delta = lse_ref[batch, head, rows] * _LOG2E, delta_ref[batch, head, rows]
-    query, query_segment = block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32), query_segment_ref[batch, rows]
+    query, query_segment = (
+        block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32),
+        query_segment_ref[batch, rows],
+    )
 
     def step(is_masked, j, dq):
         columns = pl.ds(j * blocks.keys, blocks.keys)
@@ -263,10 +384,18 @@ def _dq_kernel(blocks, problem, *refs):
         scores, slope = _scores(_product(q, k), settings)
         weights = jnp.exp2(scores - lse[:, None])
         if is_masked:
-            visible = _visible(query[:, None], key[None, :], query_segment[:, None], key_segment_ref[batch, columns][None, :], problem)
+            visible = _visible(
+                query[:, None],
+                key[None, :],
+                query_segment[:, None],
+                key_segment_ref[batch, columns][None, :],
+                problem,
+            )
             weights = jnp.where(visible, weights, 0.0)
         dweights = _product(dout, _load(v_ref, batch, columns, kv_head))
-        dweights = _dropped(dweights, seed_ref[batch, head], query[:, None], key[None, :], settings)
+        dweights = _dropped(
+            dweights, seed_ref[batch, head], query[:, None], key[None, :], settings
+        )
         dscores = (weights * (dweights - delta[:, None]) * slope).astype(k_ref.dtype)
         return [old + _dot(dscores, piece) for old, piece in zip(dq, k, strict=True)]
 
@@ -275,12 +404,28 @@ def _dq_kernel(blocks, problem, *refs):
 
 
 def _dkv_kernel(blocks, problem, *refs):
-    q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, seed_ref, dout_ref, lse_ref, delta_ref, ranges_ref, dk_ref, dv_ref = refs
+    (
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segment_ref,
+        key_segment_ref,
+        seed_ref,
+        dout_ref,
+        lse_ref,
+        delta_ref,
+        ranges_ref,
+        dk_ref,
+        dv_ref,
+    ) = refs
     settings, group = problem.settings, q_ref.shape[2] // k_ref.shape[2]
     block, kv_head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     columns = pl.ds(block * blocks.keys, blocks.keys)
     k, v = _load(k_ref, batch, columns, kv_head), _load(v_ref, batch, columns, kv_head)
-    key, key_segment = block * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32), key_segment_ref[batch, columns]
+    key, key_segment = (
+        block * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32),
+        key_segment_ref[batch, columns],
+    )
 
     def step(head, is_masked, i, carry):
         dk, dv = carry
@@ -290,12 +435,26 @@ def _dkv_kernel(blocks, problem, *refs):
         scores, slope = _scores(_product(k, q), settings)
         weights = jnp.exp2(scores - lse_ref[batch, head, rows][None, :] * _LOG2E)
         if is_masked:
-            visible = _visible(query[None, :], key[:, None], query_segment_ref[batch, rows][None, :], key_segment[:, None], problem)
+            visible = _visible(
+                query[None, :],
+                key[:, None],
+                query_segment_ref[batch, rows][None, :],
+                key_segment[:, None],
+                problem,
+            )
             weights = jnp.where(visible, weights, 0.0)
-        drop = functools.partial(_dropped, seed=seed_ref[batch, head], query=query[None, :], key=key[:, None], settings=settings)
+        drop = functools.partial(
+            _dropped,
+            seed=seed_ref[batch, head],
+            query=query[None, :],
+            key=key[:, None],
+            settings=settings,
+        )
         kept = drop(weights).astype(q_ref.dtype)
         dweights = drop(_product(v, dout))
-        dscores = (weights * (dweights - delta_ref[batch, head, rows][None, :]) * slope).astype(q_ref.dtype)
+        dscores = (weights * (dweights - delta_ref[batch, head, rows][None, :]) * slope).astype(
+            q_ref.dtype
+        )
         dv = [old + _dot(kept, piece) for old, piece in zip(dv, dout, strict=True)]
         dk = [old + _dot(dscores, piece) for old, piece in zip(dk, q, strict=True)]
         return dk, dv
@@ -312,7 +471,9 @@ def _dkv_kernel(blocks, problem, *refs):
 
 
 def _reversed_block() -> jax.Array:
-    """The last block of queries first: if causal it has the most work, and little ones fill up the end."""
+    """The last block of queries first: if causal it has the most work, and little ones fill up the
+    end.
+    """
     return pl.num_programs(0) - 1 - pl.program_id(0)
 
 
@@ -336,7 +497,9 @@ def _load(ref: Any, batch: jax.Array, slots: Any, head: jax.Array) -> list[jax.A
     return [ref[batch, slots, head, piece] for piece in _pieces(ref.shape[3])]
 
 
-def _store(ref: Any, batch: jax.Array, slots: Any, head: jax.Array, values: Sequence[jax.Array]) -> None:
+def _store(
+    ref: Any, batch: jax.Array, slots: Any, head: jax.Array, values: Sequence[jax.Array]
+) -> None:
     for piece, value in zip(_pieces(ref.shape[3]), values, strict=True):
         ref[batch, slots, head, piece] = value.astype(ref.dtype)
 
@@ -364,12 +527,31 @@ def _scores(products: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Arr
     return capped * (settings.soft_cap * _LOG2E), 1.0 - capped * capped
 
 
-def _visible(query: jax.Array, key: jax.Array, query_segment: jax.Array, key_segment: jax.Array, problem: _Problem) -> jax.Array:
-    return is_visible(query + problem.offset, key, query_segment, key_segment, problem.settings.causal, problem.settings.window)
+def _visible(
+    query: jax.Array,
+    key: jax.Array,
+    query_segment: jax.Array,
+    key_segment: jax.Array,
+    problem: _Problem,
+) -> jax.Array:
+    return is_visible(
+        query + problem.offset,
+        key,
+        query_segment,
+        key_segment,
+        problem.settings.causal,
+        problem.settings.window,
+    )
 
 
-def _dropped(weights: jax.Array, seed: jax.Array, query: jax.Array, key: jax.Array, settings: Settings) -> jax.Array:
+def _dropped(
+    weights: jax.Array, seed: jax.Array, query: jax.Array, key: jax.Array, settings: Settings
+) -> jax.Array:
     """Zero where dropped, scaled up elsewhere."""
     if not settings.dropout_rate:
         return weights
-    return jnp.where(dropout.is_kept(seed, query, key, settings.dropout_rate), weights * (1 / (1 - settings.dropout_rate)), 0.0)
+    return jnp.where(
+        dropout.is_kept(seed, query, key, settings.dropout_rate),
+        weights * (1 / (1 - settings.dropout_rate)),
+        0.0,
+    )

@@ -1,6 +1,7 @@
 """flash_attention in plain XLA: chunks of the queries in turn, each over the keys that it can see.
 
-Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, c queries of a chunk, R = G * c rows of one kv head.
+Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, c queries of
+a chunk, R = G * c rows of one kv head.
 """
 
 import functools
@@ -11,15 +12,21 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import dropout
 from pallas_kernels.flash_attention.reference import Settings, is_visible, zero_padding
 
-# Scores at a time: 2 MB of float32 and their gradients stay in a CPU's cache; but fewer queries than these make poor matrix products.
+# Scores at a time: 2 MB of float32 and their gradients stay in a CPU's cache; but fewer queries
+# than these make poor matrix products.
 _SCORES_AT_A_TIME, _MIN_QUERIES = 2**19, 64
-# Pieces of the queries whose keys are cut to a length of their own; more would skip more of what causality hides, and compile longer.
+# Pieces of the queries whose keys are cut to a length of their own; more would skip more of what
+# causality hides, and compile longer.
 _NUM_PIECES = 8
 _MASKED = -1e30  # swallows any score in float32
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings: Settings):
-    """As reference.attention, with matrix products of the inputs' dtype; memory is linear in T and S."""
+def attention(
+    q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings: Settings
+):
+    """As reference.attention, with matrix products of the inputs' dtype; memory is linear in T and
+    S.
+    """
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)
     k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
@@ -46,11 +53,25 @@ def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, se
     for first in range(0, num_chunks, per_piece):
         stop = min(first + per_piece, num_chunks)
         low, high = _keys_of(first * chunk + S - T, stop * chunk + S - T, S, settings)
-        keys = (k_SKH[low:high], v_SKH[low:high], key_segment_S[low:high], jnp.arange(low, high), seed_N)
-        attend = jax.checkpoint(functools.partial(_chunk, keys=keys, lead=S - T, settings=settings))
-        pieces.append(jax.lax.map(lambda chunk, attend=attend: attend(*chunk), [x[first:stop] for x in by_chunk]))
+        keys = (
+            k_SKH[low:high],
+            v_SKH[low:high],
+            key_segment_S[low:high],
+            jnp.arange(low, high),
+            seed_N,
+        )
+        attend = jax.checkpoint(
+            functools.partial(_chunk, keys=keys, lead=S - T, settings=settings)
+        )
+        pieces.append(
+            jax.lax.map(
+                lambda chunk, attend=attend: attend(*chunk), [x[first:stop] for x in by_chunk]
+            )
+        )
     out_xcNH, lse_xNc = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return out_xcNH.reshape(-1, *out_xcNH.shape[2:])[:T], lse_xNc.swapaxes(0, 1).reshape(N, -1)[:, :T]
+    return out_xcNH.reshape(-1, *out_xcNH.shape[2:])[:T], lse_xNc.swapaxes(0, 1).reshape(N, -1)[
+        :, :T
+    ]
 
 
 def _keys_of(first: int, stop: int, S: int, settings: Settings) -> tuple[int, int]:
@@ -65,13 +86,24 @@ def _chunk(q_cNH, query_segment_c, query_c, *, keys, lead, settings):
     k_SKH, v_SKH, key_segment_S, key_S, seed_N = keys
     (c, N, H), (S, K, _) = q_cNH.shape, k_SKH.shape
     G, dtype = N // K, q_cNH.dtype
-    f32 = {"preferred_element_type": jnp.float32, "precision": "highest" if dtype == jnp.float32 else None}
-    # The query heads of one kv head are folded into rows, so that each kv head is one matrix product.
+    f32 = {
+        "preferred_element_type": jnp.float32,
+        "precision": "highest" if dtype == jnp.float32 else None,
+    }
+    # The query heads of one kv head are folded into rows, so that each kv head is one matrix
+    # product.
     q_KRH = q_cNH.reshape(c, K, G, H).transpose(1, 2, 0, 3).reshape(K, G * c, H)
     scores_KRS = jnp.einsum("KRH,SKH->KRS", q_KRH, k_SKH, **f32) * settings.scale
     if settings.soft_cap is not None:
         scores_KRS = settings.soft_cap * jnp.tanh(scores_KRS / settings.soft_cap)
-    visible_cS = is_visible(query_c[:, None] + lead, key_S, query_segment_c[:, None], key_segment_S, settings.causal, settings.window)
+    visible_cS = is_visible(
+        query_c[:, None] + lead,
+        key_S,
+        query_segment_c[:, None],
+        key_segment_S,
+        settings.causal,
+        settings.window,
+    )
     scores_KGcS = scores_KRS.reshape(K, G, c, S) + jnp.where(visible_cS, 0.0, _MASKED)
     max_KGc1 = jax.lax.stop_gradient(scores_KGcS.max(-1, keepdims=True))
     weights_KGcS = jnp.exp(scores_KGcS - max_KGc1)
@@ -81,8 +113,14 @@ def _chunk(q_cNH, query_segment_c, query_c, *, keys, lead, settings):
     lse_KGc1 = jnp.where(has_keys_KGc1, max_KGc1 + jnp.log(sum_KGc1), -jnp.inf)
     if settings.dropout_rate:
         seed_KG11 = seed_N.reshape(K, G, 1, 1)
-        weights_KGcS = jnp.where(dropout.is_kept(seed_KG11, query_c[:, None], key_S, settings.dropout_rate), weights_KGcS, 0.0)
-    out_KRH = jnp.einsum("KRS,SKH->KRH", weights_KGcS.astype(dtype).reshape(K, G * c, S), v_SKH, **f32)
+        weights_KGcS = jnp.where(
+            dropout.is_kept(seed_KG11, query_c[:, None], key_S, settings.dropout_rate),
+            weights_KGcS,
+            0.0,
+        )
+    out_KRH = jnp.einsum(
+        "KRS,SKH->KRH", weights_KGcS.astype(dtype).reshape(K, G * c, S), v_SKH, **f32
+    )
     factor_KGc1 = jnp.where(has_keys_KGc1, 1 / ((1 - settings.dropout_rate) * sum_KGc1), 0.0)
     out_KGcH = (out_KRH.reshape(K, G, c, H) * factor_KGc1).astype(dtype)
     return out_KGcH.transpose(2, 0, 1, 3).reshape(c, N, H), lse_KGc1.reshape(N, c)

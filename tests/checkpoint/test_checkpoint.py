@@ -1,4 +1,6 @@
-"""Checkpoints on small arrays and real files: manifests, what is kept, damage, a full disk, and the mirror on a filesystem that fails."""
+"""Checkpoints on small arrays and real files: manifests, what is kept, damage, a full disk, and
+the mirror on a filesystem that fails.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +36,9 @@ KEEP = CheckpointConfig(keep=2)
 
 @pytest.fixture
 def dropped_coroutines():
-    """orbax drops its coroutines when a file is broken: they are collected in the test that made them, not in one that comes later."""
+    """orbax drops its coroutines when a file is broken: they are collected in the test that made
+    them, not in one that comes later.
+    """
     yield
     gc.collect()
 
@@ -61,17 +65,24 @@ def save_steps(workdir, numbers, cfg=KEEP, losses=None, report=print):
 def target(facts):
     assert facts["position"] == {"row": 7}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state_of(0))
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state_of(0)
+    )
 
 
 def assert_is(restored, step):
     assert restored[0] == step
-    for got, expected in zip(jax.tree.leaves(restored[1]), jax.tree.leaves(state_of(step)), strict=True):
+    for got, expected in zip(
+        jax.tree.leaves(restored[1]), jax.tree.leaves(state_of(step)), strict=True
+    ):
         np.testing.assert_array_equal(got, expected)
 
 
 def largest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def flip_bit(path):
@@ -80,7 +91,8 @@ def flip_bit(path):
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the manifest
+# ----------------------------------------------------------------------------------------------------------------------
+# the manifest
 
 
 @settings(deadline=None, max_examples=50)
@@ -106,11 +118,16 @@ def test_what_is_kept(losses, keep, keep_every, keep_best):
     validated = sorted(loss for loss in losses.values() if loss is not None)
     best = [losses[step] for step in kept if losses[step] is not None]
     assert sorted(best)[: min(keep_best, len(validated))] == validated[:keep_best]
-    assert len(kept) <= keep + keep_best + sum(bool(keep_every) and step % keep_every == 0 for step in losses)
+    assert len(kept) <= keep + keep_best + sum(
+        bool(keep_every) and step % keep_every == 0 for step in losses
+    )
 
 
 def test_of_equally_good_steps_the_newest_is_the_best():
-    assert manifest.kept({1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}, keep=1, keep_every=0, keep_best=1) == {3, 4}
+    assert manifest.kept({1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}, keep=1, keep_every=0, keep_best=1) == {
+        3,
+        4,
+    }
 
 
 def test_any_change_of_a_manifest_is_seen(tmp_path):
@@ -135,23 +152,37 @@ def test_facts_of_a_run_and_what_may_not_change():
     config = Config(presets.tiny())
     facts = facts_of(1.5)
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["state_dtype"] == "float32" and facts["validation_loss"] == 1.5 and facts["mesh"] == {"data": 1}
+    assert (
+        facts["state_dtype"] == "float32"
+        and facts["validation_loss"] == 1.5
+        and facts["mesh"] == {"data": 1}
+    )
     assert facts["versions"]["jax"] == jax.__version__
     manifest.require_same_run(facts["fixed"], config, "it was")
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=9, log_every=7))
+    longer = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, num_steps=9, log_every=7)
+    )
     manifest.require_same_run(facts["fixed"], longer, "it was")
     assert manifest.facts(longer, {}, {}, None)["config_hash"] != facts["config_hash"]
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=9))
-    with pytest.raises(ConfigError, match=r"it was made with config.train.seed = 0; now it is 9. Use another --workdir"):
+    with pytest.raises(
+        ConfigError,
+        match=r"it was made with config.train.seed = 0; now it is 9. Use another --workdir",
+    ):
         manifest.require_same_run(facts["fixed"], other, "it was")
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the store
+# --------------------------------------------------------------------------------------------------------------------------
+# the store
 
 
 @pytest.mark.parametrize("is_on_cpu", [True, False])
-def test_what_was_saved_is_restored_though_the_state_was_donated_at_once(tmp_path, monkeypatch, is_on_cpu):
-    monkeypatch.setattr(store_lib, "_is_on_cpu", lambda state: is_on_cpu)  # an accelerator's state goes the other way
+def test_what_was_saved_is_restored_though_the_state_was_donated_at_once(
+    tmp_path, monkeypatch, is_on_cpu
+):
+    monkeypatch.setattr(
+        store_lib, "_is_on_cpu", lambda state: is_on_cpu
+    )  # an accelerator's state goes the other way
     store = Store(tmp_path, KEEP, print)
     assert store.restore_newest(target) is None
     spoil = jax.jit(lambda tree: jax.tree.map(lambda a: a * 0 - 1, tree), donate_argnums=0)
@@ -202,7 +233,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
         "empty file": "_METADATA has 0 bytes instead",
         "manifest": "manifest.json is damaged",
     }[kind]
-    assert line.startswith("warning: checkpoint 2 is damaged: ") and pattern in line and "damaged-2; the one before is tried" in line
+    assert (
+        line.startswith("warning: checkpoint 2 is damaged: ")
+        and pattern in line
+        and "damaged-2; the one before is tried" in line
+    )
     assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
     assert_is(save_steps(tmp_path, []), 2)  # made again
 
@@ -212,9 +247,15 @@ def test_a_run_does_not_start_over_when_all_are_damaged(tmp_path):
     for step in (1, 2):
         DAMAGE["bit flip"](tmp_path / "checkpoints" / str(step))
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"only damaged ones are there, and a run does not start over by itself"):
+        with pytest.raises(
+            ConfigError,
+            match=r"only damaged ones are there, and a run does not start over by itself",
+        ):
             save_steps(tmp_path, [])
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"damaged-1", "damaged-2"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "damaged-1",
+        "damaged-2",
+    }
 
 
 @pytest.mark.usefixtures("dropped_coroutines")
@@ -225,7 +266,11 @@ def test_without_a_manifest_a_checkpoint_is_used_if_it_can_be_read(tmp_path):
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
     lines = []
     assert_is(save_steps(tmp_path, [], report=lines.append), 2)
-    assert len(lines) == 1 and "checkpoint 2 has no manifest.json" in lines[0] and "It is used unchecked" in lines[0]
+    assert (
+        len(lines) == 1
+        and "checkpoint 2 has no manifest.json" in lines[0]
+        and "It is used unchecked" in lines[0]
+    )
     assert list(finished_steps(tmp_path / "checkpoints")) == [1, 2]
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
     DAMAGE["truncated"](tmp_path / "checkpoints" / "2")
@@ -236,7 +281,15 @@ def test_without_a_manifest_a_checkpoint_is_used_if_it_can_be_read(tmp_path):
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     save_steps(tmp_path, [1])
     folder = tmp_path / "checkpoints"
-    for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-7", "deleting-1", "downloading-3", "checksums-2", "damaged-1", "mine"):
+    for name in (
+        "2.orbax-checkpoint-tmp",
+        "2.orbax-checkpoint-tmp-7",
+        "deleting-1",
+        "downloading-3",
+        "checksums-2",
+        "damaged-1",
+        "mine",
+    ):
         (folder / name / "x").mkdir(parents=True)
     assert_is(save_steps(tmp_path, []), 1)
     assert {path.name for path in folder.iterdir()} == {"1", "damaged-1", "mine"}
@@ -247,7 +300,11 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, caplog):
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr}")
     try:
@@ -260,12 +317,16 @@ def test_a_full_disk_is_explained_and_older_checkpoints_stay_good(tmp_path, capl
         store.save(2, state_of(2), facts_of())
         with pytest.raises(
             ConfigError,
-            match=rf"not enough space is left in {tmp_path}: .*the newest is 1. Make room, or lower .*keep \(now 2\)",
+            match=rf"not enough space is left in {tmp_path}: .*the newest is 1. Make room, or "
+            r"lower .*keep \(now 2\)",
         ):
             store.close()
-        # A thread of orbax may go on for a moment, and leave a folder for the next start to remove.
+        # A thread of orbax may go on for a moment, and leave a folder for the next start to
+        # remove.
         assert steps(tmp_path / "checkpoints") == [1]
-        assert [record for record in caplog.records if record.name == "absl" and record.exc_info] == []  # orbax: one by each thread
+        assert [
+            record for record in caplog.records if record.name == "absl" and record.exc_info
+        ] == []  # orbax: one by each thread
         (tmp_path / "ballast").unlink()
         store.require_room()
         assert_is(save_steps(tmp_path, [2]), 1)
@@ -283,14 +344,20 @@ def test_other_errors_of_orbax_are_still_shown(tmp_path, caplog):
     ):
         logging.getLogger("absl").error("a thread raised an exception: %s", error, exc_info=error)
     logging.getLogger("absl").warning("No space left on device")  # not an error that comes back
-    assert [record.getMessage() for record in caplog.records] == ["a thread raised an exception: something else", "No space left on device"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a thread raised an exception: something else",
+        "No space left on device",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the mirror
+# -------------------------------------------------------------------------------------------------------------------------
+# the mirror
 
 
 class FaultyFileSystem(LocalFileSystem):
-    """A real folder behind a bad line: operations fail, and files arrive cut off, one time in `rate`."""
+    """A real folder behind a bad line: operations fail, and files arrive cut off, one time in
+    `rate`.
+    """
 
     protocol = "faulty"
     cachable = False
@@ -333,13 +400,20 @@ def mirrored(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(mirror, "_ATTEMPTS", 30)  # of which all fail once in 3^30
     monkeypatch.setattr(mirror, "_PATIENCE", 30)
-    return dataclasses.replace(KEEP, keep_best=1, mirror=f"faulty://{tmp_path}/bucket"), tmp_path / "bucket"
+    return dataclasses.replace(
+        KEEP, keep_best=1, mirror=f"faulty://{tmp_path}/bucket"
+    ), tmp_path / "bucket"
 
 
 def test_the_mirror_has_what_is_kept_and_brings_it_back(tmp_path, mirrored):
     cfg, bucket = mirrored
     save_steps(tmp_path / "run", [1, 2, 3, 4], cfg, losses={2: 1.0, 3: 2.0})
-    assert steps(bucket) == list(finished_steps(bucket)) == [2, 3, 4] == steps(tmp_path / "run" / "checkpoints")
+    assert (
+        steps(bucket)
+        == list(finished_steps(bucket))
+        == [2, 3, 4]
+        == steps(tmp_path / "run" / "checkpoints")
+    )
     for step, found in finished_steps(bucket).items():
         assert manifest.problem(bucket / str(step), found, found["files"]) is None
     shutil.rmtree(tmp_path / "run")
@@ -389,9 +463,20 @@ def test_a_mirror_that_is_gone_does_not_stop_a_run(tmp_path, mirrored, monkeypat
     store.save(1, state_of(1), facts_of())
     store.close()
     trying, given_up = lines
-    assert trying == f"warning: {cfg.mirror} has failed 1 times (the line is bad); it is tried 2 times in all."
-    assert given_up.startswith(f"warning: step 1 was not uploaded to {cfg.mirror}: ") and "the line is bad" in given_up
-    with pytest.raises(ConfigError, match=r"config.checkpoint.mirror = 'faulty://.*' has failed 2 times: ConnectionError: the line is bad"):
+    assert (
+        trying
+        == f"warning: {cfg.mirror} has failed 1 times (the line is bad); it is tried 2 times in "
+        "all."
+    )
+    assert (
+        given_up.startswith(f"warning: step 1 was not uploaded to {cfg.mirror}: ")
+        and "the line is bad" in given_up
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"config.checkpoint.mirror = 'faulty://.*' has failed 2 times: ConnectionError: the "
+        r"line is bad",
+    ):
         save_steps(tmp_path / "run", [], cfg)
     monkeypatch.setattr(FaultyFileSystem, "rate", 0)
     assert_is(save_steps(tmp_path / "run", [2], cfg), 1)
@@ -402,15 +487,23 @@ def test_a_mirror_that_is_gone_does_not_stop_a_run(tmp_path, mirrored, monkeypat
 def test_a_url_that_cannot_be_used_is_refused(tmp_path, url):
     if url.startswith("gs") and importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed")
-    with pytest.raises(ConfigError, match=rf"config.checkpoint.mirror = '{url}' cannot be used: .*pip install 'hunyuan_jax\[gcs\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"config.checkpoint.mirror = '{url}' cannot be used: .*pip install "
+        r"'hunyuan_jax\[gcs\]'",
+    ):
         Store(tmp_path, dataclasses.replace(KEEP, mirror=url), print)
 
 
 def test_a_mirror_takes_its_share_of_several_processes(tmp_path, mirrored):
-    """Two processes of one run, as two mirrors on one folder; the first writes the manifest when the files of both are there."""
+    """Two processes of one run, as two mirrors on one folder; the first writes the manifest when
+    the files of both are there.
+    """
     cfg, bucket = mirrored
     save_steps(tmp_path / "run", [1])
-    mirrors = [mirror.Mirror(cfg, tmp_path / "run" / "checkpoints", index, 2, print) for index in range(2)]
+    mirrors = [
+        mirror.Mirror(cfg, tmp_path / "run" / "checkpoints", index, 2, print) for index in range(2)
+    ]
     mirrors[0].start([1])
     time.sleep(0.3)
     assert not (bucket / "1" / "manifest.json").exists()
@@ -420,12 +513,16 @@ def test_a_mirror_takes_its_share_of_several_processes(tmp_path, mirrored):
     assert list(finished_steps(bucket)) == [1]
     targets = [each.download(1, tmp_path / "target") for each in mirrors]
     assert targets == [None, None]
-    assert manifest.files(tmp_path / "target") == manifest.files(tmp_path / "run" / "checkpoints" / "1")
+    assert manifest.files(tmp_path / "target") == manifest.files(
+        tmp_path / "run" / "checkpoints" / "1"
+    )
 
 
 def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--workdir=.*/file/run cannot be written to: Not a directory"):
+    with pytest.raises(
+        ConfigError, match=r"--workdir=.*/file/run cannot be written to: Not a directory"
+    ):
         store_lib.claim_workdir(tmp_path / "file" / "run", Config(presets.tiny()))
 
 
@@ -434,5 +531,8 @@ load_quietly = functools.partial(store_lib.load_for_inference, dtype=None)
 
 def test_inference_refuses_a_workdir_without_checkpoints(tmp_path):
     store_lib.claim_workdir(tmp_path, Config(presets.tiny()))
-    with pytest.raises(ConfigError, match=r"holds no finished checkpoint yet; train until config.checkpoint.every = 100 steps"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds no finished checkpoint yet; train until config.checkpoint.every = 100 steps",
+    ):
         load_quietly(tmp_path)

@@ -1,4 +1,6 @@
-"""The configuration: strict keys and types, every rule of `validate`, the round trip of a recipe, and no jax before it is needed."""
+"""The configuration: strict keys and types, every rule of `validate`, the round trip of a recipe,
+and no jax before it is needed.
+"""
 
 import dataclasses
 import dis
@@ -42,7 +44,9 @@ BASE = Config(model=presets.tiny(), train=TrainConfig(num_steps=200))
 def replaced(config, path, value):
     """The frozen config with the field at a dotted path changed."""
     head, _, rest = path.partition(".")
-    return dataclasses.replace(config, **{head: replaced(getattr(config, head), rest, value) if rest else value})
+    return dataclasses.replace(
+        config, **{head: replaced(getattr(config, head), rest, value) if rest else value}
+    )
 
 
 def with_values(**changes):
@@ -79,18 +83,26 @@ def test_an_unknown_key_names_the_nearest(section, key, nearest):
         inner = inner[name]
     inner[key] = 1
     full = f"{section}.{key}".lstrip(".")
-    with pytest.raises(ConfigError, match=rf"^config\.{re.escape(full)} does not exist\. Did you mean config\.{re.escape(nearest)}\?$"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^config\.{re.escape(full)} does not exist\. Did you mean "
+        rf"config\.{re.escape(nearest)}\?$",
+    ):
         from_config_dict(values)
 
 
 def test_the_nearest_key_may_be_in_another_section():
-    assert unknown_key_message("model.capacity_factor", field_names()).endswith("Did you mean config.model.moe.capacity_factor?")
+    assert unknown_key_message("model.capacity_factor", field_names()).endswith(
+        "Did you mean config.model.moe.capacity_factor?"
+    )
 
 
 def test_a_missing_field_without_default_is_named():
     values = to_dict(BASE)
     del values["model"]["vocab_size"]
-    with pytest.raises(ConfigError, match=r"^config\.model\.vocab_size is missing; .* Set it in the recipe\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^config\.model\.vocab_size is missing; .* Set it in the recipe\.$"
+    ):
         from_config_dict(values)
     with pytest.raises(ConfigError, match=r"^config\.model is missing"):
         from_config_dict({})
@@ -110,26 +122,58 @@ def test_a_section_must_be_a_mapping():
         ("train.num_steps", 1.5, "config.train.num_steps = 1.5 is a float; it must be a int."),
         ("train.num_steps", True, "config.train.num_steps = True is a bool; it must be a int."),
         ("train.num_steps", "100", "config.train.num_steps = '100' is a str; it must be a int."),
-        ("train.num_steps", None, "config.train.num_steps = None is a NoneType; it must be a int."),
+        (
+            "train.num_steps",
+            None,
+            "config.train.num_steps = None is a NoneType; it must be a int.",
+        ),
         ("model.use_qk_norm", 1, "config.model.use_qk_norm = 1 is a int; it must be a bool."),
-        ("model.rope_alpha", "1e3", "config.model.rope_alpha = '1e3' is a str; it must be a float."),
-        ("model.rope_alpha", True, "config.model.rope_alpha = True is a bool; it must be a float."),
+        (
+            "model.rope_alpha",
+            "1e3",
+            "config.model.rope_alpha = '1e3' is a str; it must be a float.",
+        ),
+        (
+            "model.rope_alpha",
+            True,
+            "config.model.rope_alpha = True is a bool; it must be a float.",
+        ),
         ("model.rope_alpha", float("nan"), "config.model.rope_alpha = nan must be finite."),
         ("schedule.peak_lr", float("inf"), "config.schedule.peak_lr = inf must be finite."),
         ("data.source", 3, "config.data.source = 3 is a int; it must be a str."),
-        ("model.moe.dispatch", "recycled", "config.model.moe.dispatch = 'recycled' is not one of 'recycle', 'drop', 'dropless'."),
-        ("model.dtype", "float16", "config.model.dtype = 'float16' is not one of 'float32', 'bfloat16'."),
+        (
+            "model.moe.dispatch",
+            "recycled",
+            "config.model.moe.dispatch = 'recycled' is not one of 'recycle', 'drop', 'dropless'.",
+        ),
+        (
+            "model.dtype",
+            "float16",
+            "config.model.dtype = 'float16' is not one of 'float32', 'bfloat16'.",
+        ),
         ("model.remat", True, "config.model.remat = True is not one of 'none', 'dots', 'full'."),
         ("model.eos_token_ids", 5, "config.model.eos_token_ids = 5 is a int; it must be a tuple."),
-        ("model.eos_token_ids", (1, 2.0), "config.model.eos_token_ids[1] = 2.0 is a float; it must be a int."),
+        (
+            "model.eos_token_ids",
+            (1, 2.0),
+            "config.model.eos_token_ids[1] = 2.0 is a float; it must be a int.",
+        ),
         ("data.sources", ("a",), "config.data.sources[0] = 'a' must be a section of fields."),
-        ("data.sources", ({"name": "a", "path": 1},), "config.data.sources[0].path = 1 is a int; it must be a str."),
+        (
+            "data.sources",
+            ({"name": "a", "path": 1},),
+            "config.data.sources[0].path = 1 is a int; it must be a str.",
+        ),
         (
             "data.sources",
             ({"name": "a", "pth": ""},),
             "config.data.sources[0].pth does not exist. Did you mean config.data.sources[0].path?",
         ),
-        ("data.phases", ({"name": "a"},), "config.data.phases[0].weights is missing; it has no default. Set it in the recipe."),
+        (
+            "data.phases",
+            ({"name": "a"},),
+            "config.data.phases[0].weights is missing; it has no default. Set it in the recipe.",
+        ),
     ],
 )
 def test_a_wrong_type_is_refused_with_field_value_and_rule(path, value, message):
@@ -148,7 +192,11 @@ def test_an_int_is_a_float_and_a_list_a_tuple():
     values = to_dict(BASE)
     values["model"]["rope_alpha"], values["model"]["eos_token_ids"] = 7, [257, 258]
     model = from_config_dict(values).model
-    assert (model.rope_alpha, type(model.rope_alpha), model.eos_token_ids) == (7.0, float, (257, 258))
+    assert (model.rope_alpha, type(model.rope_alpha), model.eos_token_ids) == (
+        7.0,
+        float,
+        (257, 258),
+    )
 
 
 # The round trip
@@ -189,20 +237,31 @@ def test_every_recipe_is_valid(path):
 
 
 def test_frozen_all_the_way_down():
-    for section, name in ((BASE, "model"), (BASE.model, "num_layers"), (BASE.model.moe, "top_k"), (BASE.train, "seed")):
+    for section, name in (
+        (BASE, "model"),
+        (BASE.model, "num_layers"),
+        (BASE.model.moe, "top_k"),
+        (BASE.train, "seed"),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, name, None)
 
 
 def test_the_contract_has_its_fields():
     # The names that scripts outside the repository use.
-    names = (
-        "train.num_steps train.batch_size train.seq_len train.seed train.log_every checkpoint.every checkpoint.keep mesh.replica mesh.data"
-    )
+    names = "train.num_steps train.batch_size train.seq_len train.seed train.log_every checkpoint.every checkpoint.keep mesh.replica mesh.data"
     names += " mesh.expert mesh.tensor model.moe.dispatch model.moe.capacity_factor model.moe.group_size optimizer.expert_lr_ratio"
     names += " model.dtype data.source"
     assert set(names.split()) <= set(field_names())
-    assert {name.split(".")[0] for name in field_names()} == {"model", "mesh", "data", "optimizer", "schedule", "train", "checkpoint"}
+    assert {name.split(".")[0] for name in field_names()} == {
+        "model",
+        "mesh",
+        "data",
+        "optimizer",
+        "schedule",
+        "train",
+        "checkpoint",
+    }
 
 
 def test_derived_figures():
@@ -217,24 +276,43 @@ def test_derived_figures():
 def mixture(names="ab", weights=(1.0, 2.0), starts=(0.0, 0.5)):
     return {
         "data__sources": tuple(SourceConfig(name, "folder") for name in names),
-        "data__phases": tuple(PhaseConfig(f"phase {i}", weights, start) for i, start in enumerate(starts)),
+        "data__phases": tuple(
+            PhaseConfig(f"phase {i}", weights, start) for i, start in enumerate(starts)
+        ),
     }
 
 
-# (changes, what the message holds).  Each line breaks one rule of `validate`; a test below checks that none is missing.
+# (changes, what the message holds).  Each line breaks one rule of `validate`; a test below checks
+# that none is missing.
 BROKEN = [
-    *(({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1") for name in ("vocab_size", "num_layers", "cla_share_factor")),
+    *(
+        ({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1")
+        for name in ("vocab_size", "num_layers", "cla_share_factor")
+    ),
     *(
         ({f"model__{name}": -4}, f"config.model.{name} = -4 must be at least 1")
         for name in ("hidden_size", "intermediate_size", "num_heads")
     ),
-    *(({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1") for name in ("num_kv_heads", "head_dim", "max_position")),
-    ({"model__num_kv_heads": 3}, "num_heads = 8 is not divisible by num_kv_heads = 3; .* Use num_kv_heads from [1, 2, 4, 8]."),
+    *(
+        ({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1")
+        for name in ("num_kv_heads", "head_dim", "max_position")
+    ),
+    (
+        {"model__num_kv_heads": 3},
+        "num_heads = 8 is not divisible by num_kv_heads = 3; .* Use num_kv_heads from [1, 2, 4, "
+        "8].",
+    ),
     ({"model__head_dim": 15}, "head_dim = 15 must be even"),
-    ({"model__cla_share_factor": 4}, "num_layers = 6 is not divisible by cla_share_factor = 4; .* from [1, 2, 3, 6]."),
+    (
+        {"model__cla_share_factor": 4},
+        "num_layers = 6 is not divisible by cla_share_factor = 4; .* from [1, 2, 3, 6].",
+    ),
     ({"model__rope_alpha": 0.0}, "rope_alpha = 0.0 must be positive"),
     ({"model__head_dim": 2}, "head_dim = 2 must be above 2 for rope_type 'alpha'"),
-    ({"model__rope_type": "linear", "model__rope_factor": 0.0}, "rope_factor = 0.0 must be positive"),
+    (
+        {"model__rope_type": "linear", "model__rope_factor": 0.0},
+        "rope_factor = 0.0 must be positive",
+    ),
     ({"model__attention_dropout": 1.0}, "attention_dropout = 1.0 must be in [0, 1)"),
     ({"model__hidden_dropout": -0.1}, "hidden_dropout = -0.1 must be in [0, 1)"),
     ({"model__pad_token_id": 320}, "pad_token_id = 320 is outside the vocabulary of 320"),
@@ -244,7 +322,10 @@ BROKEN = [
     ({"model__moe__top_k": 0}, "top_k = 0 must be between 1 and num_experts = 8"),
     ({"model__moe__num_shared_experts": -1}, "num_shared_experts = -1 must not be negative"),
     ({"model__moe__num_experts": 1}, "num_shared_experts = 1 needs num_experts > 1"),
-    ({"model__lora__rank": -1}, "config.model.lora.rank = -1 must not be negative; 0 trains all parameters"),
+    (
+        {"model__lora__rank": -1},
+        "config.model.lora.rank = -1 must not be negative; 0 trains all parameters",
+    ),
     ({"model__lora__alpha": 0.0}, "config.model.lora.alpha = 0.0 must be positive"),
     *(
         ({"model__lora__targets": targets}, "must name projections, each once: q, k, v, o, gate")
@@ -254,7 +335,10 @@ BROKEN = [
         {"model__lora__targets": ("q", "gate"), "model__moe__num_shared_experts": 0},
         "targets names gate, but the model has no shared expert",
     ),
-    ({"model__moe": MoeConfig(), "model__lora__targets": ("expert_up",)}, "names expert_up, but the model has no routed experts"),
+    (
+        {"model__moe": MoeConfig(), "model__lora__targets": ("expert_up",)},
+        "names expert_up, but the model has no routed experts",
+    ),
     ({"model__moe__capacity_factor": 0.0}, "capacity_factor = 0.0 must be positive"),
     ({"model__moe__min_capacity": 0}, "min_capacity = 0 must be at least 1"),
     ({"model__moe__group_size": -1}, "group_size = -1 must be a token count, or 0"),
@@ -262,66 +346,131 @@ BROKEN = [
     ({"model__moe__z_loss_weight": -0.5}, "z_loss_weight = -0.5 must not be negative"),
     ({"mesh__tensor": 0}, "config.mesh.tensor = 0 must be at least 1, or -1"),
     ({"mesh__replica": -2}, "config.mesh.replica = -2 must be at least 1, or -1"),
-    ({"mesh__num_slices": 0}, "config.mesh.num_slices = 0 must be at least 1; 1 is a single slice"),
-    ({"mesh__expert": 3}, "num_experts = 8 does not divide over config.mesh.expert = 3; .* Use a mesh.expert from [1, 2, 4, 8]."),
+    (
+        {"mesh__num_slices": 0},
+        "config.mesh.num_slices = 0 must be at least 1; 1 is a single slice",
+    ),
+    (
+        {"mesh__expert": 3},
+        "num_experts = 8 does not divide over config.mesh.expert = 3; .* Use a mesh.expert from "
+        "[1, 2, 4, 8].",
+    ),
     ({"mesh__expert": -1}, "-1 ('what is left') for data and expert; only one axis may take it"),
     *(
         ({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1")
         for name in ("num_steps", "batch_size", "seq_len", "grad_accum_steps", "log_every")
     ),
-    *(({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1") for name in ("eval_every", "eval_batches")),
-    ({"checkpoint__keep": 0}, "config.checkpoint.keep = 0 must be at least 1"),
-    ({"checkpoint__every": 0}, "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing before the end"),
     *(
-        ({f"checkpoint__{name}": -1}, f"config.checkpoint.{name} = -1 must not be negative; 0 is off")
+        ({f"train__{name}": 0}, f"config.train.{name} = 0 must be at least 1")
+        for name in ("eval_every", "eval_batches")
+    ),
+    ({"checkpoint__keep": 0}, "config.checkpoint.keep = 0 must be at least 1"),
+    (
+        {"checkpoint__every": 0},
+        "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save nothing "
+        "before the end",
+    ),
+    *(
+        (
+            {f"checkpoint__{name}": -1},
+            f"config.checkpoint.{name} = -1 must not be negative; 0 is off",
+        )
         for name in ("every", "every_minutes", "keep_every", "keep_best")
     ),
-    ({"train__watchdog_minutes": -0.5}, "config.train.watchdog_minutes = -0.5 must not be negative; 0 is off"),
+    (
+        {"train__watchdog_minutes": -0.5},
+        "config.train.watchdog_minutes = -0.5 must not be negative; 0 is off",
+    ),
     ({"train__max_skipped_steps": 0}, "config.train.max_skipped_steps = 0 must be at least 1"),
     ({"optimizer__spike_after": 0}, "config.optimizer.spike_after = 0 must be at least 1"),
-    *(({"optimizer__spike_factor": factor}, f"spike_factor = {factor} must be above 1") for factor in (-2.0, 0.5, 1.0)),
-    ({"train__seq_len": 4096}, "config.train.seq_len = 4096 is above config.model.max_position = 2048"),
+    *(
+        ({"optimizer__spike_factor": factor}, f"spike_factor = {factor} must be above 1")
+        for factor in (-2.0, 0.5, 1.0)
+    ),
+    (
+        {"train__seq_len": 4096},
+        "config.train.seq_len = 4096 is above config.model.max_position = 2048",
+    ),
     (
         {"train__profile_steps": "13:10"},
-        "config.train.profile_steps = '13:10' must be FIRST:LAST, such as 10:13 for steps 10, 11, 12 and 13.",
+        "config.train.profile_steps = '13:10' must be FIRST:LAST, such as 10:13 for steps 10, 11, "
+        "12 and 13.",
     ),
     (
         {"train__grad_accum_steps": 3},
-        "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal parts. Use a grad_accum_steps from "
+        "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal "
+        "parts. Use a grad_accum_steps from "
         "[1, 2, 4, 8].",
     ),
-    ({"model__moe__group_size": 100}, "group_size = 100 must divide config.train.seq_len = 256, .* divides the 2048 tokens of a batch"),
-    ({"model__moe__group_size": 768}, "group_size = 768 must divide .* or be a multiple of it that divides the 2048 tokens"),
+    (
+        {"model__moe__group_size": 100},
+        "group_size = 100 must divide config.train.seq_len = 256, .* divides the 2048 tokens of a "
+        "batch",
+    ),
+    (
+        {"model__moe__group_size": 768},
+        "group_size = 768 must divide .* or be a multiple of it that divides the 2048 tokens",
+    ),
     ({"schedule__peak_lr": 0.0}, "config.schedule.peak_lr = 0.0 must be positive"),
-    ({"schedule__warmup_steps": 201}, "warmup_steps = 201 must be between 0 and config.train.num_steps = 200"),
+    (
+        {"schedule__warmup_steps": 201},
+        "warmup_steps = 201 must be between 0 and config.train.num_steps = 200",
+    ),
     ({"schedule__warmup_steps": -1}, "warmup_steps = -1 must be between 0"),
     ({"schedule__decay_ratio": 1.1}, "config.schedule.decay_ratio = 1.1 must be between 0 and 1"),
-    ({"schedule__anneal_fraction": -0.1}, "config.schedule.anneal_fraction = -0.1 must be between 0 and 1"),
-    ({"schedule__anneal_ratio": 2.0}, "config.schedule.anneal_ratio = 2.0 must be between 0 and 1"),
+    (
+        {"schedule__anneal_fraction": -0.1},
+        "config.schedule.anneal_fraction = -0.1 must be between 0 and 1",
+    ),
+    (
+        {"schedule__anneal_ratio": 2.0},
+        "config.schedule.anneal_ratio = 2.0 must be between 0 and 1",
+    ),
     (
         {"schedule__anneal_ratio": 0.2, "schedule__decay_ratio": 0.1},
         "anneal_ratio = 0.2 is above decay_ratio = 0.1: annealing must not raise",
     ),
-    ({"schedule__min_lr": 1.0}, "config.schedule.min_lr = 1.0 must be between 0 and peak_lr = 0.0003; it is absolute, not a ratio"),
-    ({"optimizer__expert_lr_ratio": 0.0}, "config.optimizer.expert_lr_ratio = 0.0 must be positive"),
+    (
+        {"schedule__min_lr": 1.0},
+        "config.schedule.min_lr = 1.0 must be between 0 and peak_lr = 0.0003; it is absolute, not "
+        "a ratio",
+    ),
+    (
+        {"optimizer__expert_lr_ratio": 0.0},
+        "config.optimizer.expert_lr_ratio = 0.0 must be positive",
+    ),
     ({"optimizer__max_grad_norm": 0.0}, "config.optimizer.max_grad_norm = 0.0 must be positive"),
     ({"optimizer__eps": 0.0}, "config.optimizer.eps = 0.0 must be positive"),
-    ({"data__validation_fraction": 1.0}, "config.data.validation_fraction = 1.0 must be in [0, 1)"),
+    (
+        {"data__validation_fraction": 1.0},
+        "config.data.validation_fraction = 1.0 must be in [0, 1)",
+    ),
     ({"data__max_bad_fraction": -0.1}, "config.data.max_bad_fraction = -0.1 must be in [0, 1)"),
-    (mixture(names="aa"), "config.data.sources are named ['a', 'a']; names must differ and not be empty"),
+    (
+        mixture(names="aa"),
+        "config.data.sources are named ['a', 'a']; names must differ and not be empty",
+    ),
     (mixture(names=["a", ""]), "names must differ and not be empty"),
     (mixture(starts=()), "config.data has 2 sources and 0 phases; a mixture needs both"),
     ({"data__phases": (PhaseConfig("main", (1.0,)),)}, "config.data has 0 sources and 1 phases"),
-    (mixture() | {"data__source": "folder"}, "config.data.source = 'folder' and config.data.sources ['a', 'b'] exclude each other"),
+    (
+        mixture() | {"data__source": "folder"},
+        "config.data.source = 'folder' and config.data.sources ['a', 'b'] exclude each other",
+    ),
     *(
         (
             mixture(starts=starts),
-            f"config.data.phases start at {[*starts]}; shares of the run must rise from 0 and stay below 1",
+            f"config.data.phases start at {[*starts]}; shares of the run must rise from 0 and "
+            "stay below 1",
         )
         for starts in [(0.1,), (0.0, 0.5, 0.5), (0.0, 0.5, 0.4), (0.0, 1.0)]
     ),
     *(
-        (mixture(weights=weights), f"config.data.phases: 'phase 0' has weights {weights}; it needs one for each of the sources ['a', 'b']")
+        (
+            mixture(weights=weights),
+            f"config.data.phases: 'phase 0' has weights {weights}; it needs one for each of the "
+            "sources ['a', 'b']",
+        )
         for weights in [(1.0,), (1.0, -1.0), (0.0, 0.0)]
     ),
 ]
@@ -329,7 +478,10 @@ BROKEN = [
 
 def contains(text, pattern):
     """Whether the pieces of `pattern` between ' .* ' occur in order."""
-    return re.search(" .* ".join(re.escape(piece) for piece in pattern.split(" .* ")), text) is not None
+    return (
+        re.search(" .* ".join(re.escape(piece) for piece in pattern.split(" .* ")), text)
+        is not None
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), BROKEN, ids=str)
@@ -340,9 +492,17 @@ def test_a_broken_rule_is_explained(changes, message):
 
 
 def test_every_rule_is_broken_above(monkeypatch):
-    functions = [value for value in vars(config_lib).values() if inspect.isfunction(value) and value.__module__ == config_lib.__name__]
+    functions = [
+        value
+        for value in vars(config_lib).values()
+        if inspect.isfunction(value) and value.__module__ == config_lib.__name__
+    ]
     instructions = itertools.chain.from_iterable(map(dis.get_instructions, functions))
-    rules = {i.positions.lineno for i in instructions if i.opname == "LOAD_GLOBAL" and i.argval == "_require"}
+    rules = {
+        i.positions.lineno
+        for i in instructions
+        if i.opname == "LOAD_GLOBAL" and i.argval == "_require"
+    }
     assert len(rules) > 20
     seen = set()
 
@@ -370,7 +530,11 @@ def test_every_rule_is_broken_above(monkeypatch):
         {"model__rope_type": "linear", "model__rope_alpha": 0.0},
         {"model__head_dim": 2, "model__rope_type": "plain"},
         {"schedule__warmup_steps": 200},
-        {"schedule__name": "cosine_with_min_lr", "schedule__decay_ratio": 7.0, "schedule__min_lr": 3e-4},
+        {
+            "schedule__name": "cosine_with_min_lr",
+            "schedule__decay_ratio": 7.0,
+            "schedule__min_lr": 3e-4,
+        },
         {"mesh__data": 1, "mesh__expert": -1},
         {"model__moe": MoeConfig(group_size=100)},  # a dense model routes nothing
         mixture(weights=(0.0, 1.0)),
@@ -395,9 +559,14 @@ def test_the_rule_for_groups_is_that_of_the_router(group_size, batch_size, seq_l
     # What passes here must route, and what is refused must be refused there too.
     from hunyuan_jax.layers.ffn.moe import routing
 
-    config = with_values(model__moe__group_size=group_size, train__batch_size=batch_size, train__seq_len=seq_len)
+    config = with_values(
+        model__moe__group_size=group_size, train__batch_size=batch_size, train__seq_len=seq_len
+    )
     outcomes = []
-    for check in (lambda: validate(config), lambda: routing.group_size(config.model.moe, batch_size, seq_len)):
+    for check in (
+        lambda: validate(config),
+        lambda: routing.group_size(config.model.moe, batch_size, seq_len),
+    ):
         try:
             check()
             outcomes.append(True)
@@ -416,7 +585,11 @@ def test_every_field_has_a_type_that_is_checked():
     for cls in sections(Config):
         for name, hint in typing.get_type_hints(cls).items():
             origin = typing.get_origin(hint)
-            assert dataclasses.is_dataclass(hint) or hint in (int, float, str, bool) or origin in (typing.Literal, tuple), (cls, name)
+            assert (
+                dataclasses.is_dataclass(hint)
+                or hint in (int, float, str, bool)
+                or origin in (typing.Literal, tuple)
+            ), (cls, name)
 
 
 def test_schedule_names_are_all_accepted():

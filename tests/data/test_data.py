@@ -1,4 +1,6 @@
-"""Split, packing, mixtures and batches: nothing lost, nothing twice, and a batch is a function of data, seed and step alone."""
+"""Split, packing, mixtures and batches: nothing lost, nothing twice, and a batch is a function of
+data, seed and step alone.
+"""
 
 import hashlib
 import itertools
@@ -33,12 +35,17 @@ from support.texts import (
 )
 
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
-corpora = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8)
+corpora = st.lists(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8
+)
 row_lengths = st.integers(1, 24)
 
 
 def memory(texts, prefix=""):
-    documents = [(f"{prefix}{index}.txt", np.array(document_ids(text), np.uint16)) for index, text in enumerate(texts)]
+    documents = [
+        (f"{prefix}{index}.txt", np.array(document_ids(text), np.uint16))
+        for index, text in enumerate(texts)
+    ]
     return tokens.MemoryTokens(documents, source.Tally(1.0, ""))
 
 
@@ -72,11 +79,27 @@ def test_a_text_in_parts_is_one_document(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"blank.jsonl": "\n\n"}, r"config.data.source = '.*' holds no usable document \(0 skipped: no rows\)"),
-        ({"rows.jsonl": '{"body": "b"}\n{}\n'}, r"\(2 skipped: rows.jsonl:1: no field 'text', it has \['body'\]\).*config.data.text_field"),
-        ({"rows.jsonl": "bad\n" * 11}, r"11 of 11 rows .* rows.jsonl:11.*config.data.max_bad_fraction = 0.01"),
-        ({"big.txt": "x" * 2000}, r"config.data.source = '.*' holds 0 MB; .*python -m hunyuan_jax tokenize"),
-        ({"big.jsonl.gz": None}, r"config.data.source = '.*' holds 0 MB; .*python -m hunyuan_jax tokenize"),
+        (
+            {"blank.jsonl": "\n\n"},
+            r"config.data.source = '.*' holds no usable document \(0 skipped: no rows\)",
+        ),
+        (
+            {"rows.jsonl": '{"body": "b"}\n{}\n'},
+            r"\(2 skipped: rows.jsonl:1: no field 'text', it has "
+            r"\['body'\]\).*config.data.text_field",
+        ),
+        (
+            {"rows.jsonl": "bad\n" * 11},
+            r"11 of 11 rows .* rows.jsonl:11.*config.data.max_bad_fraction = 0.01",
+        ),
+        (
+            {"big.txt": "x" * 2000},
+            r"config.data.source = '.*' holds 0 MB; .*python -m hunyuan_jax tokenize",
+        ),
+        (
+            {"big.jsonl.gz": None},
+            r"config.data.source = '.*' holds 0 MB; .*python -m hunyuan_jax tokenize",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_line_with_the_remedy(tmp_path, monkeypatch, files, message):
@@ -117,7 +140,11 @@ def held_out_names(opened, fraction):
 
 
 @few_examples
-@given(st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=40), st.floats(0.001, 0.999), st.randoms(use_true_random=False))
+@given(
+    st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=40),
+    st.floats(0.001, 0.999),
+    st.randoms(use_true_random=False),
+)
 def test_split_leaves_something_on_both_sides_and_ignores_the_order(names, fraction, random):
     documents = [(name, np.zeros(3, np.uint16)) for name in sorted(names)]
     opened = tokens.MemoryTokens(documents, source.Tally(1.0, ""))
@@ -134,14 +161,20 @@ def test_split_holds_out_the_fraction_and_keeps_it_when_the_corpus_grows():
     assert before == {name for name in held_out if int(name.removesuffix(".txt")) < 500}
 
 
-def test_split_never_changes():  # a run resumed by a later version must not train on what it held out
-    names = sorted(held_out_names(memory("x" * 40), 0.25), key=lambda name: int(name.removesuffix(".txt")))
+# a run resumed by a later version must not train on what it held out
+def test_split_never_changes():
+    names = sorted(
+        held_out_names(memory("x" * 40), 0.25), key=lambda name: int(name.removesuffix(".txt"))
+    )
     assert names == ["1.txt", "7.txt", "13.txt", "14.txt", "23.txt", "26.txt", "30.txt", "33.txt"]
 
 
 def test_split_of_nothing_and_of_one_document():
     assert held_out_names(memory(["only"]), 0.0) == set()
-    with pytest.raises(ConfigError, match=r"validation_fraction = 0\.02 needs at least 2 documents, s0 holds 1.*Set it to 0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"validation_fraction = 0\.02 needs at least 2 documents, s0 holds 1.*Set it to 0",
+    ):
         order_of(memory(["only"]), fraction=0.02)
 
 
@@ -180,7 +213,13 @@ def test_rows_are_cut_elsewhere_in_every_epoch():
     text = "".join(map(chr, np.random.default_rng(0).integers(0, 128, 2000)))
     order = order_of(memory([text]), seq_len=25)
     rows = num_rows([text], 25)
-    cuts = [{tuple(order.batch(step)["tokens"][0, :5].tolist()) for step in range(epoch * rows, (epoch + 1) * rows)} for epoch in range(3)]
+    cuts = [
+        {
+            tuple(order.batch(step)["tokens"][0, :5].tolist())
+            for step in range(epoch * rows, (epoch + 1) * rows)
+        }
+        for epoch in range(3)
+    ]
     assert not cuts[0] & cuts[1]
     assert not cuts[1] & cuts[2]
 
@@ -192,7 +231,12 @@ def test_order_depends_on_seed_and_epoch():
     for seed in (0, 0, 1):
         order = order_of(memory(texts), seed=seed)
         epochs = [range(rows), range(rows, 2 * rows)]
-        orders.append([np.concatenate([order.batch(step)["tokens"] for step in epoch]).tobytes() for epoch in epochs])
+        orders.append(
+            [
+                np.concatenate([order.batch(step)["tokens"] for step in epoch]).tobytes()
+                for epoch in epochs
+            ]
+        )
     assert orders[0] == orders[1]
     assert len({*orders[0], *orders[2]}) == 4
 
@@ -222,20 +266,30 @@ def test_rows_of_each_source_are_counted_without_walking(phases, offset):
 
 @few_examples
 @given(
-    st.lists(st.integers(0, 100), min_size=2, max_size=6).filter(any), st.integers(0, 10**9), st.integers(1, 3000), st.integers(0, 2**32)
+    st.lists(st.integers(0, 100), min_size=2, max_size=6).filter(any),
+    st.integers(0, 10**9),
+    st.integers(1, 3000),
+    st.integers(0, 2**32),
 )
 def test_every_stretch_of_rows_has_its_shares(weights, start, length, offset):
     mixture = Mixture([0], [weights], offset)
-    for before, after, weight in zip(mixture.counts(start), mixture.counts(start + length), weights, strict=True):
+    for before, after, weight in zip(
+        mixture.counts(start), mixture.counts(start + length), weights, strict=True
+    ):
         assert abs(after - before - length * weight / sum(weights)) < 7
         assert weight or after == before
 
 
 def test_phases_change_the_shares_at_their_step():
     sources = [memory([letter * 50] * 20) for letter in "abc"]
-    order = order_of(*sources, batch_size=10, weights=((3, 1, 0), (1, 1, 2)), starts=(0.0, 0.9), num_steps=100)
+    order = order_of(
+        *sources, batch_size=10, weights=((3, 1, 0), (1, 1, 2)), starts=(0.0, 0.9), num_steps=100
+    )
     letters = np.stack([order.batch(step)["tokens"][:, 4] for step in range(100)])
-    shares = [[np.isin(part, [ord(letter)]).sum() for letter in "abc"] for part in (letters[:90], letters[90:])]
+    shares = [
+        [np.isin(part, [ord(letter)]).sum() for letter in "abc"]
+        for part in (letters[:90], letters[90:])
+    ]
     # A few of the tokens looked at are bos or eos, hence of no letter.
     assert shares[0] == pytest.approx([675, 225, 0], abs=45)
     assert shares[1] == pytest.approx([25, 25, 50], abs=8)
@@ -254,7 +308,9 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs():
     for per_epoch, source_texts, epochs in zip(rows, texts, seen, strict=True):
         assert [epoch for epoch, _ in epochs] == [i // per_epoch for i in range(len(epochs))]
         for i in range(len(epochs) // per_epoch):
-            assert counted_pairs(batch for _, batch in epochs[i * per_epoch : (i + 1) * per_epoch]) == expected_pairs(source_texts)
+            assert counted_pairs(
+                batch for _, batch in epochs[i * per_epoch : (i + 1) * per_epoch]
+            ) == expected_pairs(source_texts)
 
 
 def test_mixture_config_opens_its_sources(tmp_path):
@@ -263,14 +319,25 @@ def test_mixture_config_opens_its_sources(tmp_path):
         for index in range(3):
             (tmp_path / name / f"{index}.txt").write_text(name * 10)
     sources = tuple(SourceConfig(name, str(tmp_path / name)) for name in "ab")
-    data = DataConfig(sources=sources, phases=(PhaseConfig("all", (1.0, 0.0)),), validation_fraction=0.3)
+    data = DataConfig(
+        sources=sources, phases=(PhaseConfig("all", (1.0, 0.0)),), validation_fraction=0.3
+    )
     corpus = loader.open_corpus(data, TOKENIZER)
     assert corpus.names == ("a", "b")
     order = loader.Order(corpus, data, TrainConfig(batch_size=2, seq_len=8))
-    assert set(order.batch(0)["tokens"].flat) <= {*b"a", TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id}
-    assert set(b"ab") <= set(np.concatenate([batch["tokens"] for batch in order.validation(9)]).flat)  # what is held out of all
+    assert set(order.batch(0)["tokens"].flat) <= {
+        *b"a",
+        TOKENIZER.bos_id,
+        TOKENIZER.eos_id,
+        TOKENIZER.pad_id,
+    }
+    assert set(b"ab") <= set(
+        np.concatenate([batch["tokens"] for batch in order.validation(9)]).flat
+    )  # what is held out of all
     assert str(order).startswith("a: 3 documents")
-    missing = DataConfig(sources=(SourceConfig("a", str(tmp_path / "none")),), phases=(PhaseConfig("all", (1.0,)),))
+    missing = DataConfig(
+        sources=(SourceConfig("a", str(tmp_path / "none")),), phases=(PhaseConfig("all", (1.0,)),)
+    )
     with pytest.raises(ConfigError, match=r"config.data.sources\['a'\] = '.*none' does not exist"):
         loader.open_corpus(missing, TOKENIZER)
 
@@ -281,7 +348,15 @@ TWO = [["abcdefgh" * 9, "ijk", "lmnop"], ["q" * 40, "rstu" * 3]]
 
 
 def two_sources(weights=((1.0, 3.0), (1.0, 1.0)), starts=(0.0, 0.5), seed=0):
-    return order_of(*map(memory, TWO), batch_size=8, seq_len=16, weights=weights, starts=starts, num_steps=10, seed=seed)
+    return order_of(
+        *map(memory, TWO),
+        batch_size=8,
+        seq_len=16,
+        weights=weights,
+        starts=starts,
+        num_steps=10,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize(("num_hosts", "num_threads"), [(1, 0), (1, 3), (2, 1), (4, 0), (8, 3)])
@@ -298,7 +373,12 @@ def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
 
 
 @settings(few_examples, max_examples=5)  # each starts nine iterators
-@given(corpora, row_lengths, st.integers(1, 4), st.lists(st.integers(0, 10**7), min_size=3, max_size=3))
+@given(
+    corpora,
+    row_lengths,
+    st.integers(1, 4),
+    st.lists(st.integers(0, 10**7), min_size=3, max_size=3),
+)
 def test_resume_at_any_step_continues_bit_equal(texts, seq_len, batch_size, steps):
     arguments = {"batch_size": batch_size, "seq_len": seq_len}
     with iterating(order_of(memory(texts), **arguments), num_threads=1) as batches:
@@ -307,7 +387,9 @@ def test_resume_at_any_step_continues_bit_equal(texts, seq_len, batch_size, step
             expected = take(batches, 2)
             state = json.dumps(batches.get_state())
             expected += take(batches, 2)
-            assert_same_batches(expected, [order_of(memory(texts), **arguments).batch(step + i) for i in range(4)])
+            assert_same_batches(
+                expected, [order_of(memory(texts), **arguments).batch(step + i) for i in range(4)]
+            )
             with iterating(order_of(memory(texts), **arguments)) as resumed:
                 resumed.set_state(json.loads(state))
                 assert json.dumps(resumed.get_state()) == state
@@ -322,9 +404,16 @@ def test_a_state_of_another_mixture_is_refused():
     assert sum(state["rows"].values()) == 48
     assert len(json.dumps(state)) < 200
     later = two_sources(weights=((1.0, 3.0), (0.0, 1.0)), starts=(0.0, 0.7))
-    with iterating(later) as batches, pytest.raises(ConfigError, match=r"was made after .*Phases may change only from the checkpoint on"):
+    with (
+        iterating(later) as batches,
+        pytest.raises(
+            ConfigError, match=r"was made after .*Phases may change only from the checkpoint on"
+        ),
+    ):
         batches.set_state(state)
-    changed_after = two_sources(weights=((1.0, 3.0), (1.0, 1.0), (1.0, 0.0)), starts=(0.0, 0.5, 0.6))
+    changed_after = two_sources(
+        weights=((1.0, 3.0), (1.0, 1.0), (1.0, 0.0)), starts=(0.0, 0.5, 0.6)
+    )
     with iterating(changed_after) as batches:
         batches.set_state(state)
         with pytest.raises(ConfigError, match="earlier version"):
@@ -350,19 +439,30 @@ def test_resume_in_a_new_process(tmp_path):
     for index in range(30):
         (tmp_path / f"{index}.txt").write_text(f"{index} " * (index + 1))
     data = DataConfig(source=str(tmp_path), validation_fraction=0.1)
-    order = loader.Order(loader.open_corpus(data, TOKENIZER), data, TrainConfig(batch_size=4, seq_len=16, seed=7))
+    order = loader.Order(
+        loader.open_corpus(data, TOKENIZER), data, TrainConfig(batch_size=4, seq_len=16, seed=7)
+    )
     with iterating(order) as batches:
         take(batches, 5)
         state = json.dumps(batches.get_state())
-        expected = [hashlib.sha256(b"".join(array.tobytes() for array in batch.values())).hexdigest() for batch in take(batches, 10)]
+        expected = [
+            hashlib.sha256(b"".join(array.tobytes() for array in batch.values())).hexdigest()
+            for batch in take(batches, 10)
+        ]
     command = [sys.executable, "-c", RESUME_IN_NEW_PROCESS, str(tmp_path), state]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.stdout.strip(), result.stderr) == (str(expected), "")  # stderr: a closed iterator leaves nothing to destroy
+    assert (result.stdout.strip(), result.stderr) == (
+        str(expected),
+        "",
+    )  # stderr: a closed iterator leaves nothing to destroy
 
 
-def test_the_order_never_changes():  # a run continued by a later version must see what it would have seen
+# a run continued by a later version must see what it would have seen
+def test_the_order_never_changes():
     batches = [two_sources(seed=5).batch(step) for step in (0, 7, 1000)]
-    assert [hashlib.sha256(batch["tokens"].tobytes()).hexdigest()[:12] for batch in batches] == ORDER
+    assert [
+        hashlib.sha256(batch["tokens"].tobytes()).hexdigest()[:12] for batch in batches
+    ] == ORDER
 
 
 ORDER = ["82518ae2818e", "b838871fa012", "cc963c2dabbd"]
@@ -376,8 +476,15 @@ def test_description_names_what_a_batch_holds(texts, seq_len, step):
     assert json.loads(json.dumps(described)) == described
     assert described["efficiency"] == batch["loss_weights"].mean()
     for row, told in enumerate(described["rows"]):
-        ids = [document_ids(texts[int(part["name"].removesuffix(".txt"))])[part["start"] : part["stop"]] for part in told["documents"]]
-        assert [*itertools.chain(*ids)] == batch["tokens"][row][batch["segment_ids"][row] > 0].tolist()
+        ids = [
+            document_ids(texts[int(part["name"].removesuffix(".txt"))])[
+                part["start"] : part["stop"]
+            ]
+            for part in told["documents"]
+        ]
+        assert [*itertools.chain(*ids)] == batch["tokens"][row][
+            batch["segment_ids"][row] > 0
+        ].tolist()
         assert {part["piece"] for part in told["documents"]} == {0}
 
 
@@ -387,7 +494,9 @@ def test_description_names_what_a_batch_holds(texts, seq_len, step):
 @few_examples
 @given(corpora, row_lengths, st.integers(1, 5))
 def test_validation_holds_every_pair_once_and_is_filled_with_padding(texts, seq_len, batch_size):
-    order = order_of(memory([*texts, "x" * 30]), batch_size=batch_size, seq_len=seq_len, fraction=0.5)
+    order = order_of(
+        memory([*texts, "x" * 30]), batch_size=batch_size, seq_len=seq_len, fraction=0.5
+    )
     training = range(num_rows([*texts, "x" * 30], seq_len))
     batches = order.validation(1000)
     for batch in batches:
@@ -400,24 +509,34 @@ def test_validation_holds_every_pair_once_and_is_filled_with_padding(texts, seq_
     is_padding = np.concatenate([batch["segment_ids"] for batch in batches]) == 0
     assert is_padding[rows:].all()
     for name in ("tokens", "targets"):
-        assert set(np.concatenate([batch[name] for batch in batches])[is_padding]) <= {TOKENIZER.pad_id}
+        assert set(np.concatenate([batch[name] for batch in batches])[is_padding]) <= {
+            TOKENIZER.pad_id
+        }
     # An epoch of training is the rest.
     per_epoch = math.ceil((expected_pairs([*texts, "x" * 30]) - held_out).total() / seq_len)
     assert per_epoch <= len(training)
     single = order_of(memory([*texts, "x" * 30]), seq_len=seq_len, fraction=0.5)
-    assert counted_pairs(single.batch(step) for step in range(per_epoch)) + held_out == expected_pairs([*texts, "x" * 30])
+    assert counted_pairs(
+        single.batch(step) for step in range(per_epoch)
+    ) + held_out == expected_pairs([*texts, "x" * 30])
 
 
 def test_validation_of_few_batches_samples_all_documents_for_every_seed():
     texts = [chr(97 + index) * 200 for index in range(12)]
     batches = order_of(memory(texts), batch_size=8, seq_len=10, fraction=0.4).validation(2)
     assert len(batches) == 2
-    letters = set(np.concatenate([batch["tokens"] for batch in batches]).flat) - {TOKENIZER.bos_id, TOKENIZER.eos_id}
+    letters = set(np.concatenate([batch["tokens"] for batch in batches]).flat) - {
+        TOKENIZER.bos_id,
+        TOKENIZER.eos_id,
+    }
     held_out = held_out_names(memory(texts), 0.4)
     assert len(letters) >= len(held_out) - 1 > 2
     other = order_of(memory(texts), batch_size=8, seq_len=10, fraction=0.4, seed=9)
     assert_same_batches(batches, other.validation(5)[:2])
-    assert_same_batches(other.validation(2, rows=np.array([2, 0])), [{name: batch[name][[2, 0]] for name in FIELDS} for batch in batches])
+    assert_same_batches(
+        other.validation(2, rows=np.array([2, 0])),
+        [{name: batch[name][[2, 0]] for name in FIELDS} for batch in batches],
+    )
     assert order_of(memory(texts)).validation(2) == []
 
 

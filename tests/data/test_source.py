@@ -1,4 +1,6 @@
-"""Documents of text files: every kind and compression, a fixed order, spans of big files, and bad rows counted with their place."""
+"""Documents of text files: every kind and compression, a fixed order, spans of big files, and bad
+rows counted with their place.
+"""
 
 import dataclasses
 import gzip
@@ -63,15 +65,34 @@ def test_stdlib_is_the_sorted_sources_without_tests_and_build_files():
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     folders = {folder for name in names for folder in name.split("/")[:-1]}
     assert not folders & {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-    assert not [name for name in names if not name.endswith(".py") or "config-" in name or "_sysconfigdata" in name]
+    assert not [
+        name
+        for name in names
+        if not name.endswith(".py") or "config-" in name or "_sysconfigdata" in name
+    ]
 
 
 def test_folder_is_read_recursively_and_in_order(tmp_path):
-    for name in ("b.md", "a/z.txt", "a/y.PY", "c.csv", "d.csv.gz", "e.parquet.gz", ".git/x.txt", "a/.hidden.txt"):
+    for name in (
+        "b.md",
+        "a/z.txt",
+        "a/y.PY",
+        "c.csv",
+        "d.csv.gz",
+        "e.parquet.gz",
+        ".git/x.txt",
+        "a/.hidden.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "d.jsonl").write_text('{"text": "first"}\n{"text": "second"}')
-    expected = {"a/y.PY": "a/y.PY", "a/z.txt": "a/z.txt", "b.md": "b.md", "d.jsonl:1": "first", "d.jsonl:2": "second"}
+    expected = {
+        "a/y.PY": "a/y.PY",
+        "a/z.txt": "a/z.txt",
+        "b.md": "b.md",
+        "d.jsonl:1": "first",
+        "d.jsonl:2": "second",
+    }
     assert read_all(tmp_path) == (list(expected.items()), [])
 
 
@@ -93,19 +114,30 @@ def test_file_and_glob_give_names_that_other_files_do_not_change(tmp_path, monke
 def test_urls_are_read_through_fsspec():
     files = fsspec.filesystem("memory")
     try:
-        files.pipe({"/corpus/a.txt": b"first", "/corpus/sub/b.jsonl.gz": gzip.compress(b'{"text": "second"}'), "/corpus/.c.txt": b"hidden"})
+        files.pipe(
+            {
+                "/corpus/a.txt": b"first",
+                "/corpus/sub/b.jsonl.gz": gzip.compress(b'{"text": "second"}'),
+                "/corpus/.c.txt": b"hidden",
+            }
+        )
         expected = {"a.txt": "first", "sub/b.jsonl.gz:1": "second"}
         assert texts("memory://corpus") == expected
         assert texts("memory://corpus/**/*.gz") == {"sub/b.jsonl.gz:1": "second"}
         assert texts("memory://corpus/a.txt") == {"a.txt": "first"}
         assert source.size_of("memory://corpus/a.txt") == 5
         [gone] = source.find_files("memory://corpus/a.txt", "data.source")
-        files.rm("/corpus/a.txt")  # as a failing network: not a bad row, which would be the end of the matter
+        files.rm(
+            "/corpus/a.txt"
+        )  # as a failing network: not a bad row, which would be the end of the matter
         with pytest.raises(ConfigError, match=r"memory:///?corpus/a.txt cannot be read"):
             list(source.read(gone, "text"))
         with pytest.raises(ConfigError, match="does not exist"):
             source.find_files("memory://nothing", "data.source")
-        with pytest.raises(ConfigError, match="data.source = 'nowhere://corpus' cannot be used: Protocol not known: nowhere"):
+        with pytest.raises(
+            ConfigError,
+            match="data.source = 'nowhere://corpus' cannot be used: Protocol not known: nowhere",
+        ):
             source.find_files("nowhere://corpus", "data.source")
     finally:
         files.rm("/corpus", recursive=True)
@@ -134,7 +166,10 @@ def test_rows_of_a_file_that_is_read_in_ranges(tmp_path):
     assert texts(f"ranged://{tmp_path}/a.jsonl") == texts(tmp_path / "a.jsonl")
     [span] = source.find_files(f"ranged://{tmp_path}", "data.source")
     part = dataclasses.replace(span, start=1700, stop=1734, first_row=101)
-    assert [document.name for document in source.read(part, "text")] == ["a.jsonl:101", "a.jsonl:102"]
+    assert [document.name for document in source.read(part, "text")] == [
+        "a.jsonl:101",
+        "a.jsonl:102",
+    ]
 
 
 def test_a_file_name_that_is_not_utf8_has_a_printable_name(tmp_path):
@@ -182,7 +217,9 @@ def test_every_kind_and_compression_gives_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.JSONL.ZST").write_bytes(two_frames)
-    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": rows}), tmp_path / "d.parquet", row_group_size=2)
+    parquet.write_table(
+        pyarrow.table({"id": [1, 2, 3], "text": rows}), tmp_path / "d.parquet", row_group_size=2
+    )
     write_records(tmp_path / "e.array_record", [row.encode() for row in rows])
     found = texts(tmp_path)
     for name in ("a.jsonl", "b.jsonl.gz", "c.JSONL.ZST", "d.parquet", "e.array_record"):
@@ -212,7 +249,9 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
 def test_bad_rows_are_reported_with_their_number(tmp_path, row, reason):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n\n' + row + b'\n{"text": "four"}\nnull\n')
+    (tmp_path / "rows.jsonl").write_bytes(
+        b'{"text": "one"}\n\n' + row + b'\n{"text": "four"}\nnull\n'
+    )
     documents, bad = read_all(tmp_path)
     assert documents == [("rows.jsonl:1", "one"), ("rows.jsonl:4", "four")]
     assert [where for where, _ in bad] == ["rows.jsonl:3", "rows.jsonl:5"]
@@ -221,7 +260,9 @@ def test_bad_rows_are_reported_with_their_number(tmp_path, row, reason):
 
 def test_a_row_too_long_for_memory_is_bad_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "MAX_ROW_BYTES", 32)
-    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 100 + '"}\n{"text": "three"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "one"}\n{"text": "' + "x" * 100 + '"}\n{"text": "three"}\n'
+    )
     documents, bad = read_all(tmp_path)
     assert [name for name, _ in documents] == ["rows.jsonl:1", "rows.jsonl:3"]
     assert bad == [("rows.jsonl:2", "longer than 32 bytes")]
@@ -267,7 +308,10 @@ def test_unusable_files_are_reported(tmp_path):
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_truncated_archive_gives_what_it_holds_and_one_bad_row(tmp_path, suffix):
     rng = random.Random(0)
-    rows = [json.dumps({"text": "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=2000))}) for _ in range(400)]
+    rows = [
+        json.dumps({"text": "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=2000))})
+        for _ in range(400)
+    ]
     compress = gzip.compress if suffix == ".gz" else zstandard.compress
     data = compress("\n".join(rows).encode())
     (tmp_path / f"rows.jsonl{suffix}").write_bytes(data[: len(data) // 2])
@@ -276,7 +320,10 @@ def test_a_truncated_archive_gives_what_it_holds_and_one_bad_row(tmp_path, suffi
     assert [json.dumps({"text": text}) for _, text in documents] == rows[: len(documents)]
     assert bad == [(f"rows.jsonl{suffix}:{len(documents) + 1}", "truncated archive")]
     (tmp_path / f"text.txt{suffix}").write_bytes(data[:-3])
-    assert read_all(tmp_path / f"text.txt{suffix}") == ([], [(f"text.txt{suffix}", "truncated archive")])
+    assert read_all(tmp_path / f"text.txt{suffix}") == (
+        [],
+        [(f"text.txt{suffix}", "truncated archive")],
+    )
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
@@ -294,7 +341,13 @@ def test_truncated_tables_are_bad_rows(tmp_path, keep):
 
 
 @few_examples
-@given(st.lists(st.sampled_from(["", " ", "bad", '{"text": "good"}', '{"text": "' + "long" * 9 + '"}']), max_size=12), st.integers(1, 60))
+@given(
+    st.lists(
+        st.sampled_from(["", " ", "bad", '{"text": "good"}', '{"text": "' + "long" * 9 + '"}']),
+        max_size=12,
+    ),
+    st.integers(1, 60),
+)
 def test_spans_of_a_file_give_its_rows_with_their_numbers(lines, step):
     """Cut anywhere: each row belongs to the span in which it begins."""
     with tempfile.TemporaryDirectory() as folder:
@@ -302,12 +355,17 @@ def test_spans_of_a_file_give_its_rows_with_their_numbers(lines, step):
         data = "\n".join(lines).encode()
         with open(path, "wb") as file:
             file.write(data)
-        whole = [(getattr(item, "name", None) or item.where) for item in source.read(source.Span("rows.jsonl", path), "text")]
+        whole = [
+            (getattr(item, "name", None) or item.where)
+            for item in source.read(source.Span("rows.jsonl", path), "text")
+        ]
         parts = []
         for start in range(0, len(data), step):
             first_row = 1 if start == 0 else 2 + data[: start - 1].count(b"\n")
             span = source.Span("rows.jsonl", path, start, min(start + step, len(data)), first_row)
-            parts += [(getattr(item, "name", None) or item.where) for item in source.read(span, "text")]
+            parts += [
+                (getattr(item, "name", None) or item.where) for item in source.read(span, "text")
+            ]
         assert parts == whole
 
 
@@ -320,12 +378,21 @@ def real():
 
     ranks = paths.SHARED / "data/hy.tiktoken"
     if not ranks.is_file():
-        pytest.skip("the released ranks file is not beside the checkout (../shared/data/hy.tiktoken)")
+        pytest.skip(
+            "the released ranks file is not beside the checkout (../shared/data/hy.tiktoken)"
+        )
     return HyTokenizer(ranks)
 
 
 @few_examples
-@given(st.lists(st.sampled_from(["a", "bc", " ", "\n", "\r\n", "!", "\u0301", "e", "7", "中", "\x1c", "'s"]), max_size=60).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["a", "bc", " ", "\n", "\r\n", "!", "\u0301", "e", "7", "中", "\x1c", "'s"]
+        ),
+        max_size=60,
+    ).map("".join)
+)
 def test_parts_have_the_tokens_of_the_text(real, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "PART_CHARS", 7)
@@ -333,7 +400,10 @@ def test_parts_have_the_tokens_of_the_text(real, text):
     assert "".join(parts) == text
     assert all(0 < len(part) <= 7 for part in parts) or parts == [""]
     # Where a part has no line break to be cut behind, tokens may differ; skip those.
-    if all(part.endswith("\n") and not after[:1].isspace() for part, after in itertools.pairwise(parts)):
+    if all(
+        part.endswith("\n") and not after[:1].isspace()
+        for part, after in itertools.pairwise(parts)
+    ):
         assert [token for part in parts for token in real.encode(part)] == real.encode(text)
 
 
@@ -373,9 +443,15 @@ def test_bad_rows_are_counted_by_file_and_above_the_limit_they_stop(tmp_path):
     (tmp_path / "b.jsonl").write_text("bad\n" * 9 + good)
     tally = tally_of(tmp_path, 0.01)  # 10 bad of 16: no more than 1 % of 1000
     assert (tally.total.num_documents, tally.total.num_bad, tally.total.num_bytes) == (6, 10, 24)
-    assert tally.files["b.jsonl"] == source.FileCounts(1, 4, 9, "b.jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0))")
+    assert tally.files["b.jsonl"] == source.FileCounts(
+        1, 4, 9, "b.jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0))"
+    )
     (tmp_path / "c.jsonl").write_text(good + "\nbad\n")
-    with pytest.raises(ConfigError, match=r"11 of 18 rows cannot be used, the last is c.jsonl:3: not JSON .*data.max_bad_fraction = 0.01"):
+    with pytest.raises(
+        ConfigError,
+        match=r"11 of 18 rows cannot be used, the last is c.jsonl:3: not JSON "
+        r".*data.max_bad_fraction = 0.01",
+    ):
         tally_of(tmp_path, 0.01)
     with pytest.raises(ConfigError, match=r"1 of 6 rows.*a.jsonl:6"):
         tally_of(tmp_path, 0.0)
@@ -387,7 +463,9 @@ def test_bad_rows_are_counted_by_file_and_above_the_limit_they_stop(tmp_path):
 def test_report_is_short_and_complete():
     tally = source.Tally(1.0, "")
     for index in range(7):
-        tally.add_file(f"{index}.jsonl", source.FileCounts(2, 500_000, index + 1, f"{index}.jsonl:3: empty"))
+        tally.add_file(
+            f"{index}.jsonl", source.FileCounts(2, 500_000, index + 1, f"{index}.jsonl:3: empty")
+        )
     lines = str(tally).splitlines()
     assert lines[0] == "14 documents, 3.5 MB; 28 bad row(s) skipped in 7 file(s)"
     assert lines[1] == "  0.jsonl: 1 skipped, first: 0.jsonl:3: empty"

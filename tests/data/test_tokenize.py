@@ -1,4 +1,6 @@
-"""Token shards: the documents of the text, the same bytes after any kill and by any runner, refused when they do not fit."""
+"""Token shards: the documents of the text, the same bytes after any kill and by any runner,
+refused when they do not fit.
+"""
 
 import contextlib
 import dataclasses
@@ -64,7 +66,9 @@ def command(*arguments):
 
 def run(*arguments, timeout=120):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def main(*arguments):
@@ -99,7 +103,9 @@ def small_pieces(num_pairs):
         yield
 
 
-corpora = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8)
+corpora = st.lists(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8
+)
 
 
 @few_examples
@@ -108,9 +114,13 @@ def test_rows_of_shards_hold_every_pair_once_an_epoch(texts, seq_len, piece_pair
     with tempfile.TemporaryDirectory() as folder, small_pieces(piece_pairs):
         folder = Path(folder)
         write_rows(folder / "rows.jsonl", texts)
-        manifest = run_here(Job(str(folder / "rows.jsonl"), str(folder / "out"), "byte", shard_bytes=shard_bytes))
+        manifest = run_here(
+            Job(str(folder / "rows.jsonl"), str(folder / "out"), "byte", shard_bytes=shard_bytes)
+        )
         opened = tokens.open_shards(folder / "out", TOKENIZER, "byte")
-        assert documents_of(opened) == {f"rows.jsonl:{row}": document_ids(text) for row, text in enumerate(texts, 1)}
+        assert documents_of(opened) == {
+            f"rows.jsonl:{row}": document_ids(text) for row, text in enumerate(texts, 1)
+        }
         assert (manifest["num_documents"], manifest["num_bad"]) == (len(texts), 0)
         assert manifest["num_bytes"] == sum(len(text.encode()) for text in texts)
         assert manifest["num_tokens"] == sum(len(document_ids(text)) for text in texts)
@@ -150,7 +160,13 @@ def test_held_out_documents_are_those_of_the_text(tmp_path):
     for path in (tmp_path / "rows.jsonl", tmp_path / "out"):
         data = DataConfig(source=str(path), validation_fraction=0.2)
         corpus = loader.open_corpus(data, TOKENIZER)
-        held_out.append(counted_pairs(loader.Order(corpus, data, loader.TrainConfig(batch_size=2, seq_len=16)).validation(100)))
+        held_out.append(
+            counted_pairs(
+                loader.Order(
+                    corpus, data, loader.TrainConfig(batch_size=2, seq_len=16)
+                ).validation(100)
+            )
+        )
     assert held_out[0] == held_out[1]
     assert 100 < held_out[0].total() < 2000
     assert len(list((tmp_path / "out").glob("*.array_record"))) > 3
@@ -162,7 +178,9 @@ def two_folders(tmp_path_factory):
     with small_pieces(9):
         for name in "ab":
             write_rows(folder / f"{name}.jsonl", [f"{name}{i}" * (i % 9 + 1) for i in range(80)])
-            run_here(Job(str(folder / f"{name}.jsonl"), str(folder / name), "byte", shard_bytes=300))
+            run_here(
+                Job(str(folder / f"{name}.jsonl"), str(folder / name), "byte", shard_bytes=300)
+            )
     return folder
 
 
@@ -174,7 +192,11 @@ def test_hosts_and_threads_read_the_same_global_batches(two_folders, num_hosts):
     )
 
     def new_order():
-        return loader.Order(loader.open_corpus(data, TOKENIZER), data, loader.TrainConfig(num_steps=12, batch_size=8, seq_len=16))
+        return loader.Order(
+            loader.open_corpus(data, TOKENIZER),
+            data,
+            loader.TrainConfig(num_steps=12, batch_size=8, seq_len=16),
+        )
 
     with small_pieces(9):
         expected = [new_order().batch(step) for step in range(12)]
@@ -186,7 +208,9 @@ def test_hosts_and_threads_read_the_same_global_batches(two_folders, num_hosts):
             with iterating(new_order(), rows=rows) as batches:
                 batches.set_state(state)
                 mine += take(batches, 7)
-            assert_same_batches(mine, [{name: array[rows] for name, array in batch.items()} for batch in expected])
+            assert_same_batches(
+                mine, [{name: array[rows] for name, array in batch.items()} for batch in expected]
+            )
 
 
 # --- the job ---
@@ -195,11 +219,27 @@ def test_hosts_and_threads_read_the_same_global_batches(two_folders, num_hosts):
 def test_large_files_of_every_kind_are_units_of_their_own(tmp_path):
     """So several workers share them; what is in one of them is one worker's."""
     (tmp_path / "text").mkdir()
-    names = [f"{i}{kind}" for i in range(2) for kind in (".array_record", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".parquet", ".py", ".txt")]
+    names = [
+        f"{i}{kind}"
+        for i in range(2)
+        for kind in (
+            ".array_record",
+            ".jsonl.gz",
+            ".jsonl.zst",
+            ".md.gz",
+            ".parquet",
+            ".py",
+            ".txt",
+        )
+    ]
     for name in names:
         (tmp_path / "text" / name).write_bytes(bytes(3000))
-    plan = tokenize.prepare(Job(str(tmp_path / "text"), str(tmp_path / "out"), "byte", shard_bytes=2000))
-    assert [[span.name for span in unit] for unit in plan.units] == [[name] for name in sorted(names)]
+    plan = tokenize.prepare(
+        Job(str(tmp_path / "text"), str(tmp_path / "out"), "byte", shard_bytes=2000)
+    )
+    assert [[span.name for span in unit] for unit in plan.units] == [
+        [name] for name in sorted(names)
+    ]
 
 
 def test_ranges_of_a_big_file_and_kinds_of_files_are_units(tmp_path):
@@ -210,7 +250,11 @@ def test_ranges_of_a_big_file_and_kinds_of_files_are_units(tmp_path):
         (tmp_path / "in" / name).write_text(name)
     job = Job(str(tmp_path / "in"), str(tmp_path / "out"), "byte", shard_bytes=1000)
     plan = tokenize.prepare(job)
-    assert [[span.name for span in unit] for unit in plan.units] == [["a.txt", "b.txt"], *[["big.jsonl"]] * 6, ["c.md", "z.jsonl.gz"]]
+    assert [[span.name for span in unit] for unit in plan.units] == [
+        ["a.txt", "b.txt"],
+        *[["big.jsonl"]] * 6,
+        ["c.md", "z.jsonl.gz"],
+    ]
     manifest = run_here(job)
     found = documents_of(tokens.open_shards(tmp_path / "out", TOKENIZER, "byte"))
     expected = {f"big.jsonl:{i}": document_ids(f"row {i}") for i in range(1, 301)}
@@ -219,7 +263,12 @@ def test_ranges_of_a_big_file_and_kinds_of_files_are_units(tmp_path):
     # A compressed file is one unit and more than one shard.
     names = [shard["file"] for shard in manifest["shards"] if shard["file"].startswith("00007")]
     assert names == ["00007-000.array_record", "00007-001.array_record"]
-    assert manifest["files"]["big.jsonl"] == {"num_documents": 300, "num_bytes": 1992, "num_bad": 0, "first_bad": ""}
+    assert manifest["files"]["big.jsonl"] == {
+        "num_documents": 300,
+        "num_bytes": 1992,
+        "num_bad": 0,
+        "first_bad": "",
+    }
 
 
 def test_a_text_larger_than_a_shard_is_cut_and_named_once(tmp_path, monkeypatch):
@@ -228,10 +277,14 @@ def test_a_text_larger_than_a_shard_is_cut_and_named_once(tmp_path, monkeypatch)
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     with small_pieces(64):
-        manifest = run_here(Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte", shard_bytes=1500))
+        manifest = run_here(
+            Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte", shard_bytes=1500)
+        )
         assert manifest["num_documents"] == 1
         assert len(manifest["shards"]) == 6
-        assert documents_of(tokens.open_shards(tmp_path / "out", TOKENIZER, "byte")) == {"a.txt": document_ids(text)}
+        assert documents_of(tokens.open_shards(tmp_path / "out", TOKENIZER, "byte")) == {
+            "a.txt": document_ids(text)
+        }
 
 
 def test_finished_or_other_jobs(tmp_path):
@@ -243,7 +296,9 @@ def test_finished_or_other_jobs(tmp_path):
     assert tokenize.prepare(job) is None
     assert contents(tmp_path / "out") == before
     with pytest.raises(ConfigError, match="was begun with other text_field; give another folder"):
-        tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte", text_field="body"))
+        tokenize.prepare(
+            Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte", text_field="body")
+        )
     tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "begun"), "byte"))
     write_rows(tmp_path / "rows.jsonl", ["one", "two", "three"])
     for folder in ("out", "begun"):
@@ -254,7 +309,9 @@ def test_finished_or_other_jobs(tmp_path):
     with pytest.raises(ConfigError, match="holds something else than token shards"):
         tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "mine"), "byte"))
     with pytest.raises(ConfigError, match="cannot be made"):
-        tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl" / "out"), "byte"))
+        tokenize.prepare(
+            Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl" / "out"), "byte")
+        )
     with pytest.raises(ConfigError, match=r"begun is unfinished.*tokenize` again; it continues"):
         loader.open_corpus(DataConfig(source=str(tmp_path / "begun")), TOKENIZER)
 
@@ -278,7 +335,9 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     place = whole.rindex(b"a.txt")
     shard.write_bytes(whole[:place] + b"b" + whole[place + 1 :])
     assert loader.damaged_shards(data) == [str(shard)]
-    with pytest.raises(ConfigError, match=r"00000-000.array_record: record 0 cannot be read .*data --verify"):
+    with pytest.raises(
+        ConfigError, match=r"00000-000.array_record: record 0 cannot be read .*data --verify"
+    ):
         order_of(loader.open_corpus(data, TOKENIZER).sources[0]).batch(0)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
@@ -292,7 +351,10 @@ def test_damaged_manifest_and_index_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     run_here(Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte"))
     data = DataConfig(source=str(tmp_path / "out"))
-    for name, rest, message in [("index.npy", -8, "cannot be read"), ("manifest.json", -9, "is damaged")]:
+    for name, rest, message in [
+        ("index.npy", -8, "cannot be read"),
+        ("manifest.json", -9, "is damaged"),
+    ]:
         path = tmp_path / "out" / name
         path.write_bytes(path.read_bytes()[:rest])
         with pytest.raises(ConfigError, match=rf"{name} {message} .*; copy it again, or "):
@@ -304,10 +366,18 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path):
     job = Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte")
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     for room, name in ((40_000, "00000-000.array_record"), (100, "plan.json")):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # a write beyond it fails as on a full disk
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (room, hard)
+        )  # a write beyond it fails as on a full disk
         try:
-            with pytest.raises(ConfigError, match=f"{name} cannot be written .*; the same command continues") as error:
-                run_here(job if name != "plan.json" else dataclasses.replace(job, output=str(tmp_path / "other")))
+            with pytest.raises(
+                ConfigError, match=f"{name} cannot be written .*; the same command continues"
+            ) as error:
+                run_here(
+                    job
+                    if name != "plan.json"
+                    else dataclasses.replace(job, output=str(tmp_path / "other"))
+                )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert "\n" not in str(error.value)
@@ -323,7 +393,12 @@ def test_one_command_at_a_time(tmp_path):
     left_by_a_killed_one.write_text("half")
     with shards.alone(job):
         assert not left_by_a_killed_one.exists()
-        with pytest.raises(ConfigError, match="another command is writing to --output = .*; wait for it"), shards.alone(job):
+        with (
+            pytest.raises(
+                ConfigError, match="another command is writing to --output = .*; wait for it"
+            ),
+            shards.alone(job),
+        ):
             pass
     with shards.alone(job):
         pass
@@ -331,7 +406,10 @@ def test_one_command_at_a_time(tmp_path):
 
 def test_text_without_a_document_makes_no_shards(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n')
-    with pytest.raises(ConfigError, match=r"no usable document \(1 skipped: rows.jsonl:1: no field 'text'.*set --text_field"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no usable document \(1 skipped: rows.jsonl:1: no field 'text'.*set --text_field",
+    ):
         run_here(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "byte"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -344,14 +422,27 @@ def big_rows(tmp_path_factory):
     """A .jsonl of 6 MB, hence seven units of 1 MiB."""
     path = tmp_path_factory.mktemp("big") / "rows.jsonl"
     rng = random.Random(0)
-    write_rows(path, ["".join(rng.choices("abcdefghijklmnop qrstuvw\n", k=rng.randrange(1, 4000))) for _ in range(3000)])
+    write_rows(
+        path,
+        [
+            "".join(rng.choices("abcdefghijklmnop qrstuvw\n", k=rng.randrange(1, 4000)))
+            for _ in range(3000)
+        ],
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def whole(big_rows):
     """The shards of an undisturbed run."""
-    result = run("tokenize", f"--input={big_rows}", f"--output={big_rows.parent / 'whole'}", "--tokenizer=byte", "--shard_mb=1", "--json")
+    result = run(
+        "tokenize",
+        f"--input={big_rows}",
+        f"--output={big_rows.parent / 'whole'}",
+        "--tokenizer=byte",
+        "--shard_mb=1",
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
     assert (summary["num_documents"], summary["shards"], summary["num_bad"]) == (3000, 6, 0)
@@ -359,13 +450,25 @@ def whole(big_rows):
 
 
 def test_killed_and_continued_gives_identical_shards(big_rows, whole, tmp_path):
-    arguments = ("tokenize", f"--input={big_rows}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--shard_mb=1", "--num_workers=2")
+    arguments = (
+        "tokenize",
+        f"--input={big_rows}",
+        f"--output={tmp_path / 'out'}",
+        "--tokenizer=byte",
+        "--shard_mb=1",
+        "--num_workers=2",
+    )
     rng = random.Random(0)
     num_kills = num_done = 0
     while not (tmp_path / "out" / "manifest.json").exists():
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         # Wait for one more unit than the last time, then strike at a random moment.
-        while process.poll() is None and len(list(tmp_path.glob("out/unfinished/0*.json"))) <= num_done:
+        while (
+            process.poll() is None
+            and len(list(tmp_path.glob("out/unfinished/0*.json"))) <= num_done
+        ):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         num_kills += process.poll() is None
@@ -383,12 +486,23 @@ def children_of(pid):
 
 
 def test_a_worker_that_dies_ends_the_command_which_continues(big_rows, whole, tmp_path):
-    arguments = ("tokenize", f"--input={big_rows}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--shard_mb=1", "--num_workers=1")
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    arguments = (
+        "tokenize",
+        f"--input={big_rows}",
+        f"--output={tmp_path / 'out'}",
+        "--tokenizer=byte",
+        "--shard_mb=1",
+        "--num_workers=1",
+    )
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "out" / "unfinished" / "00000.json").exists():
         assert process.poll() is None
         time.sleep(0.002)
-    for child in children_of(process.pid):  # the worker, and the one that watches over shared memory
+    for child in children_of(
+        process.pid
+    ):  # the worker, and the one that watches over shared memory
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
@@ -405,14 +519,15 @@ def test_too_many_bad_rows_stop_the_command_with_file_and_line(tmp_path):
     arguments = ("tokenize", f"--input={tmp_path}", "--tokenizer=byte", "--num_workers=1")
     result = run(*arguments, f"--output={tmp_path / 'out'}")
     assert result.returncode == 2
-    expected = (
-        "error: 11 of 118 rows cannot be used, the last is b.jsonl:8: field 'text' is a int, not a string. That is more than --max_bad"
-    )
+    expected = "error: 11 of 118 rows cannot be used, the last is b.jsonl:8: field 'text' is a int, not a string. That is more than --max_bad"
     assert result.stderr.splitlines()[-1].startswith(expected)
     result = run(*arguments, f"--output={tmp_path / 'out'}", "--max_bad_fraction=0.02", "--json")
     assert json.loads(result.stdout.splitlines()[-1])["num_bad"] == 11
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["files"]["b.jsonl"]["first_bad"] == "b.jsonl:8: field 'text' is a int, not a string"
+    assert (
+        manifest["files"]["b.jsonl"]["first_bad"]
+        == "b.jsonl:8: field 'text' is a int, not a string"
+    )
 
 
 def test_bad_rows_of_other_units_count(tmp_path):
@@ -428,10 +543,22 @@ def test_bad_rows_of_other_units_count(tmp_path):
     [
         (("--output=x", "--tokenizer=byte"), "--input is missing"),
         (("--input=stdlib", "--output=x", "--tokenizer=/no/ranks"), "/no/ranks"),
-        (("--input=/no/text", "--output=x", "--tokenizer=byte"), "--input = '/no/text' does not exist"),
-        (("--input=stdlib", "--output=x", "--tokenizer=byte", "--max_bad_fraction=2"), "--max_bad_fraction=2"),
-        (("--input=stdlib", "--output=x", "--tokenizer=byte", "--beam_options=--a"), "--beam_options acts with --runner only"),
-        (("--input=stdlib", "--output=x", "--tokenizer=byte", "--runner=R", "--num_workers=2"), "--num_workers is of this machine's"),
+        (
+            ("--input=/no/text", "--output=x", "--tokenizer=byte"),
+            "--input = '/no/text' does not exist",
+        ),
+        (
+            ("--input=stdlib", "--output=x", "--tokenizer=byte", "--max_bad_fraction=2"),
+            "--max_bad_fraction=2",
+        ),
+        (
+            ("--input=stdlib", "--output=x", "--tokenizer=byte", "--beam_options=--a"),
+            "--beam_options acts with --runner only",
+        ),
+        (
+            ("--input=stdlib", "--output=x", "--tokenizer=byte", "--runner=R", "--num_workers=2"),
+            "--num_workers is of this machine's",
+        ),
     ],
 )
 def test_command_lines_that_cannot_work(arguments, message, tmp_path, monkeypatch):
@@ -449,14 +576,19 @@ def test_data_command_names_the_documents_of_a_step(big_rows, whole, capsys):
     assert main(*arguments, "--step=1000000007", "--json") == 0
     described = json.loads(capsys.readouterr().out.splitlines()[-1])
     data = DataConfig(source=str(folder))
-    order = loader.Order(loader.open_corpus(data, TOKENIZER), data, loader.TrainConfig(batch_size=8, seq_len=256))
+    order = loader.Order(
+        loader.open_corpus(data, TOKENIZER), data, loader.TrainConfig(batch_size=8, seq_len=256)
+    )
     start = time.process_time()
     assert described == {"step": 1_000_000_007, **order.describe(1_000_000_006)}
     assert time.process_time() - start < 1  # any step is as near as the first
     assert described["rows"][0]["documents"][0]["name"].startswith("rows.jsonl:")
     assert main(*arguments, "--step=3") == 0
     text = capsys.readouterr().out
-    assert "\nstep 3, phase all, 100.00% of its positions hold tokens\nrow 0: text, epoch 0\n  rows.jsonl:" in text
+    assert (
+        "\nstep 3, phase all, 100.00% of its positions hold tokens\nrow 0: text, epoch 0\n  "
+        "rows.jsonl:" in text
+    )
     assert "% full\n" in text
     with pytest.raises(ConfigError, match="needs --step=N or --verify, and not both"):
         main(*arguments)
@@ -468,7 +600,9 @@ def test_data_command_names_the_documents_of_a_step(big_rows, whole, capsys):
         file.seek(100_000)
         file.write(b"flip")
     assert main(*arguments, f"--config.data.source={copy}", "--verify", "--json") == 1
-    assert json.loads(capsys.readouterr().out) == {"damaged": [str(copy / "00001-000.array_record")]}
+    assert json.loads(capsys.readouterr().out) == {
+        "damaged": [str(copy / "00001-000.array_record")]
+    }
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
@@ -490,7 +624,9 @@ def test_the_recipe_of_the_docs_mixes_its_sources(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.filterwarnings("ignore")  # Beam's own
 def test_beam_gives_the_shards_of_tokenize(big_rows, whole, tmp_path):
-    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install 'hunyuan_jax[beam]'")
+    pytest.importorskip(
+        "apache_beam", reason="Apache Beam is not installed: pip install 'hunyuan_jax[beam]'"
+    )
     from hunyuan_jax.data import beam
 
     job = Job(str(big_rows), str(tmp_path / "out"), "byte", shard_bytes=2**20)
@@ -505,7 +641,10 @@ def test_beam_gives_the_shards_of_tokenize(big_rows, whole, tmp_path):
     other = Job(str(big_rows), str(tmp_path / "other"), "byte")
     with pytest.raises(ConfigError, match="--runner=NoRunner .* is refused"):
         beam.tokenize(other, "NoRunner", [])
-    with pytest.raises(ConfigError, match="with --beam_options='--directly=1' is refused: Beam has no option directly"):
+    with pytest.raises(
+        ConfigError,
+        match="with --beam_options='--directly=1' is refused: Beam has no option directly",
+    ):
         beam.tokenize(other, "DirectRunner", ["--directly=1"])
 
 
@@ -513,5 +652,7 @@ def test_beam_that_is_not_installed_is_named(monkeypatch, tmp_path):
     from hunyuan_jax.data import beam
 
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ConfigError, match=r"--runner needs Apache Beam: pip install 'hunyuan_jax\[beam\]'"):
+    with pytest.raises(
+        ConfigError, match=r"--runner needs Apache Beam: pip install 'hunyuan_jax\[beam\]'"
+    ):
         beam.tokenize(Job(str(tmp_path), str(tmp_path / "out"), "byte"), "DirectRunner", [])

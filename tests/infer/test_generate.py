@@ -1,4 +1,6 @@
-"""Generation as a user calls it: programs compiled, seeds, batches, meshes, the two layouts of the weights, the chat."""
+"""Generation as a user calls it: programs compiled, seeds, batches, meshes, the two layouts of the
+weights, the chat.
+"""
 
 import base64
 import dataclasses
@@ -24,12 +26,24 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from support.models import mesh_of
 
 IDS = np.array([[1, 2, 3, 4], [7, 8, 9, 10]])
-DRAWN = {"temperature": 0.9, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": ()}
+DRAWN = {
+    "temperature": 0.9,
+    "top_k": 12,
+    "top_p": 0.9,
+    "repetition_penalty": 1.1,
+    "eos_token_id": (),
+}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return small(num_layers=4, cla_share_factor=2, moe=MoeConfig(num_experts=4, top_k=2), max_position=512, pad_token_id=5)
+    return small(
+        num_layers=4,
+        cla_share_factor=2,
+        moe=MoeConfig(num_experts=4, top_k=2),
+        max_position=512,
+        pad_token_id=5,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +52,9 @@ def model(config):
 
 
 def test_greedy_tokens_are_those_of_the_whole_forward(model):
-    """Chunks, buckets, cache and the matrices that lie apart, against logits of the whole text without any of them."""
+    """Chunks, buckets, cache and the matrices that lie apart, against logits of the whole text
+    without any of them.
+    """
     tokens_BT = model.generate(IDS, max_new_tokens=40, eos_token_id=())
     logits_BTV = np.asarray(model.logits(tokens_BT[:, :-1]))[:, IDS.shape[1] - 1 :]
     np.testing.assert_array_equal(tokens_BT[:, IDS.shape[1] :], logits_BTV.argmax(-1))
@@ -50,40 +66,66 @@ def test_the_same_tokens_on_a_mesh(config, model):
     spread = Pretrained(config, random_params(config), mesh=mesh)
     w_gate = spread.params["groups"]["layer_0"]["moe"]["experts"]["w_gate_EDF"]
     assert w_gate.addressable_shards[0].data.size == w_gate.size // 8
-    np.testing.assert_array_equal(spread.generate(IDS, max_new_tokens=9, **DRAWN), model.generate(IDS, max_new_tokens=9, **DRAWN))
+    np.testing.assert_array_equal(
+        spread.generate(IDS, max_new_tokens=9, **DRAWN),
+        model.generate(IDS, max_new_tokens=9, **DRAWN),
+    )
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
 
 def test_nothing_is_compiled_for_another_length_or_setting(model):
     events = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: events.append(name)
+    )
     model.generate(IDS, max_new_tokens=20, **DRAWN)
     events.clear()
-    for length, new, temperature, top_p, seed in ((1, 3, 0.5, 0.5, 1), (31, 64, 1.5, 0.99, 2), (17, 1, 0.1, 0.2, 3)):
-        how = {"temperature": temperature, "top_k": 12, "top_p": top_p, "repetition_penalty": 1.3, "seed": seed}
+    for length, new, temperature, top_p, seed in (
+        (1, 3, 0.5, 0.5, 1),
+        (31, 64, 1.5, 0.99, 2),
+        (17, 1, 0.1, 0.2, 3),
+    ):
+        how = {
+            "temperature": temperature,
+            "top_k": 12,
+            "top_p": top_p,
+            "repetition_penalty": 1.3,
+            "seed": seed,
+        }
         model.generate(np.ones((2, length), np.int32), None, new, eos_token_id=(), **how)
     assert not [name for name in events if name.startswith("/jax/core/compile")]
-    model.generate(np.ones((2, 33), np.int32), None, 3, **DRAWN)  # the next bucket: so compilations are seen here
+    model.generate(
+        np.ones((2, 33), np.int32), None, 3, **DRAWN
+    )  # the next bucket: so compilations are seen here
     assert any(name.startswith("/jax/core/compile") for name in events)
 
 
 def test_buckets_are_few_and_waste_little():
     lengths = range(1, 5000)
     sizes = [engine_lib.bucket(length, 32) for length in lengths]
-    assert all(length <= size <= max(32, 1.25 * length + 31) for length, size in zip(lengths, sizes, strict=True))
-    assert all(size <= 1.25 * length for length, size in zip(lengths, sizes, strict=True) if length > 128)
+    assert all(
+        length <= size <= max(32, 1.25 * length + 31)
+        for length, size in zip(lengths, sizes, strict=True)
+    )
+    assert all(
+        size <= 1.25 * length for length, size in zip(lengths, sizes, strict=True) if length > 128
+    )
     assert sizes == sorted(sizes)
     assert len(set(sizes)) < 32
 
 
 def test_draws_depend_on_seed_row_and_step_alone(model):
     drawn_BT = model.generate(IDS, max_new_tokens=40, seed=5, **DRAWN)
-    np.testing.assert_array_equal(drawn_BT, model.generate(IDS, max_new_tokens=40, seed=5, **DRAWN))
+    np.testing.assert_array_equal(
+        drawn_BT, model.generate(IDS, max_new_tokens=40, seed=5, **DRAWN)
+    )
     assert (drawn_BT != model.generate(IDS, max_new_tokens=40, seed=6, **DRAWN)).any()
     # Another neighbour, other padding and another length: the first row stays.
     other = np.array([[0, 0, *IDS[0]], [5, 5, 5, 5, 5, 5]])
     mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
-    np.testing.assert_array_equal(model.generate(other, mask, 30, seed=5, **DRAWN)[0, 6:], drawn_BT[0, 4:34])
+    np.testing.assert_array_equal(
+        model.generate(other, mask, 30, seed=5, **DRAWN)[0, 6:], drawn_BT[0, 4:34]
+    )
     twins_BT = model.generate(IDS[[0, 0]], max_new_tokens=40, seed=5, **DRAWN)
     assert (twins_BT[0] != twins_BT[1]).any()
 
@@ -106,12 +148,17 @@ def test_a_part_that_has_stopped_is_filled_up(model, monkeypatch):
     length = whole_BT[0, 4:].tolist().index(stop) + 1
     expected_BT = whole_BT.copy()
     expected_BT[0, 4 + length :] = model._fill_id()
-    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=70, eos_token_id=stop), expected_BT)
+    np.testing.assert_array_equal(
+        model.generate(IDS, max_new_tokens=70, eos_token_id=stop), expected_BT
+    )
 
 
 def test_no_part_of_a_batch_is_idle(config, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert [engine_lib._num_parts(config, mesh_of(), batch_size) for batch_size in (1, 2, 4, 5, 6, 8, 9)] == [1, 2, 4, 3, 3, 4, 3]
+    assert [
+        engine_lib._num_parts(config, mesh_of(), batch_size)
+        for batch_size in (1, 2, 4, 5, 6, 8, 9)
+    ] == [1, 2, 4, 3, 3, 4, 3]
 
 
 def test_large_experts_and_dense_models_are_not_generated_in_parts(config):
@@ -119,7 +166,11 @@ def test_large_experts_and_dense_models_are_not_generated_in_parts(config):
     large = dataclasses.replace(config, hidden_size=1024, intermediate_size=2048)
     dense = dataclasses.replace(config, moe=MoeConfig())
     assert [engine_lib._num_parts(cfg, mesh, 1) for cfg in (config, large, dense)] == [1, 1, 1]
-    assert [engine_lib._num_parts(cfg, mesh, 64) > 1 for cfg in (config, large, dense)] == [(os.cpu_count() or 1) > 1, False, False]
+    assert [engine_lib._num_parts(cfg, mesh, 64) > 1 for cfg in (config, large, dense)] == [
+        (os.cpu_count() or 1) > 1,
+        False,
+        False,
+    ]
     assert engine_lib._num_parts(config, mesh_of(data=2), 64) == 1
 
 
@@ -144,7 +195,9 @@ def test_matrices_apart_share_the_memory_of_the_model(model):
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 6, 9])
 def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
-    """An expert that nobody chose is not read: it may hold anything, and 0 * NaN would reach the tokens."""
+    """An expert that nobody chose is not read: it may hold anything, and 0 * NaN would reach the
+    tokens.
+    """
     rng = np.random.default_rng(num_tokens)
     x_MD = rng.normal(size=(num_tokens, 8)).astype(np.float32)
     gate, up, down = (0.3 * rng.normal(size=(4, 8, 8)).astype(np.float32) for _ in range(3))
@@ -159,26 +212,35 @@ def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
         for name, w in zip(("w_gate_EDF", "w_up_EDF", "w_down_EFD"), (gate, up, down), strict=True)
     }
     is_kept = np.ones_like(expert_Mk, bool)
-    assignment = routing.Assignment(expert_Mk, 0 * expert_Mk, weight_Mk, is_kept, ~is_kept, np.zeros(4, np.int32))
+    assignment = routing.Assignment(
+        expert_Mk, 0 * expert_Mk, weight_Mk, is_kept, ~is_kept, np.zeros(4, np.int32)
+    )
     assignment = jax.tree.map(lambda a: a[None], assignment)
-    np.testing.assert_allclose(jax.jit(moe.serve_few)(weights, x_MD[None], assignment)[0], expected_MD, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(moe.serve_few)(weights, x_MD[None], assignment)[0], expected_MD, atol=1e-5
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------------- chat
+# ---------------------------------------------------------------------------------------------------------------------------
+# chat
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """A tokenizer file of single bytes: with its special tokens 456 ids."""
     path = tmp_path_factory.mktemp("tokenizer") / "hy.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    path.write_text(
+        "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def talker(ranks):
     vocabulary = load_tokenizer(ranks)
-    config = small(num_layers=2, vocab_size=466, max_position=128, eos_token_ids=(), pad_token_id=-1)
+    config = small(
+        num_layers=2, vocab_size=466, max_position=128, eos_token_ids=(), pad_token_id=-1
+    )
     return Pretrained(config, random_params(config)), vocabulary
 
 
@@ -190,7 +252,9 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
     model, vocabulary = talker
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     ids = render_chat(asked, vocabulary)
-    expected = model.generate([ids], max_new_tokens=5, eos_token_id=vocabulary.stop_ids)[0, len(ids) :]
+    expected = model.generate([ids], max_new_tokens=5, eos_token_id=vocabulary.stop_ids)[
+        0, len(ids) :
+    ]
     assert answer == vocabulary.decode(expected, skip_special=True)
     pieces = chat.ask("And now?")
     first = next(pieces)
@@ -198,7 +262,9 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
     assert chat.messages[-1] == {"role": "assistant", "content": first}
     chat.reset()
     assert chat.messages == asked[:1]
-    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model 128 positions; /reset"):
+    with pytest.raises(
+        ValueError, match=r"the conversation has \d+ tokens, the model 128 positions; /reset"
+    ):
         chat.ask("x" * 200)
     assert chat.messages == asked[:1]
 
@@ -209,14 +275,24 @@ def test_a_tokenizer_without_chat_tokens_is_refused(talker):
 
 
 def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
-    with pytest.raises(ConfigError, match=f"checkpoint = '{tmp_path}/absent' is no folder; give the workdir of a run or a model folder"):
+    with pytest.raises(
+        ConfigError,
+        match=f"checkpoint = '{tmp_path}/absent' is no folder; give the workdir of a run or a "
+        "model folder",
+    ):
         text.load(tmp_path / "absent")
 
 
 def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monkeypatch, capsys):
     talker[0].save_pretrained(tmp_path)
     shutil.copy(ranks, tmp_path)
-    command = ["hunyuan_jax", "chat", f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=4"]
+    command = [
+        "hunyuan_jax",
+        "chat",
+        f"--checkpoint={tmp_path}",
+        "--temperature=0",
+        "--max_new_tokens=4",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\nHello\n"))
     assert cli.main(command) == 0
     chat = text.Chat(*talker, max_new_tokens=4, temperature=0.0)

@@ -19,7 +19,11 @@ def test_one_table_as_text_and_as_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path), "--chips", "v5p,v6e"])
     monkeypatch.setattr(os.path, "exists", lambda path: False)
     benchmark.main("", lambda names: [row for row in rows if row["chip"] in names], list)
-    assert capsys.readouterr().out.splitlines() == ["chip  share  rival", "v5p   0.981  -", "v6e   -      12"]
+    assert capsys.readouterr().out.splitlines() == [
+        "chip  share  rival",
+        "v5p   0.981  -",
+        "v6e   -      12",
+    ]
     assert json.loads(path.read_text()) == rows
 
 
@@ -30,13 +34,18 @@ def test_what_fails_apart_is_none_and_says_why(capfd):
     assert benchmark.apart(_end_as_libtpu_does) is None
     out, err = capfd.readouterr()
     first, *others = out.splitlines()
-    assert "zero" in first and others == ["(1,): the process ended", "(): the process ended: Check failed: the reason"]
+    assert "zero" in first and others == [
+        "(1,): the process ended",
+        "(): the process ended: Check failed: the reason",
+    ]
     assert not err
 
 
 def _end_as_libtpu_does():
     os.write(
-        2, b"a warning\nF1125 23:54:53.428729   30020 llo_module.cc:75] Check failed: the reason\n*** stack trace ***\nF1125 again] no\n"
+        2,
+        b"a warning\nF1125 23:54:53.428729   30020 llo_module.cc:75] Check failed: the "
+        b"reason\n*** stack trace ***\nF1125 again] no\n",
     )
     os._exit(1)
 
@@ -48,7 +57,8 @@ def test_median_ms_is_a_time():
 
 @pytest.mark.parametrize("layout", [tpu, gpu])
 def test_the_problems_fit_the_operations(layout, monkeypatch):
-    # The reference stands in for the kernels; what is checked is that shapes and arguments are those of the operations.
+    # The reference stands in for the kernels; what is checked is that shapes and arguments are
+    # those of the operations.
     for name in ("gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient"):
         monkeypatch.setattr(layout, name, getattr(reference, name))
     columns = {}
@@ -59,11 +69,21 @@ def test_the_problems_fit_the_operations(layout, monkeypatch):
 
 
 def test_chips_are_found_by_the_name_jax_gives_them():
-    kinds = {"TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "tpu7x", "NVIDIA H200": "h200", "cpu": None}
+    kinds = {
+        "TPU v5": "v5p",
+        "TPU v5 lite": "v5e",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "tpu7x",
+        "NVIDIA H200": "h200",
+        "cpu": None,
+    }
     assert {kind: chips.of_device(kind) for kind in kinds} == kinds
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 def test_static_cycles_of_a_product_are_near_the_peak():
     num_cycles = benchmark.apart(_cycles_of_a_product)
     ideal = 2 * 1024**2 * 2048 / (chips.CHIPS["v5p"].peak_flops / chips.CHIPS["v5p"].clock_hz)

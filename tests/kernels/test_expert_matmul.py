@@ -1,4 +1,5 @@
-"""Expert matmuls: every implementation against the float32 reference, the TPU's in Pallas' interpreter.
+"""Expert matmuls: every implementation against the float32 reference, the TPU's in Pallas'
+interpreter.
 
 Letters as in pallas_kernels/expert_matmul/api.py.
 """
@@ -20,7 +21,10 @@ from support.models import fast_jit
 
 BY_NAME = {case.name: case for case in cases.SMALL}
 SEED = testing.fresh_seed()
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 
 
 @pytest.fixture(params=[False], ids=[""])
@@ -40,7 +44,9 @@ def small_blocks(monkeypatch, request):
 
 
 def gradients_of(case, seed, **options):
-    """Output and all gradients of one implementation; the incoming gradient holds NaN where rows hold no data, as x does."""
+    """Output and all gradients of one implementation; the incoming gradient holds NaN where rows
+    hold no data, as x does.
+    """
     print(f"seed {seed}")  # pytest shows it when a test fails
     arrays = case.arrays(seed)
     count_es = arrays.pop("count_es")
@@ -49,7 +55,9 @@ def gradients_of(case, seed, **options):
     dy_eCD = jnp.where(is_valid_eC[..., None], jnp.asarray(dy, case.dtype), jnp.nan)
 
     def run(arrays, count_es, dy_eCD):
-        y_eCD, pullback = jax.vjp(lambda arrays: swiglu(count_es=count_es, **arrays, **options), arrays)
+        y_eCD, pullback = jax.vjp(
+            lambda arrays: swiglu(count_es=count_es, **arrays, **options), arrays
+        )
         return {"y_eCD": y_eCD, **pullback(dy_eCD)[0]}
 
     return fast_jit(run)(arrays, count_es, dy_eCD)
@@ -63,7 +71,8 @@ def expected(case, seed):
 @pytest.mark.parametrize("case", cases.SMALL, ids=lambda case: case.name)
 def test_xla(case):
     actual = gradients_of(case, SEED, device_kind="cpu")
-    # Sums over F of products of rounded numbers cancel: the weight's gradient may be off by two roundings of a bfloat16.
+    # Sums over F of products of rounded numbers cancel: the weight's gradient may be off by two
+    # roundings of a bfloat16.
     actual.pop("row_weight_eC") if case.dtype == "bfloat16" else None
     testing.assert_close(actual, {name: expected(case, SEED)[name] for name in actual}, case.dtype)
 
@@ -82,7 +91,9 @@ def test_xla(case):
 def test_tpu(name, small_blocks):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:
-        actual = gradients_of(case, SEED, device_kind="TPU v5", implementation="pallas_tpu", interpret=interpret)
+        actual = gradients_of(
+            case, SEED, device_kind="TPU v5", implementation="pallas_tpu", interpret=interpret
+        )
     testing.assert_close(actual, expected(case, SEED), case.dtype)
 
 
@@ -90,20 +101,27 @@ def test_tpu(name, small_blocks):
 def test_tpu_with_the_blocks_of_real_chips(name):
     case = BY_NAME[name]
     with testing.interpreted_tpu() as interpret:
-        actual = gradients_of(case, SEED, device_kind="TPU v6 lite", implementation="pallas_tpu", interpret=interpret)
+        actual = gradients_of(
+            case, SEED, device_kind="TPU v6 lite", implementation="pallas_tpu", interpret=interpret
+        )
     testing.assert_close(actual, expected(case, SEED), case.dtype)
 
 
 @pytest.mark.parametrize("small_blocks", [False, True], indirect=True)
 def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_blocks):
-    # The rows in use, and what comes out for them, do not depend on what lies between them, nor on where their source block starts.
+    # The rows in use, and what comes out for them, do not depend on what lies between them, nor on
+    # where their source block starts.
     case = dataclasses.replace(BY_NAME["half"], D=64, F=128)
     arrays = case.arrays(SEED)
     count_es = jnp.asarray([[5, 0, 64, 33]], jnp.int32)
     with testing.interpreted_tpu() as interpret:
         options = {"device_kind": "TPU v5", "implementation": "pallas_tpu", "interpret": interpret}
         weights = {name: a for name, a in arrays.items() if name.startswith("w_")}
-        x_eCD = jnp.where(rows.is_valid(count_es, (1, case.C))[..., None], jnp.nan_to_num(arrays["x_eCD"]), jnp.nan)
+        x_eCD = jnp.where(
+            rows.is_valid(count_es, (1, case.C))[..., None],
+            jnp.nan_to_num(arrays["x_eCD"]),
+            jnp.nan,
+        )
         run = fast_jit(functools.partial(swiglu, **options))
         apart_eCD = run(x_eCD, arrays["row_weight_eC"], count_es, **weights)
         used = np.flatnonzero(rows.is_valid(count_es, (1, case.C))[0])
@@ -115,20 +133,38 @@ def test_rows_are_served_wherever_they_lie_and_the_others_are_not_touched(small_
 
 @pytest.mark.parametrize("fill", ["none", 1.0])
 def test_the_weight_gradient_in_several_parts_of_its_inputs(fill):
-    # 768 inputs are three trips of the loop over parts of 256; without counts they are written, with counts added up.
+    # 768 inputs are three trips of the loop over parts of 256; without counts they are written,
+    # with counts added up.
     case = cases.Case("wide", e=1, sources=2, rows_per_source=32, D=768, F=128, fill=fill)
     rng = np.random.default_rng()
-    x_eCI, dy_eCO = (jnp.asarray(rng.standard_normal((1, case.C, width)), jnp.bfloat16) for width in (case.D, case.F))
+    x_eCI, dy_eCO = (
+        jnp.asarray(rng.standard_normal((1, case.C, width)), jnp.bfloat16)
+        for width in (case.D, case.F)
+    )
     with testing.interpreted_tpu() as interpret:
-        run = functools.partial(tpu.weight_gradient, dtype=jnp.float32, device_kind="TPU v5", interpret=interpret)
+        run = functools.partial(
+            tpu.weight_gradient, dtype=jnp.float32, device_kind="TPU v5", interpret=interpret
+        )
         dw_eIO = fast_jit(run)(x_eCI, dy_eCO, case.counts())
-    testing.assert_close(dw_eIO[0], np.asarray(x_eCI[0], np.float32).T @ np.asarray(dy_eCO[0], np.float32), "float32")
+    testing.assert_close(
+        dw_eIO[0],
+        np.asarray(x_eCI[0], np.float32).T @ np.asarray(dy_eCO[0], np.float32),
+        "float32",
+    )
 
 
-@pytest.mark.parametrize(("small_blocks", "num_rows"), [(False, {64}), (True, {64, 128})], indirect=["small_blocks"])
+@pytest.mark.parametrize(
+    ("small_blocks", "num_rows"), [(False, {64}), (True, {64, 128})], indirect=["small_blocks"]
+)
 def test_a_whole_block_may_be_one_product(small_blocks, num_rows):
-    x_eCI, w_eIO, count_es = jnp.zeros((1, 256, 64)), jnp.zeros((1, 64, 128)), jnp.zeros((1, 2), jnp.int32)
-    text = str(jax.make_jaxpr(functools.partial(tpu.matmul, device_kind="TPU v5"))(x_eCI, w_eIO, count_es))
+    x_eCI, w_eIO, count_es = (
+        jnp.zeros((1, 256, 64)),
+        jnp.zeros((1, 64, 128)),
+        jnp.zeros((1, 2), jnp.int32),
+    )
+    text = str(
+        jax.make_jaxpr(functools.partial(tpu.matmul, device_kind="TPU v5"))(x_eCI, w_eIO, count_es)
+    )
     assert {int(rows) for rows in re.findall(r"f32\[(\d+),128\] = dot_general", text)} == num_rows
 
 
@@ -137,7 +173,9 @@ def test_the_work_is_that_of_the_granules_in_use(count):
     listed = tpu._Granules(jnp.full((2, 4), count, jnp.int32), 2, 512, 256)
     per_block = -(-count // 32) * 2
     np.testing.assert_array_equal(listed.num, [per_block] * 4)
-    starts = [block * 128 + granule * 32 for block in range(2) for granule in range(-(-count // 32))]
+    starts = [
+        block * 128 + granule * 32 for block in range(2) for granule in range(-(-count // 32))
+    ]
     for block_offsets in np.asarray(listed.offset).reshape(4, 8):
         np.testing.assert_array_equal(block_offsets[:per_block], starts)
         assert (block_offsets < 256).all()
@@ -150,7 +188,9 @@ def test_an_empty_block_fetches_nothing_new():
     np.testing.assert_array_equal(listed.source, [2, 2, 2, 2, 2, 2, 2, 7])
 
 
-@pytest.mark.parametrize(("dtype", "groups"), [("int8", 1), ("int8", 4), ("int4", 2), ("float8_e4m3fn", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "groups"), [("int8", 1), ("int8", 4), ("int4", 2), ("float8_e4m3fn", 1)]
+)
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_quantised_weights(dtype, groups, implementation, small_blocks):
     case = dataclasses.replace(BY_NAME["one_block"], sources=2, D=128, F=256)
@@ -159,23 +199,33 @@ def test_quantised_weights(dtype, groups, implementation, small_blocks):
     for name in ("w_gate_eDF", "w_up_eDF", "w_down_eFD"):
         e, num_in, num_out = arrays[name].shape
         values = jnp.asarray(rng.integers(-7, 8, (e, num_in, num_out)), jnp.float32).astype(dtype)
-        scale = jnp.asarray(rng.uniform(0.5, 2.0, (e, groups, num_out)) * num_in**-0.5 / 4, jnp.float32)
+        scale = jnp.asarray(
+            rng.uniform(0.5, 2.0, (e, groups, num_out)) * num_in**-0.5 / 4, jnp.float32
+        )
         arrays[name] = Quantized(values, scale)
         # The definition, independent of `dequantized`: every row times the scale of its group.
         plain = np.asarray(values, np.float32) * np.repeat(scale, num_in // groups, axis=1)
         np.testing.assert_allclose(rows.dequantized(arrays[name], jnp.float32), plain, rtol=1e-6)
     want = swiglu(**arrays, device_kind="cpu", implementation="reference")
     with testing.interpreted_tpu() as interpret:
-        options = {"device_kind": "cpu"} if implementation == "xla" else {"device_kind": "TPU v5", "interpret": interpret}
+        options = (
+            {"device_kind": "cpu"}
+            if implementation == "xla"
+            else {"device_kind": "TPU v5", "interpret": interpret}
+        )
         got = swiglu(**arrays, implementation=implementation, **options)
     testing.assert_close(got, want, case.dtype)
 
 
 def test_the_reference_is_swiglu_as_written():
     case = BY_NAME["dense_odd"]
-    arrays = {name: np.asarray(a, np.float64) for name, a in case.arrays(0).items() if a is not None}
+    arrays = {
+        name: np.asarray(a, np.float64) for name, a in case.arrays(0).items() if a is not None
+    }
     gate, up = (arrays["x_eCD"][0] @ arrays[name][0] for name in ("w_gate_eDF", "w_up_eDF"))
-    plain = (arrays["row_weight_eC"][0][:, None] * gate / (1 + np.exp(-gate)) * up) @ arrays["w_down_eFD"][0]
+    plain = (arrays["row_weight_eC"][0][:, None] * gate / (1 + np.exp(-gate)) * up) @ arrays[
+        "w_down_eFD"
+    ][0]
     y_eCD = swiglu(**case.arrays(0), device_kind="cpu", implementation="reference")
     assert testing.relative_error(y_eCD[0], plain) < 1e-6
 
@@ -183,7 +233,15 @@ def test_the_reference_is_swiglu_as_written():
 @pytest.mark.parametrize("module", [reference, xla, tpu])
 def test_every_implementation_has_the_same_operations(module):
     assert all(
-        callable(getattr(module, name)) for name in ("refuse", "gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient")
+        callable(getattr(module, name))
+        for name in (
+            "refuse",
+            "gate_up",
+            "matmul",
+            "gated_gradient",
+            "input_gradient",
+            "weight_gradient",
+        )
     )
 
 
@@ -204,7 +262,10 @@ def test_a_list_takes_the_first_that_can_and_none_always_finds_one():
     what = ((1, 256, 256), (1, 256, 512), jnp.dtype("bfloat16"), False)
     pick = functools.partial(api.choose, "expert_matmul", api._CANDIDATES)
     assert pick(["pallas_tpu", "reference", "xla"], "cpu", *what).name == "reference"
-    chosen = {kind: pick(None, kind, *what).name for kind in ("cpu", "TPU v5", "TPU v5 lite", "NVIDIA H200", "NVIDIA A100", "")}
+    chosen = {
+        kind: pick(None, kind, *what).name
+        for kind in ("cpu", "TPU v5", "TPU v5 lite", "NVIDIA H200", "NVIDIA A100", "")
+    }
     assert chosen == {
         "cpu": "xla",
         "TPU v5": "pallas_tpu",
@@ -216,7 +277,9 @@ def test_a_list_takes_the_first_that_can_and_none_always_finds_one():
 
 
 def test_a_contraction_beyond_the_vector_memory_is_refused():
-    assert "does not fit the vector memory" in tpu.refuse("TPU v5", (1, 128, 2**20), (1, 2**20, 128), jnp.bfloat16, False)
+    assert "does not fit the vector memory" in tpu.refuse(
+        "TPU v5", (1, 128, 2**20), (1, 2**20, 128), jnp.bfloat16, False
+    )
     assert tpu.refuse("TPU v5", (1, 4096, 6400), (1, 6400, 18304), jnp.bfloat16, False) is None
     assert "float16" in tpu.refuse("TPU v5", (1, 128, 128), (1, 128, 128), jnp.float16, False)
 
@@ -224,11 +287,23 @@ def test_a_contraction_beyond_the_vector_memory_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w_up_eDF": jnp.zeros((1, 128, 255), jnp.bfloat16)}, r"w_up has shape \(1, 128, 255\).*must be \(1, 128, 256\)"),
-        ({"w_gate_eDF": jnp.zeros((1, 128, 256), jnp.float32)}, "w_gate is float32 and x is bfloat16; cast"),
+        (
+            {"w_up_eDF": jnp.zeros((1, 128, 255), jnp.bfloat16)},
+            r"w_up has shape \(1, 128, 255\).*must be \(1, 128, 256\)",
+        ),
+        (
+            {"w_gate_eDF": jnp.zeros((1, 128, 256), jnp.float32)},
+            "w_gate is float32 and x is bfloat16; cast",
+        ),
         ({"row_weight_eC": jnp.zeros((1, 127))}, r"row_weight has shape \(1, 127\).*\(1, 128\)"),
-        ({"count_es": jnp.zeros((1, 5), jnp.int32)}, r"count has shape \(1, 5\).*divide the 128 rows"),
-        ({"w_up_eDF": Quantized(jnp.zeros((1, 128, 256), jnp.int8), jnp.zeros((1, 1, 256)))}, "quantise all three, or none"),
+        (
+            {"count_es": jnp.zeros((1, 5), jnp.int32)},
+            r"count has shape \(1, 5\).*divide the 128 rows",
+        ),
+        (
+            {"w_up_eDF": Quantized(jnp.zeros((1, 128, 256), jnp.int8), jnp.zeros((1, 1, 256)))},
+            "quantise all three, or none",
+        ),
     ],
 )
 def test_what_does_not_fit_together(change, message):
@@ -242,7 +317,12 @@ def test_what_does_not_fit_together(change, message):
 def loss_gradients(chip, arrays, count_es):
     def loss(arrays):
         return (
-            swiglu(count_es=count_es, **arrays, device_kind=chips.CHIPS[chip].device_kind, implementation="pallas_tpu")
+            swiglu(
+                count_es=count_es,
+                **arrays,
+                device_kind=chips.CHIPS[chip].device_kind,
+                implementation="pallas_tpu",
+            )
             .astype(jnp.float32)
             .sum()
         )
@@ -257,8 +337,11 @@ def test_compiles_for_tpus(chip, name):
     cycles.prepare(profiles=False)
     shapes = BY_NAME[name].shapes()
     count_es = shapes.pop("count_es")
-    text = cycles.compile_for(chip, functools.partial(loss_gradients, chip), shapes, count_es).as_text()
-    # gate_up, down's two gradients, two parts of dx, two more weight gradients; the forward down product is not needed.
+    text = cycles.compile_for(
+        chip, functools.partial(loss_gradients, chip), shapes, count_es
+    ).as_text()
+    # gate_up, down's two gradients, two parts of dx, two more weight gradients; the forward down
+    # product is not needed.
     assert text.count('custom_call_target="tpu_custom_call"') == 7
 
 
@@ -271,9 +354,19 @@ def test_quantised_weights_compile_for_tpus(dtype):
     def quantised(num_in, num_out):
         return Quantized(S((2, num_in, num_out), dtype), S((2, 2, num_out), jnp.float32))
 
-    args = (S((2, 64, 256), jnp.bfloat16), S((2, 4), jnp.int32), quantised(256, 512), quantised(256, 512), quantised(512, 256))
+    args = (
+        S((2, 64, 256), jnp.bfloat16),
+        S((2, 4), jnp.int32),
+        quantised(256, 512),
+        quantised(256, 512),
+        quantised(512, 256),
+    )
     compiled = cycles.compile_for(
-        "v6e", lambda x, count, *w: swiglu(x, None, count, *w, device_kind="TPU v6 lite", implementation="pallas_tpu"), *args
+        "v6e",
+        lambda x, count, *w: swiglu(
+            x, None, count, *w, device_kind="TPU v6 lite", implementation="pallas_tpu"
+        ),
+        *args,
     )
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 

@@ -1,4 +1,6 @@
-"""Expert matmuls on Hopper (Mosaic GPU): numbers and races in the interpreter, lowering at the real sizes; nothing runs on a GPU."""
+"""Expert matmuls on Hopper (Mosaic GPU): numbers and races in the interpreter, lowering at the
+real sizes; nothing runs on a GPU.
+"""
 
 import functools
 import itertools
@@ -12,8 +14,14 @@ from pallas_kernels import testing
 from pallas_kernels.expert_matmul import gpu
 
 BF16 = jnp.bfloat16
-NUM_EXPERTS, NUM_ROWS, DIM, FFN = 3, 256, 256, 320  # 320 columns: the last tile overlaps its neighbour
-# Two sources of 128 rows: a full tile, a tile with a few rows, an empty one before one that ends inside a block of 64, and no rows at all.
+NUM_EXPERTS, NUM_ROWS, DIM, FFN = (
+    3,
+    256,
+    256,
+    320,
+)  # 320 columns: the last tile overlaps its neighbour
+# Two sources of 128 rows: a full tile, a tile with a few rows, an empty one before one that ends
+# inside a block of 64, and no rows at all.
 COUNTS = [[128, 5], [0, 77], [0, 0]]
 
 
@@ -33,12 +41,16 @@ def simulated(monkeypatch):
 
 
 class Example:
-    """Random operands with NaN in the rows that are not valid, and the same in float32 with zeros there."""
+    """Random operands with NaN in the rows that are not valid, and the same in float32 with zeros
+    there.
+    """
 
     def __init__(self):
         self.rng = np.random.default_rng()
         self.count = jnp.asarray(COUNTS, jnp.int32)
-        self.is_valid = (np.arange(NUM_ROWS // 2) < np.asarray(COUNTS)[..., None]).reshape(NUM_EXPERTS, NUM_ROWS)
+        self.is_valid = (np.arange(NUM_ROWS // 2) < np.asarray(COUNTS)[..., None]).reshape(
+            NUM_EXPERTS, NUM_ROWS
+        )
         row_weight = self.rng.normal(size=(NUM_EXPERTS, NUM_ROWS))
         self.row_weight = jnp.asarray(np.where(self.is_valid, row_weight, np.nan), jnp.float32)
         self.row_weight32 = np.where(self.is_valid, row_weight, 0)[..., None].astype(np.float32)
@@ -63,7 +75,11 @@ def sigmoid(x):
 @pytest.mark.parametrize("save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gate_up(simulated, save):
     example = Example()
-    (x, x32), (gate, gate32), (up, up32) = example.rows(DIM), example.weight(DIM, FFN), example.weight(DIM, FFN)
+    (x, x32), (gate, gate32), (up, up32) = (
+        example.rows(DIM),
+        example.weight(DIM, FFN),
+        example.weight(DIM, FFN),
+    )
     actual = gpu.gate_up(x, gate, up, example.row_weight, example.count, save=save, **simulated)
     gate32, up32 = x32 @ gate32, x32 @ up32
     expected = example.row_weight32 * gate32 * sigmoid(gate32) * up32, gate32, up32
@@ -104,11 +120,16 @@ def test_input_gradient(simulated):
     (dgate, dgate32), (dup, dup32) = example.rows(FFN), example.rows(FFN)
     (gate, gate32), (up, up32) = example.weight(DIM, FFN), example.weight(DIM, FFN)
     actual = gpu.input_gradient(dgate, gate, dup, up, example.count, **simulated)
-    testing.assert_close(actual, dgate32 @ gate32.swapaxes(1, 2) + dup32 @ up32.swapaxes(1, 2), BF16)
+    testing.assert_close(
+        actual, dgate32 @ gate32.swapaxes(1, 2) + dup32 @ up32.swapaxes(1, 2), BF16
+    )
     assert not np.asarray(actual, np.float32)[~example.is_valid].any()
 
 
-@pytest.mark.parametrize(("left", "right", "dtype"), [pytest.param(DIM, FFN, jnp.float32, marks=pytest.mark.slow), (FFN, DIM, BF16)])
+@pytest.mark.parametrize(
+    ("left", "right", "dtype"),
+    [pytest.param(DIM, FFN, jnp.float32, marks=pytest.mark.slow), (FFN, DIM, BF16)],
+)
 def test_weight_gradient(simulated, left, right, dtype):
     example = Example()
     (x, x32), (dy, dy32) = example.rows(left), example.rows(right)
@@ -138,22 +159,31 @@ def test_tiles_with_rows_come_first():
     experts = np.asarray(tiles).reshape(-1, 2) // 8
     assert (experts[:, 0] == experts[:, 1]).all()
     # No more clusters than the rows of each expert need.
-    assert num_groups[0] == sum(-(-is_valid[e].reshape(-1, 128).any(1).sum() // 2) for e in range(3))
+    assert num_groups[0] == sum(
+        -(-is_valid[e].reshape(-1, 128).any(1).sum() // 2) for e in range(3)
+    )
 
 
 def test_blocks_full_then_partial_then_empty():
     valid_en = [[0, 64, 5, 64], [0, 0, 0, 1]]
     is_valid = np.stack([np.concatenate([np.arange(64) < n for n in row]) for row in valid_en])
     blocks, full, some = gpu._row_blocks(jnp.asarray(is_valid, jnp.float32))
-    assert np.take_along_axis(np.asarray(valid_en), np.asarray(blocks), 1).tolist() == [[64, 64, 5, 0], [1, 0, 0, 0]]
+    assert np.take_along_axis(np.asarray(valid_en), np.asarray(blocks), 1).tolist() == [
+        [64, 64, 5, 0],
+        [1, 0, 0, 0],
+    ]
     assert full.tolist() == [2, 0]
     assert some.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 16, 19])
 def test_tile_order_visits_every_tile_once(num_rows):
-    row, column = jax.vmap(lambda i: gpu._grouped(i, jnp.int32(num_rows), 5, 8))(jnp.arange(num_rows * 5, dtype=jnp.int32))
-    assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == list(itertools.product(range(num_rows), range(5)))
+    row, column = jax.vmap(lambda i: gpu._grouped(i, jnp.int32(num_rows), 5, 8))(
+        jnp.arange(num_rows * 5, dtype=jnp.int32)
+    )
+    assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == list(
+        itertools.product(range(num_rows), range(5))
+    )
 
 
 def shapes(experts, rows, dim, ffn, sources):
@@ -168,13 +198,25 @@ def shapes(experts, rows, dim, ffn, sources):
 
 
 OPERATIONS = {
-    "gate_up": (lambda *args, **options: gpu.gate_up(*args, save=False, **options)[0], ["x", "w_in", "w_in", "row_weight", "count"]),
-    "gate_up_save": (lambda *args, **options: gpu.gate_up(*args, save=True, **options), ["x", "w_in", "w_in", "row_weight", "count"]),
+    "gate_up": (
+        lambda *args, **options: gpu.gate_up(*args, save=False, **options)[0],
+        ["x", "w_in", "w_in", "row_weight", "count"],
+    ),
+    "gate_up_save": (
+        lambda *args, **options: gpu.gate_up(*args, save=True, **options),
+        ["x", "w_in", "w_in", "row_weight", "count"],
+    ),
     "matmul": (gpu.matmul, ["h", "w_out", "count"]),
     "gated_gradient": (gpu.gated_gradient, ["x", "w_out", "h", "h", "row_weight", "count"]),
     "input_gradient": (gpu.input_gradient, ["h", "w_in", "h", "w_in", "count"]),
-    "weight_gradient": (lambda *args, **options: gpu.weight_gradient(*args, BF16, **options), ["x", "h", "count"]),
-    "weight_gradient_float32": (lambda *args, **options: gpu.weight_gradient(*args, jnp.float32, **options), ["h", "x", "count"]),
+    "weight_gradient": (
+        lambda *args, **options: gpu.weight_gradient(*args, BF16, **options),
+        ["x", "h", "count"],
+    ),
+    "weight_gradient_float32": (
+        lambda *args, **options: gpu.weight_gradient(*args, jnp.float32, **options),
+        ["h", "x", "count"],
+    ),
 }
 
 

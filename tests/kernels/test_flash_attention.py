@@ -1,4 +1,6 @@
-"""flash_attention: every implementation against the float32 reference; dropout, skipping, races, compilation for absent chips."""
+"""flash_attention: every implementation against the float32 reference; dropout, skipping, races,
+compilation for absent chips.
+"""
 
 import dataclasses
 import functools
@@ -18,35 +20,48 @@ BY_NAME = {case.name: case for case in (*cases.TESTED, *cases.TIMED, cases.LONG)
 
 
 def with_gradients(case, arrays, dtype=None, **kwargs):
-    """out, log-sum-exp with -9 for -inf, and the gradients of both for cotangents that depend on their place."""
+    """out, log-sum-exp with -9 for -inf, and the gradients of both for cotangents that depend on
+    their place.
+    """
 
     @jax.jit
     def run(q_k_v, segments):
         def loss(*q_k_v):
             out, lse = flash_attention(*q_k_v, *segments, with_lse=True, **case.settings, **kwargs)
             lse = jnp.where(jnp.isneginf(lse), -9.0, lse)
-            dout, dlse = (jnp.cos(jnp.arange(x.size, dtype=jnp.float32) * 0.7).reshape(x.shape) for x in (out, lse))
+            dout, dlse = (
+                jnp.cos(jnp.arange(x.size, dtype=jnp.float32) * 0.7).reshape(x.shape)
+                for x in (out, lse)
+            )
             return (out.astype(jnp.float32) * dout).sum() + (lse * dlse).sum(), (out, lse)
 
         gradients, out_lse = jax.grad(loss, (0, 1, 2), has_aux=True)(*q_k_v)
         return *out_lse, *gradients
 
-    return jax.block_until_ready(run(tuple(x.astype(dtype or x.dtype) for x in arrays[:3]), arrays[3:]))
+    return jax.block_until_ready(
+        run(tuple(x.astype(dtype or x.dtype) for x in arrays[:3]), arrays[3:])
+    )
 
 
 @pytest.mark.parametrize("case", cases.TESTED, ids=lambda case: case.name)
 def test_xla(case):
     arrays = case.arrays(np.random.default_rng())
-    expected = with_gradients(case, arrays, jnp.float32, implementation="reference", device_kind="cpu")
+    expected = with_gradients(
+        case, arrays, jnp.float32, implementation="reference", device_kind="cpu"
+    )
     actual = with_gradients(case, arrays, device_kind="cpu")
     testing.assert_close(actual, expected, case.dtype)
 
 
 def test_xla_cuts_long_sequences():
-    case = cases.Case("long", 2, 1300, 1500, 4, 2, 16, "float32", window=400, documents=3, padding=90)
+    case = cases.Case(
+        "long", 2, 1300, 1500, 4, 2, 16, "float32", window=400, documents=3, padding=90
+    )
     arrays = case.arrays(np.random.default_rng())
     expected = with_gradients(case, arrays, implementation="reference", device_kind="cpu")
-    testing.assert_close(with_gradients(case, arrays, implementation="xla", device_kind="cpu"), expected, "float32")
+    testing.assert_close(
+        with_gradients(case, arrays, implementation="xla", device_kind="cpu"), expected, "float32"
+    )
 
 
 # Small blocks, so that little shapes have many; slices smaller than blocks.
@@ -58,21 +73,33 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "CONFIGS", dict.fromkeys(tpu.CONFIGS, SMALL))
 
 
-_SLOW = ("everything bfloat16", "soft cap", "window, not causal")  # everything float32 and window have what they have
-_TPU_CASES = [pytest.param(case, marks=pytest.mark.slow) if case.name in _SLOW else case for case in cases.TESTED]
+_SLOW = (
+    "everything bfloat16",
+    "soft cap",
+    "window, not causal",
+)  # everything float32 and window have what they have
+_TPU_CASES = [
+    pytest.param(case, marks=pytest.mark.slow) if case.name in _SLOW else case
+    for case in cases.TESTED
+]
 
 
 @pytest.mark.parametrize("case", _TPU_CASES, ids=lambda case: case.name)
 def test_tpu(case, small_blocks):
     arrays = case.arrays(np.random.default_rng())
-    expected = with_gradients(case, arrays, jnp.float32, implementation="reference", device_kind=V5P)
+    expected = with_gradients(
+        case, arrays, jnp.float32, implementation="reference", device_kind=V5P
+    )
     with testing.interpreted_tpu() as interpret:
-        actual = with_gradients(case, arrays, implementation="pallas_tpu", device_kind=V5P, interpret=interpret)
+        actual = with_gradients(
+            case, arrays, implementation="pallas_tpu", device_kind=V5P, interpret=interpret
+        )
     testing.assert_close(actual, expected, case.dtype)
 
 
 def test_hidden_blocks_are_not_computed(small_blocks):
-    # NaN in blocks of keys that are too late for every query of a block, too early for the window, or of another document.
+    # NaN in blocks of keys that are too late for every query of a block, too early for the window,
+    # or of another document.
     case = cases.Case("blocks", 1, 512, 512, 2, 1, 16, "float32", window=200)
     q, k, v, _, _ = case.arrays(np.random.default_rng())
     segment = jnp.repeat(jnp.array([[1, 2]], jnp.int32), 256, axis=1)
@@ -101,7 +128,9 @@ def visits_of(settings, query_segment, key_segment, block_q=128, block_k=128):
 
 def test_visits_of_causal_attention():
     ones = jnp.ones((1, 1024), jnp.int32)
-    by_query, by_key, num_key_steps, num_query_steps = visits_of(Settings(True, None, 1.0, None, 0.0), ones, ones)
+    by_query, by_key, num_key_steps, num_query_steps = visits_of(
+        Settings(True, None, 1.0, None, 0.0), ones, ones
+    )
     assert by_query.last.tolist() == list(range(8)) and by_query.first.tolist() == [0] * 8
     # Only the diagonal is masked.
     assert (by_query.full_last - by_query.full_first + 1).tolist() == list(range(8))
@@ -111,7 +140,9 @@ def test_visits_of_causal_attention():
 
 def test_visits_of_a_window_need_few_steps():
     ones = jnp.ones((1, 1024), jnp.int32)
-    by_query, _, num_key_steps, num_query_steps = visits_of(Settings(True, 128, 1.0, None, 0.0), ones, ones)
+    by_query, _, num_key_steps, num_query_steps = visits_of(
+        Settings(True, 128, 1.0, None, 0.0), ones, ones
+    )
     assert (num_key_steps, num_query_steps) == (2, 2)
     assert by_query.first.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
 
@@ -121,7 +152,10 @@ def test_visits_of_packed_documents_and_padding():
     by_query, _, _, _ = visits_of(Settings(False, None, 1.0, None, 0.0), segment, segment)
     assert by_query.first.tolist() == [0, 0, 2, 2, 2, 5, 0, 0]
     assert by_query.last.tolist() == [1, 1, 4, 4, 4, 5, -1, -1]
-    assert by_query.full_first.tolist()[:6] == by_query.first.tolist()[:6] and by_query.full_last.tolist()[:6] == by_query.last.tolist()[:6]
+    assert (
+        by_query.full_first.tolist()[:6] == by_query.first.tolist()[:6]
+        and by_query.full_last.tolist()[:6] == by_query.last.tolist()[:6]
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
@@ -129,11 +163,21 @@ def test_queries_without_keys(implementation):
     # The query 0 is padding, the queries 1-3 come before the first key.
     case = cases.Case("", 1, 8, 4, 1, 1, 8, "float32")
     q, k, v, _, _ = case.arrays(np.random.default_rng())
-    arrays = (jnp.nan_to_num(q), k, v, jnp.array([[0, 1, 1, 1, 1, 1, 1, 1]], jnp.int32), jnp.ones((1, 4), jnp.int32))
+    arrays = (
+        jnp.nan_to_num(q),
+        k,
+        v,
+        jnp.array([[0, 1, 1, 1, 1, 1, 1, 1]], jnp.int32),
+        jnp.ones((1, 4), jnp.int32),
+    )
     with testing.interpreted_tpu() as interpret:
-        out, lse, dq, dk, dv = with_gradients(case, arrays, implementation=implementation, device_kind=V5P, interpret=interpret)
+        out, lse, dq, dk, dv = with_gradients(
+            case, arrays, implementation=implementation, device_kind=V5P, interpret=interpret
+        )
     assert (out[0, :4] == 0).all() and (lse[0, 0, :4] == -9).all() and (dq[0, :4] == 0).all()
-    assert all(bool(jnp.isfinite(x).all()) and bool((x[0, -4:] != 0).any()) for x in (out, dk, dv, lse))
+    assert all(
+        bool(jnp.isfinite(x).all()) and bool((x[0, -4:] != 0).any()) for x in (out, dk, dv, lse)
+    )
 
 
 @pytest.mark.slow  # 20 s
@@ -143,13 +187,30 @@ def test_gradient_of_the_merge_of_two_halves():
     q, k, v, query_segment, key_segment = case.arrays(np.random.default_rng())
 
     def whole(q, k, v):
-        return flash_attention(q, k, v, query_segment, key_segment, device_kind="cpu", causal=False, implementation="reference")
+        return flash_attention(
+            q,
+            k,
+            v,
+            query_segment,
+            key_segment,
+            device_kind="cpu",
+            causal=False,
+            implementation="reference",
+        )
 
     def merged(q, k, v, interpret):
         run = functools.partial(
-            flash_attention, device_kind=V5P, causal=False, with_lse=True, implementation="pallas_tpu", interpret=interpret
+            flash_attention,
+            device_kind=V5P,
+            causal=False,
+            with_lse=True,
+            implementation="pallas_tpu",
+            interpret=interpret,
         )
-        parts = [run(q, k[:, keys], v[:, keys], query_segment, key_segment[:, keys]) for keys in (slice(0, 40), slice(40, 128))]
+        parts = [
+            run(q, k[:, keys], v[:, keys], query_segment, key_segment[:, keys])
+            for keys in (slice(0, 40), slice(40, 128))
+        ]
         share = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
         return sum(out * share[i].swapaxes(1, 2)[..., None] for i, (out, _) in enumerate(parts))
 
@@ -162,7 +223,10 @@ def test_gradient_of_the_merge_of_two_halves():
 
 def test_dropout_drops_its_share_anew_for_every_seed_head_and_sequence():
     kept = dropout.is_kept(
-        dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)[:, :, None, None], jnp.arange(256)[:, None], jnp.arange(256), 0.3
+        dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)[:, :, None, None],
+        jnp.arange(256)[:, None],
+        jnp.arange(256),
+        0.3,
     )
     share = kept.mean((2, 3))
     assert np.allclose(share, 0.7, atol=6 * (0.21 / 2**16) ** 0.5)
@@ -170,13 +234,27 @@ def test_dropout_drops_its_share_anew_for_every_seed_head_and_sequence():
     agree = (heads[:, None] == heads[None]).mean(-1)[~np.eye(6, dtype=bool)]
     # Independent masks agree in 0.7^2 + 0.3^2 of the places.
     assert np.allclose(agree, 0.58, atol=0.012)
-    for other in (jnp.array([1, 3], jnp.int32), jnp.array([2, 2], jnp.int32), jnp.array(7, jnp.int32)):
-        assert (dropout.head_seeds(other, 2, 3) != dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)).all()
+    for other in (
+        jnp.array([1, 3], jnp.int32),
+        jnp.array([2, 2], jnp.int32),
+        jnp.array(7, jnp.int32),
+    ):
+        assert (
+            dropout.head_seeds(other, 2, 3)
+            != dropout.head_seeds(jnp.array([1, 2], jnp.int32), 2, 3)
+        ).all()
 
 
 def test_dropout_has_no_stripes():
-    kept = np.array(dropout.is_kept(jnp.uint32(9), jnp.arange(512)[:, None], jnp.arange(512), 0.5), np.float64) - 0.5
-    # Shares of rows and columns, and of the agreement of neighbours in each direction, are those of fair coins.
+    kept = (
+        np.array(
+            dropout.is_kept(jnp.uint32(9), jnp.arange(512)[:, None], jnp.arange(512), 0.5),
+            np.float64,
+        )
+        - 0.5
+    )
+    # Shares of rows and columns, and of the agreement of neighbours in each direction, are those
+    # of fair coins.
     for shift in ((0, 1), (1, 0), (1, 1), (0, 128), (64, 0)):
         correlation = 4 * (kept * np.roll(kept, shift, (0, 1))).mean()
         assert abs(correlation) < 6 / 512, shift
@@ -185,13 +263,16 @@ def test_dropout_has_no_stripes():
 
 
 def test_seeds_of_a_shard():
-    # A caller that holds heads 2..3 passes their part of the global seeds, and drops what one holding all heads drops.
+    # A caller that holds heads 2..3 passes their part of the global seeds, and drops what one
+    # holding all heads drops.
     case = dataclasses.replace(BY_NAME["dropout"], dtype="float32")
     q, k, v, *segments = case.arrays(np.random.default_rng())
     seeds = dropout.head_seeds(case.settings["dropout_seed"], case.B, case.N)
     whole = flash_attention(q, k, v, *segments, device_kind="cpu", **case.settings)
     settings = case.settings | {"dropout_seed": seeds[:, 2:]}
-    part = flash_attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], *segments, device_kind="cpu", **settings)
+    part = flash_attention(
+        q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], *segments, device_kind="cpu", **settings
+    )
     testing.assert_close(part, whole[:, :, 2:], "float32")
 
 
@@ -224,7 +305,9 @@ def test_bad_arguments(message):
 def test_scale_is_used():
     arrays = BY_NAME["causal float32"].arrays(np.random.default_rng())
     scaled = flash_attention(arrays[0] * 2, *arrays[1:], device_kind="cpu")
-    testing.assert_close(flash_attention(*arrays, device_kind="cpu", scale=2 * 128**-0.5), scaled, "float32")
+    testing.assert_close(
+        flash_attention(*arrays, device_kind="cpu", scale=2 * 128**-0.5), scaled, "float32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -236,23 +319,35 @@ def libtpu():
 def compiled(chip, case, *, backward, **kwargs):
     def attend(*arrays):
         kind = chips.CHIPS[chip].device_kind
-        return flash_attention(*arrays, device_kind=kind, implementation="pallas_tpu", **case.settings, **kwargs)
+        return flash_attention(
+            *arrays, device_kind=kind, implementation="pallas_tpu", **case.settings, **kwargs
+        )
 
     def gradients(dout_BTNH, *arrays):
         return jax.vjp(lambda *q_k_v: attend(*q_k_v, *arrays[3:]), *arrays[:3])[1](dout_BTNH)
 
     shapes = case.shapes()
-    return cycles.compile_for(chip, gradients, shapes[0], *shapes) if backward else cycles.compile_for(chip, attend, *shapes)
+    return (
+        cycles.compile_for(chip, gradients, shapes[0], *shapes)
+        if backward
+        else cycles.compile_for(chip, attend, *shapes)
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("chip", [*(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")), "v5p"])
+@pytest.mark.parametrize(
+    "chip",
+    [*(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")), "v5p"],
+)
 def test_compiles_at_full_size(chip, backward, libtpu):
     text = compiled(chip, BY_NAME["hunyuan 4k"], backward=backward).as_text()
     assert "flash_attention_forward" in text and ("flash_attention_backward" in text) == backward
 
 
-@pytest.mark.parametrize("chip", ["v5p", "v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "tpu7x"))])
+@pytest.mark.parametrize(
+    "chip",
+    ["v5p", "v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "tpu7x"))],
+)
 def test_compiles_with_everything(chip, libtpu):
     compiled(chip, BY_NAME["everything bfloat16"], backward=True)
 

@@ -1,4 +1,6 @@
-"""flash_attention in Pallas Triton: numbers in the interpreter, lowering at the real sizes; nothing runs on a GPU."""
+"""flash_attention in Pallas Triton: numbers in the interpreter, lowering at the real sizes;
+nothing runs on a GPU.
+"""
 
 import functools
 
@@ -11,7 +13,9 @@ from pallas_kernels import testing
 from pallas_kernels.flash_attention import cases, dropout, reference, triton
 
 # jax 0.12 says so whenever such a kernel is lowered.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
 
 # Compiling for the CPU is what takes the time of these tests.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -20,7 +24,9 @@ BF16 = jnp.bfloat16
 
 
 def settings_of(case):
-    return reference.Settings(case.causal, case.window, case.H**-0.5, case.soft_cap, case.dropout_rate)
+    return reference.Settings(
+        case.causal, case.window, case.H**-0.5, case.soft_cap, case.dropout_rate
+    )
 
 
 def kernel(*args, **options):
@@ -33,9 +39,21 @@ def all_results(attention, case, arrays, cotangents):
     seed = dropout.head_seeds(jnp.array([3, 5], jnp.uint32), case.B, case.N)
 
     def run(q, k, v, dout, dlse):
-        (out, lse), pullback = jax.vjp(lambda q, k, v: attention(q, k, v, query_segment, key_segment, seed, settings_of(case)), q, k, v)
+        (out, lse), pullback = jax.vjp(
+            lambda q, k, v: attention(
+                q, k, v, query_segment, key_segment, seed, settings_of(case)
+            ),
+            q,
+            k,
+            v,
+        )
         has_keys = ~jnp.isneginf(lse)
-        return out, jnp.where(has_keys, lse, 0.0), has_keys, pullback((dout, jnp.where(has_keys, dlse, 0.0)))
+        return (
+            out,
+            jnp.where(has_keys, lse, 0.0),
+            has_keys,
+            pullback((dout, jnp.where(has_keys, dlse, 0.0))),
+        )
 
     args = (*q_k_v, *cotangents)
     return jax.jit(run).lower(*args).compile(compiler_options=FAST_COMPILE)(*args)
@@ -46,15 +64,23 @@ def as_float32(tree):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in cases.TESTED]
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
+        for case in cases.TESTED
+    ],
 )
 def test_results_and_gradients(case):
     rng = np.random.default_rng()
     arrays = case.arrays(rng)
     dout, dlse = (rng.normal(size=shape) for shape in (arrays[0].shape, (case.B, case.N, case.T)))
     cotangents = jnp.asarray(dout, case.dtype), jnp.asarray(dlse, jnp.float32)
-    *actual, grads = all_results(functools.partial(kernel, interpret=True), case, arrays, cotangents)
-    *expected, expected_grads = all_results(reference.attention, case, as_float32(arrays), as_float32(cotangents))
+    *actual, grads = all_results(
+        functools.partial(kernel, interpret=True), case, arrays, cotangents
+    )
+    *expected, expected_grads = all_results(
+        reference.attention, case, as_float32(arrays), as_float32(cotangents)
+    )
     testing.assert_close(actual[:2], expected[:2], case.dtype)
     assert (actual[2] == expected[2]).all()
     testing.assert_close(grads, expected_grads, case.dtype)
@@ -62,26 +88,47 @@ def test_results_and_gradients(case):
 
 
 @pytest.mark.parametrize("by_query", [True, False])
-@pytest.mark.parametrize("case", [cases.TESTED[3], cases.TESTED[5], cases.TESTED[10], cases.TESTED[-1]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [cases.TESTED[3], cases.TESTED[5], cases.TESTED[10], cases.TESTED[-1]],
+    ids=lambda case: case.name,
+)
 def test_ranges_are_exact(case, by_query):
-    """Blocks in the ranges are those with a visible pair, and those that go without a mask have nothing but."""
+    """Blocks in the ranges are those with a visible pair, and those that go without a mask have
+    nothing but.
+    """
     _, _, _, query_segment, key_segment = case.arrays(np.random.default_rng())
     blocks = triton.Blocks(32, 16, 4, 1)
-    query_segment, key_segment = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))) for x in (query_segment, key_segment))
+    query_segment, key_segment = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))) for x in (query_segment, key_segment)
+    )
     problem = triton._Problem(settings_of(case), case.S - case.T, None, None)
     ranges = triton.ranges_of(query_segment, key_segment, blocks, problem, by_query=by_query)
     position = np.arange(query_segment.shape[1])[:, None] + case.S - case.T
     key = np.arange(key_segment.shape[1])
-    visible = reference.is_visible(position, key, query_segment[:, :, None], key_segment[:, None], case.causal, case.window)
-    visible = np.asarray(visible).reshape(case.B, len(position) // 32, 32, -1, 16).transpose(0, 1, 3, 2, 4)
+    visible = reference.is_visible(
+        position, key, query_segment[:, :, None], key_segment[:, None], case.causal, case.window
+    )
+    visible = (
+        np.asarray(visible)
+        .reshape(case.B, len(position) // 32, 32, -1, 16)
+        .transpose(0, 1, 3, 2, 4)
+    )
     visible = visible if by_query else visible.swapaxes(1, 2)
     index = np.arange(visible.shape[2])
     start, full_start, full_stop, stop = (np.asarray(ranges[..., i, None]) for i in range(4))
-    assert (start <= full_start).all() and (full_start <= full_stop).all() and (full_stop <= stop).all()
+    assert (
+        (start <= full_start).all()
+        and (full_start <= full_stop).all()
+        and (full_stop <= stop).all()
+    )
     assert ((start <= index) & (index < stop) | ~visible.any((3, 4))).all()
     assert visible.all((3, 4))[(full_start <= index) & (index < full_stop)].all()
-    # Exact where each document is one run: nothing is visited in vain, apart from blocks that end one document and begin another.
-    assert ((start <= index) & (index < stop)).sum() <= visible.any((3, 4)).sum() * 1.5 + len(position) // 32
+    # Exact where each document is one run: nothing is visited in vain, apart from blocks that end
+    # one document and begin another.
+    assert ((start <= index) & (index < stop)).sum() <= visible.any((3, 4)).sum() * 1.5 + len(
+        position
+    ) // 32
 
 
 def test_blocks_that_nothing_sees_are_not_read():
@@ -99,12 +146,16 @@ def test_blocks_that_nothing_sees_are_not_read():
 @pytest.mark.parametrize("size", [8, 16, 24, 40, 64, 80, 96, 128, 256])
 def test_pieces_cover_the_head_dim(size):
     pieces = triton._pieces(size + -size % 16)
-    assert [piece.start for piece in pieces] == np.cumsum([0, *(piece.size for piece in pieces)]).tolist()[:-1]
+    assert [piece.start for piece in pieces] == np.cumsum(
+        [0, *(piece.size for piece in pieces)]
+    ).tolist()[:-1]
     assert sum(piece.size for piece in pieces) == size + -size % 16
     assert all(piece.size >= 16 and piece.size & (piece.size - 1) == 0 for piece in pieces)
 
 
-@pytest.mark.parametrize("case", [*cases.TIMED, cases.LONG, *cases.TESTED[-3:]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*cases.TIMED, cases.LONG, *cases.TESTED[-3:]], ids=lambda case: case.name
+)
 def test_lowers_for_h200(case):
     def gradients(q, k, v, query_segment, key_segment, seed):
         def loss(q, k, v):
@@ -113,7 +164,9 @@ def test_lowers_for_h200(case):
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    text = testing.lower_for_gpu(gradients, *case.shapes(), jax.ShapeDtypeStruct((case.B, case.N), jnp.uint32))
+    text = testing.lower_for_gpu(
+        gradients, *case.shapes(), jax.ShapeDtypeStruct((case.B, case.N), jnp.uint32)
+    )
     for name in ("forward", "dq", "dkv"):
         assert text.count(f'name = "flash_attention_{name}"') == 1
 
@@ -123,4 +176,6 @@ def test_refusals():
     settings = settings_of(cases.TESTED[0])
     assert triton.refuse("NVIDIA H200", q, k, settings) is None
     assert "family NVIDIA" in triton.refuse("TPU v5", q, k, settings)
-    assert "at most 256, not 264" in triton.refuse("NVIDIA H200", jax.ShapeDtypeStruct((1, 128, 2, 264), BF16), k, settings)
+    assert "at most 256, not 264" in triton.refuse(
+        "NVIDIA H200", jax.ShapeDtypeStruct((1, 128, 2, 264), BF16), k, settings
+    )

@@ -1,4 +1,6 @@
-"""flash_attention's forward pass on Hopper (Mosaic GPU): numbers and races in the interpreter, lowering at the real sizes; no GPU runs."""
+"""flash_attention's forward pass on Hopper (Mosaic GPU): numbers and races in the interpreter,
+lowering at the real sizes; no GPU runs.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import testing
 from pallas_kernels.flash_attention import cases, gpu, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # the backward pass
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)  # the backward pass
 
 BF16 = jnp.bfloat16
 CASES = (
@@ -23,16 +27,28 @@ CASES = (
 
 
 def settings_of(case):
-    return reference.Settings(case.causal, case.window, case.H**-0.5, case.soft_cap, case.dropout_rate)
+    return reference.Settings(
+        case.causal, case.window, case.H**-0.5, case.soft_cap, case.dropout_rate
+    )
 
 
 def kernel(case, *arrays, **options):
-    return gpu.attention(*arrays, jnp.zeros((case.B, case.N), jnp.uint32), settings_of(case), device_kind="NVIDIA H200", **options)
+    return gpu.attention(
+        *arrays,
+        jnp.zeros((case.B, case.N), jnp.uint32),
+        settings_of(case),
+        device_kind="NVIDIA H200",
+        **options,
+    )
 
 
 def times_values(weights, values):
-    """What `gpu._times_values` computes; the interpreter has no warp-group matmul with an operand in registers."""
-    products = [lax.dot(weights, value[...], preferred_element_type=jnp.float32) for value in values]
+    """What `gpu._times_values` computes; the interpreter has no warp-group matmul with an operand
+    in registers.
+    """
+    products = [
+        lax.dot(weights, value[...], preferred_element_type=jnp.float32) for value in values
+    ]
     plgpu.commit_smem()  # these were ordinary reads, unlike the tensor cores'
     return products
 
@@ -45,11 +61,15 @@ def test_forward(case, monkeypatch):
     arrays = case.arrays(np.random.default_rng())
     out, lse = kernel(case, *arrays, interpret=plgpu.InterpretGPUParams(detect_races=True))
     arrays = [x.astype(jnp.float32) if x.dtype == BF16 else x for x in arrays]
-    expected, expected_lse = reference.attention(*arrays, jnp.zeros((case.B, case.N), jnp.uint32), settings_of(case))
+    expected, expected_lse = reference.attention(
+        *arrays, jnp.zeros((case.B, case.N), jnp.uint32), settings_of(case)
+    )
     assert out.dtype == BF16
     testing.assert_close(out, expected, BF16)
     assert (jnp.isneginf(lse) == jnp.isneginf(expected_lse)).all()
-    testing.assert_close(*(jnp.where(jnp.isneginf(x), 0.0, x) for x in (lse, expected_lse)), jnp.float32)
+    testing.assert_close(
+        *(jnp.where(jnp.isneginf(x), 0.0, x) for x in (lse, expected_lse)), jnp.float32
+    )
 
 
 @pytest.mark.parametrize("case", [*cases.TIMED, cases.LONG, CASES[-1]], ids=lambda case: case.name)
@@ -74,7 +94,11 @@ def test_refusals():
     assert gpu.refuse("NVIDIA H200", q, k, settings) is None
     assert "family NVIDIA" in gpu.refuse("cpu", q, k, settings)
     assert "Hopper" in gpu.refuse("NVIDIA A100-SXM4-40GB", q, k, settings)
-    assert "bfloat16, not float32" in gpu.refuse("NVIDIA H200", jax.ShapeDtypeStruct(q.shape, jnp.float32), k, settings)
-    assert "at most 128, not 136" in gpu.refuse("NVIDIA H200", jax.ShapeDtypeStruct((1, 128, 2, 136), BF16), k, settings)
+    assert "bfloat16, not float32" in gpu.refuse(
+        "NVIDIA H200", jax.ShapeDtypeStruct(q.shape, jnp.float32), k, settings
+    )
+    assert "at most 128, not 136" in gpu.refuse(
+        "NVIDIA H200", jax.ShapeDtypeStruct((1, 128, 2, 136), BF16), k, settings
+    )
     assert "no soft cap" in gpu.refuse("NVIDIA H200", q, k, settings._replace(soft_cap=2.0))
     assert "no dropout" in gpu.refuse("NVIDIA H200", q, k, settings._replace(dropout_rate=0.1))

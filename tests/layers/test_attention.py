@@ -57,11 +57,19 @@ def model_of(cfg):
 @functools.cache
 def compiled_logits(cfg):
     model = model_of(cfg)
-    return fast_jit(lambda tokens, positions, segments: model.logits(model(tokens, positions, segments).hidden_BTD))
+    return fast_jit(
+        lambda tokens, positions, segments: model.logits(
+            model(tokens, positions, segments).hidden_BTD
+        )
+    )
 
 
 def logits(tokens_BT, positions_BT, segments_BT, cfg=SMALL):
-    return np.asarray(compiled_logits(cfg)(*(np.asarray(a, np.int32) for a in (tokens_BT, positions_BT, segments_BT))))
+    return np.asarray(
+        compiled_logits(cfg)(
+            *(np.asarray(a, np.int32) for a in (tokens_BT, positions_BT, segments_BT))
+        )
+    )
 
 
 def random_tokens(seed=0, shape=(BATCH, LENGTH)):
@@ -96,7 +104,9 @@ def numpy_mask(visibility, num_keys):
     mask_BTS = np.zeros((*query_segment_BT.shape, num_keys), bool)
     for b, t, s in np.ndindex(mask_BTS.shape):
         segment = key_segment_BS[b, s]
-        mask_BTS[b, t, s] = s <= query_slot_T[t] and segment > 0 and segment == query_segment_BT[b, t]
+        mask_BTS[b, t, s] = (
+            s <= query_slot_T[t] and segment > 0 and segment == query_segment_BT[b, t]
+        )
     return mask_BTS
 
 
@@ -107,15 +117,23 @@ def attention_case(num_queries, num_keys, first_slot, num_heads=6, num_kv_heads=
     rng = np.random.default_rng(0)
     q_BTNH = rng.normal(size=(batch, num_queries, num_heads, 8)).astype(np.float32)
     k_BSKH, v_BSKH = rng.normal(size=(2, batch, num_keys, num_kv_heads, 8)).astype(np.float32)
-    segments_BS = np.sort(rng.integers(0, 3, (batch, num_keys))).astype(np.int32)[:, ::-1]  # two documents, then padding
+    segments_BS = np.sort(rng.integers(0, 3, (batch, num_keys))).astype(np.int32)[
+        :, ::-1
+    ]  # two documents, then padding
     slot_T = first_slot + np.arange(num_queries, dtype=np.int32)
     return q_BTNH, k_BSKH, v_BSKH, Visibility(slot_T, segments_BS[:, slot_T], segments_BS)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"num_heads": 2}, {"num_kv_heads": 1}, {"num_kv_heads": 6}], ids=["gqa", "mha", "mqa", "mha6"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"num_heads": 2}, {"num_kv_heads": 1}, {"num_kv_heads": 6}],
+    ids=["gqa", "mha", "mqa", "mha6"],
+)
 def test_attend_is_grouped_query_attention(sizes):
     case = attention_case(7, 7, 0, **sizes)
-    np.testing.assert_allclose(attend_jit(*case), numpy_attend(*case[:3], numpy_mask(case[3], 7)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        attend_jit(*case), numpy_attend(*case[:3], numpy_mask(case[3], 7)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_cache_with_padding_on_the_left_is_continued():
@@ -123,7 +141,12 @@ def test_a_cache_with_padding_on_the_left_is_continued():
     segments_BS = np.array([[0] * 3 + [1] * 6, [1] * 9, [0] * 2 + [1] * 7], np.int32)
     visibility = Visibility(np.array([4, 5], np.int32), segments_BS[:, 4:6], segments_BS)
     out_BTNH = attend_jit(q_BTNH, k_BSKH, v_BSKH, visibility)
-    np.testing.assert_allclose(out_BTNH, numpy_attend(q_BTNH, k_BSKH, v_BSKH, numpy_mask(visibility, 9)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        out_BTNH,
+        numpy_attend(q_BTNH, k_BSKH, v_BSKH, numpy_mask(visibility, 9)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 # A layer as the specification writes it
@@ -143,11 +166,16 @@ def numpy_rms(x, scale, eps):
 
 
 def numpy_layer(weights, producer, y_BTD, kv_source_BTD, positions_BT, mask_BTS, cfg):
-    """Specification section 3, steps 1 to 8, with this layer's own key norm on the group's raw keys."""
+    """Specification section 3, steps 1 to 8, with this layer's own key norm on the group's raw
+    keys.
+    """
 
     def project(x_BTD, owner, name):
         bias = owner[f"b{name}_{'NH' if name == 'q' else 'KH'}"] if cfg.attention_bias else 0
-        return np.einsum("BTD,DNH->BTNH", x_BTD, owner[f"w{name}_{'DNH' if name == 'q' else 'DKH'}"]) + bias
+        return (
+            np.einsum("BTD,DNH->BTNH", x_BTD, owner[f"w{name}_{'DNH' if name == 'q' else 'DKH'}"])
+            + bias
+        )
 
     q_BTNH = numpy_rotate(project(y_BTD, weights, "q"), positions_BT, cfg)
     k_BTKH = numpy_rotate(project(kv_source_BTD, producer, "k"), positions_BT, cfg)
@@ -155,16 +183,27 @@ def numpy_layer(weights, producer, y_BTD, kv_source_BTD, positions_BT, mask_BTS,
         q_BTNH = numpy_rms(q_BTNH, weights["q_norm_H"], cfg.rms_norm_eps)
         k_BTKH = numpy_rms(k_BTKH, weights["k_norm_H"], cfg.rms_norm_eps)
     out_BTNH = numpy_attend(q_BTNH, k_BTKH, project(kv_source_BTD, producer, "v"), mask_BTS)
-    return np.einsum("BTNH,NHD->BTD", out_BTNH, weights["wo_NHD"]) + (weights["bo_D"] if cfg.attention_bias else 0)
+    return np.einsum("BTNH,NHD->BTD", out_BTNH, weights["wo_NHD"]) + (
+        weights["bo_D"] if cfg.attention_bias else 0
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"use_qk_norm": False, "rope_alpha": 1000.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_bias": True}, {"use_qk_norm": False, "rope_alpha": 1000.0}],
+    ids=str,
+)
 def test_producer_and_consumer_attend_as_specified(changes):
-    # The consumer has other scales than the producer: both orders of norm and sharing, and the folded key scale, must agree.
+    # The consumer has other scales than the producer: both orders of norm and sharing, and the
+    # folded key scale, must agree.
     cfg = changed(rope_alpha=3.0, num_kv_heads=2) if not changes else changed(**changes)
     mesh = single_device_mesh()
-    producer = filled(functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=True), seed=1)
-    consumer = filled(functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=False), seed=2)
+    producer = filled(
+        functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=True), seed=1
+    )
+    consumer = filled(
+        functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=False), seed=2
+    )
     rng = np.random.default_rng(3)
     y_BTD, z_BTD = rng.normal(size=(2, BATCH, LENGTH, cfg.hidden_size)).astype(np.float32)
     positions_BT = np.asarray([np.arange(LENGTH), np.arange(LENGTH) % 7], np.int32)
@@ -175,11 +214,18 @@ def test_producer_and_consumer_attend_as_specified(changes):
     def attend_both(y_BTD, z_BTD):
         tables = rope.cos_sin(positions_BT, cfg)
         kv = producer.keys_values(y_BTD, tables)
-        return producer(y_BTD, *kv, tables, visibility, None), consumer(z_BTD, *kv, tables, visibility, None)
+        return producer(y_BTD, *kv, tables, visibility, None), consumer(
+            z_BTD, *kv, tables, visibility, None
+        )
 
-    weights = [jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(m))) for m in (producer, consumer)]
+    weights = [
+        jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(m)))
+        for m in (producer, consumer)
+    ]
     mask_BTS = numpy_mask(visibility, LENGTH)
-    for out_BTD, own, x_BTD in zip(attend_both(y_BTD, z_BTD), weights, (y_BTD, z_BTD), strict=True):
+    for out_BTD, own, x_BTD in zip(
+        attend_both(y_BTD, z_BTD), weights, (y_BTD, z_BTD), strict=True
+    ):
         expected_BTD = numpy_layer(own, weights[0], x_BTD, y_BTD, positions_BT, mask_BTS, cfg)
         np.testing.assert_allclose(out_BTD, expected_BTD, rtol=1e-4, atol=1e-4)
 
@@ -187,11 +233,22 @@ def test_producer_and_consumer_attend_as_specified(changes):
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_only_the_producer_has_key_and_value_projections(share):
     cfg = changed(cla_share_factor=share, attention_bias=True)
-    group = nnx.eval_shape(functools.partial(ClaGroup, cfg, single_device_mesh(), jax.random.key(0)))
+    group = nnx.eval_shape(
+        functools.partial(ClaGroup, cfg, single_device_mesh(), jax.random.key(0))
+    )
     for i, layer in enumerate(group.layers()):
         names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer.attn))}
-        assert {"wq_DNH", "wo_NHD", "bq_NH", "bo_D", "q_norm_H", "k_norm_H"} <= names  # also a consumer has its own key norm
-        assert {"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} & names == ({"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} if i == 0 else set())
+        assert {
+            "wq_DNH",
+            "wo_NHD",
+            "bq_NH",
+            "bo_D",
+            "q_norm_H",
+            "k_norm_H",
+        } <= names  # also a consumer has its own key norm
+        assert {"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} & names == (
+            {"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} if i == 0 else set()
+        )
     assert len(group.layers()) == share
 
 
@@ -212,14 +269,24 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
     first, second = random_tokens(0), random_tokens(1)
     lengths = (7, 5)
     segments_BT = np.broadcast_to(np.repeat([1, 2], lengths), (BATCH, LENGTH))
-    positions_BT = np.broadcast_to(np.concatenate([np.arange(n) for n in lengths]), (BATCH, LENGTH))
-    packed = logits(np.concatenate([first[:, :7], second[:, :5]], axis=1), positions_BT, segments_BT)
-    other = logits(np.concatenate([second[:, 5:], second[:, :5]], axis=1), positions_BT, segments_BT)
+    positions_BT = np.broadcast_to(
+        np.concatenate([np.arange(n) for n in lengths]), (BATCH, LENGTH)
+    )
+    packed = logits(
+        np.concatenate([first[:, :7], second[:, :5]], axis=1), positions_BT, segments_BT
+    )
+    other = logits(
+        np.concatenate([second[:, 5:], second[:, :5]], axis=1), positions_BT, segments_BT
+    )
     np.testing.assert_array_equal(packed[:, 7:], other[:, 7:])
     assert np.abs(packed[:, :7] - other[:, :7]).max() > 0.1
     # And each is what it is alone in a row.
-    np.testing.assert_allclose(packed[:, :7], logits(first, ARANGE_BT, ONES_BT)[:, :7], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(packed[:, 7:], logits(second, ARANGE_BT, ONES_BT)[:, :5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        packed[:, :7], logits(first, ARANGE_BT, ONES_BT)[:, :7], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        packed[:, 7:], logits(second, ARANGE_BT, ONES_BT)[:, :5], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -228,7 +295,9 @@ def test_padding_is_not_seen(side):
     is_pad_T = np.arange(LENGTH) < 4 if side == "left" else np.arange(LENGTH) >= LENGTH - 4
     segments_BT = np.broadcast_to(~is_pad_T, tokens_BT.shape).astype(np.int32)
     other_BT = np.where(is_pad_T, random_tokens(1), tokens_BT)
-    before, after = (logits(tokens, ARANGE_BT, segments_BT)[:, ~is_pad_T] for tokens in (tokens_BT, other_BT))
+    before, after = (
+        logits(tokens, ARANGE_BT, segments_BT)[:, ~is_pad_T] for tokens in (tokens_BT, other_BT)
+    )
     np.testing.assert_array_equal(before, after)
     assert np.isfinite(before).all()
 
@@ -247,7 +316,11 @@ def compiled_step(cfg):
     return fast_jit(step)
 
 
-@pytest.mark.parametrize("chunks", [(1,) * LENGTH, (4, 4, 4), (4, 4) + (1,) * 4], ids=["one by one", "chunks", "prompt then one by one"])
+@pytest.mark.parametrize(
+    "chunks",
+    [(1,) * LENGTH, (4, 4, 4), (4, 4) + (1,) * 4],
+    ids=["one by one", "chunks", "prompt then one by one"],
+)
 def test_decoding_equals_the_full_forward(chunks):
     # Row 1 is padded on the left, as prompts are.
     tokens_BT = random_tokens()
@@ -262,21 +335,31 @@ def test_decoding_equals_the_full_forward(chunks):
         start += length
     is_valid_BT = segments_BT > 0
     expected = logits(tokens_BT, positions_BT, segments_BT)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[is_valid_BT], expected[is_valid_BT], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(parts, axis=1)[is_valid_BT], expected[is_valid_BT], rtol=1e-5, atol=1e-5
+    )
     assert int(cache.num_filled) == LENGTH
     np.testing.assert_array_equal(cache.segment_BS, np.pad(segments_BT, ((0, 0), (0, 3))))
-    assert not np.asarray(cache.k_PBSKH)[:, :, LENGTH:].any() and not np.asarray(cache.v_PBSKH)[:, :, LENGTH:].any()
+    assert (
+        not np.asarray(cache.k_PBSKH)[:, :, LENGTH:].any()
+        and not np.asarray(cache.v_PBSKH)[:, :, LENGTH:].any()
+    )
 
 
 def test_a_cache_that_was_grown_after_the_prompt_goes_on_as_one_that_had_the_room():
     tokens_BT = random_tokens()
-    prompt, rest = ((tokens_BT[:, part], ARANGE_BT[:, part], ONES_BT[:, part]) for part in (slice(0, 8), slice(8, LENGTH)))
+    prompt, rest = (
+        (tokens_BT[:, part], ARANGE_BT[:, part], ONES_BT[:, part])
+        for part in (slice(0, 8), slice(8, LENGTH))
+    )
     step = compiled_step(SMALL)
     _, roomy = step(empty_cache(SMALL, BATCH, LENGTH + 3), *prompt)
     _, tight = step(empty_cache(SMALL, BATCH, 8), *prompt)
     grown = grow_cache(tight, LENGTH + 3)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), grown, roomy)
-    np.testing.assert_allclose(step(grown, *rest)[0], logits(tokens_BT, ARANGE_BT, ONES_BT)[:, 8:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        step(grown, *rest)[0], logits(tokens_BT, ARANGE_BT, ONES_BT)[:, 8:], rtol=1e-5, atol=1e-5
+    )
     jax.tree.map(np.testing.assert_array_equal, grow_cache(tight, 8), tight)
 
 
@@ -289,13 +372,18 @@ def test_the_cache_has_one_entry_per_group_and_decodes_the_same(share):
     first, cache = compiled_step(cfg)(cache, tokens_BT[:, :8], ARANGE_BT[:, :8], ONES_BT[:, :8])
     second, _ = compiled_step(cfg)(cache, tokens_BT[:, 8:], ARANGE_BT[:, 8:], ONES_BT[:, 8:])
     expected = logits(tokens_BT, ARANGE_BT, ONES_BT, cfg)
-    np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([first, second], axis=1), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_cache_of_a52b_is_80_kib_a_token():
     cache = jax.eval_shape(lambda: empty_cache(presets.a52b(), 3, 1000))
     assert cache.k_PBSKH.dtype == cache.v_PBSKH.dtype == jnp.bfloat16
-    assert sum(math.prod(a.shape) * a.dtype.itemsize for a in (cache.k_PBSKH, cache.v_PBSKH)) == 80 * 1024 * 3 * 1000
+    assert (
+        sum(math.prod(a.shape) * a.dtype.itemsize for a in (cache.k_PBSKH, cache.v_PBSKH))
+        == 80 * 1024 * 3 * 1000
+    )
     assert cache.segment_BS.shape == (3, 1000)
 
 
@@ -303,13 +391,24 @@ def test_the_cache_of_a52b_is_80_kib_a_token():
 
 
 def attend_with_dropout(mesh, key, rate, num_heads=4, num_kv_heads=4, batch=8, length=32):
-    """Queries of zero see all keys alike, and values are one: each output is the mean of the kept and scaled weights."""
+    """Queries of zero see all keys alike, and values are one: each output is the mean of the kept
+    and scaled weights.
+    """
     q_BTNH = np.zeros((batch, length, num_heads, 8), np.float32)
     ones_BSKH = np.ones((batch, length, num_kv_heads, 8), np.float32)
     segments_BS = np.ones((batch, length), np.int32)
     visibility = Visibility(np.arange(length, dtype=np.int32), segments_BS, segments_BS)
-    heads, kv_heads = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
-    in_logical = (heads, kv_heads, kv_heads, Visibility((), ("batch", "seq"), ("batch", "seq")), ("batch", "heads"))
+    heads, kv_heads = (
+        ("batch", "seq", "heads", "head_dim"),
+        ("batch", "seq", "kv_heads", "head_dim"),
+    )
+    in_logical = (
+        heads,
+        kv_heads,
+        kv_heads,
+        Visibility((), ("batch", "seq"), ("batch", "seq")),
+        ("batch", "heads"),
+    )
 
     def fn(_, *args):
         return attend(*args, dropout_rate=rate, device_kind="cpu")
@@ -328,13 +427,19 @@ def test_attention_dropout_drops_weights_and_scales_the_rest():
     assert kept / seen == pytest.approx(0.75, abs=4 * math.sqrt(0.25 * 0.75 / seen))
     # Sequences, queries and heads draw on their own.
     flat = np.round(kept_BTN).astype(int)
-    assert (flat[0] != flat[1]).any() and (flat[:, 0] != flat[:, 1]).any() and (flat[..., 0] != flat[..., 1]).any()
+    assert (
+        (flat[0] != flat[1]).any()
+        and (flat[:, 0] != flat[:, 1]).any()
+        and (flat[..., 0] != flat[..., 1]).any()
+    )
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
 def test_attention_dropout_is_the_same_on_every_mesh(sizes):
     alone = attend_with_dropout(single_device_mesh(), jax.random.key(1), 0.25)
-    np.testing.assert_array_equal(attend_with_dropout(mesh_of(*sizes), jax.random.key(1), 0.25), alone)
+    np.testing.assert_array_equal(
+        attend_with_dropout(mesh_of(*sizes), jax.random.key(1), 0.25), alone
+    )
     assert (alone != attend_with_dropout(single_device_mesh(), jax.random.key(2), 0.25)).any()
 
 
@@ -352,7 +457,9 @@ def compiled_training(cfg):
     positions_BT, segments_BT = jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)
 
     def hidden(tokens_BT, key, is_training):
-        return model(tokens_BT, positions_BT, segments_BT, key=key, is_training=is_training).hidden_BTD
+        return model(
+            tokens_BT, positions_BT, segments_BT, key=key, is_training=is_training
+        ).hidden_BTD
 
     return fast_jit(hidden, static_argnums=2)
 
@@ -365,7 +472,10 @@ def test_dropout_acts_in_training_only_and_by_its_key(kind):
     np.testing.assert_array_equal(hidden(tokens_BT, jax.random.key(0), False), off)
     first, again, other = (hidden(tokens_BT, jax.random.key(seed), True) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert np.abs(np.asarray(first) - off).max() > 0.01 and np.abs(np.asarray(first) - other).max() > 0.01
+    assert (
+        np.abs(np.asarray(first) - off).max() > 0.01
+        and np.abs(np.asarray(first) - other).max() > 0.01
+    )
 
 
 def test_every_layer_draws_its_own_dropout(monkeypatch):
@@ -373,11 +483,16 @@ def test_every_layer_draws_its_own_dropout(monkeypatch):
     original = attention.drop
 
     def spy(x, rate, key):
-        jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data).ravel().tolist())), jax.random.key_data(key))
+        jax.debug.callback(
+            lambda data: seen.append(tuple(np.asarray(data).ravel().tolist())),
+            jax.random.key_data(key),
+        )
         return original(x, rate, key)
 
     def spy_on_seeds(data, *sizes):
-        jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data).ravel().tolist())), data)
+        jax.debug.callback(
+            lambda data: seen.append(tuple(np.asarray(data).ravel().tolist())), data
+        )
         return head_seeds(data, *sizes)
 
     monkeypatch.setattr("hunyuan_jax.model.stack.drop", spy)
@@ -395,7 +510,9 @@ def test_dropout_without_a_key_is_refused(kind):
     model = model_of(changed(**{kind: 0.3}))
     with pytest.raises(ValueError, match=r"dropout needs a key; pass key=, or is_training=False"):
         model(random_tokens(), ARANGE_BT, ONES_BT, is_training=True)
-    jax.eval_shape(lambda: model(random_tokens(), jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)).hidden_BTD)
+    jax.eval_shape(
+        lambda: model(random_tokens(), jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)).hidden_BTD
+    )
 
 
 def test_hidden_dropout_zero_and_scale_reach_the_residual():
@@ -405,7 +522,9 @@ def test_hidden_dropout_zero_and_scale_reach_the_residual():
     out_BTD = compiled_training(cfg)(tokens_BT, jax.random.key(0), True)
     model = model_of(cfg)
     embedded_BTD = np.asarray(model.embed.embedding_VD[...])[tokens_BT]
-    expected_BTD = numpy_rms(embedded_BTD, np.asarray(model.final_norm.scale_D[...]), cfg.rms_norm_eps)
+    expected_BTD = numpy_rms(
+        embedded_BTD, np.asarray(model.final_norm.scale_D[...]), cfg.rms_norm_eps
+    )
     assert (np.abs(np.asarray(out_BTD) - expected_BTD).max(-1) < 1e-4).mean() > 0.9
 
 
@@ -418,11 +537,15 @@ def test_alpha_bases_of_the_released_models():
         inverse = np.asarray(rope.inverse_frequencies(cfg), np.float64)
         assert inverse[0] == 1.0 and inverse.shape == (40,)
         assert inverse[-1] ** (-80 / 78) == pytest.approx(base, rel=1e-4)
-        np.testing.assert_allclose(np.log(inverse), -np.arange(40) / 40 * math.log(base), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            np.log(inverse), -np.arange(40) / 40 * math.log(base), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_plain_and_linear_round_as_the_official_code_does():
-    plain, linear = (changed(rope_type=kind, rope_factor=4.0, head_dim=16) for kind in ("plain", "linear"))
+    plain, linear = (
+        changed(rope_type=kind, rope_factor=4.0, head_dim=16) for kind in ("plain", "linear")
+    )
     exact = 10_000.0 ** (-np.arange(0, 16, 2) / 16)
     rounded = exact.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
     for cfg in (plain, linear):
@@ -430,9 +553,12 @@ def test_plain_and_linear_round_as_the_official_code_does():
     positions_BT = np.arange(512, dtype=np.int32)[None]
     cos_BTh, sin_BTh = (np.asarray(a) for a in rope.cos_sin(positions_BT, plain))
     assert len(np.unique(cos_BTh[0, :, 3])) == 512
-    np.testing.assert_allclose(cos_BTh[0], np.cos(np.arange(512)[:, None] * rounded.astype(np.float64)), atol=5e-5)
+    np.testing.assert_allclose(
+        cos_BTh[0], np.cos(np.arange(512)[:, None] * rounded.astype(np.float64)), atol=5e-5
+    )
     cos_BTh, sin_BTh = (np.asarray(a) for a in rope.cos_sin(positions_BT, linear))
-    # Positions above 256 are no longer exact in bfloat16: 512 of them have 385 values (those to 256, then every second one).
+    # Positions above 256 are no longer exact in bfloat16: 512 of them have 385 values (those to
+    # 256, then every second one).
     assert len(np.unique(np.concatenate([cos_BTh, sin_BTh], axis=-1)[0], axis=0)) == 385
     np.testing.assert_array_equal(cos_BTh, cos_BTh.astype(ml_dtypes.bfloat16).astype(np.float32))
     assert np.abs(cos_BTh[0, :, 3] - np.cos(np.arange(512) / 4 * exact[3])).max() < 0.5
@@ -445,9 +571,13 @@ def test_rotation_keeps_norms_and_depends_on_distance_only(kind):
 
     def rotated(x_TH, shift):
         tables = rope.cos_sin(jnp.arange(20, dtype=jnp.int32)[None] + shift, cfg)
-        return np.asarray(rope.rotate(jnp.asarray(x_TH)[None, :, None], tables), np.float64)[0, :, 0]
+        return np.asarray(rope.rotate(jnp.asarray(x_TH)[None, :, None], tables), np.float64)[
+            0, :, 0
+        ]
 
-    np.testing.assert_allclose(np.linalg.norm(rotated(x_TH, 0), axis=-1), np.linalg.norm(x_TH, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(rotated(x_TH, 0), axis=-1), np.linalg.norm(x_TH, axis=-1), rtol=1e-6
+    )
     products = rotated(x_TH, 0) @ rotated(y_TH, 0).T
     np.testing.assert_allclose(rotated(x_TH, 1000) @ rotated(y_TH, 1000).T, products, atol=2e-3)
     assert np.abs(rotated(x_TH, 3) @ rotated(y_TH, 0).T - products).max() > 0.5
@@ -456,7 +586,11 @@ def test_rotation_keeps_norms_and_depends_on_distance_only(kind):
 def test_rotation_turns_halves_and_not_neighbours():
     x_BTNH = jnp.asarray([1.0, 0, 0, 0, 0, 0, 0, 0])[None, None, None]
     tables = rope.cos_sin(jnp.asarray([[1]]), SMALL)
-    np.testing.assert_allclose(rope.rotate(x_BTNH, tables)[0, 0, 0], [math.cos(1), 0, 0, 0, math.sin(1), 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        rope.rotate(x_BTNH, tables)[0, 0, 0],
+        [math.cos(1), 0, 0, 0, math.sin(1), 0, 0, 0],
+        atol=1e-6,
+    )
 
 
 def test_rotation_is_computed_in_float32_and_returned_in_the_input_dtype():
@@ -465,7 +599,9 @@ def test_rotation_is_computed_in_float32_and_returned_in_the_input_dtype():
     assert {a.dtype for a in tables} == {jnp.dtype("float32")}
     rotated = rope.rotate(x_BTNH, tables)
     assert rotated.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(rotated, rope.rotate(x_BTNH.astype(jnp.float32), tables).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        rotated, rope.rotate(x_BTNH.astype(jnp.float32), tables).astype(jnp.bfloat16)
+    )
 
 
 # Norms
@@ -491,8 +627,14 @@ def test_rms_norm_casts_before_it_scales():
 def test_norm_statistics_are_float32_and_eps_guards_zero():
     x = jnp.full((1, 4096), 1e-2, jnp.bfloat16)
     np.testing.assert_array_equal(rms_normalize(x * 0, 1e-5), np.zeros((1, 4096)))
-    assert np.abs(np.asarray(rms_normalize(x, 1e-12), np.float32) - 1).max() < 0.01  # summed in bfloat16 it would be 4 times off
-    np.testing.assert_allclose(rms_normalize(jnp.asarray([[3e-3, 4e-3]]), 1e-5), np.asarray([[3e-3, 4e-3]]) / math.sqrt(2.25e-5), rtol=1e-5)
+    assert (
+        np.abs(np.asarray(rms_normalize(x, 1e-12), np.float32) - 1).max() < 0.01
+    )  # summed in bfloat16 it would be 4 times off
+    np.testing.assert_allclose(
+        rms_normalize(jnp.asarray([[3e-3, 4e-3]]), 1e-5),
+        np.asarray([[3e-3, 4e-3]]) / math.sqrt(2.25e-5),
+        rtol=1e-5,
+    )
 
 
 # Embedding, head and dtypes
@@ -501,7 +643,10 @@ def test_norm_statistics_are_float32_and_eps_guards_zero():
 def test_the_padding_row_is_zero_at_first_and_gets_no_gradient_from_the_lookup():
     embed = Embedding(SMALL, single_device_mesh(), jax.random.key(0))
     table_VD = np.asarray(embed.embedding_VD[...])
-    assert not table_VD[SMALL.pad_token_id].any() and np.abs(table_VD).sum(-1).astype(bool).sum() == SMALL.vocab_size - 1
+    assert (
+        not table_VD[SMALL.pad_token_id].any()
+        and np.abs(table_VD).sum(-1).astype(bool).sum() == SMALL.vocab_size - 1
+    )
     assert table_VD.std() == pytest.approx(SMALL.init_std, rel=0.1)
     without_pad = Embedding(changed(pad_token_id=-1), single_device_mesh(), jax.random.key(0))
     assert np.asarray(without_pad.embedding_VD[...])[SMALL.pad_token_id].any()
@@ -519,7 +664,13 @@ def test_the_padding_row_learns_through_a_tied_head_only(tie):
     @jax.grad
     def gradient(state):
         model = nnx.merge(graph_def, state)
-        return jnp.sum(jnp.sin(model.logits(model(tokens_BT, jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)).hidden_BTD)))
+        return jnp.sum(
+            jnp.sin(
+                model.logits(
+                    model(tokens_BT, jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)).hidden_BTD
+                )
+            )
+        )
 
     grads = nnx.to_pure_dict(gradient(state))
     row_D = np.asarray(grads["embed"]["embedding_VD"])[cfg.pad_token_id]
@@ -527,8 +678,12 @@ def test_the_padding_row_learns_through_a_tied_head_only(tie):
     assert np.asarray(grads["embed"]["embedding_VD"])[tokens_BT[0, 0]].any()
     if tie:  # exactly the head's part: sum over tokens of cos(logit) * hidden
         hidden_BTD = np.asarray(model(tokens_BT, ARANGE_BT, ONES_BT).hidden_BTD, np.float64)
-        logit_BT = np.asarray(logits(tokens_BT, ARANGE_BT, ONES_BT), np.float64)[..., cfg.pad_token_id]
-        np.testing.assert_allclose(row_D, np.einsum("BT,BTD->D", np.cos(logit_BT), hidden_BTD), rtol=1e-3, atol=1e-3)
+        logit_BT = np.asarray(logits(tokens_BT, ARANGE_BT, ONES_BT), np.float64)[
+            ..., cfg.pad_token_id
+        ]
+        np.testing.assert_allclose(
+            row_D, np.einsum("BT,BTD->D", np.cos(logit_BT), hidden_BTD), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_an_untied_head_is_its_own_matrix():
@@ -536,11 +691,17 @@ def test_an_untied_head_is_its_own_matrix():
     model = model_of(cfg)
     hidden_BTD = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
     np.testing.assert_allclose(
-        model.logits(jnp.asarray(hidden_BTD)), hidden_BTD @ np.asarray(model.lm_head.w_VD[...]).T, rtol=1e-4, atol=1e-4
+        model.logits(jnp.asarray(hidden_BTD)),
+        hidden_BTD @ np.asarray(model.lm_head.w_VD[...]).T,
+        rtol=1e-4,
+        atol=1e-4,
     )
     tied = model_of(SMALL)
     np.testing.assert_allclose(
-        tied.logits(jnp.asarray(hidden_BTD)), hidden_BTD @ np.asarray(tied.embed.embedding_VD[...]).T, rtol=1e-4, atol=1e-4
+        tied.logits(jnp.asarray(hidden_BTD)),
+        hidden_BTD @ np.asarray(tied.embed.embedding_VD[...]).T,
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -552,12 +713,18 @@ def test_bfloat16_runs_close_to_float32_and_keeps_float32_where_it_must():
     run = {}
     for name, one in (("float32", cfg), ("bfloat16", low)):
         model = model_of(one)
-        forward = fast_jit(lambda tokens, model=model: model(tokens, jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT)))
+        forward = fast_jit(
+            lambda tokens, model=model: model(tokens, jnp.asarray(ARANGE_BT), jnp.asarray(ONES_BT))
+        )
         run[name] = output = forward(tokens_BT)
         assert output.hidden_BTD.dtype == name
         assert model.logits(output.hidden_BTD).dtype == jnp.float32
         assert {figure.dtype for figure in output.stats.values()} == {jnp.dtype("float32")}
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-    low_BTD, high_BTD = (np.asarray(run[name].hidden_BTD, np.float64) for name in ("bfloat16", "float32"))
+    low_BTD, high_BTD = (
+        np.asarray(run[name].hidden_BTD, np.float64) for name in ("bfloat16", "float32")
+    )
     difference_BT = np.linalg.norm(low_BTD - high_BTD, axis=-1) / np.linalg.norm(high_BTD, axis=-1)
-    assert 1e-3 < np.median(difference_BT) < 0.03  # a token near a tie may go to another expert; most must not
+    assert (
+        1e-3 < np.median(difference_BT) < 0.03
+    )  # a token near a tie may go to another expert; most must not

@@ -30,11 +30,14 @@ def lookup_and_gradient(mesh, w_VD, tokens_BT, dx_BTD, dtype):
         return x_BTD, pullback(dx_BTD)[0]
 
     sharding = rules.stored_sharding(mesh, layout, w_VD.shape)
-    x_BTD, dw_VD = fast_jit(value_and_gradient, out_shardings=(None, sharding))(jax.device_put(w_VD, sharding), dx_BTD)
+    x_BTD, dw_VD = fast_jit(value_and_gradient, out_shardings=(None, sharding))(
+        jax.device_put(w_VD, sharding), dx_BTD
+    )
     return np.asarray(x_BTD), np.asarray(dw_VD)
 
 
-# (data, expert, tensor, replica) and vocabulary; 42 rows do not divide over 4 expert shards, where columns are split instead.
+# (data, expert, tensor, replica) and vocabulary; 42 rows do not divide over 4 expert shards, where
+# columns are split instead.
 MESHES = [
     ((1, 1, 1), 48),
     ((2, 2, 2), 48),
@@ -52,7 +55,10 @@ def test_the_rows_of_the_tokens_and_their_gradients_added_up(sizes, vocab):
     rng = np.random.default_rng(0)
     w_VD = rng.normal(size=(vocab, WIDTH)).astype(np.float32)
     tokens_BT = rng.integers(0, vocab, (8, 5)).astype(np.int32)
-    tokens_BT[0], tokens_BT[:, 1] = [0, vocab - 1, 7, 7, 7], 7  # the ends of the table, and a token on every shard
+    tokens_BT[0], tokens_BT[:, 1] = (
+        [0, vocab - 1, 7, 7, 7],
+        7,
+    )  # the ends of the table, and a token on every shard
     dx_BTD = rng.normal(size=(8, 5, WIDTH)).astype(np.float32)
     x_BTD, dw_VD = lookup_and_gradient(mesh_of(*sizes), w_VD, tokens_BT, dx_BTD, "float32")
     np.testing.assert_array_equal(x_BTD, w_VD[tokens_BT])
@@ -66,7 +72,11 @@ def test_gradients_of_a_frequent_token_are_added_up_in_float32(sizes):
     # In bfloat16 a sum of ones stops at 256.
     w_VD = jnp.ones((48, WIDTH), jnp.bfloat16)
     x_BTD, dw_VD = lookup_and_gradient(
-        mesh_of(*sizes), w_VD, np.full((8, 512), 7, np.int32), jnp.ones((8, 512, WIDTH), jnp.bfloat16), "bfloat16"
+        mesh_of(*sizes),
+        w_VD,
+        np.full((8, 512), 7, np.int32),
+        jnp.ones((8, 512, WIDTH), jnp.bfloat16),
+        "bfloat16",
     )
     assert x_BTD.dtype == dw_VD.dtype == jnp.bfloat16
     expected_VD = np.zeros((48, WIDTH), np.float32)
@@ -75,9 +85,13 @@ def test_gradients_of_a_frequent_token_are_added_up_in_float32(sizes):
 
 
 def test_the_padding_row_is_looked_up_but_gets_no_gradient():
-    cfg = ModelConfig(48, WIDTH, 24, 1, num_heads=4, num_kv_heads=4, head_dim=4, max_position=8, pad_token_id=7)
+    cfg = ModelConfig(
+        48, WIDTH, 24, 1, num_heads=4, num_kv_heads=4, head_dim=4, max_position=8, pad_token_id=7
+    )
     mesh = mesh_of(2, 2, 2)
-    graph_def, state = nnx.split(filled(functools.partial(embedding.Embedding, cfg, mesh, jax.random.key(0))))
+    graph_def, state = nnx.split(
+        filled(functools.partial(embedding.Embedding, cfg, mesh, jax.random.key(0)))
+    )
     tokens_BT = np.random.default_rng(0).integers(4, 10, (8, 5)).astype(np.int32)
 
     def rows(state):
@@ -93,10 +107,14 @@ def test_the_padding_row_is_looked_up_but_gets_no_gradient():
     counts_V = np.bincount(tokens_BT.ravel(), minlength=48)
     assert counts_V[7] > 0
     counts_V[7] = 0
-    np.testing.assert_array_equal(gradient.embedding_VD[...], np.repeat(counts_V[:, None], WIDTH, axis=1))
+    np.testing.assert_array_equal(
+        gradient.embedding_VD[...], np.repeat(counts_V[:, None], WIDTH, axis=1)
+    )
 
 
 def test_a_new_padding_row_is_zero():
-    cfg = ModelConfig(8, 4, 4, 1, num_heads=1, num_kv_heads=1, head_dim=4, max_position=8, pad_token_id=3)
+    cfg = ModelConfig(
+        8, 4, 4, 1, num_heads=1, num_kv_heads=1, head_dim=4, max_position=8, pad_token_id=3
+    )
     w_VD = np.asarray(embedding.Embedding(cfg, mesh_of(), jax.random.key(0)).embedding_VD[...])
     assert (np.abs(w_VD).max(1) > 0).tolist() == [row != 3 for row in range(8)]

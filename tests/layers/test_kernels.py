@@ -1,4 +1,6 @@
-"""The kernels inside the model: which are chosen, and that a model trains the same with each of them."""
+"""The kernels inside the model: which are chosen, and that a model trains the same with each of
+them.
+"""
 
 import dataclasses
 import functools
@@ -51,7 +53,11 @@ def losses(mesh, **changes):
         "positions": positions_BT,
         "loss_weights": (segments_BT > 0).astype(np.float32),
     }
-    train_step = step_lib.make_train_step(program).lower(state, batch).compile(compiler_options=COMPILER_OPTIONS)
+    train_step = (
+        step_lib.make_train_step(program)
+        .lower(state, batch)
+        .compile(compiler_options=COMPILER_OPTIONS)
+    )
     found = []
     for _ in range(3):
         state, metrics = train_step(state, batch)
@@ -86,7 +92,9 @@ def test_the_choice_follows_the_mesh_and_the_config():
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"flash_attention on 'cpu': pallas_tpu: needs a device of the family TPU"):
+    with pytest.raises(
+        ValueError, match=r"flash_attention on 'cpu': pallas_tpu: needs a device of the family TPU"
+    ):
         losses(mesh_of(1), kernels="pallas_tpu")
     with pytest.raises(ValueError, match=r"no implementation 'palas'; it has pallas_tpu"):
         losses(mesh_of(1), kernels="palas")
@@ -96,4 +104,6 @@ def test_the_command_line_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit) as status:
         exit_with_message(lambda: losses(mesh_of(1), kernels="pallas_tpu"))
     assert status.value.code == 2
-    assert capsys.readouterr().err.startswith("error: flash_attention on 'cpu': pallas_tpu: needs a device")
+    assert capsys.readouterr().err.startswith(
+        "error: flash_attention on 'cpu': pallas_tpu: needs a device"
+    )

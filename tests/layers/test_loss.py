@@ -1,4 +1,5 @@
-"""The loss over parts of the vocabulary: values and gradients are those of whole logits on every mesh, and no whole logits exist.
+"""The loss over parts of the vocabulary: values and gradients are those of whole logits on every
+mesh, and no whole logits exist.
 
 Letters: B batch, T tokens, M = B * T, D model, V vocabulary.
 """
@@ -46,13 +47,22 @@ def losses(w_VD, hidden_BTD, targets_BT, mesh):
 def random_case(vocab, scale=1.0):
     """(table, hidden, targets, weights), the targets with the first and the last token."""
     rng = np.random.default_rng(0)
-    w_VD, hidden_BTD = rng.normal(size=(vocab, WIDTH)), scale * rng.normal(size=(BATCH, LENGTH, WIDTH))
+    w_VD, hidden_BTD = (
+        rng.normal(size=(vocab, WIDTH)),
+        scale * rng.normal(size=(BATCH, LENGTH, WIDTH)),
+    )
     targets_BT = rng.integers(0, vocab, (BATCH, LENGTH)).astype(np.int32)
     targets_BT[0, :2] = 0, vocab - 1
-    return w_VD.astype(np.float32), hidden_BTD.astype(np.float32), targets_BT, (rng.random((BATCH, LENGTH)) < 0.8).astype(np.float32)
+    return (
+        w_VD.astype(np.float32),
+        hidden_BTD.astype(np.float32),
+        targets_BT,
+        (rng.random((BATCH, LENGTH)) < 0.8).astype(np.float32),
+    )
 
 
-# (data, expert, tensor, replica), vocabulary, parts.  42 rows do not divide over 4 expert shards: only the tensor axis splits them.
+# (data, expert, tensor, replica), vocabulary, parts.  42 rows do not divide over 4 expert shards:
+# only the tensor axis splits them.
 CASES = [
     ((1, 1, 1), 48, 1),
     ((1, 1, 1), 48, 4),
@@ -86,16 +96,22 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, voca
 
     def whole(w_VD, hidden_BTD):
         logits_BTV = hidden_BTD @ w_VD.T
-        nll_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
+        nll_BT = -jnp.take_along_axis(
+            jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1
+        )[..., 0]
         return cross_entropy(logits_BTV, targets_BT, jnp.asarray(weights_BT)), nll_BT
 
     placed = (
         jax.device_put(w_VD, rules.stored_sharding(mesh, layout, w_VD.shape)),
         jax.device_put(hidden_BTD, rules.sharding(mesh, ("batch", "seq", "embed"))),
     )
-    (mean, loss_BT), grads = fast_jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(*placed)
+    (mean, loss_BT), grads = fast_jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
+        *placed
+    )
     assert set(used) == {num_parts}
-    (expected_mean, expected_BT), expected = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(w_VD, hidden_BTD)
+    (expected_mean, expected_BT), expected = jax.value_and_grad(
+        whole, argnums=(0, 1), has_aux=True
+    )(w_VD, hidden_BTD)
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
     np.testing.assert_allclose(loss_BT, expected_BT, rtol=1e-4, atol=1e-5)
     for grad, expected_grad in zip(grads, expected, strict=True):
@@ -105,34 +121,64 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, voca
 def test_huge_logits_and_bfloat16_activations_stay_finite_and_near(monkeypatch):
     mesh = mesh_of(1, 2, 1)
     monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(4, mesh, 48))
-    w_VD, hidden_BTD, targets_BT, _ = random_case(48, scale=100.0)  # logits of a few thousand: exp overflows without the maximum
+    w_VD, hidden_BTD, targets_BT, _ = random_case(
+        48, scale=100.0
+    )  # logits of a few thousand: exp overflows without the maximum
     hidden_BTD = jnp.asarray(hidden_BTD, jnp.bfloat16)
     total = lambda w_VD, hidden_BTD: losses(w_VD, hidden_BTD, targets_BT, mesh).sum()  # noqa: E731
-    value, (dw_VD, dhidden_BTD) = fast_jit(jax.value_and_grad(total, argnums=(0, 1)))(w_VD, hidden_BTD)
-    assert (dw_VD.dtype, dhidden_BTD.dtype, value.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    value, (dw_VD, dhidden_BTD) = fast_jit(jax.value_and_grad(total, argnums=(0, 1)))(
+        w_VD, hidden_BTD
+    )
+    assert (dw_VD.dtype, dhidden_BTD.dtype, value.dtype) == (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.float32,
+    )
 
     def whole(w_VD, hidden_BTD):
         logits_BTV = hidden_BTD @ w_VD.astype(jnp.bfloat16).astype(jnp.float32).T
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1).sum()
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1
+        ).sum()
 
-    expected, gradients = jax.value_and_grad(whole, argnums=(0, 1))(jnp.asarray(w_VD), hidden_BTD.astype(jnp.float32))
+    expected, gradients = jax.value_and_grad(whole, argnums=(0, 1))(
+        jnp.asarray(w_VD), hidden_BTD.astype(jnp.float32)
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for grad, expected_grad in zip((dw_VD, dhidden_BTD.astype(jnp.float32)), gradients, strict=True):
+    for grad, expected_grad in zip(
+        (dw_VD, dhidden_BTD.astype(jnp.float32)), gradients, strict=True
+    ):
         assert_close(grad, expected_grad, 1e-2)
 
 
-@pytest.mark.parametrize(("tie", "vocab", "sizes"), [(True, 48, (2, 2, 2)), (False, 42, (1, 4, 2))])
+@pytest.mark.parametrize(
+    ("tie", "vocab", "sizes"), [(True, 48, (2, 2, 2)), (False, 42, (1, 4, 2))]
+)
 def test_tied_and_untied_models_learn_through_the_right_table(monkeypatch, tie, vocab, sizes):
     mesh = mesh_of(*sizes)
     monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(3, mesh, vocab))
-    cfg = ModelConfig(vocab, WIDTH, 24, 1, num_heads=4, num_kv_heads=4, head_dim=4, max_position=LENGTH, tie_embeddings=tie)
-    graph_def, state = nnx.split(filled(functools.partial(Transformer, cfg, mesh, jax.random.key(0))))
+    cfg = ModelConfig(
+        vocab,
+        WIDTH,
+        24,
+        1,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=4,
+        max_position=LENGTH,
+        tie_embeddings=tie,
+    )
+    graph_def, state = nnx.split(
+        filled(functools.partial(Transformer, cfg, mesh, jax.random.key(0)))
+    )
     _, _, targets_BT, weights_BT = random_case(vocab)
     positions_BT = jnp.broadcast_to(jnp.arange(LENGTH), targets_BT.shape)
 
     def loss_of(params, in_parts):
         model = nnx.merge(graph_def, params)
-        hidden_BTD = model(jnp.asarray(targets_BT), positions_BT, jnp.ones_like(positions_BT)).hidden_BTD
+        hidden_BTD = model(
+            jnp.asarray(targets_BT), positions_BT, jnp.ones_like(positions_BT)
+        ).hidden_BTD
         if in_parts:
             return loss.mean_loss(model.token_losses(hidden_BTD, targets_BT), weights_BT)
         return cross_entropy(model.logits(hidden_BTD), targets_BT, weights_BT)
@@ -151,8 +197,14 @@ def test_tied_and_untied_models_learn_through_the_right_table(monkeypatch, tie, 
 
 
 @settings(deadline=None, derandomize=True)
-@given(num_tokens=st.integers(1, 10**6), num_rows=st.integers(1, 3000), num_shards=st.sampled_from([1, 2, 16]))
-def test_parts_keep_the_limit_and_are_divisors_unless_those_are_many(num_tokens, num_rows, num_shards):
+@given(
+    num_tokens=st.integers(1, 10**6),
+    num_rows=st.integers(1, 3000),
+    num_shards=st.sampled_from([1, 2, 16]),
+)
+def test_parts_keep_the_limit_and_are_divisors_unless_those_are_many(
+    num_tokens, num_rows, num_shards
+):
     def fits(rows):
         return 4 * num_tokens * num_shards * rows <= loss._MAX_LOGITS_BYTES
 
@@ -192,11 +244,20 @@ def test_no_array_of_all_tokens_and_the_whole_vocabulary_exists(monkeypatch):
 
     def largest(num_parts):
         """(in the traced program, in the compiled one)"""
-        monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(num_parts, mesh, vocab, num_tokens))
-        step = jax.value_and_grad(lambda w_VD, hidden_BTD: losses(w_VD, hidden_BTD, targets_BT, mesh).sum(), argnums=(0, 1))
+        monkeypatch.setattr(
+            loss, "_MAX_LOGITS_BYTES", limit_for(num_parts, mesh, vocab, num_tokens)
+        )
+        step = jax.value_and_grad(
+            lambda w_VD, hidden_BTD: losses(w_VD, hidden_BTD, targets_BT, mesh).sum(),
+            argnums=(0, 1),
+        )
         text = fast_jit(step).lower(*arguments).compile().as_text()
         shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
-        return largest_array(jax.make_jaxpr(step)(*arguments).jaxpr), max(math.prod(map(int, shape.split(","))) for shape in shapes)
+        return largest_array(jax.make_jaxpr(step)(*arguments).jaxpr), max(
+            math.prod(map(int, shape.split(","))) for shape in shapes
+        )
 
-    assert min(largest(1)) >= num_tokens * vocab  # what the test looks for is there when the vocabulary is one part
+    assert (
+        min(largest(1)) >= num_tokens * vocab
+    )  # what the test looks for is there when the vocabulary is one part
     assert max(largest(8)) == num_tokens * vocab // 8

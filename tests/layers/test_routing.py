@@ -1,4 +1,5 @@
-"""Laws of routing: conservation, capacity, priority, weights and the recycling draw, on random groups of tokens.
+"""Laws of routing: conservation, capacity, priority, weights and the recycling draw, on random
+groups of tokens.
 
 Letters: g groups (independent cases), T tokens, k choices, E experts.
 """
@@ -25,7 +26,8 @@ from support.models import fast_jit
 
 NUM_GROUPS = 16
 DISPATCHES = ("recycle", "drop", "dropless")
-# (T, E, k, capacity_factor, min_capacity): every static shape is compiled once and met with many random groups.
+# (T, E, k, capacity_factor, min_capacity): every static shape is compiled once and met with many
+# random groups.
 EXACT, TIGHT, LOOSE, AT_LEAST, TOP_2, TOP_2_LOOSE, TOP_3_TIGHT = SHAPES = (
     (16, 4, 1, 1.0, 1),
     (17, 8, 1, 0.5, 1),
@@ -79,17 +81,28 @@ def route(logits_gTE, is_valid_gT, keys_g, cfg):
 def route_often(logits_TE, cfg, num_draws, seed):
     """One group of valid tokens with `num_draws` keys."""
     logits_gTE = np.tile(np.asarray(logits_TE, np.float32), (num_draws, 1, 1))
-    return route(logits_gTE, np.ones(logits_gTE.shape[:2], bool), jax.random.split(jax.random.key(seed), num_draws), cfg).assignment
+    return route(
+        logits_gTE,
+        np.ones(logits_gTE.shape[:2], bool),
+        jax.random.split(jax.random.key(seed), num_draws),
+        cfg,
+    ).assignment
 
 
 def random_groups(shape, seed, skew, padding, ties):
-    """Logits that prefer the low experts the more the larger `skew`, and a mask with `padding` as the chance of a pad token."""
+    """Logits that prefer the low experts the more the larger `skew`, and a mask with `padding` as
+    the chance of a pad token.
+    """
     T, E, *_ = shape
     rng = np.random.default_rng(seed)
     logits_gTE = rng.normal(size=(NUM_GROUPS, T, E)) - skew * np.arange(E)
     if ties:
         logits_gTE = np.round(logits_gTE)
-    return logits_gTE.astype(np.float32), rng.random((NUM_GROUPS, T)) >= padding, jax.random.split(jax.random.key(seed), NUM_GROUPS)
+    return (
+        logits_gTE.astype(np.float32),
+        rng.random((NUM_GROUPS, T)) >= padding,
+        jax.random.split(jax.random.key(seed), NUM_GROUPS),
+    )
 
 
 def cases(*shapes):
@@ -105,10 +118,14 @@ def cases(*shapes):
 
 
 def random_cases(*shapes, dispatches=DISPATCHES):
-    """Runs the test on random cases of each dispatch, always the same ones; each case is NUM_GROUPS groups."""
+    """Runs the test on random cases of each dispatch, always the same ones; each case is
+    NUM_GROUPS groups.
+    """
 
     def decorate(test):
-        test = settings(max_examples=25, deadline=None, derandomize=True)(given(case=cases(*(shapes or SHAPES)))(test))
+        test = settings(max_examples=25, deadline=None, derandomize=True)(
+            given(case=cases(*(shapes or SHAPES)))(test)
+        )
         return pytest.mark.parametrize("dispatch", dispatches)(test)
 
     return decorate
@@ -129,7 +146,9 @@ def test_slots_are_packed_unique_and_within_capacity(case, dispatch):
     for _, _, assignment, _ in result.groups():
         assert assignment.count_E.sum() == assignment.is_kept_Tk.sum()
         for e in range(cfg.num_experts):
-            slots = np.sort(assignment.slot_Tk[(assignment.expert_Tk == e) & assignment.is_kept_Tk])
+            slots = np.sort(
+                assignment.slot_Tk[(assignment.expert_Tk == e) & assignment.is_kept_Tk]
+            )
             np.testing.assert_array_equal(slots, np.arange(assignment.count_E[e]))
         if dispatch != "dropless":
             assert assignment.count_E.max() <= num_slots
@@ -151,7 +170,9 @@ def test_every_valid_choice_is_served_or_counted_as_dropped(case, dispatch):
         assert assignment.is_kept_Tk[valid_T].sum() == served
         np.testing.assert_array_equal(figures["wished_E"], demand_E)
         assert figures["served_E"].sum() == served
-        num_recycled = served - np.minimum(demand_E, num_slots).sum() if dispatch == "recycle" else 0
+        num_recycled = (
+            served - np.minimum(demand_E, num_slots).sum() if dispatch == "recycle" else 0
+        )
         assert assignment.is_recycled_Tk.sum() == num_recycled
         assert figures["recycled"] == num_recycled
 
@@ -166,7 +187,9 @@ def test_padding_takes_no_capacity_and_has_no_weight(case, dispatch):
 def test_padding_does_not_change_what_the_others_get():
     # The same tokens, alone and between pad tokens whose logits would fill the favourite expert.
     cfg = MoeConfig(num_experts=4, dispatch="drop", min_capacity=3, capacity_factor=0.1)
-    logits_TE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) - np.arange(4, dtype=np.float32)
+    logits_TE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) - np.arange(
+        4, dtype=np.float32
+    )
     padded_TE = np.zeros((12, 4), np.float32) + np.asarray([9, 0, 0, 0], np.float32)
     padded_TE[1::2] = logits_TE
     is_valid_T = np.arange(12) % 2 == 1
@@ -192,7 +215,13 @@ def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):
     """Tokens, experts, choices and capacity at random, where the tests above have a few of each."""
     T, E = data.draw(st.integers(1, 24), "T"), data.draw(st.integers(2, 9), "E")
     k = data.draw(st.integers(1, min(3, E)), "k")
-    shape = (T, E, k, data.draw(st.sampled_from([0.2, 0.7, 1.0, 1.3, 2.0]), "factor"), data.draw(st.integers(1, 3), "min_capacity"))
+    shape = (
+        T,
+        E,
+        k,
+        data.draw(st.sampled_from([0.2, 0.7, 1.0, 1.3, 2.0]), "factor"),
+        data.draw(st.integers(1, 3), "min_capacity"),
+    )
     case = data.draw(cases(shape))
     _, num_slots, result = routed(case, "recycle")
     for valid_T, choice, assignment, figures in result.groups():
@@ -245,10 +274,14 @@ def test_first_come_first_served_in_choice_major_order(case, dispatch):
         np.testing.assert_array_equal(stays_Tk, is_kept_Tk)
         np.testing.assert_array_equal(assignment.slot_Tk[stays_Tk], slot_Tk[is_kept_Tk])
         np.testing.assert_array_equal(assignment.expert_Tk[stays_Tk], choice.expert_Tk[is_kept_Tk])
-        if dispatch == "recycle" and cfg.top_k == 1:  # overflowing tokens take free slots in token order
+        if (
+            dispatch == "recycle" and cfg.top_k == 1
+        ):  # overflowing tokens take free slots in token order
             over_t = np.flatnonzero((valid_T[:, None] & ~is_kept_Tk)[:, 0])
             num_free = cfg.num_experts * num_slots - is_kept_Tk.sum()
-            np.testing.assert_array_equal(np.flatnonzero(assignment.is_recycled_Tk[:, 0]), over_t[:num_free])
+            np.testing.assert_array_equal(
+                np.flatnonzero(assignment.is_recycled_Tk[:, 0]), over_t[:num_free]
+            )
 
 
 @random_cases(ROOM, ROOM_TOP_2, dispatches=("drop", "recycle"))
@@ -261,11 +294,16 @@ def test_without_overflow_every_dispatch_is_plain_top_k(case, dispatch):
     np.testing.assert_array_equal(plain.assignment.expert_Tk, plain.choice.expert_Tk)
     assert plain.assignment.is_kept_Tk.all() and not result.assignment.is_recycled_Tk.any()
     top_gTk = np.sort(plain.choice.probs_TE, axis=-1)[..., ::-1][..., : cfg.top_k]
-    np.testing.assert_array_equal(np.take_along_axis(plain.choice.probs_TE, plain.choice.expert_Tk, -1), top_gTk)
+    np.testing.assert_array_equal(
+        np.take_along_axis(plain.choice.probs_TE, plain.choice.expert_Tk, -1), top_gTk
+    )
 
 
 def test_ties_go_to_the_lowest_index():
-    assert routing.choose(jnp.zeros((2, 5)), MoeConfig(num_experts=5, top_k=3)).expert_Tk.tolist() == [[0, 1, 2]] * 2
+    assert (
+        routing.choose(jnp.zeros((2, 5)), MoeConfig(num_experts=5, top_k=3)).expert_Tk.tolist()
+        == [[0, 1, 2]] * 2
+    )
 
 
 # Weights
@@ -279,14 +317,20 @@ def test_weight_is_the_tokens_own_probability_of_the_expert_that_serves_it(case,
     probs_gTE = shifted_gTE / shifted_gTE.sum(-1, keepdims=True)
     weight_gTk = np.take_along_axis(probs_gTE, assignment.expert_Tk, -1)
     if cfg.top_k > 1:  # over the original choices, whatever was dropped or moved
-        weight_gTk = weight_gTk / np.maximum(np.take_along_axis(probs_gTE, choice.expert_Tk, -1).sum(-1, keepdims=True), 1.19e-7)
-    np.testing.assert_allclose(assignment.weight_Tk, np.where(assignment.is_kept_Tk, weight_gTk, 0), rtol=4e-6, atol=1e-12)
+        weight_gTk = weight_gTk / np.maximum(
+            np.take_along_axis(probs_gTE, choice.expert_Tk, -1).sum(-1, keepdims=True), 1.19e-7
+        )
+    np.testing.assert_allclose(
+        assignment.weight_Tk, np.where(assignment.is_kept_Tk, weight_gTk, 0), rtol=4e-6, atol=1e-12
+    )
 
 
 def test_top_k_normaliser_is_clamped():
     # A fabricated choice: the top 2 of a softmax over so few experts cannot be so improbable.
     choice = routing.Choice(jnp.full((1, 3), 1e-8), jnp.asarray([[0, 1]]))
-    weights = routing.assign(choice, jnp.ones(1, bool), MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True), None).weight_Tk
+    weights = routing.assign(
+        choice, jnp.ones(1, bool), MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True), None
+    ).weight_Tk
     np.testing.assert_allclose(weights, np.full((1, 2), 1e-8 / 1.19e-7), rtol=1e-6)
 
 
@@ -313,23 +357,32 @@ def test_paper_example_of_factor_0_8_drops_exactly_320_of_1600():
     assert routing.capacity(cfg, 1600) == 80
     logits_TE = np.random.default_rng(0).normal(size=(1600, 16)) - 0.3 * np.arange(16)
     keys_g = jax.random.split(jax.random.key(1), 1)
-    _, _, assignment, figures = route(logits_TE[None].astype(np.float32), np.ones((1, 1600), bool), keys_g, cfg)
+    _, _, assignment, figures = route(
+        logits_TE[None].astype(np.float32), np.ones((1, 1600), bool), keys_g, cfg
+    )
     assert (~assignment.is_kept_Tk).sum() == 320
     np.testing.assert_array_equal(assignment.count_E[0], np.full(16, 80))
-    np.testing.assert_array_equal([figures["wished_E"].sum(), figures["served_E"].sum()], [1600, 1280])
+    np.testing.assert_array_equal(
+        [figures["wished_E"].sum(), figures["served_E"].sum()], [1600, 1280]
+    )
 
 
 def chi_square_p(draws, proportions):
-    """Probability of counts at least this uneven if `draws` have these `proportions`; an impossible draw fails at once."""
+    """Probability of counts at least this uneven if `draws` have these `proportions`; an
+    impossible draw fails at once.
+    """
     proportions = np.asarray(proportions, float)
     counts = np.bincount(draws, minlength=len(proportions))
     possible = proportions > 0
     assert not counts[~possible].any(), counts
-    return scipy.stats.chisquare(counts[possible], counts.sum() * proportions[possible] / proportions.sum()).pvalue
+    return scipy.stats.chisquare(
+        counts[possible], counts.sum() * proportions[possible] / proportions.sum()
+    ).pvalue
 
 
 def test_paper_figure_2_moves_the_overflow_to_a_random_free_expert():
-    # Five experts of capacity 2; A, C and D want expert 1, B wants expert 4; D, the last of three, goes to a free slot.
+    # Five experts of capacity 2; A, C and D want expert 1, B wants expert 4; D, the last of three,
+    # goes to a free slot.
     cfg = MoeConfig(num_experts=5, dispatch="recycle", capacity_factor=2.5)
     assert routing.capacity(cfg, 4) == 2
     assignment = route_often(5 * np.eye(5)[[1, 4, 1, 1]], cfg, num_draws=1000, seed=0)
@@ -340,10 +393,16 @@ def test_paper_figure_2_moves_the_overflow_to_a_random_free_expert():
 
 @pytest.fixture(scope="module")
 def five_recycled():
-    """Experts that serve tokens 4 to 8, the overflow of expert 0, in 4000 draws: free slots are 0, 1, 2, 2 of four each."""
+    """Experts that serve tokens 4 to 8, the overflow of expert 0, in 4000 draws: free slots are 0,
+    1, 2, 2 of four each.
+    """
     wishes = [0] * 9 + [1] * 3 + [2] * 2 + [3] * 2
-    assignment = route_often(6 * np.eye(4)[wishes], MoeConfig(num_experts=4, dispatch="recycle"), num_draws=4000, seed=7)
-    assert (assignment.is_recycled_Tk[..., 0] == (np.arange(16) // 4 == 1) | (np.arange(16) == 8)).all()
+    assignment = route_often(
+        6 * np.eye(4)[wishes], MoeConfig(num_experts=4, dispatch="recycle"), num_draws=4000, seed=7
+    )
+    assert (
+        assignment.is_recycled_Tk[..., 0] == (np.arange(16) // 4 == 1) | (np.arange(16) == 8)
+    ).all()
     return assignment.expert_Tk[:, 4:9, 0]
 
 
@@ -361,13 +420,17 @@ def test_recycled_experts_are_drawn_without_replacement(five_recycled):
 
 
 @random_cases(TOP_2, TOP_2_LOOSE, TOP_3_TIGHT, dispatches=("recycle",))
-def test_a_recycled_choice_repeats_an_expert_of_its_token_only_if_nothing_else_is_free(case, dispatch):
-    # Free slots only become fewer and a token's experts only more.  So a token that had to repeat an expert, because it had all that
-    # were free, still has all that are free at the end.
+def test_a_recycled_choice_repeats_an_expert_of_its_token_only_if_nothing_else_is_free(
+    case, dispatch
+):
+    # Free slots only become fewer and a token's experts only more.  So a token that had to repeat
+    # an expert, because it had all that were free, still has all that are free at the end.
     _, num_slots, result = routed(case, dispatch)
     for _, _, assignment, _ in result.groups():
         free = set(np.flatnonzero(assignment.count_E < num_slots).tolist())
-        for experts_k, is_kept_k, is_moved_k in zip(assignment.expert_Tk, assignment.is_kept_Tk, assignment.is_recycled_Tk, strict=True):
+        for experts_k, is_kept_k, is_moved_k in zip(
+            assignment.expert_Tk, assignment.is_kept_Tk, assignment.is_recycled_Tk, strict=True
+        ):
             has = experts_k[is_kept_k].tolist()
             if len(set(has)) < len(has):
                 assert is_moved_k.any() and free <= set(has)
@@ -382,7 +445,9 @@ def test_a_recycled_choice_repeats_an_expert_of_its_token_only_if_nothing_else_i
         (3, 3, 2, {(2, 2)}),
     ],
 )
-def test_when_all_want_the_same_two_experts_the_last_gets_two_others(num_tokens, num_experts, capacity, outcomes):
+def test_when_all_want_the_same_two_experts_the_last_gets_two_others(
+    num_tokens, num_experts, capacity, outcomes
+):
     factor = capacity * num_experts / (2 * num_tokens)
     cfg = MoeConfig(num_experts=num_experts, top_k=2, dispatch="recycle", capacity_factor=factor)
     assert routing.capacity(cfg, num_tokens) == capacity
@@ -393,7 +458,8 @@ def test_when_all_want_the_same_two_experts_the_last_gets_two_others(num_tokens,
 
 
 def test_top_2_draws_in_proportion_to_spare_capacity_among_the_experts_a_token_lacks():
-    # Capacity 2: the third token overflows from 0 and 1; the fourth takes a slot of 2 and of 3; two are free at 4.
+    # Capacity 2: the third token overflows from 0 and 1; the fourth takes a slot of 2 and of 3;
+    # two are free at 4.
     cfg = MoeConfig(num_experts=5, top_k=2, dispatch="recycle", capacity_factor=1.25)
     logits_TE = np.asarray([[4, 3, 0, 0, 0], [4, 3, 0, 0, 0], [4, 3, 0, 0, 0], [0, 0, 4, 3, 0]])
     assert routing.capacity(cfg, 4) == 2
@@ -410,10 +476,15 @@ def test_the_draw_is_a_function_of_the_key(shape):
     cfg = moe_config(shape, "recycle")
     logits_gTE, is_valid_gT, _ = random_groups(shape, 0, 1.0, 0.0, False)
     same_gTE = np.broadcast_to(logits_gTE[:1], logits_gTE.shape)
-    keys_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(NUM_GROUPS))
+    keys_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(0), jnp.arange(NUM_GROUPS)
+    )
     first, again = (route(same_gTE, is_valid_gT, keys_g, cfg) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert len(np.unique(first.assignment.expert_Tk.reshape(NUM_GROUPS, -1), axis=0)) >= NUM_GROUPS - 1
+    assert (
+        len(np.unique(first.assignment.expert_Tk.reshape(NUM_GROUPS, -1), axis=0))
+        >= NUM_GROUPS - 1
+    )
 
 
 # Capacity and group size
@@ -435,7 +506,9 @@ def test_the_draw_is_a_function_of_the_key(shape):
     ],
 )
 def test_capacity_examples(capacity_factor, k, tokens, num_experts, min_capacity, expected):
-    cfg = MoeConfig(num_experts, k, dispatch="drop", capacity_factor=capacity_factor, min_capacity=min_capacity)
+    cfg = MoeConfig(
+        num_experts, k, dispatch="drop", capacity_factor=capacity_factor, min_capacity=min_capacity
+    )
     assert routing.capacity(cfg, tokens) == expected
     assert routing.capacity(dataclasses.replace(cfg, dispatch="recycle"), tokens) == expected
     assert routing.capacity(dataclasses.replace(cfg, dispatch="dropless"), tokens) == tokens
@@ -443,24 +516,36 @@ def test_capacity_examples(capacity_factor, k, tokens, num_experts, min_capacity
 
 @settings(deadline=None, derandomize=True)
 @given(
-    percent=st.integers(1, 400), k=st.integers(1, 8), tokens=st.integers(1, 5000), num_experts=st.integers(8, 64), least=st.integers(1, 9)
+    percent=st.integers(1, 400),
+    k=st.integers(1, 8),
+    tokens=st.integers(1, 5000),
+    num_experts=st.integers(8, 64),
+    least=st.integers(1, 9),
 )
 def test_capacity_is_the_exact_ceiling(percent, k, tokens, num_experts, least):
-    cfg = MoeConfig(num_experts, k, dispatch="recycle", capacity_factor=percent / 100, min_capacity=least)
+    cfg = MoeConfig(
+        num_experts, k, dispatch="recycle", capacity_factor=percent / 100, min_capacity=least
+    )
     exact = math.ceil(Fraction(percent, 100) * k * tokens / num_experts)
     assert routing.capacity(cfg, tokens) == min(max(least, exact), tokens)
 
 
 @pytest.mark.parametrize(
-    ("group_size", "batch_size", "seq_len", "expected"), [(0, 3, 16, 16), (8, 3, 16, 8), (16, 3, 16, 16), (48, 3, 16, 48), (32, 4, 16, 32)]
+    ("group_size", "batch_size", "seq_len", "expected"),
+    [(0, 3, 16, 16), (8, 3, 16, 8), (16, 3, 16, 16), (48, 3, 16, 48), (32, 4, 16, 32)],
 )
 def test_group_size(group_size, batch_size, seq_len, expected):
     assert routing.group_size(MoeConfig(4, group_size=group_size), batch_size, seq_len) == expected
 
 
-@pytest.mark.parametrize(("group_size", "batch_size", "seq_len"), [(5, 3, 16), (24, 3, 16), (32, 3, 16), (64, 2, 16)])
+@pytest.mark.parametrize(
+    ("group_size", "batch_size", "seq_len"), [(5, 3, 16), (24, 3, 16), (32, 3, 16), (64, 2, 16)]
+)
 def test_tokens_that_do_not_split_into_groups_are_refused(group_size, batch_size, seq_len):
-    with pytest.raises(ConfigError, match=rf"group_size = {group_size} .*{seq_len}.*divides {batch_size * seq_len}\."):
+    with pytest.raises(
+        ConfigError,
+        match=rf"group_size = {group_size} .*{seq_len}.*divides {batch_size * seq_len}\.",
+    ):
         routing.group_size(MoeConfig(4, group_size=group_size), batch_size, seq_len)
 
 
@@ -471,10 +556,14 @@ def test_tokens_that_do_not_split_into_groups_are_refused(group_size, batch_size
 def test_figures_against_the_official_formulas(case, dispatch):
     cfg, _, result = routed(case, dispatch)
     E = cfg.num_experts
-    for logits_TE, (valid_T, choice, assignment, figures) in zip(random_groups(**case)[0], result.groups(), strict=True):
+    for logits_TE, (valid_T, choice, assignment, figures) in zip(
+        random_groups(**case)[0], result.groups(), strict=True
+    ):
         served = assignment.expert_Tk[assignment.is_kept_Tk & valid_T[:, None]]
         np.testing.assert_array_equal(figures["served_E"], np.bincount(served, minlength=E))
-        np.testing.assert_array_equal(figures["wished_E"], np.bincount(choice.expert_Tk[valid_T].ravel(), minlength=E))
+        np.testing.assert_array_equal(
+            figures["wished_E"], np.bincount(choice.expert_Tk[valid_T].ravel(), minlength=E)
+        )
         assert figures["recycled"] == np.count_nonzero(assignment.is_recycled_Tk[valid_T])
         assert figures["tokens"] == np.count_nonzero(valid_T)
         if not valid_T.any():
@@ -486,9 +575,13 @@ def test_figures_against_the_official_formulas(case, dispatch):
         chosen_TE = (choice.expert_Tk[valid_T][:, :, None] == np.arange(E)).sum(1)
         aux_of_top_1 = E * np.sum(probs_TE.mean(0) * chosen_TE.mean(0))  # specification 5.2
         aux_of_top_k = E**2 * np.mean(chosen_TE.mean(0) * probs_TE.mean(0))  # specification 5.3
-        assert figures["aux"] == pytest.approx(aux_of_top_1 if cfg.top_k == 1 else aux_of_top_k, rel=1e-5)
+        assert figures["aux"] == pytest.approx(
+            aux_of_top_1 if cfg.top_k == 1 else aux_of_top_k, rel=1e-5
+        )
         assert figures["z"] == pytest.approx(np.mean(log_z_T**2), rel=1e-5, abs=1e-6)
-        assert figures["entropy"] == pytest.approx(scipy.stats.entropy(probs_TE, axis=-1).sum(), rel=1e-4, abs=1e-5)
+        assert figures["entropy"] == pytest.approx(
+            scipy.stats.entropy(probs_TE, axis=-1).sum(), rel=1e-4, abs=1e-5
+        )
 
 
 @random_cases(EXACT, TOP_2, dispatches=("recycle", "drop"))

@@ -1,4 +1,6 @@
-"""Parameter, FLOP and cache counts against the published figures, the real modules and the traced matmuls."""
+"""Parameter, FLOP and cache counts against the published figures, the real modules and the traced
+matmuls.
+"""
 
 import dataclasses
 import functools
@@ -37,8 +39,12 @@ SMALL = ModelConfig(
 
 def module_sizes(cfg):
     """path -> number of parameters of the real module, without allocating it."""
-    state = jax.eval_shape(lambda key: nnx.state(Transformer(cfg, single_device_mesh(), key)), jax.random.key(0))
-    return {"/".join(map(str, path)): math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
+    state = jax.eval_shape(
+        lambda key: nnx.state(Transformer(cfg, single_device_mesh(), key)), jax.random.key(0)
+    )
+    return {
+        "/".join(map(str, path)): math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(state)
+    }
 
 
 def part_of(path):
@@ -51,7 +57,10 @@ def part_of(path):
         "/router_DE": "router",
         "/mlp/": "mlp",
     }
-    return next((part for piece, part in owners.items() if piece in path), "norms" if "norm" in path else "attention")
+    return next(
+        (part for piece, part in owners.items() if piece in path),
+        "norms" if "norm" in path else "attention",
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +69,8 @@ def part_of(path):
         ("a52b_instruct", 388_701_405_440, 51_322_077_440, 81_920),
         ("a52b", 388_698_128_640, 51_318_800_640, 81_920),
         ("a13b", 80_393_183_232, 12_747_448_320, 131_072),
-        # By hand: V D + L (D H (2 N + 2 K) + 3 D F + 2 D + 2 H) + D, the embedding being the head too.
+        # By hand: V D + L (D H (2 N + 2 K) + 3 D F + 2 D + 2 H) + D, the embedding being the head
+        # too.
         ("dense_0_5b", 539_010_048, 539_010_048, 98_304),
         ("dense_1_8b", 1_791_080_448, 1_791_080_448, 65_536),
         ("dense_4b", 4_221_757_440, 4_221_757_440, 147_456),
@@ -86,11 +96,28 @@ def test_parts_of_the_instruct_model():
         "norms": 835_840,
     }
     untied = count(dataclasses.replace(presets.a52b_instruct(), tie_embeddings=False))
-    assert (untied.total, untied.active, untied.head) == (389_527_159_040, 52_147_831_040, 825_753_600)
+    assert (untied.total, untied.active, untied.head) == (
+        389_527_159_040,
+        52_147_831_040,
+        825_753_600,
+    )
     assert untied.flops_per_token == counts.flops_per_token
 
 
-@pytest.mark.parametrize("preset", ["a52b_instruct", "a52b", "a13b", "dense_0_5b", "dense_1_8b", "dense_4b", "dense_7b", "tiny", "bench"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "a52b_instruct",
+        "a52b",
+        "a13b",
+        "dense_0_5b",
+        "dense_1_8b",
+        "dense_4b",
+        "dense_7b",
+        "tiny",
+        "bench",
+    ],
+)
 def test_presets_have_as_many_parameters_as_their_modules(preset):
     cfg = getattr(presets, preset)()
     assert sum(module_sizes(cfg).values()) == count(cfg).total
@@ -98,7 +125,13 @@ def test_presets_have_as_many_parameters_as_their_modules(preset):
 
 configs = st.builds(
     lambda groups, share, kv, heads_per_kv, moe, **kwargs: ModelConfig(
-        num_layers=groups * share, cla_share_factor=share, num_kv_heads=kv, num_heads=kv * heads_per_kv, moe=moe, max_position=8, **kwargs
+        num_layers=groups * share,
+        cla_share_factor=share,
+        num_kv_heads=kv,
+        num_heads=kv * heads_per_kv,
+        moe=moe,
+        max_position=8,
+        **kwargs,
     ),
     groups=st.integers(1, 3),
     share=st.sampled_from([1, 2, 4]),
@@ -108,7 +141,10 @@ configs = st.builds(
         st.just(MoeConfig()),
         st.integers(2, 5).flatmap(
             lambda num_experts: st.builds(
-                MoeConfig, num_experts=st.just(num_experts), top_k=st.integers(1, num_experts), num_shared_experts=st.integers(0, 2)
+                MoeConfig,
+                num_experts=st.just(num_experts),
+                top_k=st.integers(1, num_experts),
+                num_shared_experts=st.integers(0, 2),
             )
         ),
     ),
@@ -127,7 +163,9 @@ configs = st.builds(
 def test_every_part_is_the_size_of_its_parameters(cfg):
     counts = count(cfg)
     sizes = module_sizes(cfg)
-    by_part = {name: sum(size for path, size in sizes.items() if part_of(path) == name) for name in PARTS}
+    by_part = {
+        name: sum(size for path, size in sizes.items() if part_of(path) == name) for name in PARTS
+    }
     assert by_part == {name: getattr(counts, name) for name in PARTS}
     assert counts.total == sum(sizes.values())
     served = cfg.moe.top_k / cfg.moe.num_experts
@@ -140,7 +178,11 @@ def dot_flops(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
-            flops += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[dim] for dim in contract)
+            flops += (
+                2
+                * math.prod(eqn.outvars[0].aval.shape)
+                * math.prod(eqn.invars[0].aval.shape[dim] for dim in contract)
+            )
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         flops += times * sum(dot_flops(sub) for sub in jaxprs_in_params(eqn.params))
     return flops
@@ -150,7 +192,12 @@ def dot_flops(jaxpr):
     "changes",
     [
         {"moe": MoeConfig()},
-        {"moe": MoeConfig(), "tie_embeddings": False, "cla_share_factor": 1, "attention_bias": True},
+        {
+            "moe": MoeConfig(),
+            "tie_embeddings": False,
+            "cla_share_factor": 1,
+            "attention_bias": True,
+        },
         {"moe": MoeConfig(num_experts=4, num_shared_experts=1, dispatch="drop")},
         {"moe": MoeConfig(num_experts=4, top_k=2, dispatch="drop")},
     ],
@@ -159,15 +206,20 @@ def dot_flops(jaxpr):
 def test_flops_are_those_of_the_traced_matmuls(changes):
     cfg = dataclasses.replace(SMALL, **changes)
     B, T = 2, 16
-    model = nnx.eval_shape(functools.partial(Transformer, cfg, single_device_mesh()), jax.random.key(0))
+    model = nnx.eval_shape(
+        functools.partial(Transformer, cfg, single_device_mesh()), jax.random.key(0)
+    )
     graph_def, state = nnx.split(model)
 
     def forward(state, tokens_BT):
         model = nnx.merge(graph_def, state)
         return model.logits(model(tokens_BT, tokens_BT, jnp.ones_like(tokens_BT)).hidden_BTD)
 
-    traced = dot_flops(jax.make_jaxpr(forward)(state, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr)
-    # This attention computes the whole T x T square: a query's mean cost is that of a causal one in a sequence of 2 T - 1.
+    traced = dot_flops(
+        jax.make_jaxpr(forward)(state, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr
+    )
+    # This attention computes the whole T x T square: a query's mean cost is that of a causal one
+    # in a sequence of 2 T - 1.
     assert 3 * traced == count(cfg, seq_len=2 * T - 1).flops_per_token * B * T
 
 
@@ -175,15 +227,29 @@ def test_flops_grow_with_the_sequence_by_the_attention_term():
     cfg = presets.a52b()
     short, long = (count(cfg, seq_len=n).flops_per_token for n in (4096, 32_768))
     assert long - short == 6 * 64 * 6400 * (32_768 - 4096)
-    assert short == 6 * 51_317_964_800 + 6 * 64 * 6400 * 4097  # active parameters without the 835,840 norm scales
+    assert (
+        short == 6 * 51_317_964_800 + 6 * 64 * 6400 * 4097
+    )  # active parameters without the 835,840 norm scales
 
 
 def test_cache_bytes_follow_sharing_heads_and_dtype():
     assert count(SMALL).kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
-    assert count(dataclasses.replace(SMALL, cla_share_factor=1)).kv_bytes_per_token == 2 * count(SMALL).kv_bytes_per_token
-    assert count(dataclasses.replace(SMALL, cla_share_factor=4)).kv_bytes_per_token * 2 == count(SMALL).kv_bytes_per_token
-    assert count(dataclasses.replace(SMALL, dtype="bfloat16")).kv_bytes_per_token * 2 == count(SMALL).kv_bytes_per_token
-    assert count(dataclasses.replace(SMALL, num_kv_heads=4)).kv_bytes_per_token == 2 * count(SMALL).kv_bytes_per_token
+    assert (
+        count(dataclasses.replace(SMALL, cla_share_factor=1)).kv_bytes_per_token
+        == 2 * count(SMALL).kv_bytes_per_token
+    )
+    assert (
+        count(dataclasses.replace(SMALL, cla_share_factor=4)).kv_bytes_per_token * 2
+        == count(SMALL).kv_bytes_per_token
+    )
+    assert (
+        count(dataclasses.replace(SMALL, dtype="bfloat16")).kv_bytes_per_token * 2
+        == count(SMALL).kv_bytes_per_token
+    )
+    assert (
+        count(dataclasses.replace(SMALL, num_kv_heads=4)).kv_bytes_per_token
+        == 2 * count(SMALL).kv_bytes_per_token
+    )
 
 
 def test_counting_loads_no_jax():

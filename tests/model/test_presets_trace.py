@@ -1,4 +1,6 @@
-"""The released models at their real sizes: train step, decoding step, cache and shardings are traced, nothing is allocated."""
+"""The released models at their real sizes: train step, decoding step, cache and shardings are
+traced, nothing is allocated.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from hunyuan_jax import presets
-from hunyuan_jax.config import Config, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig, validate
+from hunyuan_jax.config import (
+    Config,
+    MeshConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    validate,
+)
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
@@ -26,7 +35,12 @@ RELEASED = ("a52b", "a52b_instruct", "a13b")
 
 def preset(name, dispatch):
     cfg = getattr(presets, name)()
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch=dispatch, aux_loss_weight=0.01, z_loss_weight=0.001))
+    return dataclasses.replace(
+        cfg,
+        moe=dataclasses.replace(
+            cfg.moe, dispatch=dispatch, aux_loss_weight=0.01, z_loss_weight=0.001
+        ),
+    )
 
 
 def abstract_mesh(**sizes):
@@ -35,7 +49,10 @@ def abstract_mesh(**sizes):
 
 
 def by_path(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def shapes(tree):
@@ -45,10 +62,17 @@ def shapes(tree):
 def traced_train_step(cfg, mesh, batch_size):
     """(state before, state after, metrics) of the production step at the model's full context."""
     train = TrainConfig(batch_size=batch_size, seq_len=cfg.max_position)
-    program = build_program(validate(Config(model=cfg, schedule=ScheduleConfig(), train=train)), mesh)
+    program = build_program(
+        validate(Config(model=cfg, schedule=ScheduleConfig(), train=train)), mesh
+    )
     state = abstract_state(program)
-    ints, floats = (jax.ShapeDtypeStruct((batch_size, cfg.max_position), dtype) for dtype in (jnp.int32, jnp.float32))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints) | {"loss_weights": floats}
+    ints, floats = (
+        jax.ShapeDtypeStruct((batch_size, cfg.max_position), dtype)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints) | {
+        "loss_weights": floats
+    }
     return state, *jax.eval_shape(make_train_step(program), state, batch)
 
 
@@ -62,7 +86,9 @@ def test_train_step_at_full_size_and_context(name, dispatch):
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype(np.float32)}
     assert metrics["load_LE"].shape == (cfg.num_layers, cfg.moe.num_experts)
     assert all(metrics[key].shape == () for key in ("loss", "grad_norm", "aux_loss", "z_loss"))
-    assert all(metrics[key].shape == (cfg.num_layers,) for key in ("recycled_L", "dropped_L", "entropy_L"))
+    assert all(
+        metrics[key].shape == (cfg.num_layers,) for key in ("recycled_L", "dropped_L", "entropy_L")
+    )
     counts = {"num_updates", "num_skipped", "skipped_in_row"}
     for name, metric in metrics.items():
         assert metric.dtype == (jnp.int32 if name in counts else jnp.float32), name
@@ -80,39 +106,67 @@ def test_decoding_step_with_a_full_cache(name):
         return model.logits(output.hidden_BTD), output.cache
 
     cache = jax.eval_shape(lambda: empty_cache(cfg, 2, cfg.max_position))
-    logits_BTV, new_cache = jax.eval_shape(step, params, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32))
+    logits_BTV, new_cache = jax.eval_shape(
+        step, params, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    )
     assert (logits_BTV.shape, logits_BTV.dtype) == ((2, 1, cfg.vocab_size), jnp.float32)
     assert shapes(new_cache) == shapes(cache)
 
 
-@pytest.mark.parametrize(("name", "bytes_per_token"), [("a52b", 81_920), ("a52b_instruct", 81_920), ("a13b", 131_072)])
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token"), [("a52b", 81_920), ("a52b_instruct", 81_920), ("a13b", 131_072)]
+)
 def test_cache_of_a_full_sequence(name, bytes_per_token):
     cfg = preset(name, "dropless")
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, cfg.max_position))
     assert cache.k_PBSKH.shape[0] == cfg.num_groups == 32
     pair = (cache.k_PBSKH, cache.v_PBSKH)
-    assert sum(math.prod(a.shape) * a.dtype.itemsize for a in pair) == bytes_per_token * cfg.max_position
+    assert (
+        sum(math.prod(a.shape) * a.dtype.itemsize for a in pair)
+        == bytes_per_token * cfg.max_position
+    )
     assert count(cfg).kv_bytes_per_token == bytes_per_token
 
 
-@pytest.mark.parametrize(("name", "slots"), [("a52b", 262_144 // 16), ("a52b_instruct", 131_072 // 16), ("a13b", 8 * 32_768 // 64)])
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [("a52b", 262_144 // 16), ("a52b_instruct", 131_072 // 16), ("a13b", 8 * 32_768 // 64)],
+)
 def test_capacity_of_a_full_sequence(name, slots):
     cfg = preset(name, "recycle")
     assert routing.capacity(cfg.moe, routing.group_size(cfg.moe, 1, cfg.max_position)) == slots
 
 
 # The recipe's meshes, configs/a52b.py: 64 to 4096 chips.
-RECIPE_MESHES = [(1, 4), (1, 8), (1, 16), (1, 32), (2, 32), (4, 32), (8, 32)]  # (replica, data), with expert 16
+RECIPE_MESHES = [
+    (1, 4),
+    (1, 8),
+    (1, 16),
+    (1, 32),
+    (2, 32),
+    (4, 32),
+    (8, 32),
+]  # (replica, data), with expert 16
 
 
 @functools.cache
 def recipe_state(replica, data, state_dtype):
     """The full a52b state on the recipe's mesh: shapes, dtypes and shardings."""
     mesh = abstract_mesh(replica=replica, data=data, expert=16, tensor=1)
-    train = TrainConfig(batch_size=max(1024, mesh.size), seq_len=4096, grad_accum_steps=max(1, 1024 // mesh.size))
-    config = Config(model=presets.a52b(), optimizer=OptimizerConfig(state_dtype=state_dtype), schedule=ScheduleConfig(), train=train)
+    train = TrainConfig(
+        batch_size=max(1024, mesh.size), seq_len=4096, grad_accum_steps=max(1, 1024 // mesh.size)
+    )
+    config = Config(
+        model=presets.a52b(),
+        optimizer=OptimizerConfig(state_dtype=state_dtype),
+        schedule=ScheduleConfig(),
+        train=train,
+    )
     program = build_program(validate(config), mesh)
-    assert batch_sharding(program).shard_shape((train.batch_size, 4096)) == (train.batch_size // mesh.size, 4096)
+    assert batch_sharding(program).shard_shape((train.batch_size, 4096)) == (
+        train.batch_size // mesh.size,
+        4096,
+    )
     return abstract_state(program)
 
 
@@ -122,16 +176,24 @@ def test_no_leaf_of_the_state_above_one_mebibyte_is_replicated(state_dtype):
     for path, leaf in jax.tree.leaves_with_path(recipe_state(1, 32, state_dtype)):
         if leaf.size * leaf.dtype.itemsize > 2**20:
             # Over all 512 chips, not just some: a matrix's shards add up to the matrix.
-            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * 512 == leaf.size, jax.tree_util.keystr(path)
+            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * 512 == leaf.size, (
+                jax.tree_util.keystr(path)
+            )
             num_large += 1
-    matrices = [name for name in by_path(recipe_state(1, 32, state_dtype).params) if re.search(r"/(w|embedding)\w+(/value)?$", name)]
+    matrices = [
+        name
+        for name in by_path(recipe_state(1, 32, state_dtype).params)
+        if re.search(r"/(w|embedding)\w+(/value)?$", name)
+    ]
     assert num_large >= 3 * len(matrices) > 3 * 15
 
 
 @pytest.mark.parametrize(("replica", "data"), RECIPE_MESHES)
 def test_the_recipe_lays_its_state_out_evenly_on_64_to_4096_chips(replica, data):
     state = recipe_state(replica, data, "float32")
-    per_chip = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
+    per_chip = sum(
+        4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
+    )
     even = 12 * count(presets.a52b()).total / (16 * data)
     assert even <= per_chip < 1.01 * even
 
@@ -139,7 +201,10 @@ def test_the_recipe_lays_its_state_out_evenly_on_64_to_4096_chips(replica, data)
 PODS = {
     "a52b on 512": ("a52b", abstract_mesh(replica=1, data=16, expert=16, tensor=2)),
     "a52b on 2 x 256": ("a52b", abstract_mesh(replica=2, data=16, expert=16, tensor=1)),
-    "a52b_instruct on 512": ("a52b_instruct", abstract_mesh(replica=1, data=8, expert=16, tensor=4)),
+    "a52b_instruct on 512": (
+        "a52b_instruct",
+        abstract_mesh(replica=1, data=8, expert=16, tensor=4),
+    ),
     "a13b on 256": ("a13b", abstract_mesh(replica=1, data=4, expert=64, tensor=1)),
 }
 
@@ -155,11 +220,15 @@ def test_train_step_of_a_pod(pod):
 @pytest.mark.parametrize("pod", PODS)
 def test_parameters_and_moments_are_spread_evenly_over_a_pod(pod):
     name, mesh = PODS[pod]
-    program = build_program(Config(model=preset(name, "recycle"), train=TrainConfig(seq_len=4096)), mesh)
+    program = build_program(
+        Config(model=preset(name, "recycle"), train=TrainConfig(seq_len=4096)), mesh
+    )
     state = abstract_state(program)
 
     def bytes_per_chip(tree):
-        return sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        return sum(
+            4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree)
+        )
 
     even = 4 * count(preset(name, "recycle")).total / (mesh.size // mesh.shape["replica"])
     assert even <= bytes_per_chip(state.params) < 1.02 * even

@@ -1,4 +1,6 @@
-"""Learning-rate schedules, the batch-size law, parameter groups and AdamW against numbers made elsewhere."""
+"""Learning-rate schedules, the batch-size law, parameter groups and AdamW against numbers made
+elsewhere.
+"""
 
 import dataclasses
 import math
@@ -15,7 +17,12 @@ from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.groups import ParamGroup, assign_groups, default_groups
-from hunyuan_jax.optim.schedule import build_schedule, expert_lr_ratio, noise_batch_for_ratio, optimal_lr
+from hunyuan_jax.optim.schedule import (
+    build_schedule,
+    expert_lr_ratio,
+    noise_batch_for_ratio,
+    optimal_lr,
+)
 
 LAYER = {
     "attn_norm/scale_D": "norms_and_biases",
@@ -27,7 +34,12 @@ LAYER = {
     "attn/bq_NH": "norms_and_biases",
     "attn/bo_D": "norms_and_biases",
 }
-PRODUCER = {"attn/wk_DKH": "matrices", "attn/wv_DKH": "matrices", "attn/bk_KH": "norms_and_biases", "attn/bv_KH": "norms_and_biases"}
+PRODUCER = {
+    "attn/wk_DKH": "matrices",
+    "attn/wv_DKH": "matrices",
+    "attn/bk_KH": "norms_and_biases",
+    "attn/bv_KH": "norms_and_biases",
+}
 MLP = {"mlp/w_gate_DF": "matrices", "mlp/w_up_DF": "matrices", "mlp/w_down_FD": "matrices"}
 MOE = {
     "moe/router_DE": "router",
@@ -38,13 +50,22 @@ MOE = {
     "moe/experts/w_up_EDF": "experts",
     "moe/experts/w_down_EFD": "experts",
 }
-ENDS = {"embed/embedding_VD": "embedding", "final_norm/scale_D": "norms_and_biases", "lm_head/w_DV": "matrices"}
+ENDS = {
+    "embed/embedding_VD": "embedding",
+    "final_norm/scale_D": "norms_and_biases",
+    "lm_head/w_DV": "matrices",
+}
 
 
 def model_groups(feed_forward):
     """path -> expected group of a model of CLA pairs."""
-    layers = {"groups/layer_0/": LAYER | PRODUCER | feed_forward, "groups/layer_1/": LAYER | feed_forward}
-    return ENDS | {prefix + path: name for prefix, layer in layers.items() for path, name in layer.items()}
+    layers = {
+        "groups/layer_0/": LAYER | PRODUCER | feed_forward,
+        "groups/layer_1/": LAYER | feed_forward,
+    }
+    return ENDS | {
+        prefix + path: name for prefix, layer in layers.items() for path, name in layer.items()
+    }
 
 
 def nest(flat):
@@ -63,35 +84,58 @@ def values(cfg, num_steps, steps):
     return np.array([schedule(step) for step in steps])
 
 
-# The HF trainer's own numbers: 10 steps at 4e-3 -> 4e-4, and the first, second and last line of the README's log of 100 steps.
-HF_LR = [0.0, 0.004, 0.003891446717414635, 0.00357887999761416, 0.0031000000000000003, 0.002512566719800475]
-HF_LR += [0.0018874332801995255, 0.0013000000000000006, 0.0008211200023858398, 0.0005085532825853651]
+# The HF trainer's own numbers: 10 steps at 4e-3 -> 4e-4, and the first, second and last line of
+# the README's log of 100 steps.
+HF_LR = [
+    0.0,
+    0.004,
+    0.003891446717414635,
+    0.00357887999761416,
+    0.0031000000000000003,
+    0.002512566719800475,
+]
+HF_LR += [
+    0.0018874332801995255,
+    0.0013000000000000006,
+    0.0008211200023858398,
+    0.0005085532825853651,
+]
 
 
 def test_cosine_with_min_lr_is_the_official_one():
     cfg = ScheduleConfig(name="cosine_with_min_lr", peak_lr=4e-3, min_lr=4e-4, warmup_steps=1)
     np.testing.assert_allclose(values(cfg, 10, range(10)), HF_LR, rtol=0, atol=2e-7 * 4e-3)
     demo = dataclasses.replace(cfg, peak_lr=5e-6, min_lr=6e-7)
-    np.testing.assert_allclose(values(demo, 100, [1, 2, 100, 150]), [5e-6, 4.998892393243008e-06, 6e-7, 6e-7], rtol=1e-6)
+    np.testing.assert_allclose(
+        values(demo, 100, [1, 2, 100, 150]), [5e-6, 4.998892393243008e-06, 6e-7, 6e-7], rtol=1e-6
+    )
     long_warmup = dataclasses.replace(cfg, warmup_steps=4)
-    np.testing.assert_allclose(values(long_warmup, 4, range(5)), [0.0, 1e-3, 2e-3, 3e-3, 4e-3], rtol=1e-6)
+    np.testing.assert_allclose(
+        values(long_warmup, 4, range(5)), [0.0, 1e-3, 2e-3, 3e-3, 4e-3], rtol=1e-6
+    )
 
 
 def test_three_phase_values_at_the_boundaries():
-    cfg = ScheduleConfig(peak_lr=1.0, warmup_steps=100, decay_ratio=0.4, anneal_fraction=0.1, anneal_ratio=0.2)
+    cfg = ScheduleConfig(
+        peak_lr=1.0, warmup_steps=100, decay_ratio=0.4, anneal_fraction=0.1, anneal_ratio=0.2
+    )
     steps = [0, 49, 99, 299, 499, 899, 949, 999, 2000]
     quarter = 0.4 + 0.6 * 0.5 * (1 + math.cos(math.pi / 4))
-    np.testing.assert_allclose(values(cfg, 1000, steps), [0.01, 0.5, 1.0, quarter, 0.7, 0.4, 0.3, 0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(
+        values(cfg, 1000, steps), [0.01, 0.5, 1.0, quarter, 0.7, 0.4, 0.3, 0.2, 0.2], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    ("warmup", "fraction", "num_steps"), [(0, 0.05, 200), (1, 0.0, 200), (20, 0.25, 80), (60, 0.5, 100), (40, 1.0, 100)]
+    ("warmup", "fraction", "num_steps"),
+    [(0, 0.05, 200), (1, 0.0, 200), (20, 0.25, 80), (60, 0.5, 100), (40, 1.0, 100)],
 )
 def test_three_phase_is_continuous_and_never_rises_after_warmup(warmup, fraction, num_steps):
     cfg = ScheduleConfig(peak_lr=1.0, warmup_steps=warmup, anneal_fraction=fraction)
     lr = values(cfg, num_steps, range(num_steps))
     changes = np.diff(lr)
-    # No phase of these runs moves by more than 1/20 a step; the phases' levels lie 0.2 or more apart.
+    # No phase of these runs moves by more than 1/20 a step; the phases' levels lie 0.2 or more
+    # apart.
     assert np.abs(changes).max() < 0.051
     assert np.all(changes[: max(warmup - 1, 0)] > 0)
     assert np.all(changes[max(warmup - 1, 0) :] < 1e-6)
@@ -102,7 +146,9 @@ def test_three_phase_is_continuous_and_never_rises_after_warmup(warmup, fraction
 def test_three_phase_of_short_runs():
     cfg = ScheduleConfig(peak_lr=1.0, warmup_steps=0)
     np.testing.assert_array_equal(values(cfg, 1, [0]), [1.0])
-    np.testing.assert_allclose(values(cfg, 2, [0, 1]), [1.0, 0.1], rtol=1e-6)  # the ramp takes at least one step
+    np.testing.assert_allclose(
+        values(cfg, 2, [0, 1]), [1.0, 0.1], rtol=1e-6
+    )  # the ramp takes at least one step
     np.testing.assert_allclose(values(cfg, 3, [0, 1, 2]), [1.0, 0.3, 0.1], rtol=1e-6)
     all_warmup = dataclasses.replace(cfg, warmup_steps=4)
     np.testing.assert_allclose(values(all_warmup, 4, range(4)), [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
@@ -117,25 +163,34 @@ def test_schedule_jits_to_float32_under_strict_promotion(name):
     np.testing.assert_allclose(lr, [schedule(step) for step in range(10)], rtol=1e-6)
 
 
-# x = batch / noise_batch, best learning rate of a specialised expert over the shared one's; 16 experts (reference/papers.md 1.5).
-@pytest.mark.parametrize(("x", "ratio"), [(0.2602, 0.31), (1.0, 0.4706), (4.0, 1.0), (16.0, 2.125), (61.5, 3.226)])
+# x = batch / noise_batch, best learning rate of a specialised expert over the shared one's; 16
+# experts (reference/papers.md 1.5).
+@pytest.mark.parametrize(
+    ("x", "ratio"), [(0.2602, 0.31), (1.0, 0.4706), (4.0, 1.0), (16.0, 2.125), (61.5, 3.226)]
+)
 def test_expert_ratio_table_in_both_directions(x, ratio):
     assert expert_lr_ratio(x * 1e6, 1e6, num_experts=16) == pytest.approx(ratio, rel=2e-4)
     noise = noise_batch_for_ratio(ratio, x * 1e6, num_experts=16)
     assert noise.expert_over_shared == pytest.approx(1e6, rel=2e-3)
-    assert expert_lr_ratio(x * 1e6, noise.shared_over_expert, 16) == pytest.approx(1 / ratio, rel=1e-9)
+    assert expert_lr_ratio(x * 1e6, noise.shared_over_expert, 16) == pytest.approx(
+        1 / ratio, rel=1e-9
+    )
 
 
 def test_the_paper_ratio_has_two_readings():
     noise = noise_batch_for_ratio(0.31, 1.0, num_experts=16)
-    np.testing.assert_allclose([1 / noise.expert_over_shared, 1 / noise.shared_over_expert], [0.2602, 61.5], rtol=1e-3)
+    np.testing.assert_allclose(
+        [1 / noise.expert_over_shared, 1 / noise.shared_over_expert], [0.2602, 61.5], rtol=1e-3
+    )
     for unreachable in (0.25, 4.0, -1.0):
         with pytest.raises(ValueError, match=r"strictly between 0\.25 and 4"):
             noise_batch_for_ratio(unreachable, 1.0, num_experts=16)
 
 
 def test_optimal_lr_peaks_at_the_noise_batch():
-    np.testing.assert_allclose([optimal_lr(b, 1000.0, 3e-4) for b in (250, 1000, 4000)], [2.4e-4, 3e-4, 2.4e-4])
+    np.testing.assert_allclose(
+        [optimal_lr(b, 1000.0, 3e-4) for b in (250, 1000, 4000)], [2.4e-4, 3e-4, 2.4e-4]
+    )
     assert optimal_lr(1.0, 1000.0, 1.0) == pytest.approx(2 / math.sqrt(1000), rel=0.01)
 
 
@@ -143,10 +198,14 @@ def test_optimal_lr_peaks_at_the_noise_batch():
 @given(st.floats(1e-3, 1e3), st.floats(1.0, 1e8), st.integers(2, 256), st.integers(1, 8))
 def test_noise_batch_round_trip(x, batch, num_experts, top_k):
     top_k = min(top_k, num_experts - 1)
-    noise = noise_batch_for_ratio(expert_lr_ratio(batch, batch / x, num_experts, top_k), batch, num_experts, top_k)
+    noise = noise_batch_for_ratio(
+        expert_lr_ratio(batch, batch / x, num_experts, top_k), batch, num_experts, top_k
+    )
     assert noise.expert_over_shared == pytest.approx(batch / x, rel=1e-6)
     # The two readings mirror each other about x = sqrt(num_experts / top_k).
-    assert noise.expert_over_shared * noise.shared_over_expert == pytest.approx(batch**2 * top_k / num_experts, rel=1e-6)
+    assert noise.expert_over_shared * noise.shared_over_expert == pytest.approx(
+        batch**2 * top_k / num_experts, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("feed_forward", "is_moe"), [(MOE, True), (MLP, False)])
@@ -161,22 +220,35 @@ def test_every_parameter_has_the_expected_group(feed_forward, is_moe):
 
 def test_first_match_wins():
     specific, general = ParamGroup("b", "a/b", 1.0, 0.0), ParamGroup("all", ".*", 1.0, 0.0)
-    assert assign_groups({"a": {"b": 1, "bc": 2}}, (specific, general)) == {"a": {"b": "b", "bc": "all"}}
+    assert assign_groups({"a": {"b": 1, "bc": 2}}, (specific, general)) == {
+        "a": {"b": "b", "bc": "all"}
+    }
 
 
 def test_pattern_or_parameter_left_over_is_an_error():
     dense = nest(dict.fromkeys(model_groups(MLP), 0))
     moe = nest(dict.fromkeys(model_groups(MOE), 0))
     cfg = OptimizerConfig()
-    with pytest.raises(ConfigError, match=r"moe/experts/.*'experts' matches none of the 29 parameters, for example embed/embedding_VD"):
+    with pytest.raises(
+        ConfigError,
+        match=r"moe/experts/.*'experts' matches none of the 29 parameters, for example "
+        r"embed/embedding_VD",
+    ):
         assign_groups(dense, default_groups(cfg, is_moe=True))
-    with pytest.raises(ConfigError, match=r"groups/layer_0/moe/experts/w_down_EFD is in no optimizer group"):
+    with pytest.raises(
+        ConfigError, match=r"groups/layer_0/moe/experts/w_down_EFD is in no optimizer group"
+    ):
         build_optimizer(cfg, optax.constant_schedule(1.0), moe, is_moe=False)
     with pytest.raises(ConfigError, match=r"groups/layer_0/attn/gate_D is in no optimizer group"):
-        assign_groups(dense | {"groups": {"layer_0": {"attn": {"gate_D": 0}}}}, default_groups(cfg, is_moe=False))
+        assign_groups(
+            dense | {"groups": {"layer_0": {"attn": {"gate_D": 0}}}},
+            default_groups(cfg, is_moe=False),
+        )
 
 
-CFG = OptimizerConfig(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, max_grad_norm=1.0, expert_lr_ratio=0.25)
+CFG = OptimizerConfig(
+    b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, max_grad_norm=1.0, expert_lr_ratio=0.25
+)
 # path -> expected learning-rate ratio and weight decay under CFG
 SETTINGS = {
     "embed/embedding_VD": (1.0, 0.0),
@@ -200,7 +272,9 @@ def on_device(flat):
 
 
 def run_optimizer(cfg, schedule, params, grads_per_step):
-    """The flat parameters after one update per tree of gradients, through the jitted production chain."""
+    """The flat parameters after one update per tree of gradients, through the jitted production
+    chain.
+    """
     optimizer = build_optimizer(cfg, schedule, nest(params), is_moe=True)
 
     tree = on_device(params)
@@ -208,9 +282,14 @@ def run_optimizer(cfg, schedule, params, grads_per_step):
         state, step = optimizer.init(tree), jax.jit(optimizer.step)
         for grads in grads_per_step:
             tree, state, grad_norm = step(on_device(grads), state, tree)
-            np.testing.assert_allclose(grad_norm, np.sqrt(sum(np.sum(np.square(g)) for g in grads.values())), rtol=1e-6)
+            np.testing.assert_allclose(
+                grad_norm, np.sqrt(sum(np.sum(np.square(g)) for g in grads.values())), rtol=1e-6
+            )
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
 def numpy_adamw(cfg, lrs, params, grads_per_step):
@@ -232,7 +311,9 @@ def numpy_adamw(cfg, lrs, params, grads_per_step):
 def test_updates_equal_a_numpy_adamw_with_groups_and_clip():
     rng = np.random.default_rng(0)
     params = random_tree(rng)
-    grads = [random_tree(rng, scale) for scale in (3.0, 0.01, 0.5, 0.002, 0.03)]  # norms of 36 down to 0.02: clipped and not
+    grads = [
+        random_tree(rng, scale) for scale in (3.0, 0.01, 0.5, 0.002, 0.03)
+    ]  # norms of 36 down to 0.02: clipped and not
     schedule = build_schedule(ScheduleConfig(peak_lr=0.1, warmup_steps=2), 5)
     expected = numpy_adamw(CFG, [float(schedule(step)) for step in range(5)], params, grads)
     got = run_optimizer(CFG, schedule, params, grads)
@@ -253,13 +334,17 @@ def test_decay_is_the_only_change_without_gradients():
         "groups/layer_0/moe/experts/w_up_EDF": 0.9875,
     }
     for path in SETTINGS:
-        np.testing.assert_allclose(got[path], np.full((2, 3), decayed.get(path, 1.0)), rtol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            got[path], np.full((2, 3), decayed.get(path, 1.0)), rtol=1e-6, err_msg=path
+        )
 
 
 def test_expert_ratio_scales_the_experts_update_and_no_other():
     rng = np.random.default_rng(1)
     grads = on_device(random_tree(rng))
-    params = jax.tree.map(jnp.zeros_like, grads)  # what they are after a step is the update itself, without rounding
+    params = jax.tree.map(
+        jnp.zeros_like, grads
+    )  # what they are after a step is the update itself, without rounding
 
     def first_update(ratio):
         cfg = dataclasses.replace(CFG, expert_lr_ratio=ratio)
@@ -267,7 +352,9 @@ def test_expert_ratio_scales_the_experts_update_and_no_other():
         return optimizer.step(grads, optimizer.init(params), params)[0]
 
     full, quarter = first_update(1.0), first_update(0.25)
-    full["groups"]["layer_0"]["moe"]["experts"]["w_up_EDF"] *= 0.25  # a power of two: the equality is exact
+    full["groups"]["layer_0"]["moe"]["experts"]["w_up_EDF"] *= (
+        0.25  # a power of two: the equality is exact
+    )
     jax.tree.map(np.testing.assert_array_equal, quarter, full)
 
 
@@ -293,8 +380,14 @@ def test_sharded_parameters_keep_their_sharding_and_values():
     expected = jax.jit(optimizer.step)(grads, optimizer.init(params), params)[0]
     with jax.set_mesh(mesh):
         sharded_params, sharded_grads = jax.device_put((params, grads), sharding)
-        new_params, state, _ = jax.jit(optimizer.step)(sharded_grads, jax.jit(optimizer.init)(sharded_params), sharded_params)
-    for leaf in jax.tree.leaves((new_params, optax.tree.get(state, "mu"), optax.tree.get(state, "nu"))):
+        new_params, state, _ = jax.jit(optimizer.step)(
+            sharded_grads, jax.jit(optimizer.init)(sharded_params), sharded_params
+        )
+    for leaf in jax.tree.leaves(
+        (new_params, optax.tree.get(state, "mu"), optax.tree.get(state, "nu"))
+    ):
         assert leaf.sharding == sharding
     # The norm is summed in another order.
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), new_params, expected)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), new_params, expected
+    )

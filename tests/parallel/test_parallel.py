@@ -42,12 +42,25 @@ def test_sizes_are_resolved(sizes, num_devices, expected):
 
 @pytest.mark.parametrize(
     ("sizes", "num_devices"),
-    [({"data": 3}, 8), ({"data": 16}, 8), ({"data": 4}, 8), ({"expert": 3}, 8), ({"expert": 16}, 8), ({"data": 2, "expert": 2}, 8)],
+    [
+        ({"data": 3}, 8),
+        ({"data": 16}, 8),
+        ({"data": 4}, 8),
+        ({"expert": 3}, 8),
+        ({"expert": 16}, 8),
+        ({"data": 2, "expert": 2}, 8),
+    ],
 )
 def test_sizes_that_do_not_use_the_devices_exactly_are_refused(sizes, num_devices):
     cfg = MeshConfig(**sizes)
-    written = re.escape(f"replica {cfg.replica} x data {cfg.data} x expert {cfg.expert} x tensor {cfg.tensor}")
-    with pytest.raises(ConfigError, match=rf"config\.mesh = {written} does not use the {num_devices} devices.*Set one axis to -1"):
+    written = re.escape(
+        f"replica {cfg.replica} x data {cfg.data} x expert {cfg.expert} x tensor {cfg.tensor}"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=rf"config\.mesh = {written} does not use the {num_devices} devices.*Set one axis to "
+        r"-1",
+    ):
         resolve_sizes(cfg, num_devices)
 
 
@@ -55,15 +68,24 @@ def test_mesh_has_the_four_axes_over_the_given_devices():
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
     assert mesh.axis_names == AXES == ("replica", "data", "expert", "tensor")
     assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "tensor": 2}
-    assert mesh.devices.ravel().tolist() == jax.devices()  # the tensor axis, with the most traffic, lies on neighbours
+    assert (
+        mesh.devices.ravel().tolist() == jax.devices()
+    )  # the tensor axis, with the most traffic, lies on neighbours
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert make_mesh(MeshConfig(), jax.devices()[3:5]).devices.ravel().tolist() == jax.devices()[3:5]
+    assert (
+        make_mesh(MeshConfig(), jax.devices()[3:5]).devices.ravel().tolist() == jax.devices()[3:5]
+    )
     assert single_device_mesh().devices.ravel().tolist() == jax.devices()[:1]
 
 
 def fake_slices(*slices):
-    """Devices that say no more than which slice they belong to; real topologies are in test_meshes_tpu.py."""
-    return [types.SimpleNamespace(platform="gpu", device_kind="fake", slice_index=index) for index in slices]
+    """Devices that say no more than which slice they belong to; real topologies are in
+    test_meshes_tpu.py.
+    """
+    return [
+        types.SimpleNamespace(platform="gpu", device_kind="fake", slice_index=index)
+        for index in slices
+    ]
 
 
 def test_replica_needs_no_slices():
@@ -73,15 +95,25 @@ def test_replica_needs_no_slices():
 
 
 def test_slices_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match=r"num_slices = 2, but the 8 devices form 1 slice\(s\); the two must be equal\. Set .* to 1 "):
+    with pytest.raises(
+        ConfigError,
+        match=r"num_slices = 2, but the 8 devices form 1 slice\(s\); the two must be equal\. Set "
+        r".* to 1 ",
+    ):
         make_mesh(MeshConfig(replica=2, num_slices=2))
     with pytest.raises(ConfigError, match=r"num_slices = 2, but the 6 devices form 3 slice\(s\)"):
         make_mesh(MeshConfig(replica=2, num_slices=2), fake_slices(0, 0, 1, 1, 2, 2))
     with pytest.raises(
-        ConfigError, match=r"config\.mesh\.replica = 3 is not divisible by config\.mesh\.num_slices = 2; .* a multiple of 2"
+        ConfigError,
+        match=r"config\.mesh\.replica = 3 is not divisible by config\.mesh\.num_slices = 2; .* a "
+        r"multiple of 2",
     ):
         make_mesh(MeshConfig(replica=3, num_slices=2), fake_slices(0, 0, 0, 1, 1, 1))
-    with pytest.raises(ConfigError, match=r"config\.mesh = replica 2 x data 2 .* cannot be laid out on these 4 devices \(fake\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.mesh = replica 2 x data 2 .* cannot be laid out on these 4 devices "
+        r"\(fake\)",
+    ):
         make_mesh(MeshConfig(replica=2, num_slices=2), fake_slices(0, 0, 0, 1))
 
 
@@ -89,7 +121,9 @@ def test_slices_that_do_not_fit_are_refused():
 def test_num_slices_is_a_count_and_no_axis(num_slices):
     config = Config(model=presets.tiny(), mesh=MeshConfig(replica=2, num_slices=2))
     assert validate(config) is config
-    with pytest.raises(ConfigError, match=rf"config\.mesh\.num_slices = {num_slices} must be at least 1"):
+    with pytest.raises(
+        ConfigError, match=rf"config\.mesh\.num_slices = {num_slices} must be at least 1"
+    ):
         validate(dataclasses.replace(config, mesh=MeshConfig(num_slices=num_slices)))
 
 
@@ -104,7 +138,9 @@ def test_the_table_names_only_mesh_axes_and_none_twice():
 
 def test_specs_of_the_design():
     # Architecture, section 4; parameters in storage are spread over all axes, over several dims.
-    assert rules.partition_spec(("batch", "seq", "embed")) == PartitionSpec(("replica", "data", "expert"), None, None)
+    assert rules.partition_spec(("batch", "seq", "embed")) == PartitionSpec(
+        ("replica", "data", "expert"), None, None
+    )
     stored = {
         ("experts", "embed", "expert_ffn"): PartitionSpec(("expert",), ("data",), ("tensor",)),
         ("embed", "heads", "head_dim"): PartitionSpec(("data",), ("tensor",), ("expert",)),
@@ -130,7 +166,10 @@ def test_specs_of_the_design():
     ],
 )
 def test_two_dims_on_one_axis_are_refused(logical, axis):
-    with pytest.raises(ConfigError, match=rf"{re.escape(str(logical))} put the mesh axis '{axis}' on more than one dim"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{re.escape(str(logical))} put the mesh axis '{axis}' on more than one dim",
+    ):
         rules.stored_spec(logical)
     with pytest.raises(ConfigError, match="more than one dim"):
         rules.stored_sharding(mesh_of(2, 2, 2), logical, (8,) * len(logical))
@@ -144,14 +183,26 @@ def test_an_unknown_logical_name_is_an_error(logical):
 
 def test_a_dim_that_does_not_divide_is_refused_with_what_to_change():
     message = (
-        r"groups/layer_0/attn/wk_DKH \(16, 6, 4\): dim 1 \(kv_heads, size 6\) does not divide over mesh axes tensor = 4; "
+        r"groups/layer_0/attn/wk_DKH \(16, 6, 4\): dim 1 \(kv_heads, size 6\) does not divide "
+        r"over mesh axes tensor = 4; "
         r"use 3 ways there, or a size of 8\."
     )
     with pytest.raises(ConfigError, match=message):
-        rules.stored_sharding(mesh_of(1, 2, 4), ("embed", "kv_heads", "head_dim"), (16, 6, 4), "groups/layer_0/attn/wk_DKH")
-    with pytest.raises(ConfigError, match=r"tensor \(7, 16\): dim 0 \(batch, size 7\) .* replica x data x expert = 8; use 7 ways .* of 8"):
+        rules.stored_sharding(
+            mesh_of(1, 2, 4),
+            ("embed", "kv_heads", "head_dim"),
+            (16, 6, 4),
+            "groups/layer_0/attn/wk_DKH",
+        )
+    with pytest.raises(
+        ConfigError,
+        match=r"tensor \(7, 16\): dim 0 \(batch, size 7\) .* replica x data x expert = 8; use 7 "
+        r"ways .* of 8",
+    ):
         rules.sharding(mesh_of(2, 4, 1), ("batch", "seq"), (7, 16))
-    assert rules.sharding(mesh_of(2, 4, 1), ("batch", "seq")).spec == rules.partition_spec(("batch", "seq"))  # no shape, no check
+    assert rules.sharding(mesh_of(2, 4, 1), ("batch", "seq")).spec == rules.partition_spec(
+        ("batch", "seq")
+    )  # no shape, no check
 
 
 @settings(deadline=None, derandomize=True)
@@ -160,28 +211,37 @@ def test_the_remedies_in_the_message_work(size, tensor, expert):
     ways = tensor * expert
     mesh = mesh_of(1, expert, tensor)
     if size % ways == 0:
-        assert rules.stored_sharding(mesh, ("ffn",), (size,)).shard_shape((size,)) == (size // ways,)
+        assert rules.stored_sharding(mesh, ("ffn",), (size,)).shard_shape((size,)) == (
+            size // ways,
+        )
         return
     with pytest.raises(ConfigError) as caught:
         rules.stored_sharding(mesh, ("ffn",), (size,))
-    fits, other_size = map(int, re.search(r"use (\d+) ways there, or a size of (\d+)", str(caught.value)).groups())
+    fits, other_size = map(
+        int, re.search(r"use (\d+) ways there, or a size of (\d+)", str(caught.value)).groups()
+    )
     assert size % fits == 0 and 1 <= fits < ways
     assert size < other_size < size + ways and other_size % ways == 0
 
 
 def test_constrain_pins_the_layout():
     mesh = mesh_of(2, 2, 2)
-    x = jax.jit(lambda x: rules.constrain(x * 2, mesh, ("batch", "seq", "embed")))(jnp.ones((8, 4, 2)))
+    x = jax.jit(lambda x: rules.constrain(x * 2, mesh, ("batch", "seq", "embed")))(
+        jnp.ones((8, 4, 2))
+    )
     assert x.sharding.is_equivalent_to(rules.sharding(mesh, ("batch", "seq", "embed")), 3)
     assert x.sharding.shard_shape(x.shape) == (2, 4, 2)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 2)])
 def test_every_matrix_is_split_over_all_chips(sizes):
-    # What is left whole on a chip costs its memory: only norms, biases, and the few columns of the router over the tensor axis may be.
+    # What is left whole on a chip costs its memory: only norms, biases, and the few columns of the
+    # router over the tensor axis may be.
     mesh = mesh_of(*sizes)
     _, shapes, shardings = abstract_model(presets.tiny(), mesh)
-    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+    for (path, leaf), sharding in zip(
+        jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         ways = math.prod(leaf.shape) // math.prod(sharding.shard_shape(leaf.shape))
         if "norm" in name:
@@ -197,7 +257,9 @@ def test_every_matrix_is_split_over_all_chips(sizes):
 
 def run(fn, mesh, in_logical, out_logical, *args):
     """fn in an island without parameters."""
-    out = fast_jit(island.island(lambda _, *args: fn(*args), mesh, {}, in_logical, out_logical))({}, *args)
+    out = fast_jit(island.island(lambda _, *args: fn(*args), mesh, {}, in_logical, out_logical))(
+        {}, *args
+    )
     return jax.tree.map(np.asarray, out)
 
 
@@ -213,7 +275,9 @@ def test_shards_know_their_place(sizes):
         count = jnp.full_like(x_B, island.num_shards("batch") * 100 + island.num_shards("ffn"))
         return jnp.full_like(x_B, island.shard_index("batch")), count
 
-    index_B, count_B = run(body, mesh, (("batch",),), (("batch",), ("batch",)), jnp.zeros(16, jnp.int32))
+    index_B, count_B = run(
+        body, mesh, (("batch",),), (("batch",), ("batch",)), jnp.zeros(16, jnp.int32)
+    )
     np.testing.assert_array_equal(index_B, np.arange(16) // (16 // (data * expert)))
     np.testing.assert_array_equal(count_B, np.full(16, data * expert * 100 + tensor))
 
@@ -237,16 +301,26 @@ def test_gather_and_reductions(sizes, logical):
     num_shards = math.prod(mesh.shape[axis] for axis in rules.RULES[logical].compute)
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     split, whole = (logical, "seq"), ("seq", "seq")
-    np.testing.assert_array_equal(run(functools.partial(island.gather, logical=logical, dim=0), mesh, (split,), whole, x), x)
+    np.testing.assert_array_equal(
+        run(functools.partial(island.gather, logical=logical, dim=0), mesh, (split,), whole, x), x
+    )
 
     def numbered(a):
         return a * (1 + island.shard_index(logical)).astype(a.dtype)
 
     total = num_shards * (num_shards + 1) / 2
-    scattered = run(lambda a: island.reduce_scatter(numbered(a), logical, dim=0), mesh, (whole,), split, x)
+    scattered = run(
+        lambda a: island.reduce_scatter(numbered(a), logical, dim=0), mesh, (whole,), split, x
+    )
     np.testing.assert_allclose(scattered, total * x, rtol=1e-5)
-    np.testing.assert_allclose(run(lambda a: island.reduce_sum(numbered(a), logical), mesh, (whole,), whole, x), total * x, rtol=1e-5)
-    largest = run(lambda a: island.reduce_max(numbered(jnp.abs(a)), logical), mesh, (whole,), whole, x)
+    np.testing.assert_allclose(
+        run(lambda a: island.reduce_sum(numbered(a), logical), mesh, (whole,), whole, x),
+        total * x,
+        rtol=1e-5,
+    )
+    largest = run(
+        lambda a: island.reduce_max(numbered(jnp.abs(a)), logical), mesh, (whole,), whole, x
+    )
     np.testing.assert_allclose(largest, num_shards * np.abs(x), rtol=1e-5)
 
 
@@ -264,7 +338,9 @@ STORED = [
 def in_use(gather, mesh, logical, w, out_logical):
     """(the parameter in use, the gradient of the sum of its squares), seen from outside."""
     fn = island.island(gather, mesh, logical, (), out_logical)
-    value_and_gradient = jax.vjp(fn, jax.device_put(w, rules.stored_sharding(mesh, logical, w.shape)))
+    value_and_gradient = jax.vjp(
+        fn, jax.device_put(w, rules.stored_sharding(mesh, logical, w.shape))
+    )
     value, pullback = value_and_gradient
     return np.asarray(value), np.asarray(pullback(2 * value)[0])
 
@@ -273,18 +349,25 @@ def in_use(gather, mesh, logical, w, out_logical):
 @pytest.mark.parametrize(("logical", "shape"), STORED)
 def test_a_parameter_in_use_is_the_stored_one_and_its_gradient_comes_back(sizes, logical, shape):
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    value, gradient = in_use(lambda w: island.whole(w, logical, jnp.float32), mesh_of(*sizes), logical, w, logical)
+    value, gradient = in_use(
+        lambda w: island.whole(w, logical, jnp.float32), mesh_of(*sizes), logical, w, logical
+    )
     np.testing.assert_array_equal(value, w)
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("logical", "num_in"), [(("embed", "heads", "head_dim"), 1), (("heads", "head_dim", "embed"), 2)])
+@pytest.mark.parametrize(
+    ("logical", "num_in"),
+    [(("embed", "heads", "head_dim"), 1), (("heads", "head_dim", "embed"), 2)],
+)
 def test_a_matrix_in_use_is_flattened_in_order(sizes, logical, num_in):
     shape = {"embed": 16, "heads": 8, "head_dim": 8}
     w = np.random.default_rng(0).normal(size=[shape[name] for name in logical]).astype(np.float32)
     flat = ("embed", "heads") if num_in == 1 else ("heads", "embed")
-    gather = functools.partial(island.whole_matrix, logical=logical, dtype=jnp.float32, num_in=num_in)
+    gather = functools.partial(
+        island.whole_matrix, logical=logical, dtype=jnp.float32, num_in=num_in
+    )
     value, gradient = in_use(gather, mesh_of(*sizes), logical, w, flat)
     np.testing.assert_array_equal(value, w.reshape(value.shape))
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
@@ -294,7 +377,9 @@ def test_a_matrix_in_use_is_flattened_in_order(sizes, logical, num_in):
 def test_a_dim_in_tiles_is_filled_up_with_zeros_where_that_takes_little(num_columns):
     # 250 columns a shard become 256; 4 are left alone, and 256 are whole tiles.
     w = np.random.default_rng(0).normal(size=(4, num_columns)).astype(np.float32)
-    gather = functools.partial(island.whole_in_tiles, logical=("embed", "ffn"), dtype=jnp.float32, tiled="ffn")
+    gather = functools.partial(
+        island.whole_in_tiles, logical=("embed", "ffn"), dtype=jnp.float32, tiled="ffn"
+    )
     value, gradient = in_use(gather, mesh_of(2, 2, 1), ("embed", "ffn"), w, ("seq", "seq"))
     filled = 512 if num_columns == 500 else num_columns
     parts = np.zeros((4, 2, filled // 2), np.float32)

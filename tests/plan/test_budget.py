@@ -1,7 +1,9 @@
-"""The compiled train step of a small a52b must not get larger or slower, or talk more, unnoticed: peak memory, estimated cycles and
-collectives against budget.json, for three TPU generations, two of them with `-m slow`.
+"""The compiled train step of a small a52b must not get larger or slower, or talk more, unnoticed:
+peak memory, estimated cycles and collectives against budget.json, for three TPU generations, two
+of them with `-m slow`.
 
-After a change that is meant: `python tests/test_budget.py` records anew; look at the difference before committing it.
+After a change that is meant: `python tests/test_budget.py` records anew; look at the difference
+before committing it.
 """
 
 import dataclasses
@@ -21,11 +23,16 @@ TOPOLOGIES = ("v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1")  # eight devices each
 SLACK = 1.03
 SMALL_BYTES = 2**16  # gradients of norms and the router; those of matrices are reduce-scattered
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 
 
 def small_a52b():
-    """Two CLA groups with the proportions of a52b: heads of 80, F no whole tiles when split, one shared expert; one block of attention."""
+    """Two CLA groups with the proportions of a52b: heads of 80, F no whole tiles when split, one
+    shared expert; one block of attention.
+    """
     model = dataclasses.replace(
         presets.a52b(),
         vocab_size=2048,
@@ -38,14 +45,18 @@ def small_a52b():
         pad_token_id=-1,
         eos_token_ids=(),
     )
-    return Config(model, mesh=MeshConfig(data=4, expert=2), train=TrainConfig(batch_size=8, seq_len=128))
+    return Config(
+        model, mesh=MeshConfig(data=4, expert=2), train=TrainConfig(batch_size=8, seq_len=128)
+    )
 
 
 def measure(topology):
     """{peak_bytes, cycles, ...}: the collectives as sorted "kind axes region" lines."""
     report = aot.report(small_a52b(), topology)
     collectives = {f"{c.kind} {' x '.join(c.axes)} {c.region}" for c in report.hlo.collectives}
-    over_data = [c.bytes for c in report.hlo.collectives if c.kind == "all-reduce" and "data" in c.axes]
+    over_data = [
+        c.bytes for c in report.hlo.collectives if c.kind == "all-reduce" and "data" in c.axes
+    ]
     return {
         "peak_bytes": report.memory.peak,
         "cycles": report.hlo.cycles,
@@ -54,12 +65,18 @@ def measure(topology):
     }
 
 
-@pytest.mark.parametrize("topology", [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES[1:])])
+@pytest.mark.parametrize(
+    "topology",
+    [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES[1:])],
+)
 def test_the_step_stays_within_its_budget(topology):
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     version = importlib.metadata.version("libtpu")
     if version != record["libtpu"]:
-        pytest.skip(f"recorded with libtpu {record['libtpu']}, this is {version}: another compiler, other figures")
+        pytest.skip(
+            f"recorded with libtpu {record['libtpu']}, this is {version}: another compiler, other "
+            "figures"
+        )
     budget, found = record[topology], measure(topology)
     assert found["peak_bytes"] <= SLACK * budget["peak_bytes"]
     assert found["cycles"] <= SLACK * budget["cycles"]
@@ -68,5 +85,8 @@ def test_the_step_stays_within_its_budget(topology):
 
 
 if __name__ == "__main__":
-    figures = {"libtpu": importlib.metadata.version("libtpu"), **{topology: measure(topology) for topology in TOPOLOGIES}}
+    figures = {
+        "libtpu": importlib.metadata.version("libtpu"),
+        **{topology: measure(topology) for topology in TOPOLOGIES},
+    }
     RECORD.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

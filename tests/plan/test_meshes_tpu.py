@@ -14,7 +14,10 @@ from hunyuan_jax.parallel import hosts, rules
 from hunyuan_jax.parallel.mesh import AXES, make_mesh
 from hunyuan_jax.plan.topology import load_compiler, topology_devices
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 
 
 devices_of = functools.cache(topology_devices)
@@ -25,12 +28,16 @@ def sides_of(name):
 
 
 def hops(one, other, name):
-    """Links between two chips: along each side of the torus, around it where that is shorter and the side is closed.
+    """Links between two chips: along each side of the torus, around it where that is shorter and
+    the side is closed.
 
     A side is taken as closed from 4 chips (v5p, tpu7x) or 16 (v5e, v6e) on.
     """
     closed = 16 if name.startswith(("v5e", "v6e")) else 4
-    steps = [(abs(a - b), side) for a, b, side in zip(one.coords, other.coords, sides_of(name), strict=True)]
+    steps = [
+        (abs(a - b), side)
+        for a, b, side in zip(one.coords, other.coords, sides_of(name), strict=True)
+    ]
     return sum(min(step, side - step) if side >= closed else step for step, side in steps)
 
 
@@ -68,14 +75,22 @@ def test_each_device_has_one_place_and_experts_are_near(name, num_slices, expert
     groups = mesh.devices[..., 0].reshape(-1, expert)
     for group in (groups[0], groups[len(groups) // 2], groups[-1]):
         assert max(hops(one, other, name) for one in group for other in group) <= most_hops
-        # Consecutive experts are neighbours, but for where one line of a plane ends and the next begins.
+        # Consecutive experts are neighbours, but for where one line of a plane ends and the next
+        # begins.
         assert np.mean([hops(one, other, name) for one, other in itertools.pairwise(group)]) < 2
     if num_slices > 1:  # only `replica` crosses from slice to slice
         for index, replica in enumerate(mesh.devices):
             assert {device.slice_index for device in replica.flat} == {index}
 
 
-@pytest.mark.parametrize("sizes", [{"replica": 2, "expert": 16}, {"replica": 4, "data": 4, "tensor": -1}, {"expert": 16, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"replica": 2, "expert": 16},
+        {"replica": 4, "data": 4, "tensor": -1},
+        {"expert": 16, "tensor": 2},
+    ],
+)
 def test_other_axes_on_one_slice(sizes):
     devices = devices_of("v5p:4x8x8")
     mesh = make_mesh(MeshConfig(**sizes), devices)
@@ -87,33 +102,58 @@ def test_other_axes_on_one_slice(sizes):
 def test_replica_may_be_split_over_and_inside_slices():
     devices = devices_of("v5p:4x4x4", 2)
     mesh = make_mesh(MeshConfig(replica=4, expert=16, num_slices=2), devices)
-    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [
+        {0},
+        {0},
+        {1},
+        {1},
+    ]
 
 
 def test_slices_that_do_not_fit_are_refused():
     one, two = devices_of("v5p:4x4x4"), devices_of("v5p:4x4x4", 2)
-    with pytest.raises(ConfigError, match=r"num_slices = 2, but the 64 devices form 1 slice\(s\); .* Set config.mesh.num_slices to 1 "):
+    with pytest.raises(
+        ConfigError,
+        match=r"num_slices = 2, but the 64 devices form 1 slice\(s\); .* Set "
+        r"config.mesh.num_slices to 1 ",
+    ):
         make_mesh(MeshConfig(replica=2, num_slices=2), one)
-    with pytest.raises(ConfigError, match=r"num_slices = 1, but the 128 devices form 2 slice\(s\); .* to 2 "):
+    with pytest.raises(
+        ConfigError, match=r"num_slices = 1, but the 128 devices form 2 slice\(s\); .* to 2 "
+    ):
         make_mesh(MeshConfig(), two)
-    with pytest.raises(ConfigError, match=r"replica = 1 is not divisible by config.mesh.num_slices = 2; .* multiple of 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"replica = 1 is not divisible by config.mesh.num_slices = 2; .* multiple of 2",
+    ):
         make_mesh(MeshConfig(num_slices=2), two)
 
 
 def test_devices_with_a_hole_are_refused():
     devices = devices_of("v5p:4x4x4")
-    with pytest.raises(ConfigError, match=r"config\.mesh = replica 1 x data 63 .* cannot be laid out on these 63 devices \(TPU v5\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.mesh = replica 1 x data 63 .* cannot be laid out on these 63 devices "
+        r"\(TPU v5\)",
+    ):
         make_mesh(MeshConfig(), devices[:-1])
 
 
 def test_cores_that_are_devices_of_their_own_are_refused():
     load_compiler()
-    cores = list(topologies.get_topology_desc(platform="tpu", topology_name="v4:4x4x4").devices)  # not joined, as `plan` joins them
-    with pytest.raises(ConfigError, match=r"cannot be laid out on these 128 devices \(TPU v4\): .*megacore"):
+    cores = list(
+        topologies.get_topology_desc(platform="tpu", topology_name="v4:4x4x4").devices
+    )  # not joined, as `plan` joins them
+    with pytest.raises(
+        ConfigError, match=r"cannot be laid out on these 128 devices \(TPU v4\): .*megacore"
+    ):
         make_mesh(MeshConfig(), cores)
 
 
-@pytest.mark.parametrize(("name", "num_slices"), [("v5p:4x8x8", 1), ("v5p:16x16x16", 1), ("v5e:16x16", 1), ("tpu7x:8x8x8", 2)])
+@pytest.mark.parametrize(
+    ("name", "num_slices"),
+    [("v5p:4x8x8", 1), ("v5p:16x16x16", 1), ("v5e:16x16", 1), ("tpu7x:8x8x8", 2)],
+)
 def test_hosts_share_the_rows_of_a_batch_equally(name, num_slices):
     devices = devices_of(name, num_slices)
     mesh = make_mesh(MeshConfig(replica=num_slices, expert=16, num_slices=num_slices), devices)
@@ -127,7 +167,8 @@ def test_hosts_share_the_rows_of_a_batch_equally(name, num_slices):
 
 
 def test_rows_of_a_host_need_not_be_consecutive():
-    # Which is why a loader is told rows, not a shard number: a host is a square of chips, the experts are two lines of eight.
+    # Which is why a loader is told rows, not a shard number: a host is a square of chips, the
+    # experts are two lines of eight.
     devices = devices_of("v5p:4x8x8")
     sharding = rules.sharding(make_mesh(MeshConfig(expert=16), devices), ("batch", "seq"))
     np.testing.assert_array_equal(hosts.process_rows(sharding, (256, 128), 0), [0, 1, 8, 9])

@@ -1,4 +1,6 @@
-"""plan: the HLO reader on small texts, the line items, the command's errors; with libtpu, real plans of a tiny model."""
+"""plan: the HLO reader on small texts, the line items, the command's errors; with libtpu, real
+plans of a tiny model.
+"""
 
 import dataclasses
 import importlib.util
@@ -24,7 +26,10 @@ from support import paths
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 MESH = {"replica": 1, "data": 2, "expert": 4, "tensor": 1}
-NEEDS_LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 TINY = f"--config={paths.ROOT / 'configs/tiny.py'}"
 
 
@@ -67,7 +72,8 @@ def loop(name, trips, body, extra=""):
 
 def while_op(name, op_name):
     return (
-        f"  %while.{name} = (s32[], f32[4]{{0:T(8,128)(2,1)}}) while(%p.0), condition=%cond_{name}, body=%body_{name}, "
+        f"  %while.{name} = (s32[], f32[4]{{0:T(8,128)(2,1)}}) while(%p.0), "
+        f"condition=%cond_{name}, body=%body_{name}, "
         f'metadata={{op_name="{op_name}"}}\n'
     )
 
@@ -80,33 +86,75 @@ def fusion(name, n, operand="%p.0", shape="f32[4]{0:T(128)}"):
     return f"  %fusion.{name} = {shape} fusion({operand}), kind=kLoop, calls=%fused, {cycles(n)}\n"
 
 
-FUSED = "%fused (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n  ROOT %n.1 = f32[4]{0} negate(%a), " + cycles(999) + "\n}\n\n"
+FUSED = (
+    "%fused (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n  ROOT %n.1 = f32[4]{0} "
+    "negate(%a), " + cycles(999) + "\n}\n\n"
+)
 
 
 def by_region(text):
-    return {region.name: (region.times, region.cycles) for region in hlo.analyse(text, MESH).regions}
+    return {
+        region.name: (region.times, region.cycles) for region in hlo.analyse(text, MESH).regions
+    }
 
 
 def test_trip_counts_apply_in_nested_loops_and_calls():
     inner = loop("inner", 5, fusion("in", 10, "%p.2"))
-    forward = loop("fwd", 3, fusion("f", 100, "%p.2") + while_op("inner", "jit(step)/jvp()/while/body/while"))
-    backward = loop("bwd", 2, fusion("b", 1000, "%p.2") + "  %call.1 = f32[4]{0} call(%p.2), to_apply=%callee\n")
-    callee = "%callee (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n  ROOT" + fusion("c", 7, "%a")[1:] + "}\n\n"
+    forward = loop(
+        "fwd", 3, fusion("f", 100, "%p.2") + while_op("inner", "jit(step)/jvp()/while/body/while")
+    )
+    backward = loop(
+        "bwd",
+        2,
+        fusion("b", 1000, "%p.2") + "  %call.1 = f32[4]{0} call(%p.2), to_apply=%callee\n",
+    )
+    callee = (
+        "%callee (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n  ROOT"
+        + fusion("c", 7, "%a")[1:]
+        + "}\n\n"
+    )
     text = HEADER + FUSED + callee + inner + forward + backward
-    text += entry(fusion("e", 1) + while_op("fwd", "jit(step)/jvp()/while") + while_op("bwd", "jit(step)/transpose(jvp())/while"))
+    text += entry(
+        fusion("e", 1)
+        + while_op("fwd", "jit(step)/jvp()/while")
+        + while_op("bwd", "jit(step)/transpose(jvp())/while")
+    )
     # What is inside a fusion is in the fusion's own estimate.
-    assert by_region(text) == {"entry": (1, 1), "forward loop": (3, 3 * (100 + 5 * 10)), "backward loop": (2, 2 * (1000 + 7))}
+    assert by_region(text) == {
+        "entry": (1, 1),
+        "forward loop": (3, 3 * (100 + 5 * 10)),
+        "backward loop": (2, 2 * (1000 + 7)),
+    }
     assert hlo.analyse(text, MESH).cycles == 1 + 450 + 2014
     top = hlo.analyse(text, MESH, num_top=2).top_ops
-    assert [(op.name, op.times, op.cycles) for op in top] == [("fusion.b", 2, 2000), ("fusion.f", 3, 300)]
+    assert [(op.name, op.times, op.cycles) for op in top] == [
+        ("fusion.b", 2, 2000),
+        ("fusion.f", 3, 300),
+    ]
 
 
 def test_loops_inside_another_loop_have_regions_of_their_own():
-    """Gradient accumulation: the forward loops stand in a plain one; the cheaper of them is numbered."""
-    text = HEADER + FUSED + loop("l", 2, fusion("l", 1, "%p.2")) + loop("v", 4, fusion("v", 10, "%p.2"))
-    outer = fusion("o", 100, "%p.2") + while_op("l", "jit(step)/while/body/jvp()/while") + while_op("v", "jit(step)/while/body/jvp()/while")
+    """Gradient accumulation: the forward loops stand in a plain one; the cheaper of them is
+    numbered.
+    """
+    text = (
+        HEADER
+        + FUSED
+        + loop("l", 2, fusion("l", 1, "%p.2"))
+        + loop("v", 4, fusion("v", 10, "%p.2"))
+    )
+    outer = (
+        fusion("o", 100, "%p.2")
+        + while_op("l", "jit(step)/while/body/jvp()/while")
+        + while_op("v", "jit(step)/while/body/jvp()/while")
+    )
     text += loop("acc", 3, outer) + entry(while_op("acc", "jit(step)/while"))
-    assert by_region(text) == {"entry": (1, 0), "loop": (3, 300), "forward loop 2": (6, 6), "forward loop": (12, 120)}
+    assert by_region(text) == {
+        "entry": (1, 0),
+        "loop": (3, 300),
+        "forward loop 2": (6, 6),
+        "forward loop": (12, 120),
+    }
 
 
 def test_a_condition_may_be_fused_and_a_known_trip_count_wins():
@@ -135,13 +183,19 @@ def test_a_loop_whose_length_depends_on_data_counts_once_and_is_reported():
     condition += "  %i = s32[] get-tuple-element(%p.1), index=0\n  %n = s32[] get-tuple-element(%p.1), index=1\n"
     condition += "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}\n\n"
     body = loop("d", 0, fusion("d", 10, "%p.2")).split("\n\n", 1)[1]
-    report = hlo.analyse(HEADER + FUSED + condition + body + entry(while_op("d", "jit(step)/while")), MESH)
+    report = hlo.analyse(
+        HEADER + FUSED + condition + body + entry(while_op("d", "jit(step)/while")), MESH
+    )
     assert report.num_unknown_trips == 1
     assert report.cycles == 10
 
 
 def test_unknown_cycles_and_asynchronous_computations():
-    called = "%offloaded (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n" + fusion("k", 20, "%a") + "  ROOT"
+    called = (
+        "%offloaded (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n"
+        + fusion("k", 20, "%a")
+        + "  ROOT"
+    )
     called += fusion("u", 2**63 - 1, "%a")[1:] + '}, execution_thread="sparsecore"\n\n'
     start = '  %s.1 = ((f32[4]), f32[4], u32[]{:S(8)}) call-start(%p.0), async_execution_thread="sparsecore", to_apply=%offloaded\n'
     start += "  %u.1 = ((f32[4]), f32[4]) call-update(%s.1), to_apply=%offloaded\n  %d.1 = f32[4]{0} call-done(%u.1), to_apply=%offloaded\n"
@@ -151,7 +205,8 @@ def test_unknown_cycles_and_asynchronous_computations():
 
 def test_the_costliest_branch_counts():
     branches = "".join(
-        f"%branch_{n} (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n  ROOT{fusion(f'n{n}', n, '%a')[1:]}}}\n\n"
+        f"%branch_{n} (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n  "
+        f"ROOT{fusion(f'n{n}', n, '%a')[1:]}}}\n\n"
         for n in (3, 8, 5)
     )
     line = "  %c = f32[4]{0} conditional(%p.0, %p.0, %p.0), branch_computations={%branch_3, %branch_8, %branch_5}\n"
@@ -166,17 +221,38 @@ def test_a_kernel_spans_lines_and_has_no_estimate():
 }}, metadata={op_name="jit(step)/splash"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"70","transcendentals":"1"}}}
 """
     other = '  %a.1 = f32[4]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
-    text = HEADER + FUSED + loop("k", 3, kernel.replace("%p.0", "%p.2") + kernel.replace("splash.5", "splash.6").replace("%p.0", "%p.2"))
-    report = hlo.analyse(text + entry(other + while_op("k", "jit(step)/jvp()/while") + fusion("e", 4)), MESH)
+    text = (
+        HEADER
+        + FUSED
+        + loop(
+            "k",
+            3,
+            kernel.replace("%p.0", "%p.2")
+            + kernel.replace("splash.5", "splash.6").replace("%p.0", "%p.2"),
+        )
+    )
+    report = hlo.analyse(
+        text + entry(other + while_op("k", "jit(step)/jvp()/while") + fusion("e", 4)), MESH
+    )
     assert report.kernels == (hlo.Kernel("splash", "forward loop", 6, 420),)
     assert report.kernel_flops == 420
     assert report.cycles == 4
     op = hlo_text.parse(HEADER + entry(kernel))["main"][1]
     assert (op.opcode, op.op_name, op.operands) == ("custom-call", "jit(step)/splash", ("p.0",))
-    # What is kept for the backward pass is written into the array of all layers at once: the compiler makes one op of both.
-    fused = "%fused_k (p.2: f32[4]) -> f32[4] {\n  %p.2 = f32[4]{0} parameter(0)\n" + kernel.replace("%p.0", "%p.2") + "}\n\n"
+    # What is kept for the backward pass is written into the array of all layers at once: the
+    # compiler makes one op of both.
+    fused = (
+        "%fused_k (p.2: f32[4]) -> f32[4] {\n  %p.2 = f32[4]{0} parameter(0)\n"
+        + kernel.replace("%p.0", "%p.2")
+        + "}\n\n"
+    )
     fused = fused.replace('{"flops":"70",', '{\n"bytes_accessed":5,\n"flops":70,\n')
-    text = HEADER + FUSED + fused + loop("f", 3, "  %k.1 = f32[4]{0} fusion(%p.2), kind=kCustom, calls=%fused_k\n")
+    text = (
+        HEADER
+        + FUSED
+        + fused
+        + loop("f", 3, "  %k.1 = f32[4]{0} fusion(%p.2), kind=kCustom, calls=%fused_k\n")
+    )
     report = hlo.analyse(text + entry(while_op("f", "jit(step)/jvp()/while")), MESH)
     assert report.kernels == (hlo.Kernel("splash", "forward loop", 3, 210),)
 
@@ -197,20 +273,41 @@ def only(lines, computations=""):
 def test_bytes_of_every_kind():
     """The result of an all-gather, the operands of the others; padding of the layout is left out."""
     at = "channel_id=1, replica_groups=[2,4]<=[8], use_global_device_ids=true"
-    gathered = only(f"  %g = bf16[32,100]{{1,0:T(8,128)(2,1)}} all-gather(%x.1), {at}, dimensions={{0}}\n")
-    assert (gathered.kind, gathered.axes, gathered.bytes, gathered.can_overlap) == ("all-gather", ("expert",), 6400, False)
-    reduced = only(f"  %g = (bf16[8,100]{{1,0}}, /*index=1*/f32[10]{{0}}) all-reduce(%x.1, %y.1), {at}, to_apply=%add\n")
+    gathered = only(
+        f"  %g = bf16[32,100]{{1,0:T(8,128)(2,1)}} all-gather(%x.1), {at}, dimensions={{0}}\n"
+    )
+    assert (gathered.kind, gathered.axes, gathered.bytes, gathered.can_overlap) == (
+        "all-gather",
+        ("expert",),
+        6400,
+        False,
+    )
+    reduced = only(
+        f"  %g = (bf16[8,100]{{1,0}}, /*index=1*/f32[10]{{0}}) all-reduce(%x.1, %y.1), {at}, "
+        "to_apply=%add\n"
+    )
     assert (reduced.kind, reduced.bytes) == ("all-reduce", 1640)
-    scattered = only(f"  %g = bf16[2,100]{{1,0}} reduce-scatter(%x.1), {at}, dimensions={{0}}, to_apply=%add\n")
+    scattered = only(
+        f"  %g = bf16[2,100]{{1,0}} reduce-scatter(%x.1), {at}, dimensions={{0}}, to_apply=%add\n"
+    )
     assert (scattered.kind, scattered.bytes) == ("reduce-scatter", 1600)
-    assert only(f"  %g = bf16[8,100]{{1,0}} all-to-all(%x.1), {at}, dimensions={{0}}\n").bytes == 1600
+    assert (
+        only(f"  %g = bf16[8,100]{{1,0}} all-to-all(%x.1), {at}, dimensions={{0}}\n").bytes == 1600
+    )
     assert only(f"  %g = s4[6]{{0}} ragged-all-to-all(%y.1), {at}\n").kind == "ragged-all-to-all"
 
 
 def test_equal_collectives_are_one_line_and_loops_multiply():
     gather = "  %g.{} = bf16[32,100]{{1,0}} all-gather(%x.{}), replica_groups=[2,4]<=[8], dimensions={{0}}\n"
-    inside = "".join(f"  %x.{i} = bf16[8,100]{{1,0}} copy(%p.2)\n" + gather.format(i, i) for i in (2, 3))
-    report = hlo.analyse(HEADER + loop("g", 5, inside) + entry(BIG + gather.format(1, 1) + while_op("g", "jit(step)/jvp()/while")), MESH)
+    inside = "".join(
+        f"  %x.{i} = bf16[8,100]{{1,0}} copy(%p.2)\n" + gather.format(i, i) for i in (2, 3)
+    )
+    report = hlo.analyse(
+        HEADER
+        + loop("g", 5, inside)
+        + entry(BIG + gather.format(1, 1) + while_op("g", "jit(step)/jvp()/while")),
+        MESH,
+    )
     assert [(c.count, c.times, c.region, c.total_bytes) for c in report.collectives] == [
         (2, 5, "forward loop", 64_000),
         (1, 1, "entry", 6400),
@@ -218,18 +315,23 @@ def test_equal_collectives_are_one_line_and_loops_multiply():
 
 
 def test_start_and_done_overlap_only_with_compute_between():
-    start = (
-        "  %s.1 = (bf16[8,100]{1,0}, bf16[32,100]{1,0}, u32[]{:S(2)}) all-gather-start(%x.1), replica_groups=[2,4]<=[8], dimensions={0}\n"
-    )
+    start = "  %s.1 = (bf16[8,100]{1,0}, bf16[32,100]{1,0}, u32[]{:S(2)}) all-gather-start(%x.1), replica_groups=[2,4]<=[8], dimensions={0}\n"
     done = "  %d.1 = bf16[32,100]{1,0} all-gather-done(%s.1)\n"
-    assert only(start + done) == only(start + "  %b = f32[4]{0} bitcast(%p.0)\n" + done + fusion("after", 5))
+    assert only(start + done) == only(
+        start + "  %b = f32[4]{0} bitcast(%p.0)\n" + done + fusion("after", 5)
+    )
     assert not only(start + done).can_overlap
     collective = only(start + fusion("between", 5) + done)
     assert collective.can_overlap and collective.bytes == 6400 and collective.kind == "all-gather"
     permute = "  %s.2 = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,2},{4,5}}\n"
     permute += fusion("p", 3) + "  %d.2 = f32[10]{0} collective-permute-done(%s.2)\n"
     permuted = only(permute)
-    assert (permuted.kind, permuted.axes, permuted.bytes, permuted.can_overlap) == ("collective-permute", ("expert",), 40, True)
+    assert (permuted.kind, permuted.axes, permuted.bytes, permuted.can_overlap) == (
+        "collective-permute",
+        ("expert",),
+        40,
+        True,
+    )
 
 
 def test_transfers_between_slices_are_collectives():
@@ -238,7 +340,12 @@ def test_transfers_between_slices_are_collectives():
     lines += f"  %r.4 = (f32[10]{{0}}, u32[]{{:S(2)}}, token[]) recv(%p.0), {attributes}\n"
     done = "  %d.4 = token[] send-done(%s.4), channel_id=3\n"
     collective = only(lines + done)
-    assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == ("all-reduce", ("slices",), 40, False)
+    assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == (
+        "all-reduce",
+        ("slices",),
+        40,
+        False,
+    )
     assert only(lines + fusion("m", 3) + done).can_overlap
     assert collectives(lines.replace("_xla_megascale_transfer_type", "other")) == ()
 
@@ -250,18 +357,29 @@ def test_collectives_wrapped_in_asynchronous_calls():
     done = "  %d = bf16[8,100]{1,0} async-done(%u), calls=%wrapped\n"
     update = "  %u = ((bf16[8,100]), bf16[8,100], u32[]) async-update(%s), calls=%wrapped\n"
     collective = only(start + fusion("x", 5) + update + done, wrapped)
-    assert (collective.kind, collective.axes, collective.count, collective.can_overlap) == ("all-to-all", ("data",), 1, True)
+    assert (collective.kind, collective.axes, collective.count, collective.can_overlap) == (
+        "all-to-all",
+        ("data",),
+        1,
+        True,
+    )
     assert not only(start + update + done, wrapped).can_overlap
 
 
 def test_fused_collectives():
-    """A TPU writes a reduce-scatter as a fusion of an all-reduce and a slice; one fused with a product overlaps with it."""
+    """A TPU writes a reduce-scatter as a fusion of an all-reduce and a slice; one fused with a
+    product overlaps with it.
+    """
 
     def fused(name, rest):
         return f"%{name} (a: bf16[8,100]) -> bf16[2,100] {{\n  %a = bf16[8,100]{{1,0}} parameter(0)\n{rest}}}\n\n"
 
     reduce = "  %r = bf16[8,100]{1,0} all-reduce(%a), replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add\n"
-    scatter = fused("all-reduce-scatter.1", reduce + "  ROOT %d = bf16[2,100]{1,0} dynamic-slice(%r, %a), dynamic_slice_sizes={2,100}\n")
+    scatter = fused(
+        "all-reduce-scatter.1",
+        reduce
+        + "  ROOT %d = bf16[2,100]{1,0} dynamic-slice(%r, %a), dynamic_slice_sizes={2,100}\n",
+    )
     line = f"  %f = bf16[2,100]{{1,0}} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1, {cycles(50)}\n"
     collective = only(line, scatter)
     assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == (
@@ -280,8 +398,14 @@ def test_fused_collectives():
 @pytest.mark.parametrize(
     ("text", "axes"),
     [
-        ("replica_groups=mesh['replica'=1,'data'=2,'expert'=4,'tensor'=1] {'expert'}", ("expert",)),
-        ("replica_groups=mesh['replica'=1,'data'=2,'expert'=4,'tensor'=1] {'data','expert'}", ("data", "expert")),
+        (
+            "replica_groups=mesh['replica'=1,'data'=2,'expert'=4,'tensor'=1] {'expert'}",
+            ("expert",),
+        ),
+        (
+            "replica_groups=mesh['replica'=1,'data'=2,'expert'=4,'tensor'=1] {'data','expert'}",
+            ("data", "expert"),
+        ),
         ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "expert")),
         ("replica_groups=mesh['data'=2,'expert'=4] {'expert':(2)2}", ("expert/2",)),
         ("replica_groups=mesh['data'=2,'expert'=4] {'data','expert':(1)2}", ("data", "expert/2")),
@@ -307,11 +431,18 @@ def test_parts_of_an_axis_are_the_right_devices():
 
 
 def test_groups_in_an_unknown_form_are_marked():
-    assert only("  %g = bf16[8,100]{1,0} all-to-all(%x.1), replica_groups=@new, dimensions={0}\n").axes == ("?",)
+    assert only(
+        "  %g = bf16[8,100]{1,0} all-to-all(%x.1), replica_groups=@new, dimensions={0}\n"
+    ).axes == ("?",)
 
 
 def test_shapes():
-    assert hlo_text.num_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[], pred[5], f8e4m3fn[4], s32[0])") == 12 + 4 + 5 + 4
+    assert (
+        hlo_text.num_bytes(
+            "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[], pred[5], f8e4m3fn[4], s32[0])"
+        )
+        == 12 + 4 + 5 + 4
+    )
     assert hlo_text.split_tuple("((f32[2]{0:T(8,128)(2,1)}, s32[]), /*index=1*/u32[]{:S(2)})") == [
         "(f32[2]{0:T(8,128)(2,1)}, s32[])",
         "u32[]{:S(2)}",
@@ -335,7 +466,9 @@ def config(mesh=None, **changes):
 
 
 def items(cfg, num_devices=16):
-    return {(item.name, item.phase): item.bytes for item in memory.estimate(cfg, num_devices).items}
+    return {
+        (item.name, item.phase): item.bytes for item in memory.estimate(cfg, num_devices).items
+    }
 
 
 def test_state_items_are_exact():
@@ -346,26 +479,41 @@ def test_state_items_are_exact():
     assert found["weights", memory.ALWAYS] == pytest.approx(4 * num_params / 16, rel=0.05)
     assert found["optimizer state", memory.ALWAYS] == pytest.approx(8 * num_params / 16, rel=0.05)
     # Matrices have bfloat16 gradients.
-    assert found["gradients", memory.LAYERS] == pytest.approx(found["weights", memory.ALWAYS] / 2, rel=0.05)
+    assert found["gradients", memory.LAYERS] == pytest.approx(
+        found["weights", memory.ALWAYS] / 2, rel=0.05
+    )
 
 
 def _shapes(cfg):
-    return [leaf.shape for leaf in jax.tree.leaves(abstract_model(cfg.model, single_device_mesh())[1])]
+    return [
+        leaf.shape for leaf in jax.tree.leaves(abstract_model(cfg.model, single_device_mesh())[1])
+    ]
 
 
 def test_items_halve_on_twice_the_devices():
     small, large = items(config(), 8), items(config(), 16)
     ratio = {key: small[key] / large[key] for key in small}
-    for key in (("weights", memory.ALWAYS), ("optimizer state", memory.ALWAYS), ("gradients", memory.LAYERS)):
+    for key in (
+        ("weights", memory.ALWAYS),
+        ("optimizer state", memory.ALWAYS),
+        ("gradients", memory.LAYERS),
+    ):
         assert ratio[key] == pytest.approx(2, rel=0.05)
-    for key in (("kept for the backward pass", memory.LAYERS), ("logits", memory.LOSS), ("activations of a group", memory.LAYERS)):
+    for key in (
+        ("kept for the backward pass", memory.LAYERS),
+        ("logits", memory.LOSS),
+        ("activations of a group", memory.LAYERS),
+    ):
         assert ratio[key] == pytest.approx(2)
     assert ratio["gathered weights", memory.LAYERS] == 1
 
 
 def test_twice_the_batch_doubles_activations_only():
     cfg = config()
-    once, twice = items(cfg), items(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=32)))
+    once, twice = (
+        items(cfg),
+        items(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=32))),
+    )
     for key in once:
         is_state = key[0] in (
             "weights",
@@ -379,7 +527,10 @@ def test_twice_the_batch_doubles_activations_only():
 
 def test_dtypes_and_remat_act():
     base, cfg = items(config()), config()
-    assert items(config(remat="dots"))["kept for the backward pass", memory.LAYERS] > base["kept for the backward pass", memory.LAYERS]
+    assert (
+        items(config(remat="dots"))["kept for the backward pass", memory.LAYERS]
+        > base["kept for the backward pass", memory.LAYERS]
+    )
     assert (
         items(config(remat="none"))["kept for the backward pass", memory.LOSS]
         > items(config(remat="dots"))["kept for the backward pass", memory.LOSS]
@@ -388,8 +539,15 @@ def test_dtypes_and_remat_act():
     wide = items(dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="float32")))
     for name in ("kept for the backward pass", "gathered weights", "activations of a group"):
         assert wide[name, memory.LAYERS] == 2 * base[name, memory.LAYERS]
-    accumulated = items(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=32, grad_accum_steps=2)))
-    assert accumulated["gradients", memory.LAYERS] == base["gradients", memory.LAYERS] + base["weights", memory.ALWAYS]
+    accumulated = items(
+        dataclasses.replace(
+            cfg, train=dataclasses.replace(cfg.train, batch_size=32, grad_accum_steps=2)
+        )
+    )
+    assert (
+        accumulated["gradients", memory.LAYERS]
+        == base["gradients", memory.LAYERS] + base["weights", memory.ALWAYS]
+    )
     assert accumulated["logits", memory.LOSS] == base["logits", memory.LOSS]
 
 
@@ -397,7 +555,10 @@ def test_expert_and_tensor_axes_split_what_they_should():
     base = items(config())
     split = items(config(MeshConfig(data=-1, expert=8)))
     assert split["gathered weights", memory.LAYERS] < base["gathered weights", memory.LAYERS]
-    assert split["kept for the backward pass", memory.LAYERS] == base["kept for the backward pass", memory.LAYERS]
+    assert (
+        split["kept for the backward pass", memory.LAYERS]
+        == base["kept for the backward pass", memory.LAYERS]
+    )
     cfg = config(MeshConfig(data=-1, expert=4, tensor=2))
     split = items(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=8)))
     assert split["gathered weights", memory.LAYERS] == base["gathered weights", memory.LAYERS] // 2
@@ -407,13 +568,23 @@ def test_expert_and_tensor_axes_split_what_they_should():
 def test_capacity_dropless_and_dense_models():
     def changed(**moe):
         cfg = config()
-        return items(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, **moe))))
+        return items(
+            dataclasses.replace(
+                cfg,
+                model=dataclasses.replace(
+                    cfg.model, moe=dataclasses.replace(cfg.model.moe, **moe)
+                ),
+            )
+        )
 
     key = ("activations of a group", memory.LAYERS)
     assert changed(capacity_factor=2.0)[key] > changed()[key]
     assert changed(dispatch="dropless")[key] == changed()[key]
     assert changed(dispatch="dropless", top_k=2)[key] > changed()[key]
-    assert changed(num_shared_experts=2)["gathered weights", memory.LAYERS] > changed()["gathered weights", memory.LAYERS]
+    assert (
+        changed(num_shared_experts=2)["gathered weights", memory.LAYERS]
+        > changed()["gathered weights", memory.LAYERS]
+    )
     dense = dataclasses.replace(config(MeshConfig(data=-1)).model, moe=type(presets.tiny().moe)())
     assert items(dataclasses.replace(config(MeshConfig(data=-1)), model=dense))[key] > 0
 
@@ -421,8 +592,12 @@ def test_capacity_dropless_and_dense_models():
 def test_peak_is_the_state_and_the_largest_phase():
     estimate = memory.estimate(config(), 16)
     phases = (memory.LAYERS, memory.LOSS, memory.UPDATE)
-    assert estimate.peak == estimate.in_phase(memory.ALWAYS) + max(estimate.in_phase(phase) for phase in phases)
-    assert sum(estimate.in_phase(phase) for phase in (memory.ALWAYS, *phases)) == sum(item.bytes for item in estimate.items)
+    assert estimate.peak == estimate.in_phase(memory.ALWAYS) + max(
+        estimate.in_phase(phase) for phase in phases
+    )
+    assert sum(estimate.in_phase(phase) for phase in (memory.ALWAYS, *phases)) == sum(
+        item.bytes for item in estimate.items
+    )
 
 
 # --- errors and options
@@ -461,7 +636,11 @@ def test_slices_grow():
 
 def test_missing_libtpu_is_named(monkeypatch, plan):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "libtpu" else real(name, *args))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "libtpu" else real(name, *args),
+    )
     with pytest.raises(ConfigError, match=re.escape("pip install -e '.[tpu]'")):
         plan("--topology=v5p:2x2x1")
 
@@ -510,7 +689,10 @@ def test_overflow_messages_are_read():
     assert overflow.largest == ()
     overflow = aot.parse_overflow(_LONG_MESSAGE)
     assert overflow.used == pytest.approx(63.80 * 2**30)
-    assert overflow.largest == ("2.00G f32[32,4096,4096]{1,2,0:T(8,128)} of jit(step)/jvp(Model)/dot_general", "512.00M bf16[8]{0}")
+    assert overflow.largest == (
+        "2.00G f32[32,4096,4096]{1,2,0:T(8,128)} of jit(step)/jvp(Model)/dot_general",
+        "512.00M bf16[8]{0}",
+    )
     assert aot.parse_overflow("INTERNAL: Mosaic failed to compile") is None
 
 
@@ -525,7 +707,9 @@ def test_overflow_errors_say_what_could_fit():
     assert "by line item" in text(short, config())
     assert "fp8_lm" in text(short, config())
     assert "remat" in text(short, config(remat="none"))
-    assert "batch_size" in text(short, dataclasses.replace(config(), train=TrainConfig(batch_size=32)))
+    assert "batch_size" in text(
+        short, dataclasses.replace(config(), train=TrainConfig(batch_size=32))
+    )
     for word in ("remat", "state_dtype", "batch_size"):
         assert word not in text(short, lean)
     assert "--fit" in text(short, lean)
@@ -536,20 +720,42 @@ def test_overflow_errors_say_what_could_fit():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Replaces compiling by an answer: peaks of twice the estimate, a share of ideal that favours larger batches."""
+    """Replaces compiling by an answer: peaks of twice the estimate, a share of ideal that favours
+    larger batches.
+    """
     seen = []
 
     def report(cfg, name):
         num_devices = topology.num_devices(name)
         items = memory.estimate(cfg, num_devices)
         seen.append((name, cfg))
-        stats = aot.DeviceMemory(2**20, 0, 0, 0, 2 * items.peak, topology.generation_of(name).hbm_bytes)
+        stats = aot.DeviceMemory(
+            2**20, 0, 0, 0, 2 * items.peak, topology.generation_of(name).hbm_bytes
+        )
         if stats.peak > stats.hbm:
             raise aot.HbmOverflowError("too large", aot.Overflow(stats.peak, stats.hbm, ()))
         empty = hlo.HloReport((), (), (), (), 0, 0)
         share = cfg.train.batch_size / 100
         mesh = memory.mesh_sizes(cfg, num_devices)
-        return aot.Report(name, num_devices, 1, mesh, 1, stats, items, 1, 1.0, 1.0, share, share, 1e9, 1e14, empty, 1.0, 1)
+        return aot.Report(
+            name,
+            num_devices,
+            1,
+            mesh,
+            1,
+            stats,
+            items,
+            1,
+            1.0,
+            1.0,
+            share,
+            share,
+            1e9,
+            1e14,
+            empty,
+            1.0,
+            1,
+        )
 
     monkeypatch.setattr(aot, "report", report)
     monkeypatch.setattr(topology, "load_compiler", lambda: None)
@@ -570,7 +776,10 @@ def test_search_tries_everything_and_compiles_the_first(compiled):
     meshes = {(memory.mesh_sizes(c, 4)["data"], c.mesh.expert, c.mesh.tensor) for c in configs}
     assert {(4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)} <= meshes
     # Recomputation comes last, and of equals the more exact state first.
-    states = [(dataclasses.replace(c, optimizer=OptimizerConfig()), c.optimizer.state_dtype) for c in configs[3:]]
+    states = [
+        (dataclasses.replace(c, optimizer=OptimizerConfig()), c.optimizer.state_dtype)
+        for c in configs[3:]
+    ]
     assert all(b[1] != "float32" for a, b in itertools.pairwise(states) if a[0] == b[0])
     order = [c.model.remat == "full" for c in configs[3:]]
     assert order == sorted(order)
@@ -586,9 +795,17 @@ def test_search_where_nothing_fits(compiled, monkeypatch):
 def test_search_where_no_mesh_suits(compiled):
     cfg = config()
     odd = dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, hidden_size=127, num_kv_heads=1, num_heads=1, intermediate_size=191)
+        cfg,
+        model=dataclasses.replace(
+            cfg.model, hidden_size=127, num_kv_heads=1, num_heads=1, intermediate_size=191
+        ),
     )
-    odd = dataclasses.replace(odd, model=dataclasses.replace(odd.model, moe=dataclasses.replace(cfg.model.moe, num_experts=7)))
+    odd = dataclasses.replace(
+        odd,
+        model=dataclasses.replace(
+            odd.model, moe=dataclasses.replace(cfg.model.moe, num_experts=7)
+        ),
+    )
     with pytest.raises(ConfigError, match="no mesh over the 4 devices of v5e:2x2"):
         search.search(odd, "v5e:2x2", [1], compile_top=1)
 
@@ -599,21 +816,32 @@ def test_fit_gives_up_where_the_compiler_refuses_the_program(compiled, monkeypat
 
     monkeypatch.setattr(aot, "report", refuse)
     trials = search.fit(config(MeshConfig(data=-1, expert=1)), ["v5e"], batch_per_chip=1)
-    assert [trial.outcome for trial in trials] == ["the compiler refuses it: INTERNAL: Mosaic failed to compile"]
+    assert [trial.outcome for trial in trials] == [
+        "the compiler refuses it: INTERNAL: Mosaic failed to compile"
+    ]
 
 
 def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
-    # 2x2 is refused by the estimate, 2x4 by the compiler, which finds twice as much, 4x4 by neither; 1x1 cannot hold the mesh.
+    # 2x2 is refused by the estimate, 2x4 by the compiler, which finds twice as much, 4x4 by
+    # neither; 1x1 cannot hold the mesh.
     cfg = config(MeshConfig(data=-1, expert=2))
     peaks = {n: memory.estimate(search.with_batch(cfg, n, 2), n).peak for n in (4, 8, 16)}
     hbm = max(2 * peaks[16], int(peaks[4] / 1.2))
-    monkeypatch.setitem(topology.GENERATIONS, "v5e", dataclasses.replace(topology.GENERATIONS["v5e"], hbm_bytes=hbm))
+    monkeypatch.setitem(
+        topology.GENERATIONS,
+        "v5e",
+        dataclasses.replace(topology.GENERATIONS["v5e"], hbm_bytes=hbm),
+    )
     trials = search.fit(cfg, ["v5e"], batch_per_chip=2)
-    assert [trial.topology for trial in trials] == ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4"][: len(trials)]
+    assert [trial.topology for trial in trials] == ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4"][
+        : len(trials)
+    ]
     assert [bool(trial.report) for trial in trials] == [False] * (len(trials) - 1) + [True]
     assert trials[0].estimate is None and "config.mesh" in trials[0].outcome
     assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials)
-    assert len(compiled) == sum(trial.outcome != "too little memory, by line item" for trial in trials[1:])
+    assert len(compiled) == sum(
+        trial.outcome != "too little memory, by line item" for trial in trials[1:]
+    )
 
 
 def test_the_command_passes_its_options_on(compiled, capsys, plan):
@@ -621,17 +849,27 @@ def test_the_command_passes_its_options_on(compiled, capsys, plan):
         assert plan(*options) == 0
         return capsys.readouterr().out
 
-    rows = json.loads(run("--topology=v5p:2x2x1", "--search", "--compile_top=1", "--batch_per_chip=2", "--json"))
+    rows = json.loads(
+        run("--topology=v5p:2x2x1", "--search", "--compile_top=1", "--batch_per_chip=2", "--json")
+    )
     assert len(compiled) == 1
     assert {row["batch_size"] for row in rows} == {8}
     rows = json.loads(run("--topology=v5p:2x2x1", "--search", "--compile_top=0", "--json"))
     assert {row["batch_size"] for row in rows} == {4, 8, 16}
     rows = json.loads(run("--fit", "--generation=v6e", "--json"))
     assert {row["topology"].split(":")[0] for row in rows} == {"v6e"}
-    assert {row["topology"].split(":")[0] for row in json.loads(run("--fit", "--json"))} == set(topology.GENERATIONS)
-    assert [row["batch_size"] for row in json.loads(run("--fit", "--generation=v6e", "--batch_per_chip=3", "--json"))] == [3]
+    assert {row["topology"].split(":")[0] for row in json.loads(run("--fit", "--json"))} == set(
+        topology.GENERATIONS
+    )
+    assert [
+        row["batch_size"]
+        for row in json.loads(run("--fit", "--generation=v6e", "--batch_per_chip=3", "--json"))
+    ] == [3]
     assert "best first" in run("--topology=v5p:2x2x1", "--search")
-    assert json.loads(run("--topology=v5p:2x2x1", "--batch_per_chip=4", "--json"))["topology"] == "v5p:2x2x1"
+    assert (
+        json.loads(run("--topology=v5p:2x2x1", "--batch_per_chip=4", "--json"))["topology"]
+        == "v5p:2x2x1"
+    )
     assert compiled[-1][1].train.batch_size == 16
 
 
@@ -654,10 +892,15 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
     assert report["mesh"] == {"replica": 1, "data": 2, "expert": 2, "tensor": 1}
     assert report["estimated_peak"] > 0
     assert report["difference"] == pytest.approx(report["estimated_peak"] / stats["peak"] - 1)
-    kinds = {(collective["kind"], tuple(collective["axes"])) for collective in report["hlo"]["collectives"]}
+    kinds = {
+        (collective["kind"], tuple(collective["axes"]))
+        for collective in report["hlo"]["collectives"]
+    }
     assert ("all-to-all", ("expert",)) in kinds
     assert not any("?" in axes for _, axes in kinds)
-    assert {"entry", "forward loop", "backward loop"} <= {region["name"] for region in report["hlo"]["regions"]}
+    assert {"entry", "forward loop", "backward loop"} <= {
+        region["name"] for region in report["hlo"]["regions"]
+    }
     assert 0 < report["share_of_ideal"] < 1
     assert 0 < report["compile_seconds"] < 300
     assert report["host_bytes"] > 2**26
@@ -684,5 +927,15 @@ def test_reports_print(compiled, capsys):
     filled = hlo.HloReport((region,), (kernel,), (op,), (collective,), 34, 1)
     show.print_report(dataclasses.replace(report, hlo=filled, clock_hz=1.75e9))
     printed = capsys.readouterr().out
-    for word in ("8 chips", "difference", "gathered weights", "kernel splash", "left out", "all-gather", "34", "not a measurement", "f.1"):
+    for word in (
+        "8 chips",
+        "difference",
+        "gathered weights",
+        "kernel splash",
+        "left out",
+        "all-gather",
+        "34",
+        "not a measurement",
+        "f.1",
+    ):
         assert word in printed, word

@@ -1,4 +1,6 @@
-"""The real train step, compiled for a TPU pod slice by the TPU compiler; no TPU is needed, only libtpu."""
+"""The real train step, compiled for a TPU pod slice by the TPU compiler; no TPU is needed, only
+libtpu.
+"""
 
 import dataclasses
 import importlib.util
@@ -10,21 +12,32 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import Config, MeshConfig, TrainConfig
 from hunyuan_jax.plan import aot, topology
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install '.[tpu]'",
+)
 
 
 @pytest.mark.parametrize("dispatch", ["recycle", "dropless"])
 def test_train_step_compiles_for_v5p(dispatch):
     model = presets.tiny()
-    # A layer a group and one block of attention: a step has each kernel once or twice; tests/test_budget.py has two layers a group.
+    # A layer a group and one block of attention: a step has each kernel once or twice;
+    # tests/test_budget.py has two layers a group.
     moe = dataclasses.replace(model.moe, dispatch=dispatch)
-    model = dataclasses.replace(model, num_layers=2, cla_share_factor=1, dtype="bfloat16", remat="full", moe=moe)
-    config = Config(model=model, mesh=MeshConfig(data=2, expert=2), train=TrainConfig(batch_size=4, seq_len=128))
+    model = dataclasses.replace(
+        model, num_layers=2, cla_share_factor=1, dtype="bfloat16", remat="full", moe=moe
+    )
+    config = Config(
+        model=model,
+        mesh=MeshConfig(data=2, expert=2),
+        train=TrainConfig(batch_size=4, seq_len=128),
+    )
     compiled = aot.compile_step(config, topology.topology_devices("v5p:2x2x1")).compiled
     assert compiled.memory_analysis().temp_size_in_bytes > 0
     text = compiled.as_text()
     if dispatch == "recycle":
-        # Tokens travel to their experts and back; the gradient of an expert weight returns as a reduce-scatter over `data`.
+        # Tokens travel to their experts and back; the gradient of an expert weight returns as a
+        # reduce-scatter over `data`.
         assert "all-to-all" in text
         assert "reduce-scatter" in text
         for kernel in ("gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient"):

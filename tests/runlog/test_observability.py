@@ -1,4 +1,6 @@
-"""What a run says about itself: where the time goes, health of the mixtures, validation figures, traces, the live line, the report."""
+"""What a run says about itself: where the time goes, health of the mixtures, validation figures,
+traces, the live line, the report.
+"""
 
 import dataclasses
 import functools
@@ -56,16 +58,34 @@ def one_process(clock, workdir, first_step, rows, end=None):
 
 def test_time_has_a_cause_each_and_steps_lost_by_a_crash_are_not_productive(tmp_path):
     clock = Clock()
-    one_process(clock, tmp_path, 0, [("compile", 5, 0), ("productive", 10, 10), ("checkpoint", 1, 10), ("productive", 8, 20)])
+    one_process(
+        clock,
+        tmp_path,
+        0,
+        [("compile", 5, 0), ("productive", 10, 10), ("checkpoint", 1, 10), ("productive", 8, 20)],
+    )
     clock.now += 30  # dead, after a checkpoint at step 15: half of the last row is lost
     ledger = one_process(clock, tmp_path, 15, [("productive", 4, 20)], "finished")
-    expected = {"startup": 4, "compile": 5, "productive": 10 + 4 + 4, "checkpoint": 1, "repeated": 4, "down": 30}
-    assert {cause: seconds for cause, seconds in ledger.seconds.items() if seconds} == pytest.approx(expected)
+    expected = {
+        "startup": 4,
+        "compile": 5,
+        "productive": 10 + 4 + 4,
+        "checkpoint": 1,
+        "repeated": 4,
+        "down": 30,
+    }
+    assert {
+        cause: seconds for cause, seconds in ledger.seconds.items() if seconds
+    } == pytest.approx(expected)
     assert ledger.goodput == pytest.approx(18 / 62)
     assert ledger.num_starts == 2
-    assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).seconds == pytest.approx(ledger.seconds)
+    assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).seconds == pytest.approx(
+        ledger.seconds
+    )
     clock.now += 1000  # nobody wanted it to run
-    assert one_process(clock, tmp_path, 20, [("productive", 4, 30)]).seconds["down"] == pytest.approx(30)
+    assert one_process(clock, tmp_path, 20, [("productive", 4, 30)]).seconds[
+        "down"
+    ] == pytest.approx(30)
 
 
 def test_time_of_skipped_steps_is_not_productive(tmp_path):
@@ -77,7 +97,9 @@ def test_time_of_skipped_steps_is_not_productive(tmp_path):
     watch.flush(10, skipped=0.3)
     watch.close()
     expected = {"productive": 7, "skipped": 3}
-    assert {cause: seconds for cause, seconds in watch.ledger.seconds.items() if seconds} == pytest.approx(expected)
+    assert {
+        cause: seconds for cause, seconds in watch.ledger.seconds.items() if seconds
+    } == pytest.approx(expected)
     assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).goodput == pytest.approx(0.7)
 
 
@@ -116,7 +138,9 @@ def test_a_ledger_cut_off_by_a_crash_goes_on(tmp_path):
         file.write('{"time": 1, "st')
     ledger = one_process(clock, tmp_path, 10, [("productive", 10, 20)])
     assert ledger.seconds["productive"] == 20
-    assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).seconds == pytest.approx(ledger.seconds)
+    assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).seconds == pytest.approx(
+        ledger.seconds
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +162,9 @@ def test_peaks(kind, peak):
 
 # Health of the mixtures
 
-DROP = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, dispatch="drop", capacity_factor=0.7))
+DROP = dataclasses.replace(
+    MODEL, moe=dataclasses.replace(MODEL.moe, dispatch="drop", capacity_factor=0.7)
+)
 
 
 def health(sizes=(1, 1, 1), parts=1, model=DROP):
@@ -155,7 +181,9 @@ def health_alone():
     recorded = []
 
     def serve(weights, x_gTD, assignment, original=moe.serve, **how):
-        jax.debug.callback(lambda *a: recorded.append(jax.tree.map(np.asarray, a)), *assignment, ordered=False)
+        jax.debug.callback(
+            lambda *a: recorded.append(jax.tree.map(np.asarray, a)), *assignment, ordered=False
+        )
         return original(weights, x_gTD, assignment, **how)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -176,16 +204,32 @@ def test_figures_are_those_of_the_recorded_assignments():
         loads.append(np.bincount(served, minlength=E) / served.size)
         dropped.append(1 - served.size / is_valid.sum())
         assert 0 < dropped[-1] < 1
-    by_load = np.lexsort(np.round(loads, 6).T), np.lexsort(np.round(figures["load_LE"], 6).T)  # callbacks come in any order
-    np.testing.assert_allclose(figures["load_LE"][by_load[1]], np.array(loads)[by_load[0]], atol=1e-6)
+    by_load = (
+        np.lexsort(np.round(loads, 6).T),
+        np.lexsort(np.round(figures["load_LE"], 6).T),
+    )  # callbacks come in any order
+    np.testing.assert_allclose(
+        figures["load_LE"][by_load[1]], np.array(loads)[by_load[0]], atol=1e-6
+    )
     np.testing.assert_allclose(np.sort(figures["dropped_L"]), np.sort(dropped), atol=1e-6)
-    wished = [np.bincount(expert[is_valid].ravel(), minlength=E) / is_valid.sum() for expert, *_ in recorded]  # "drop" moves nobody
+    wished = [
+        np.bincount(expert[is_valid].ravel(), minlength=E) / is_valid.sum()
+        for expert, *_ in recorded
+    ]  # "drop" moves nobody
     by_wish = np.lexsort(np.round(wished, 6).T), np.lexsort(np.round(figures["demand_LE"], 6).T)
-    np.testing.assert_allclose(figures["demand_LE"][by_wish[1]], np.array(wished)[by_wish[0]], atol=1e-6)
+    np.testing.assert_allclose(
+        figures["demand_LE"][by_wish[1]], np.array(wished)[by_wish[0]], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    ("sizes", "parts", "remat"), [((1, 1, 1), 2, "none"), ((1, 1, 1), 4, "full"), ((1, 1, 1), 1, "dots"), ((2, 2, 2), 2, "none")]
+    ("sizes", "parts", "remat"),
+    [
+        ((1, 1, 1), 2, "none"),
+        ((1, 1, 1), 4, "full"),
+        ((1, 1, 1), 1, "dots"),
+        ((2, 2, 2), 2, "none"),
+    ],
 )
 def test_figures_are_the_same_in_parts_on_meshes_and_under_remat(sizes, parts, remat):
     figures = health(sizes, parts, dataclasses.replace(DROP, remat=remat))
@@ -196,10 +240,18 @@ def test_figures_are_the_same_in_parts_on_meshes_and_under_remat(sizes, parts, r
 def test_a_dead_expert_is_one_that_the_router_hardly_names():
     demand_LE = np.array([[0.5, 0.4976, 0.0024], [0.5, 0.4966, 0.0034]])
     even_LE = np.full((2, 3), 1 / 3)
-    figures = {"recycled_L": np.zeros(2), "dropped_L": np.zeros(2), "entropy_L": np.ones(2), "aux_loss": 1.0, "z_loss": 0.0}
+    figures = {
+        "recycled_L": np.zeros(2),
+        "dropped_L": np.zeros(2),
+        "entropy_L": np.ones(2),
+        "aux_loss": 1.0,
+        "z_loss": 0.0,
+    }
     row = metrics.moe_health({"demand_LE": demand_LE, "load_LE": even_LE, **figures})
     assert row["moe/dead_experts"] == 1  # 1 % of a third is 0.0033
-    assert row["moe/demand_max_over_mean"] == pytest.approx(1.5) and row["moe/load_max_over_mean"] == pytest.approx(1.0)
+    assert row["moe/demand_max_over_mean"] == pytest.approx(1.5) and row[
+        "moe/load_max_over_mean"
+    ] == pytest.approx(1.0)
     assert row["moe/demand"] == demand_LE.tolist()
 
 
@@ -210,12 +262,16 @@ def test_bytes_of_targets_are_those_of_the_text(tmp_path):
     import base64
 
     tokens = [*(bytes([b]) for b in range(256)), b"the ", "é".encode()]
-    (tmp_path / "ranks").write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    (tmp_path / "ranks").write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    )
     for tokenizer in (ByteTokenizer(), HyTokenizer(tmp_path / "ranks")):
         ids = [*tokenizer.encode("the é the café"), tokenizer.eos_id, tokenizer.pad_id]
         weights = np.ones((1, len(ids)), np.float32)
         weights[0, -1] = 0
-        (made,) = evaluate.with_target_bytes([{"targets": np.array([ids]), "loss_weights": weights}], tokenizer)
+        (made,) = evaluate.with_target_bytes(
+            [{"targets": np.array([ids]), "loss_weights": weights}], tokenizer
+        )
         assert made["target_bytes"].sum() == len("the é the café".encode())
 
 
@@ -232,7 +288,10 @@ def test_evaluation_is_over_all_targets():
 
 @pytest.mark.parametrize("steps", ["10", "3:2", "0:4", "a:b", "1:", "1:2:3"])
 def test_profile_steps_are_checked(steps):
-    with pytest.raises(ConfigError, match=rf"config\.train\.profile_steps = '{steps}' must be FIRST:LAST, such as 10:13"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"config\.train\.profile_steps = '{steps}' must be FIRST:LAST, such as 10:13",
+    ):
         validate(config_for(profile_steps=steps))
 
 
@@ -247,18 +306,28 @@ def test_a_run_with_a_trace_and_its_report(corpus, tmp_path):  # noqa: F811
     assert 1 < found["validation_bits_per_byte"] * np.log(2) / found["validation_loss"] < 1.01
     last = [row for row in rows(tmp_path) if "loss" in row][-1]
     assert 0 < last["goodput"] < 1
-    spent = {name: last[f"goodput/{name}_seconds"] for name in ("productive", "startup", "compile", "evaluation", "checkpoint", "profile")}
+    spent = {
+        name: last[f"goodput/{name}_seconds"]
+        for name in ("productive", "startup", "compile", "evaluation", "checkpoint", "profile")
+    }
     assert min(spent.values()) > 0
-    assert max(row["seconds_per_step"] for row in rows(tmp_path) if "loss" in row) < spent["compile"]  # compiling is not a step
+    assert (
+        max(row["seconds_per_step"] for row in rows(tmp_path) if "loss" in row) < spent["compile"]
+    )  # compiling is not a step
     ledger = goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE))
     assert ledger.seconds["down"] == 0 and ledger.num_starts == 1
     assert json.loads((tmp_path / "environment.json").read_text())["jax"] == jax.__version__
     text = report.write(tmp_path).read_text()
-    assert "validation" in text and f"<td>train.batch_size</td><td>{config.train.batch_size}</td>" in text
+    assert (
+        "validation" in text
+        and f"<td>train.batch_size</td><td>{config.train.batch_size}</td>" in text
+    )
 
 
 def traced_steps(path):
-    """From the JSON that lies beside the trace: jax.profiler.ProfileData aborts the process on jax 0.12."""
+    """From the JSON that lies beside the trace: jax.profiler.ProfileData aborts the process on jax
+    0.12.
+    """
     (beside,) = path.parent.glob("*.trace.json.gz")
     events = json.loads(gzip.decompress(beside.read_bytes()))["traceEvents"]
     return {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"}
@@ -267,7 +336,10 @@ def traced_steps(path):
 def test_wandb_is_asked_for_by_name_and_missing_with_a_message(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     metrics.require_wandb("")
-    with pytest.raises(ConfigError, match=r"config\.train\.wandb_project = 'moe' needs Weights & Biases, .* pip install wandb"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.train\.wandb_project = 'moe' needs Weights & Biases, .* pip install wandb",
+    ):
         loop.Log(config_for(wandb_project="moe"), "unused")
 
 
@@ -287,7 +359,9 @@ def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", WANDB, str(tmp_path)], env=env, check=True, timeout=120)
-    ids = {path.name.rsplit("-", 1)[1].removesuffix(".wandb") for path in tmp_path.rglob("*.wandb")}
+    ids = {
+        path.name.rsplit("-", 1)[1].removesuffix(".wandb") for path in tmp_path.rglob("*.wandb")
+    }
     assert ids == {(tmp_path / "wandb_id").read_text()}  # one run over both processes
 
 
@@ -302,7 +376,10 @@ def test_the_live_line_fits_the_terminal(width, monkeypatch, capsys):
     line = metrics.ProgressLine(100_000, 0)
     line.update(99_999, 1.2345, 1_234_567.0, 3.0)
     line.close()
-    shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text) for text in re.split(r"[\r\n]+", capsys.readouterr().err)]
+    shown = [
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+        for text in re.split(r"[\r\n]+", capsys.readouterr().err)
+    ]
     assert max(map(len, shown)) <= width
     assert "step 99999/100000" in shown[-2] and "loss 1.2345  1,234,567 tokens/s" in shown[-2]
 
@@ -326,12 +403,35 @@ def workdir(tmp_path_factory):
     folder.mkdir()
     lines = ["not json", '{"step": "x", "loss": 1}', "[1]", '{"loss": 3}', "\x00"]
     for step in range(1, 4001):
-        row = {"step": step, "loss": 6 / step**0.2, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "goodput": 0.9}
+        row = {
+            "step": step,
+            "loss": 6 / step**0.2,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-3,
+            "tokens_per_second": 1e4,
+            "goodput": 0.9,
+        }
         demand = (np.random.default_rng(step).dirichlet(np.ones(4), 2)).round(5).tolist()
-        lines.append(json.dumps({**row, "moe/demand": demand, "moe/load": [[0.25] * 4] * 2, "moe/recycled": 0.1, "moe/dropped": 0.0}))
-    lines += ['{"step": 4001, "loss": NaN, "moe/demand": "x"}', '{"step": 4001, "validation_loss": 1.5}', '{"step": 4002, "lo']
+        lines.append(
+            json.dumps(
+                {
+                    **row,
+                    "moe/demand": demand,
+                    "moe/load": [[0.25] * 4] * 2,
+                    "moe/recycled": 0.1,
+                    "moe/dropped": 0.0,
+                }
+            )
+        )
+    lines += [
+        '{"step": 4001, "loss": NaN, "moe/demand": "x"}',
+        '{"step": 4001, "validation_loss": 1.5}',
+        '{"step": 4002, "lo',
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-    (folder / "config.json").write_text(json.dumps({"data": {"source": ATTACK}, "train": {"num_steps": 9000}}))
+    (folder / "config.json").write_text(
+        json.dumps({"data": {"source": ATTACK}, "train": {"num_steps": 9000}})
+    )
     clock = Clock()
     one_process(clock, folder, 0, [("productive", 10, 10), ("compile", 4, 10)])
     one_process(clock, folder, 0, [("productive", 10, 10)])
@@ -367,15 +467,17 @@ def test_what_the_report_refuses(tmp_path, workdir, monkeypatch):
         report.write(workdir)
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page was not opened in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on this machine: the page was not opened in a browser"
+)
 def test_a_browser_draws_everything_and_runs_nothing_else(workdir, tmp_path):
     path = report.write(workdir, tmp_path / "page.html")
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-    )
+    options = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
     command = [
         CHROMIUM,
         *options.split(),
@@ -385,7 +487,9 @@ def test_a_browser_draws_everything_and_runs_nothing_else(workdir, tmp_path):
         path.as_uri(),
     ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
-    num_figures = len(json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1]))
+    num_figures = len(
+        json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+    )
     assert f'data-drawn="{num_figures}"' in dom
     assert dom.count("main-svg") >= num_figures >= 8
     assert "<title>a &lt;b&gt; run</title>" in dom  # the config's script did not run

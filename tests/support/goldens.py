@@ -1,4 +1,5 @@
-"""The golden data: what the official code computes on small random models (tests/golden/README.md says how it was made).
+"""The golden data: what the official code computes on small random models (tests/golden/README.md
+says how it was made).
 
 Letters: B batch, S tokens of a row, T = B * S, k choices a token, E experts, V vocabulary.
 """
@@ -19,7 +20,8 @@ from support import paths
 COPIED, COPIED_HF = (paths.GOLDEN / family for family in ("large", "hf"))
 COMPLETE, COMPLETE_HF = (paths.SHARED / "golden" / family for family in ("large", "hf"))
 
-# The official capacity runs: the released code never drops, so a capacity of k * T / E was patched into it (README).
+# The official capacity runs: the released code never drops, so a capacity of k * T / E was patched
+# into it (README).
 CAPACITY_CASES = ("capacity_drop", "capacity_drop_first", "capacity_recycle", "capacity_topk")
 PADDED_CASES = ("left_pad", "right_pad")
 ROPE_CASES = ("long_alpha", "rope_plain", "rope_linear")
@@ -34,13 +36,29 @@ FORWARD_CASES = (
     *PADDED_CASES,
     *ROPE_CASES,
 )
-HF_CASES = ("moe_top2_shared", "moe_alpha_tied_lists", "moe_top1", "dense_alpha_tied", "dense_bias_untied", "hub_moe_bf16")
-ALL_CASES = (*FORWARD_CASES, "rope_ntk_factor", "generate", "grad_reentrant", "train_steps", "bf16")
+HF_CASES = (
+    "moe_top2_shared",
+    "moe_alpha_tied_lists",
+    "moe_top1",
+    "dense_alpha_tied",
+    "dense_bias_untied",
+    "hub_moe_bf16",
+)
+ALL_CASES = (
+    *FORWARD_CASES,
+    "rope_ntk_factor",
+    "generate",
+    "grad_reentrant",
+    "train_steps",
+    "bf16",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One case: a model folder in the official format, and the recorded arrays under the names of tests/golden/README.md."""
+    """One case: a model folder in the official format, and the recorded arrays under the names of
+    tests/golden/README.md.
+    """
 
     name: str
     folder: Path
@@ -54,27 +72,43 @@ class Golden:
         return self.arrays[key].astype(np.int32)
 
     def per_layer(self, key: str) -> list[np.ndarray]:
-        """The arrays key.0, key.1, ... of the layers; skips the test if the copy in the repository leaves them out."""
+        """The arrays key.0, key.1, ... of the layers; skips the test if the copy in the repository
+        leaves them out.
+        """
         found = [name for name in self.arrays if name.startswith(f"{key}.")]
         if not found and self.folder.parent in (COPIED, COPIED_HF):
-            pytest.skip(f"the copy of {self.name} in the repository has no {key}, and ../shared/golden is not there")
+            pytest.skip(
+                f"the copy of {self.name} in the repository has no {key}, and ../shared/golden is "
+                "not there"
+            )
         return [self.arrays[f"{key}.{layer}"] for layer in range(len(found))]
 
     @property
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """input_ids, attention_mask and position_ids [B, S], int32; without padding the defaults of the official forward."""
+        """input_ids, attention_mask and position_ids [B, S], int32; without padding the defaults
+        of the official forward.
+        """
         ids_BS = self.int32("input_ids")
-        mask_BS = self.int32("attention_mask") if "attention_mask" in self.arrays else np.ones_like(ids_BS)
+        mask_BS = (
+            self.int32("attention_mask")
+            if "attention_mask" in self.arrays
+            else np.ones_like(ids_BS)
+        )
         if "position_ids" in self.arrays:
             return ids_BS, mask_BS, self.int32("position_ids")
-        return ids_BS, mask_BS, np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
+        return (
+            ids_BS,
+            mask_BS,
+            np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape),
+        )
 
     @property
     def labels(self) -> np.ndarray:
         """int32 [B, S], -100 where ignored.
 
-        With left padding the recorded loss also asks a padding row for the first token of the text.  Padding rows are not defined
-        (the official back ends differ there), so that target is left out here.
+        With left padding the recorded loss also asks a padding row for the first token of the
+        text.  Padding rows are not defined (the official back ends differ there), so that target
+        is left out here.
         """
         labels_BS, mask_BS = self.int32("labels"), self.inputs[1]
         labels_BS[:, 1:][mask_BS[:, :-1] == 0] = -100
@@ -82,11 +116,15 @@ class Golden:
 
 
 def folder_of(case: str) -> Path:
-    """The complete folder beside the checkout if there, else the copy in it; skips the test when the case is in neither."""
+    """The complete folder beside the checkout if there, else the copy in it; skips the test when
+    the case is in neither.
+    """
     for root in (COMPLETE, COMPLETE_HF, COPIED, COPIED_HF):
         if (root / case / "config.json").is_file():
             return root / case
-    pytest.skip(f"golden case {case} is not part of the repository and ../shared/golden is not there")
+    pytest.skip(
+        f"golden case {case} is not part of the repository and ../shared/golden is not there"
+    )
     raise AssertionError
 
 
@@ -98,9 +136,13 @@ def load(case: str) -> Golden:
 
 
 def official_tensors(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our nested parameters (or their gradients) under the official names and in the official layout."""
+    """Our nested parameters (or their gradients) under the official names and in the official
+    layout.
+    """
 
     def at(path):
         return functools.reduce(lambda node, key: node[key], path.split("/"), params)
 
-    return {e.name: table.to_official(np.asarray(at(e.path))[e.index], e) for e in table.entries(cfg)}
+    return {
+        e.name: table.to_official(np.asarray(at(e.path))[e.index], e) for e in table.entries(cfg)
+    }

@@ -1,4 +1,6 @@
-"""What several test files need: quick compilation, modules filled with random numbers, comparison by norm."""
+"""What several test files need: quick compilation, modules filled with random numbers, comparison
+by norm.
+"""
 
 import functools
 from collections.abc import Callable
@@ -17,14 +19,18 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
-def mesh_of(data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1) -> jax.sharding.Mesh:
+def mesh_of(
+    data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1
+) -> jax.sharding.Mesh:
     """A mesh of the first few of the eight fake devices."""
     sizes = MeshConfig(replica=replica, data=data, expert=expert, tensor=tensor)
     return make_mesh(sizes, jax.devices()[: replica * data * expert * tensor])
 
 
 def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3) -> Any:
-    """The module with random numbers in every parameter, scales and biases included; drawn by numpy, which compiles nothing."""
+    """The module with random numbers in every parameter, scales and biases included; drawn by
+    numpy, which compiles nothing.
+    """
     graph_def, state = nnx.split(nnx.eval_shape(module_fn))
     rng = np.random.default_rng(seed)
 
@@ -40,10 +46,16 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
-    assert difference <= tolerance, f"relative difference {difference:.2e} is above {tolerance:.0e}"
+    assert difference <= tolerance, (
+        f"relative difference {difference:.2e} is above {tolerance:.0e}"
+    )
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
     """Reference: weighted mean of -log p(target) from whole logits."""
-    nll_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV.astype(jnp.float32)), targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = -jnp.take_along_axis(
+        jax.nn.log_softmax(logits_BTV.astype(jnp.float32)), targets_BT[..., None], axis=-1
+    )[..., 0]
     return jnp.sum(nll_BT * weights_BT) / jnp.maximum(weights_BT.sum(), 1.0)

@@ -12,23 +12,45 @@ from hunyuan_jax.data import loader
 from hunyuan_jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-FIELDS = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_weights": np.float32}
+FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "loss_weights": np.float32,
+}
 
 
 def document_ids(text):
     return [TOKENIZER.bos_id, *text.encode(), TOKENIZER.eos_id]
 
 
-def order_of(*sources, batch_size=1, seq_len=8, seed=0, fraction=0.0, weights=((1.0,),), starts=(0.0,), num_steps=100):
+def order_of(
+    *sources,
+    batch_size=1,
+    seq_len=8,
+    seed=0,
+    fraction=0.0,
+    weights=((1.0,),),
+    starts=(0.0,),
+    num_steps=100,
+):
     """The order of a run over token sources 's0', 's1', ..."""
     names = [f"s{i}" for i in range(len(sources))]
     data = DataConfig(
         sources=tuple(SourceConfig(name, "") for name in names),
-        phases=tuple(PhaseConfig(f"p{i}", row, start) for i, (row, start) in enumerate(zip(weights, starts, strict=True))),
+        phases=tuple(
+            PhaseConfig(f"p{i}", row, start)
+            for i, (row, start) in enumerate(zip(weights, starts, strict=True))
+        ),
         validation_fraction=fraction,
     )
     corpus = loader.Corpus(tuple(names), sources, TOKENIZER.pad_id)
-    return loader.Order(corpus, data, TrainConfig(num_steps=num_steps, batch_size=batch_size, seq_len=seq_len, seed=seed))
+    return loader.Order(
+        corpus,
+        data,
+        TrainConfig(num_steps=num_steps, batch_size=batch_size, seq_len=seq_len, seed=seed),
+    )
 
 
 @contextlib.contextmanager
@@ -50,11 +72,15 @@ def assert_same_batches(left, right):
 
 
 def assert_shapes(batch, shape):
-    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {name: (shape, dtype) for name, dtype in FIELDS.items()}
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (shape, dtype) for name, dtype in FIELDS.items()
+    }
 
 
 def expected_pairs(texts):
-    return collections.Counter(pair for text in texts for pair in itertools.pairwise(document_ids(text)))
+    return collections.Counter(
+        pair for text in texts for pair in itertools.pairwise(document_ids(text))
+    )
 
 
 def counted_pairs(batches):
@@ -63,7 +89,9 @@ def counted_pairs(batches):
         pair
         for batch in batches
         for pair in zip(
-            batch["tokens"][batch["loss_weights"] == 1].tolist(), batch["targets"][batch["loss_weights"] == 1].tolist(), strict=True
+            batch["tokens"][batch["loss_weights"] == 1].tolist(),
+            batch["targets"][batch["loss_weights"] == 1].tolist(),
+            strict=True,
         )
     )
 
@@ -75,7 +103,12 @@ def num_rows(texts, seq_len):
 def pieces_of(texts, seq_len):
     """Every run of ids that a segment of a row, with its last target, may be."""
     whole = [document_ids(text) for text in texts]
-    return {tuple(ids[i:j]) for ids in whole for i in range(len(ids)) for j in range(i + 2, min(i + 2 + seq_len, len(ids) + 1))}
+    return {
+        tuple(ids[i:j])
+        for ids in whole
+        for i in range(len(ids))
+        for j in range(i + 2, min(i + 2 + seq_len, len(ids) + 1))
+    }
 
 
 def check_row(row, pieces):
@@ -88,7 +121,15 @@ def check_row(row, pieces):
     assert set(row["tokens"][is_padding]) | set(row["targets"][is_padding]) <= {TOKENIZER.pad_id}
     assert not row["positions"][is_padding].any()
     for segment in range(1, num_pieces + 1):
-        ids, targets = row["tokens"][segment_ids == segment], row["targets"][segment_ids == segment]
-        np.testing.assert_array_equal(row["positions"][segment_ids == segment], np.arange(len(ids)))
-        assert (*ids.tolist(), int(targets[-1])) in pieces  # so the last target is of the same document
+        ids, targets = (
+            row["tokens"][segment_ids == segment],
+            row["targets"][segment_ids == segment],
+        )
+        np.testing.assert_array_equal(
+            row["positions"][segment_ids == segment], np.arange(len(ids))
+        )
+        assert (
+            *ids.tolist(),
+            int(targets[-1]),
+        ) in pieces  # so the last target is of the same document
         np.testing.assert_array_equal(ids[1:], targets[:-1])

@@ -1,4 +1,6 @@
-"""Tokenizers and chat templates that model folders bring: as transformers reads them, and never a turn that a content forges."""
+"""Tokenizers and chat templates that model folders bring: as transformers reads them, and never a
+turn that a content forges.
+"""
 
 import base64
 import json
@@ -23,7 +25,8 @@ CHAT = [
     {"role": "assistant", "content": "Hi."},
     {"role": "user", "content": "  more\n"},
 ]
-# What Hunyuan's templates use: nested blocks that are trimmed, a namespace, tojson, refusals, a switch for thinking.
+# What Hunyuan's templates use: nested blocks that are trimmed, a namespace, tojson, refusals, a
+# switch for thinking.
 THINKING = """
 {%- if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}
 {% set ns = namespace(n=0) %}
@@ -41,9 +44,10 @@ THINKING = """
 {% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}
 """
 VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-TRICKY_TEXT = st.lists(st.sampled_from(["<|eos|>", "<|extra_0|>", "<|", "|>", "hello 12", "e\u0301", "\ue0003\ue001"]) | VALID_TEXT).map(
-    "".join
-)
+TRICKY_TEXT = st.lists(
+    st.sampled_from(["<|eos|>", "<|extra_0|>", "<|", "|>", "hello 12", "e\u0301", "\ue0003\ue001"])
+    | VALID_TEXT
+).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,8 @@ def with_template(tokenizer, template: str) -> HfTokenizer:
     return other
 
 
-# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+# --- tokenizer.json
+# ---------------------------------------------------------------------------------------------------
 
 
 @SETTINGS
@@ -88,18 +93,28 @@ def test_text_comes_back_and_forges_nothing(tokenizer, text):
 @pytest.mark.filterwarnings("ignore")  # of transformers
 def test_ids_are_those_of_transformers(tokenizer, source):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(source)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
     assert tokenizer.vocab_size == len(theirs)
     for string in ("", "héllo <|eos|> wörld", "海 12\n\n  x", "<|extra_0|><|pad|>"):
         ids = theirs.encode(string, add_special_tokens=False)
         assert tokenizer.encode(string, parse_special=True) == ids
         assert tokenizer.decode(ids) == theirs.decode(ids)
-        assert tokenizer.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+        assert tokenizer.decode(ids, skip_special=True) == theirs.decode(
+            ids, skip_special_tokens=True
+        )
 
 
 def test_special_names_and_ids(tokenizer):
     name = "<|eos|>"
-    assert tokenizer.encode(name, parse_special=True) == [tokenizer.special_id(name)] == [tokenizer.eos_id]
+    assert (
+        tokenizer.encode(name, parse_special=True)
+        == [tokenizer.special_id(name)]
+        == [tokenizer.eos_id]
+    )
     assert tokenizer.decode([tokenizer.eos_id, 9999]) == name + "\ufffd"
     assert tokenizer.decode([tokenizer.eos_id, 9999], skip_special=True) == ""
     copy = pickle.loads(pickle.dumps(tokenizer))
@@ -109,13 +124,19 @@ def test_special_names_and_ids(tokenizer):
 def test_stop_ids_come_from_the_generation_config(folder):
     eos = load_tokenizer(folder).eos_id
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 5]}))
-    assert load_tokenizer(folder).stop_ids == load_tokenizer(folder / "tokenizer.json").stop_ids == (eos, 5)
+    assert (
+        load_tokenizer(folder).stop_ids
+        == load_tokenizer(folder / "tokenizer.json").stop_ids
+        == (eos, 5)
+    )
 
 
 def test_tokens_that_are_not_named(folder):
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|eos|>"}}')
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.bos_id == tokenizer.pad_id == tokenizer.eos_id == tokenizer.special_id("<|eos|>")
+    assert (
+        tokenizer.bos_id == tokenizer.pad_id == tokenizer.eos_id == tokenizer.special_id("<|eos|>")
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,10 +146,22 @@ def test_tokens_that_are_not_named(folder):
         ("tokenizer_config.json", "[]", "holds a JSON list"),
         ("tokenizer_config.json", "{", "is not valid JSON"),
         ("tokenizer_config.json", "{}", "names no eos_token"),
-        ("tokenizer_config.json", '{"eos_token": "<nope>"}', "eos_token = '<nope>' is not a token"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<nope>"}',
+            "eos_token = '<nope>' is not a token",
+        ),
         ("tokenizer_config.json", '{"eos_token": 3}', "eos_token = 3 must be a string"),
-        ("tokenizer_config.json", '{"eos_token": "<|eos|>", "chat_template": 3}', "chat_template is a int"),
-        ("tokenizer_config.json", '{"eos_token": "<|eos|>", "chat_template": [{"name": "rag", "template": ""}]}', "none named 'default'"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<|eos|>", "chat_template": 3}',
+            "chat_template is a int",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<|eos|>", "chat_template": [{"name": "rag", "template": ""}]}',
+            "none named 'default'",
+        ),
     ],
 )
 def test_damaged_files_are_one_clear_line(folder, file, content, message):
@@ -142,7 +175,10 @@ def test_damaged_files_are_one_clear_line(folder, file, content, message):
 def test_other_kinds_of_tokenizer_json_are_refused(folder):
     data = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(
-        json.dumps(data | {"decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}})
+        json.dumps(
+            data
+            | {"decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}}
+        )
     )
     with pytest.raises(ConfigError, match="its decoder is Metaspace; only ByteLevel"):
         load_tokenizer(folder)
@@ -152,12 +188,18 @@ def test_other_kinds_of_tokenizer_json_are_refused(folder):
 
 def test_a_folder_with_ranks(folder):
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds no tokenizer: neither tokenizer\.json nor hy\.tiktoken"):
+    with pytest.raises(
+        ConfigError, match=r"holds no tokenizer: neither tokenizer\.json nor hy\.tiktoken"
+    ):
         load_tokenizer(folder)
-    (folder / "hy.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" 0\n" for byte in range(256)))
+    (folder / "hy.tiktoken").write_bytes(
+        b"".join(base64.b64encode(bytes([byte])) + b" 0\n" for byte in range(256))
+    )
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, HyTokenizer) and tokenizer.vocab_size == 256 + 209
-    assert tokenizer.chat_template and render_chat(CHAT[1:2], tokenizer)[0] == tokenizer.special_id("<|startoftext|>")
+    assert tokenizer.chat_template and render_chat(CHAT[1:2], tokenizer)[
+        0
+    ] == tokenizer.special_id("<|startoftext|>")
     assert load_tokenizer(folder / "hy.tiktoken").chat_template is None
     # A13B has one special token more, and a table without padding.
     (folder / "config.json").write_text('{"vocab_size": 466}')
@@ -165,10 +207,13 @@ def test_a_folder_with_ranks(folder):
 
 
 def test_generation_takes_the_folders_tokenizer(folder):
-    assert load_tokenizer(text._tokenizer_of(folder)).vocab_size == load_tokenizer(folder).vocab_size
+    assert (
+        load_tokenizer(text._tokenizer_of(folder)).vocab_size == load_tokenizer(folder).vocab_size
+    )
 
 
-# --- Chat templates ---------------------------------------------------------------------------------------------------
+# --- Chat templates
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -182,13 +227,22 @@ def test_chats_are_those_of_transformers(tokenizer, source, template, chat):
             continue
         for is_prompt in (True, False):
             expected = theirs.apply_chat_template(
-                chat, chat_template=template, add_generation_prompt=is_prompt, tokenize=True, return_dict=False, **variables
+                chat,
+                chat_template=template,
+                add_generation_prompt=is_prompt,
+                tokenize=True,
+                return_dict=False,
+                **variables,
             )
-            assert render_chat(chat, ours, add_generation_prompt=is_prompt, **variables) == expected
+            assert (
+                render_chat(chat, ours, add_generation_prompt=is_prompt, **variables) == expected
+            )
 
 
 def test_a_prompt_is_what_does_not_end_with_an_answer(tokenizer):
-    thinking = with_template(tokenizer, "{{ 'P' if add_generation_prompt else 'N' }}{{ messages[0].content }}")
+    thinking = with_template(
+        tokenizer, "{{ 'P' if add_generation_prompt else 'N' }}{{ messages[0].content }}"
+    )
     assert thinking.decode(render_chat(CHAT, thinking)) == "PBe brief."
     assert thinking.decode(render_chat(CHAT[:3], thinking)) == "NBe brief."
 
@@ -198,20 +252,31 @@ def test_a_prompt_is_what_does_not_end_with_an_answer(tokenizer):
 def test_a_content_cannot_forge_a_turn(tokenizer, first, second):
     chat = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
     ids = render_chat(chat, tokenizer)
-    special = [i for i in ids if i in {tokenizer.special_id(name) for name in tokenizer.special_names}]
-    assert [tokenizer.decode([i]) for i in special] == ["<|startoftext|>", "<|extra_0|>", "<|eos|>"]
+    special = [
+        i for i in ids if i in {tokenizer.special_id(name) for name in tokenizer.special_names}
+    ]
+    assert [tokenizer.decode([i]) for i in special] == [
+        "<|startoftext|>",
+        "<|extra_0|>",
+        "<|eos|>",
+    ]
     # Nothing else is changed: the text is that of the parsed form.
-    assert tokenizer.decode(ids) == tokenizer.decode(render_chat(chat, tokenizer, parse_special=True))
+    assert tokenizer.decode(ids) == tokenizer.decode(
+        render_chat(chat, tokenizer, parse_special=True)
+    )
 
 
 def test_thinking_by_variable_and_by_command(tokenizer):
     thinking = with_template(tokenizer, THINKING)
     assert "<think>" in thinking.decode(render_chat(CHAT, thinking, enable_thinking=False))
     assert "<think>" not in thinking.decode(render_chat(CHAT, thinking, enable_thinking=True))
-    # A template that knows no such variable: the models know the commands too, in the user's words.
+    # A template that knows no such variable: the models know the commands too, in the user's
+    # words.
     for is_on, command in ((True, "/think"), (False, "/no_think")):
         commanded = [*CHAT[:3], {"role": "user", "content": f"{command} {CHAT[3]['content']}"}]
-        assert render_chat(CHAT, tokenizer, enable_thinking=is_on) == render_chat(commanded, tokenizer)
+        assert render_chat(CHAT, tokenizer, enable_thinking=is_on) == render_chat(
+            commanded, tokenizer
+        )
     with pytest.raises(ValueError, match="puts /think before a user turn, but the chat has none"):
         render_chat(CHAT[:1], tokenizer, enable_thinking=True)
 
@@ -251,7 +316,9 @@ def test_malformed_messages(tokenizer, messages, message):
 
 
 def test_the_built_in_template_has_no_switches(folder):
-    (folder / "hy.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" 0\n" for byte in range(256)))
+    (folder / "hy.tiktoken").write_bytes(
+        b"".join(base64.b64encode(bytes([byte])) + b" 0\n" for byte in range(256))
+    )
     built_in = load_tokenizer(folder / "hy.tiktoken")
     for name in ("enable_thinking", "add_generation_prompt", "tools"):
         with pytest.raises(ValueError, match=f"{name} has no effect without a chat template"):
@@ -260,10 +327,18 @@ def test_the_built_in_template_has_no_switches(folder):
 
 def test_labels_are_what_the_assistant_says(tokenizer):
     ids, labels = sft_example(
-        [*CHAT[:3], {"role": "user", "content": "<|eos|>"}, {"role": "assistant", "content": "Bye <|eos|>"}], tokenizer
+        [
+            *CHAT[:3],
+            {"role": "user", "content": "<|eos|>"},
+            {"role": "assistant", "content": "Bye <|eos|>"},
+        ],
+        tokenizer,
     )
     said = [i for i in labels if i != IGNORED_LABEL]
-    assert tokenizer.decode(said) == "Hi.<|eos|>Bye <|eos|><|eos|>" and said.count(tokenizer.eos_id) == 2
+    assert (
+        tokenizer.decode(said) == "Hi.<|eos|>Bye <|eos|><|eos|>"
+        and said.count(tokenizer.eos_id) == 2
+    )
     assert all(label in (IGNORED_LABEL, i) for i, label in zip(ids, labels, strict=True))
     assert set(sft_example(CHAT[:2], tokenizer)[1]) == {IGNORED_LABEL}
     assert sft_example(CHAT[:3], tokenizer, max_len=4)[0] == ids[:4]

@@ -1,4 +1,6 @@
-"""Tokenizers: equality with the official class, the laws of encode and decode, and every message a user can meet."""
+"""Tokenizers: equality with the official class, the laws of encode and decode, and every message a
+user can meet.
+"""
 
 import base64
 import json
@@ -17,16 +19,33 @@ from hunyuan_jax.tokenizer import ByteTokenizer, HyTokenizer, StreamDecoder, loa
 from hunyuan_jax.tokenizer.hy import MAX_BLANK_RUN, SPECIAL_TOKENS
 from support import paths
 
-GOLDEN = json.loads((paths.GOLDEN / "large/tokenizer/tokenizer_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (paths.GOLDEN / "large/tokenizer/tokenizer_golden.json").read_text(encoding="utf-8")
+)
 REAL_RANKS = paths.SHARED / "data/hy.tiktoken"
 BYTES = [bytes([byte]) for byte in range(256)]
-MERGES = [b"he", b"ll", b"hell", b"hello", b" hello", b"12", b"  ", "\u6d77".encode()[:2], "\u6d77".encode(), b"<|", b"|>"]
+MERGES = [
+    b"he",
+    b"ll",
+    b"hell",
+    b"hello",
+    b" hello",
+    b"12",
+    b"  ",
+    "\u6d77".encode()[:2],
+    "\u6d77".encode(),
+    b"<|",
+    b"|>",
+]
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 # Text in which names of special tokens, or what nearly is one, are common.
 TRICKY_TEXT = st.lists(
-    st.sampled_from([*SPECIAL_TOKENS[:6], "<|extra_204|>", "<|", "|>", "eos", "hello 12", "e\u0301", "\u0338"]) | VALID_TEXT
+    st.sampled_from(
+        [*SPECIAL_TOKENS[:6], "<|extra_204|>", "<|", "|>", "eos", "hello 12", "e\u0301", "\u0338"]
+    )
+    | VALID_TEXT
 ).map("".join)
 
 
@@ -39,7 +58,9 @@ def write_ranks(path: pathlib.Path, tokens: list[bytes]) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> HyTokenizer:
     """The real class on 267 ranks."""
-    return HyTokenizer(write_ranks(tmp_path_factory.mktemp("ranks") / "tiny.tiktoken", BYTES + MERGES))
+    return HyTokenizer(
+        write_ranks(tmp_path_factory.mktemp("ranks") / "tiny.tiktoken", BYTES + MERGES)
+    )
 
 
 @pytest.fixture(scope="module", params=["byte", "tiny"])
@@ -52,18 +73,25 @@ def tokenizer(request, tiny):
 def real() -> HyTokenizer:
     """The released ranks, which are not ours to distribute."""
     if not REAL_RANKS.is_file():
-        pytest.skip("the released ranks file is not beside the checkout (../shared/data/hy.tiktoken)")
+        pytest.skip(
+            "the released ranks file is not beside the checkout (../shared/data/hy.tiktoken)"
+        )
     return HyTokenizer(REAL_RANKS)
 
 
-# --- Against the official class ---------------------------------------------------------------------------------------
+# --- Against the official class
+# ---------------------------------------------------------------------------------------
 
 
 def test_real_sizes_and_ids_match_official(real):
     assert real.vocab_size == GOLDEN["n_vocab"]
     assert len(SPECIAL_TOKENS) == GOLDEN["special_tokens"]
     assert {name: real.special_id(name) for name in GOLDEN["ids"]} == GOLDEN["ids"]
-    assert (real.bos_id, real.eos_id, real.pad_id) == (GOLDEN["bos_token_id"], GOLDEN["eos_token_id"], GOLDEN["pad_token_id"])
+    assert (real.bos_id, real.eos_id, real.pad_id) == (
+        GOLDEN["bos_token_id"],
+        GOLDEN["eos_token_id"],
+        GOLDEN["pad_token_id"],
+    )
     assert real.stop_ids == (GOLDEN["ids"]["<|eos|>"], GOLDEN["ids"]["<|extra_5|>"])
 
 
@@ -86,10 +114,13 @@ def test_tiny_decodes_to_official_text(tiny, case):
 def test_real_round_trip_of_every_ordinary_token(real):
     # Token by token: no rank is lost, shifted or doubled between the file and the table.
     lines = REAL_RANKS.read_bytes().splitlines()
-    assert [base64.b64encode(real.decode_bytes([rank])) for rank in range(len(lines))] == [line.split()[0] for line in lines]
+    assert [base64.b64encode(real.decode_bytes([rank])) for rank in range(len(lines))] == [
+        line.split()[0] for line in lines
+    ]
 
 
-# --- Splitting and merging --------------------------------------------------------------------------------------------
+# --- Splitting and merging
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +150,11 @@ def test_real_round_trip_of_every_ordinary_token(real):
 )
 def test_text_is_split_as_the_pattern_says(tmp_path, pieces):
     # Neighbours joined are tokens too, so where the pattern fails to split they come out as one.
-    spans = ["".join(pieces[start:end]) for start in range(len(pieces)) for end in range(start + 1, len(pieces) + 1)]
+    spans = [
+        "".join(pieces[start:end])
+        for start in range(len(pieces))
+        for end in range(start + 1, len(pieces) + 1)
+    ]
     tokens = list(dict.fromkeys([*BYTES, *(span.encode() for span in spans)]))
     ranks = HyTokenizer(write_ranks(tmp_path / "ranks", tokens))
     assert ranks.encode("".join(pieces)) == [tokens.index(piece.encode()) for piece in pieces]
@@ -140,17 +175,21 @@ def test_special_ids_follow_the_last_rank(tiny):
 
 def test_text_is_composed_before_it_is_split(tiny):
     assert tiny.encode("e\u0301") == list("\u00e9".encode())
-    # Composition comes first in the official class too: here it takes the ">" away, and with it the token.
+    # Composition comes first in the official class too: here it takes the ">" away, and with it
+    # the token.
     assert tiny.special_id("<|eos|>") not in tiny.encode("<|eos|>\u0338", parse_special=True)
 
 
-# --- Laws -------------------------------------------------------------------------------------------------------------
+# --- Laws
+# -------------------------------------------------------------------------------------------------------------
 
 
 @SETTINGS
 @given(text=VALID_TEXT | TRICKY_TEXT, parse_special=st.booleans())
 def test_hy_decode_inverts_encode_up_to_nfc(tiny, text, parse_special):
-    assert tiny.decode(tiny.encode(text, parse_special=parse_special)) == unicodedata.normalize("NFC", text)
+    assert tiny.decode(tiny.encode(text, parse_special=parse_special)) == unicodedata.normalize(
+        "NFC", text
+    )
 
 
 @SETTINGS
@@ -177,19 +216,32 @@ def test_the_array_of_a_text_is_its_list(tokenizer, text):
 def test_fingerprint_changes_with_tokens_and_rules(tmp_path, tiny):
     same = HyTokenizer(write_ranks(tmp_path / "same", BYTES + MERGES))
     swapped = HyTokenizer(write_ranks(tmp_path / "swapped", [*BYTES, *reversed(MERGES)]))
-    joined = HyTokenizer(write_ranks(tmp_path / "joined", [*BYTES, *MERGES[:-1], MERGES[-1] + b"<"]))
+    joined = HyTokenizer(
+        write_ranks(tmp_path / "joined", [*BYTES, *MERGES[:-1], MERGES[-1] + b"<"])
+    )
     assert tiny.fingerprint() == same.fingerprint()
     other_rules = type("HyTokenizer", (HyTokenizer,), {"_rules": ("NFC", "x")})(tmp_path / "same")
-    assert len({each.fingerprint() for each in (tiny, swapped, joined, ByteTokenizer(), other_rules)}) == 5
+    assert (
+        len({each.fingerprint() for each in (tiny, swapped, joined, ByteTokenizer(), other_rules)})
+        == 5
+    )
 
 
 @SETTINGS
-@given(names=st.lists(st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "hello ", "12", "<|", "\u6d77"])))
+@given(
+    names=st.lists(
+        st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "hello ", "12", "<|", "\u6d77"])
+    )
+)
 def test_parsed_names_become_their_ids_in_place(tokenizer, names):
     ids = tokenizer.encode("".join(names), parse_special=True)
     specials = {tokenizer.special_id(name): name for name in ("<|bos|>", "<|eos|>", "<|pad|>")}
-    assert [specials[token_id] for token_id in ids if token_id in specials] == [name for name in names if name in specials.values()]
-    assert tokenizer.decode(ids, skip_special=True) == "".join(name for name in names if name not in specials.values())
+    assert [specials[token_id] for token_id in ids if token_id in specials] == [
+        name for name in names if name in specials.values()
+    ]
+    assert tokenizer.decode(ids, skip_special=True) == "".join(
+        name for name in names if name not in specials.values()
+    )
 
 
 @SETTINGS
@@ -198,7 +250,9 @@ def test_streamed_text_is_the_decoded_text(tokenizer, data, skip_special):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3) | st.integers(0x80, 0xFF)))
     stream = StreamDecoder(tokenizer, skip_special=skip_special)
     for _ in range(2):  # finish() leaves the decoder as new
-        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, skip_special=skip_special)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(
+            ids, skip_special=skip_special
+        )
 
 
 @SETTINGS
@@ -220,30 +274,48 @@ def test_stream_that_ends_inside_a_character_shows_one_replacement():
     assert stream.finish() == "\ufffd"
 
 
-# --- Edges ------------------------------------------------------------------------------------------------------------
+# --- Edges
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_byte_ids():
     byte = ByteTokenizer()
-    assert (byte.vocab_size, byte.bos_id, byte.eos_id, byte.pad_id, byte.stop_ids) == (259, 256, 257, 258, (257,))
+    assert (byte.vocab_size, byte.bos_id, byte.eos_id, byte.pad_id, byte.stop_ids) == (
+        259,
+        256,
+        257,
+        258,
+        (257,),
+    )
     assert byte.encode("a\u00e9<|eos|>") == list("a\u00e9<|eos|>".encode())
     assert byte.encode("a<|eos|>b", parse_special=True) == [97, 257, 98]
 
 
-@pytest.mark.parametrize(("text", "shown"), [("a\ud83db", "a\ufffdb"), ("\udc00\ud83d", "\ufffd\ufffd")], ids=["one", "swapped pair"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\ud83db", "a\ufffdb"), ("\udc00\ud83d", "\ufffd\ufffd")],
+    ids=["one", "swapped pair"],
+)
 def test_lone_surrogate_becomes_the_replacement_character(tokenizer, text, shown):
     assert tokenizer.decode(tokenizer.encode(text)) == shown
 
 
 def test_surrogate_pairs_are_encoded_as_the_characters_they_stand_for(tokenizer):
     # The second text is one that NFC composes, so the pairs must be joined before that.
-    for text, joined in (("\ud83d\ude42", "\U0001f642"), ("\ud804\udc99\ud804\udcba", "\U00011099\U000110ba")):
+    for text, joined in (
+        ("\ud83d\ude42", "\U0001f642"),
+        ("\ud804\udc99\ud804\udcba", "\U00011099\U000110ba"),
+    ):
         assert tokenizer.encode(text) == tokenizer.encode(joined)
 
 
 @pytest.mark.parametrize("parse_special", [False, True])
 def test_blank_runs_that_abort_the_regex_engine_are_encoded(tiny, parse_special):
-    blanks = [chr(code) for code in range(0x3001) if chr(code).isspace() and chr(code) not in "\r\n\x1c\x1d\x1e\x1f"]
+    blanks = [
+        chr(code)
+        for code in range(0x3001)
+        if chr(code).isspace() and chr(code) not in "\r\n\x1c\x1d\x1e\x1f"
+    ]
     every_blank = unicodedata.normalize("NFC", "".join(blanks) * (1_100_000 // len(blanks)))
     assert len(every_blank) > 1_000_000 > MAX_BLANK_RUN
     text = "hello" + every_blank + "hello" + every_blank
@@ -253,7 +325,9 @@ def test_blank_runs_that_abort_the_regex_engine_are_encoded(tiny, parse_special)
 def test_long_text_without_long_blank_runs_is_not_cut(tiny):
     text = "hello" + " " * MAX_BLANK_RUN + "hello"
     # All blanks but the last are one run, merged in pairs; the last one belongs to the word.
-    hello, pair, spaced_hello = (256 + MERGES.index(token) for token in (b"hello", b"  ", b" hello"))
+    hello, pair, spaced_hello = (
+        256 + MERGES.index(token) for token in (b"hello", b"  ", b" hello")
+    )
     assert tiny.encode(text) == [hello, *[pair] * (MAX_BLANK_RUN // 2 - 1), ord(" "), spaced_hello]
 
 
@@ -265,19 +339,25 @@ def test_ids_past_the_vocabulary_show_as_replacement_and_count_as_special(tokeni
 
 def test_decode_takes_integer_arrays(tokenizer):
     ids = tokenizer.encode("hello 12")
-    assert tokenizer.decode(np.asarray(ids, np.int32)) == tokenizer.decode(tuple(ids)) == "hello 12"
+    assert (
+        tokenizer.decode(np.asarray(ids, np.int32)) == tokenizer.decode(tuple(ids)) == "hello 12"
+    )
     assert StreamDecoder(tokenizer).push(np.int32(104)) == "h"
     with pytest.raises(TypeError):
         tokenizer.decode([1.5])
 
 
 def test_negative_id_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="token id -100 cannot be decoded: ids start at 0; remove"):
+    with pytest.raises(
+        ValueError, match="token id -100 cannot be decoded: ids start at 0; remove"
+    ):
         tokenizer.decode([1, -100])
 
 
 def test_unknown_special_name_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"special token '<\|extra_204\|>' is unknown.*use one of them"):
+    with pytest.raises(
+        ValueError, match=r"special token '<\|extra_204\|>' is unknown.*use one of them"
+    ):
         tokenizer.special_id("<|extra_204|>")
 
 
@@ -289,13 +369,19 @@ def test_tokenizers_survive_pickling(tokenizer):
     assert copy.stop_ids == tokenizer.stop_ids
 
 
-# --- Loading ----------------------------------------------------------------------------------------------------------
+# --- Loading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_load_by_name_and_by_path(tmp_path, tiny):
     path = write_ranks(tmp_path / "ranks", BYTES + MERGES)
     assert isinstance(load_tokenizer("byte"), ByteTokenizer)
-    assert load_tokenizer(str(path)).encode("hello") == load_tokenizer(path).encode("hello") == tiny.encode("hello") == [259]
+    assert (
+        load_tokenizer(str(path)).encode("hello")
+        == load_tokenizer(path).encode("hello")
+        == tiny.encode("hello")
+        == [259]
+    )
 
 
 @pytest.mark.parametrize("make", [load_tokenizer, HyTokenizer])
@@ -311,13 +397,24 @@ def test_missing_file_or_folder_is_one_clear_line(tmp_path, make):
 
 @pytest.mark.parametrize(
     "bad_line",
-    [b"", b"QUI=", b"QUI= 256 1", b"QU! 256", b"QUI 256", b"\xff\xfe 256", b"version https://example.invalid/spec/v1", b"x" * 500],
+    [
+        b"",
+        b"QUI=",
+        b"QUI= 256 1",
+        b"QU! 256",
+        b"QUI 256",
+        b"\xff\xfe 256",
+        b"version https://example.invalid/spec/v1",
+        b"x" * 500,
+    ],
     ids=ascii,
 )
 def test_malformed_line_is_named(tmp_path, bad_line):
     path = write_ranks(tmp_path / "ranks", BYTES)
     path.write_bytes(path.read_bytes() + bad_line + b"\nQUI= 257\n")
-    with pytest.raises(ValueError, match=r"ranks, line 257: .* is not 'BASE64 RANK'; get the file again") as error:
+    with pytest.raises(
+        ValueError, match=r"ranks, line 257: .* is not 'BASE64 RANK'; get the file again"
+    ) as error:
         load_tokenizer(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 200
 
@@ -328,9 +425,13 @@ def test_repeated_token_is_named_with_both_lines(tmp_path):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize(("tokens", "count", "first"), [([], 256, "0x00"), (BYTES[:-1], 1, "0xff")])
+@pytest.mark.parametrize(
+    ("tokens", "count", "first"), [([], 256, "0x00"), (BYTES[:-1], 1, "0xff")]
+)
 def test_ranks_without_every_byte_are_refused(tmp_path, tokens, count, first):
-    with pytest.raises(ValueError, match=rf"{count} of the 256 single bytes have no rank \(first: {first}\)"):
+    with pytest.raises(
+        ValueError, match=rf"{count} of the 256 single bytes have no rank \(first: {first}\)"
+    ):
         load_tokenizer(write_ranks(tmp_path / "ranks", tokens))
 
 
@@ -341,20 +442,32 @@ def test_crlf_ranks_file_reads_the_same(tmp_path, tiny):
 
 
 def loaded_modules(code: str, *arguments: str) -> set[str]:
-    """Top-level modules of a fresh interpreter after `code`, with every network connection refused."""
+    """Top-level modules of a fresh interpreter after `code`, with every network connection
+    refused.
+    """
     no_network = "import socket, sys\ndef refuse(*_): raise OSError('no network')\nsocket.socket.connect = socket.getaddrinfo = refuse\n"
     report = "\nprint(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", no_network + code + report, *arguments]
-    return set(subprocess.run(command, cwd=paths.ROOT, check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run(
+            command, cwd=paths.ROOT, check=True, capture_output=True, text=True
+        ).stdout.split()
+    )
 
 
 def test_bytes_load_neither_jax_nor_tiktoken():
-    modules = loaded_modules("from hunyuan_jax.tokenizer import load_tokenizer\nload_tokenizer('byte').encode('hello')")
+    modules = loaded_modules(
+        "from hunyuan_jax.tokenizer import load_tokenizer\nload_tokenizer('byte').encode('hello')"
+    )
     assert "hunyuan_jax" in modules
     assert modules.isdisjoint({"jax", "tiktoken", "numpy", "requests"})
 
 
 def test_ranks_load_tiktoken_without_network(tmp_path):
     path = write_ranks(tmp_path / "ranks", BYTES + MERGES)
-    modules = loaded_modules("from hunyuan_jax.tokenizer import load_tokenizer\nload_tokenizer(sys.argv[1]).encode('hello')", str(path))
+    modules = loaded_modules(
+        "from hunyuan_jax.tokenizer import "
+        "load_tokenizer\nload_tokenizer(sys.argv[1]).encode('hello')",
+        str(path),
+    )
     assert "tiktoken" in modules and "jax" not in modules

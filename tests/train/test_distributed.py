@@ -1,4 +1,6 @@
-"""One run on several processes over loopback, two CPU devices each: the same numbers as one process, and everyone stops together."""
+"""One run on several processes over loopback, two CPU devices each: the same numbers as one
+process, and everyone stops together.
+"""
 
 import contextlib
 import json
@@ -47,7 +49,9 @@ SMALL = {
 
 def write_corpus(folder):
     for i in range(30):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20)))
+        (folder / f"{i}.txt").write_text(
+            "".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20))
+        )
     return folder
 
 
@@ -58,12 +62,20 @@ def corpus(tmp_path_factory):
 
 def fields_of(corpus, **fields):
     mesh_fields = {"mesh.data": 2, "mesh.expert": 2}
-    return {**SMALL, "data.source": str(corpus), "data.validation_fraction": 0.2, **mesh_fields, **fields}
+    return {
+        **SMALL,
+        "data.source": str(corpus),
+        "data.validation_fraction": 0.2,
+        **mesh_fields,
+        **fields,
+    }
 
 
 @contextlib.contextmanager
 def processes(fields_of_each, workdir, script=("train.py",)):
-    """`python train.py` once for each dict of config fields; those still there at the end are killed."""
+    """`python train.py` once for each dict of config fields; those still there at the end are
+    killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -78,7 +90,13 @@ def processes(fields_of_each, workdir, script=("train.py",)):
     try:
         for index, fields in enumerate(fields_of_each):
             overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-            command = [sys.executable, *script, "--config=configs/tiny.py", *overrides, f"--workdir={workdir}"]
+            command = [
+                sys.executable,
+                *script,
+                "--config=configs/tiny.py",
+                *overrides,
+                f"--workdir={workdir}",
+            ]
             started.append(
                 subprocess.Popen(
                     command,
@@ -111,16 +129,22 @@ def config_of(fields):
 def run_here(fields, workdir, num_devices):
     """The same run in this process, on the first few of its eight devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda cfg: mesh.make_mesh(cfg, jax.devices()[:num_devices]))
+        patch.setattr(
+            loop, "make_mesh", lambda cfg: mesh.make_mesh(cfg, jax.devices()[:num_devices])
+        )
         assert loop.run(config_of(fields), workdir) == 0
 
 
 def losses(workdir):
-    """{step: [losses and gradient norm]} of the metrics a run wrote; a step that was written twice is an error."""
+    """{step: [losses and gradient norm]} of the metrics a run wrote; a step that was written twice
+    is an error.
+    """
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {}
     for row in rows:
-        values = {name: row[name] for name in ("loss", "grad_norm", "validation_loss") if name in row}
+        values = {
+            name: row[name] for name in ("loss", "grad_norm", "validation_loss") if name in row
+        }
         assert not found.get(row["step"], {}).keys() & values.keys()
         found.setdefault(row["step"], {}).update(values)
     return found
@@ -141,7 +165,9 @@ def reference(corpus, tmp_path_factory):
     return workdir
 
 
-def test_two_processes_train_like_one_which_continues_with_another_mesh(corpus, reference, tmp_path):
+def test_two_processes_train_like_one_which_continues_with_another_mesh(
+    corpus, reference, tmp_path
+):
     with processes([fields_of(corpus)] * 2, tmp_path / "run") as started:
         statuses, errors = finish(started)
     assert statuses == [0, 0], errors
@@ -150,7 +176,10 @@ def test_two_processes_train_like_one_which_continues_with_another_mesh(corpus, 
     assert_same_losses(tmp_path / "run", reference)
     assert "validation_loss" in losses(reference)[NUM_STEPS]
     assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == ["2", "4"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == [
+        "2",
+        "4",
+    ]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     run_here(fields_of(corpus, **{"mesh.data": 1, "mesh.tensor": 2}), tmp_path / "run", 4)
     assert_same_losses(tmp_path / "run", reference)
@@ -168,18 +197,25 @@ def test_two_processes_start_from_weights_like_one(corpus, reference, tmp_path, 
         statuses, errors = finish(started)
     assert statuses == [0, 0], errors
     assert_same_losses(tmp_path / "two", tmp_path / "one")
-    assert losses(tmp_path / "two")[1]["loss"] < losses(reference)[1]["loss"] - 0.05  # it does start from them
+    assert (
+        losses(tmp_path / "two")[1]["loss"] < losses(reference)[1]["loss"] - 0.05
+    )  # it does start from them
 
 
 @pytest.mark.slow
 def test_checkpoint_of_four_processes_continues_on_one_with_another_mesh(corpus, tmp_path):
     no_validation = {"data.validation_fraction": 0.0}  # one program less to compile, four times
-    with processes([fields_of(corpus, **no_validation, **{"mesh.tensor": 2})] * 4, tmp_path / "run") as started:
+    with processes(
+        [fields_of(corpus, **no_validation, **{"mesh.tensor": 2})] * 4, tmp_path / "run"
+    ) as started:
         statuses, errors = finish(started)
     assert statuses == [0] * 4, errors
     run_here(fields_of(corpus, **no_validation), tmp_path / "reference", 4)
     assert_same_losses(tmp_path / "run", tmp_path / "reference")
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == ["2", "4"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == [
+        "2",
+        "4",
+    ]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     run_here(fields_of(corpus, **no_validation), tmp_path / "run", 4)
     assert_same_losses(tmp_path / "run", tmp_path / "reference")
@@ -198,7 +234,9 @@ def test_workdir_of_another_run_stops_all(corpus, tmp_path):
 
 
 def test_different_commands_stop_all(corpus, tmp_path):
-    with processes([fields_of(corpus), fields_of(corpus, **{"train.num_steps": 5})], tmp_path) as started:
+    with processes(
+        [fields_of(corpus), fields_of(corpus, **{"train.num_steps": 5})], tmp_path
+    ) as started:
         statuses, errors = finish(started)
     assert statuses == [2, 2], errors
     for error in errors:
@@ -230,9 +268,16 @@ def test_rows_that_are_not_consecutive(corpus, reference, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "statuses_expected"), [(signal.SIGTERM, [0, 0]), (signal.SIGINT, [0, 130])])
-def test_signal_to_one_stops_all_and_the_same_command_continues(corpus, tmp_path, number, statuses_expected):
-    fields = fields_of(corpus, **{"train.num_steps": 100_000, "checkpoint.every": 100_000, "train.eval_every": 100_000})
+@pytest.mark.parametrize(
+    ("number", "statuses_expected"), [(signal.SIGTERM, [0, 0]), (signal.SIGINT, [0, 130])]
+)
+def test_signal_to_one_stops_all_and_the_same_command_continues(
+    corpus, tmp_path, number, statuses_expected
+):
+    fields = fields_of(
+        corpus,
+        **{"train.num_steps": 100_000, "checkpoint.every": 100_000, "train.eval_every": 100_000},
+    )
     last_step = 0
     for _ in range(2):
         with processes([fields] * 2, tmp_path) as started:
@@ -246,13 +291,18 @@ def test_signal_to_one_stops_all_and_the_same_command_continues(corpus, tmp_path
         steps = list(losses(tmp_path))
         assert steps == list(range(1, max(saved) + 1))
         assert max(saved) > last_step
-        assert re.search(rf"SIGTERM: saved step {max(saved)} in [\d.]+ s; the same command continues", errors[0])
+        assert re.search(
+            rf"SIGTERM: saved step {max(saved)} in [\d.]+ s; the same command continues", errors[0]
+        )
         last_step = max(saved)
 
 
 @pytest.mark.slow
 def test_non_finite_loss_stops_all(corpus, tmp_path):
-    fields = fields_of(corpus, **{"schedule.peak_lr": 1e30, "schedule.warmup_steps": 0, "train.max_skipped_steps": 2})
+    fields = fields_of(
+        corpus,
+        **{"schedule.peak_lr": 1e30, "schedule.warmup_steps": 0, "train.max_skipped_steps": 2},
+    )
     with processes([fields] * 2, tmp_path) as started:
         statuses, errors = finish(started)
     assert statuses == [2, 2], errors
@@ -264,7 +314,9 @@ def test_non_finite_loss_stops_all(corpus, tmp_path):
 def wait_for_step(workdir, step, started):
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and all(process.poll() is None for process in started):
-        if (workdir / "metrics.jsonl").is_file() and f'{{"step": {step},' in (workdir / "metrics.jsonl").read_text():
+        if (workdir / "metrics.jsonl").is_file() and f'{{"step": {step},' in (
+            workdir / "metrics.jsonl"
+        ).read_text():
             return
         time.sleep(0.1)
     raise AssertionError(f"step {step} was not reached: {[process.poll() for process in started]}")
@@ -275,9 +327,16 @@ def wait_for_step(workdir, step, started):
 
 def test_rows_follow_from_the_mesh():
     devices = jax.devices()[:4]
-    sharding = rules.sharding(mesh.make_mesh(MeshConfig(data=2, tensor=2), devices), ("batch", "seq"))
-    np.testing.assert_array_equal(hosts.process_rows(sharding, (6, 3)), np.arange(6))  # this process holds all
-    assert hosts.global_batch({"tokens": np.ones((6, 3))}, sharding, (6, 3))["tokens"].sharding == sharding
+    sharding = rules.sharding(
+        mesh.make_mesh(MeshConfig(data=2, tensor=2), devices), ("batch", "seq")
+    )
+    np.testing.assert_array_equal(
+        hosts.process_rows(sharding, (6, 3)), np.arange(6)
+    )  # this process holds all
+    assert (
+        hosts.global_batch({"tokens": np.ones((6, 3))}, sharding, (6, 3))["tokens"].sharding
+        == sharding
+    )
 
 
 # Joining
@@ -285,15 +344,29 @@ def test_rows_follow_from_the_mesh():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Arguments of the calls of jax.distributed.initialize; the environment is free of what launchers set."""
-    for name in (*mesh._TOLD, *mesh._SLURM, *mesh._TPU_WORKERS, "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"):
+    """Arguments of the calls of jax.distributed.initialize; the environment is free of what
+    launchers set.
+    """
+    for name in (
+        *mesh._TOLD,
+        *mesh._SLURM,
+        *mesh._TPU_WORKERS,
+        "OMPI_COMM_WORLD_SIZE",
+        "KUBERNETES_SERVICE_HOST",
+    ):
         monkeypatch.delenv(name, raising=False)
     made = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: made.append(arguments))
     return made
 
 
-SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "a[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 TOLD = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 TOLD_ARGUMENTS = {
     "coordinator_address": "host:1234",
@@ -308,16 +381,28 @@ TOLD_ARGUMENTS = {
     [
         ({}, False, []),
         (TOLD, False, [TOLD_ARGUMENTS]),
-        ({**TOLD, "TPU_WORKER_HOSTNAMES": "a,b"}, True, [TOLD_ARGUMENTS]),  # what the user says comes first
+        (
+            {**TOLD, "TPU_WORKER_HOSTNAMES": "a,b"},
+            True,
+            [TOLD_ARGUMENTS],
+        ),  # what the user says comes first
         (SLURM, False, [{}]),
         ({**SLURM, "SLURM_NTASKS": "1"}, False, []),
-        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}, False, []),  # a batch script, not srun
+        (
+            {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"},
+            False,
+            [],
+        ),  # a batch script, not srun
         ({"OMPI_COMM_WORLD_SIZE": "2"}, False, [{}]),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False, []),
         ({"KUBERNETES_SERVICE_HOST": "k", "JOB_COMPLETION_INDEX": "0"}, False, [{}]),
         ({"KUBERNETES_SERVICE_HOST": "k"}, False, []),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, [{}]),  # GKE
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_COORDINATOR_ADDRESS": "a:1"}, True, [{}]),  # jax reads the address itself
+        (
+            {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            True,
+            [{}],
+        ),  # jax reads the address itself
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, []),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, []),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True, [{}]),
@@ -325,8 +410,12 @@ TOLD_ARGUMENTS = {
         ({}, True, [{}]),  # a TPU VM: its metadata server knows
     ],
 )
-def test_processes_are_joined_only_where_there_are_several(monkeypatch, calls, env, has_tpu, expected):
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # jax sets it on a machine without TPUs
+def test_processes_are_joined_only_where_there_are_several(
+    monkeypatch, calls, env, has_tpu, expected
+):
+    monkeypatch.delenv(
+        "TPU_SKIP_MDS_QUERY", raising=False
+    )  # jax sets it on a machine without TPUs
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(mesh, "_has_tpu", lambda: has_tpu)
@@ -353,7 +442,9 @@ def test_incomplete_or_wrong_variables_are_refused(monkeypatch, calls, change):
             monkeypatch.setenv(name, value)
     name, value = next(iter(change.items()))
     stated = f"{name} is not set" if value is None else f"{name} = '{value}'"
-    with pytest.raises(ConfigError, match=rf"{stated}.*: all three are needed, .*Set them on every host"):
+    with pytest.raises(
+        ConfigError, match=rf"{stated}.*: all three are needed, .*Set them on every host"
+    ):
         mesh.join_processes()
     assert not calls
 
@@ -365,7 +456,11 @@ def test_a_failure_to_join_comes_through(monkeypatch, calls):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     for name, value in TOLD.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"JAX_NUM_PROCESSES = 4.*joining them failed: deadline exceeded Start the same command"):
+    with pytest.raises(
+        ConfigError,
+        match=r"JAX_NUM_PROCESSES = 4.*joining them failed: deadline exceeded Start the same "
+        r"command",
+    ):
         mesh.join_processes()
 
 

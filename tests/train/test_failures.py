@@ -1,7 +1,8 @@
-"""Real runs in real processes that are killed, starved and damaged: each is started again, and its losses are those of an undisturbed run,
-bit for bit.
+"""Real runs in real processes that are killed, starved and damaged: each is started again, and its
+losses are those of an undisturbed run, bit for bit.
 
-docs/reliability.md has the last result of the slow ones: `pytest -m slow tests/test_failures.py -n 0 -s` prints the rows of its table.
+docs/reliability.md has the last result of the slow ones: `pytest -m slow tests/test_failures.py -n
+0 -s` prints the rows of its table.
 """
 
 import contextlib
@@ -78,7 +79,8 @@ from hunyuan_jax.checkpoint.store import Store
 Store.require_room = lambda self: None
 runpy.run_path("train.py", run_name="__main__")
 """
-# (first and last call, longest delay): batches are read eight ahead, and a save takes about a tenth of a second.
+# (first and last call, longest delay): batches are read eight ahead, and a save takes about a
+# tenth of a second.
 PLACES = {
     "in a step": ((2, 9), 0.02),
     "in the data worker": ((10, 18), 0.005),
@@ -101,7 +103,9 @@ def start(corpus, workdir, script=("train.py",), **fields):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # each process would compile the same for seconds
     }
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finished(process):
@@ -148,7 +152,8 @@ def damage(workdir, kind):
     return before, newest
 
 
-# ------------------------------------------------------------------------------------------------------------------ cheap, in every CI run
+# ------------------------------------------------------------------------------------------------------------------
+# cheap, in every CI run
 
 
 def test_killed_in_a_save_and_started_again_as_if_nothing_had_happened(corpus, tmp_path):
@@ -163,13 +168,18 @@ def test_killed_in_a_save_and_started_again_as_if_nothing_had_happened(corpus, t
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the whole matrix
+# ------------------------------------------------------------------------------------------------------------------------
+# the whole matrix
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kill_9_at_random_moments(corpus, reference, tmp_path):
-    rng, counts, lines = random.Random(int(os.environ.get("SEED", "0"))), dict.fromkeys([*PLACES, "by the clock"], 0), []
+    rng, counts, lines = (
+        random.Random(int(os.environ.get("SEED", "0"))),
+        dict.fromkeys([*PLACES, "by the clock"], 0),
+        [],
+    )
     for place in itertools.islice(itertools.cycle(counts), NUM_KILLS):
         if place == "by the clock":
             process = start(corpus, tmp_path)
@@ -177,10 +187,18 @@ def test_kill_9_at_random_moments(corpus, reference, tmp_path):
             process.kill()
         else:
             (first, last), delay = PLACES[place]
-            process = start(corpus, tmp_path, ("-c", KILLER, place, str(rng.randint(first, last)), str(rng.uniform(0, delay))))
+            process = start(
+                corpus,
+                tmp_path,
+                ("-c", KILLER, place, str(rng.randint(first, last)), str(rng.uniform(0, delay))),
+            )
         status, error = finished(process)
         assert status == -signal.SIGKILL, error
-        lines += [line for line in error.splitlines() if "resuming at" in line or "has no manifest" in line]
+        lines += [
+            line
+            for line in error.splitlines()
+            if "resuming at" in line or "has no manifest" in line
+        ]
         counts[place] += 1
         assert_same(tmp_path, reference, is_whole=False)
     print(*lines, sep="\n")
@@ -205,7 +223,12 @@ def test_sigterm_at_random_moments(corpus, reference, tmp_path):
         assert max(finished_steps(tmp_path / "checkpoints")) == max(losses(tmp_path))
     run(corpus, tmp_path)
     assert_same(tmp_path, reference)
-    report("SIGTERM", 5, f"exit 0, {min(seconds):.1f} to {max(seconds):.1f} s after the signal (compiling the first step included)")
+    report(
+        "SIGTERM",
+        5,
+        f"exit 0, {min(seconds):.1f} to {max(seconds):.1f} s after the signal (compiling the "
+        "first step included)",
+    )
 
 
 @pytest.mark.slow
@@ -231,9 +254,16 @@ def test_the_newest_checkpoint_is_damaged(corpus, reference, tmp_path, kind):
     assert finished(process)[0] == -signal.SIGKILL
     before, newest = damage(tmp_path, kind)
     error = run(corpus, tmp_path)
-    assert f"warning: checkpoint {newest} is damaged: " in error and f"resuming at step {before}:" in error
+    assert (
+        f"warning: checkpoint {newest} is damaged: " in error
+        and f"resuming at step {before}:" in error
+    )
     assert_same(tmp_path, reference)
-    report(f"newest checkpoint: {kind}", 1, f"{newest} set aside with a warning, went on from {before}")
+    report(
+        f"newest checkpoint: {kind}",
+        1,
+        f"{newest} set aside with a warning, went on from {before}",
+    )
 
 
 @pytest.mark.slow
@@ -246,11 +276,17 @@ def test_another_optimizer_dtype_and_mesh(corpus, reference, tmp_path):
     found = losses(tmp_path)
     differences = [abs(found[step]["loss"] / reference[step]["loss"] - 1) for step in range(1, 51)]
     assert max(differences) < 0.05
-    report("resumed with bfloat16 moments, experts split over two devices", 1, f"first 50 losses within {max(differences):.1%}")
+    report(
+        "resumed with bfloat16 moments, experts split over two devices",
+        1,
+        f"first 50 losses within {max(differences):.1%}",
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [("train.py",), ("-c", NOT_LOOKING)], ids=["before a save", "while orbax writes"])
+@pytest.mark.parametrize(
+    "script", [("train.py",), ("-c", NOT_LOOKING)], ids=["before a save", "while orbax writes"]
+)
 def test_the_disk_is_full(corpus, reference, tmp_path, script):
     with tmpfs(tmp_path, "60m"):
         workdir = tmp_path / "run"
@@ -260,8 +296,13 @@ def test_the_disk_is_full(corpus, reference, tmp_path, script):
             (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 2**16))
         status, error = finished(process)
         message = error.splitlines()[-1]
-        assert status == 2 and message.startswith(f"error: not enough space is left in {workdir}: "), error
-        assert "Finished checkpoints are untouched; the newest is" in message and "ERROR:absl" not in error
+        assert status == 2 and message.startswith(
+            f"error: not enough space is left in {workdir}: "
+        ), error
+        assert (
+            "Finished checkpoints are untouched; the newest is" in message
+            and "ERROR:absl" not in error
+        )
         (tmp_path / "ballast").unlink()
         run(corpus, workdir)
         assert_same(workdir, reference)
@@ -311,14 +352,27 @@ def test_a_worker_of_four_is_lost(corpus, tmp_path):
         statuses, errors = finish(started, timeout=280)
     assert statuses == [0] * 4 and "resuming at step" in errors[0], errors
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    report("one of four processes killed", 1, f"the others ended {seconds:.0f} s later, statuses {statuses_after}; all four started again")
+    report(
+        "one of four processes killed",
+        1,
+        f"the others ended {seconds:.0f} s later, statuses {statuses_after}; all four started "
+        "again",
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_hang_and_later_lose_their_disk(corpus, tmp_path):
-    """One is stopped, so that the other waits in a collective; then both are killed, and the workdir is gone but for the mirror."""
-    fields = {**FIELDS, "data.source": str(corpus), "data.validation_fraction": 0.2, "mesh.expert": 2, "train.num_steps": 60}
+    """One is stopped, so that the other waits in a collective; then both are killed, and the
+    workdir is gone but for the mirror.
+    """
+    fields = {
+        **FIELDS,
+        "data.source": str(corpus),
+        "data.validation_fraction": 0.2,
+        "mesh.expert": 2,
+        "train.num_steps": 60,
+    }
     with processes([fields] * 2, tmp_path / "whole") as started:
         statuses, errors = finish(started)
     assert statuses == [0] * 2, errors
@@ -342,10 +396,17 @@ def test_two_processes_hang_and_later_lose_their_disk(corpus, tmp_path):
     kept = max(finished_steps(tmp_path / "bucket"))
     with processes([fields] * 2, tmp_path / "run") as started:
         statuses, errors = finish(started)
-    assert statuses == [0] * 2 and f"checkpoint {kept} was brought back from file://{tmp_path}/bucket" in errors[0], errors
+    assert (
+        statuses == [0] * 2
+        and f"checkpoint {kept} was brought back from file://{tmp_path}/bucket" in errors[0]
+    ), errors
     found, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert found == {step: expected[step] for step in range(kept + 1, 61)}
-    report("one of two processes hangs (SIGSTOP)", 1, "the other's watchdog wrote its stacks; both went on after SIGCONT")
+    report(
+        "one of two processes hangs (SIGSTOP)",
+        1,
+        "the other's watchdog wrote its stacks; both went on after SIGCONT",
+    )
     report("both killed, workdir deleted", 1, f"went on from step {kept} of the mirror")
 
 
@@ -372,7 +433,11 @@ def tmpfs(folder, size):
     """A small filesystem in memory."""
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr}")
     try:

@@ -1,4 +1,5 @@
-"""The training step: gradients in parts, their dtypes, and short runs with every optimizer state on a mesh.
+"""The training step: gradients in parts, their dtypes, and short runs with every optimizer state
+on a mesh.
 
 Letters: B batch, T tokens.
 """
@@ -14,7 +15,16 @@ import pytest
 
 from hunyuan_jax import bench
 from hunyuan_jax.checkpoint import manifest, store
-from hunyuan_jax.config import CheckpointConfig, Config, ModelConfig, MoeConfig, OptimizerConfig, ScheduleConfig, TrainConfig, validate
+from hunyuan_jax.config import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    validate,
+)
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim import guard
 from hunyuan_jax.quant.scaled import Scaled, load_params
@@ -33,7 +43,13 @@ MODEL = ModelConfig(
     head_dim=4,
     max_position=LENGTH,
     pad_token_id=0,
-    moe=MoeConfig(num_experts=4, num_shared_experts=1, dispatch="dropless", aux_loss_weight=0.05, z_loss_weight=0.01),
+    moe=MoeConfig(
+        num_experts=4,
+        num_shared_experts=1,
+        dispatch="dropless",
+        aux_loss_weight=0.05,
+        z_loss_weight=0.01,
+    ),
 )
 
 
@@ -54,7 +70,9 @@ def batch():
     tokens_BT, targets_BT = rng.integers(1, MODEL.vocab_size, (2, BATCH, LENGTH)).astype(np.int32)
     segments_BT = np.ones((BATCH, LENGTH), np.int32)
     segments_BT[1, 5:], segments_BT[4, 9:], segments_BT[6, 4:] = 0, 0, 2
-    weights_BT = (segments_BT > 0) * (np.arange(LENGTH) < np.asarray([12, 5, 0, 3, 9, 1, 12, 0])[:, None])
+    weights_BT = (segments_BT > 0) * (
+        np.arange(LENGTH) < np.asarray([12, 5, 0, 3, 9, 1, 12, 0])[:, None]
+    )
     return {
         "tokens": np.where(segments_BT > 0, tokens_BT, 0),
         "targets": targets_BT,
@@ -70,7 +88,9 @@ def initial_params():
     rng = np.random.default_rng(0)
 
     def fill(path, tap):
-        return (("norm" in jax.tree_util.keystr(path)) + 0.3 * rng.normal(size=tap.shape)).astype(np.float32)
+        return (("norm" in jax.tree_util.keystr(path)) + 0.3 * rng.normal(size=tap.shape)).astype(
+            np.float32
+        )
 
     return jax.tree.map_with_path(fill, build_program(config_for(), mesh_of()).taps)
 
@@ -78,7 +98,9 @@ def initial_params():
 @functools.cache
 def gradients(sizes, grad_accum_steps=1, model=MODEL):
     """(program, gradients, loss, router figures)"""
-    program = build_program(validate(config_for(model, grad_accum_steps=grad_accum_steps)), mesh_of(*sizes))
+    program = build_program(
+        validate(config_for(model, grad_accum_steps=grad_accum_steps)), mesh_of(*sizes)
+    )
     params = jax.device_put(initial_params(), program.shardings.params)
     placed = jax.device_put(batch(), step_lib.batch_sharding(program))
     compute = fast_jit(functools.partial(step_lib.gradients, program))
@@ -121,13 +143,18 @@ def test_a_group_of_sequences_must_fit_a_part():
 
 def test_a_part_that_does_not_divide_over_the_mesh_is_refused():
     program = build_program(validate(config_for(grad_accum_steps=4)), mesh_of(2, 2, 1))
-    with pytest.raises(ConfigError, match=r"one of 4 parts .* of a batch \(2, 12\): dim 0 .* use 2 ways there, or a size of 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"one of 4 parts .* of a batch \(2, 12\): dim 0 .* use 2 ways there, or a size of 4",
+    ):
         step_lib.batch_sharding(program)
 
 
 # Dtypes
 
-BFLOAT16 = dataclasses.replace(MODEL, dtype="bfloat16", remat="full", moe=dataclasses.replace(MODEL.moe, dispatch="recycle"))
+BFLOAT16 = dataclasses.replace(
+    MODEL, dtype="bfloat16", remat="full", moe=dataclasses.replace(MODEL.moe, dispatch="recycle")
+)
 
 
 def is_matrix(path):
@@ -136,7 +163,10 @@ def is_matrix(path):
 
 
 def by_path(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def test_gradients_of_matrices_have_the_models_dtype_and_all_others_float32():
@@ -145,16 +175,23 @@ def test_gradients_of_matrices_have_the_models_dtype_and_all_others_float32():
     for path, grad in by_path(grads).items():
         assert grad.dtype == (jnp.bfloat16 if is_matrix(path) else jnp.float32), path
         assert np.isfinite(np.asarray(grad, np.float32)).all() and grad.any(), path
-    for grad, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(program.shardings.params), strict=True):
+    for grad, sharding in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(program.shardings.params), strict=True
+    ):
         assert grad.sharding.is_equivalent_to(sharding, grad.ndim)
-    np.testing.assert_allclose(loss, gradients((1, 1, 1))[2], rtol=0.1)  # recycling moves a few tokens, and bfloat16 rounds
+    np.testing.assert_allclose(
+        loss, gradients((1, 1, 1))[2], rtol=0.1
+    )  # recycling moves a few tokens, and bfloat16 rounds
 
 
 def test_parts_of_a_bfloat16_model_are_added_up_in_float32():
     program = build_program(config_for(BFLOAT16, grad_accum_steps=2), mesh_of(2, 2, 1))
     batch_shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch())
     grads, loss, stats = jax.eval_shape(
-        functools.partial(step_lib.gradients, program), abstract_state(program).params, batch_shapes, jax.random.key(0)
+        functools.partial(step_lib.gradients, program),
+        abstract_state(program).params,
+        batch_shapes,
+        jax.random.key(0),
     )
     assert {leaf.dtype for leaf in jax.tree.leaves((grads, loss, stats))} == {np.dtype(np.float32)}
 
@@ -189,7 +226,10 @@ def short_run(state_dtype):
 def random_state(program):
     """A state of random numbers; compiles nothing."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding), abstract_state(program))
+    return jax.tree.map(
+        lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding),
+        abstract_state(program),
+    )
 
 
 def assert_same(actual, expected):
@@ -205,23 +245,38 @@ def assert_promised_layout(mode, program, state):
         jax.tree.map(lambda a: (a.shape, a.dtype), abstract_state(program))
     )
     tap_of, found = by_path(program.taps), []
-    matrix_dtypes = {"float32": "float32", "bfloat16": "float32 bfloat16", "fp8_lm": "float16 float8_e4m3fn"}[mode].split()
+    matrix_dtypes = {
+        "float32": "float32",
+        "bfloat16": "float32 bfloat16",
+        "fp8_lm": "float16 float8_e4m3fn",
+    }[mode].split()
     other_dtypes = {"bfloat16": "float32 bfloat16"}.get(mode, "float32").split()
     for path, leaf in by_path(state).items():
-        owner = next((name for name in tap_of if f"/{path.removesuffix('/value')}".endswith(f"/{name}")), None)
+        owner = next(
+            (name for name in tap_of if f"/{path.removesuffix('/value')}".endswith(f"/{name}")),
+            None,
+        )
         if owner is None:  # counts and scales
             is_scale = path.endswith("/inv_scale")
             assert (
-                leaf.dtype == (jnp.float32 if is_scale or path == "guard/mean_norm" else jnp.int32) and leaf.sharding.is_fully_replicated
+                leaf.dtype == (jnp.float32 if is_scale or path == "guard/mean_norm" else jnp.int32)
+                and leaf.sharding.is_fully_replicated
             ), path
             continue
         found.append(owner)
         assert leaf.dtype.name in (matrix_dtypes if is_matrix(owner) else other_dtypes), path
-        assert leaf.shape == tap_of[owner].shape and leaf.sharding.is_equivalent_to(tap_of[owner].sharding, leaf.ndim), path
+        assert leaf.shape == tap_of[owner].shape and leaf.sharding.is_equivalent_to(
+            tap_of[owner].sharding, leaf.ndim
+        ), path
         if is_matrix(owner):
-            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * math.prod(SIZES) == leaf.size, path
+            assert (
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * math.prod(SIZES) == leaf.size
+            ), path
     assert sorted(found) == sorted([*tap_of] * 3)  # the parameter and two moments of each
-    num_scaled = sum(isinstance(x, Scaled) for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Scaled)))
+    num_scaled = sum(
+        isinstance(x, Scaled)
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Scaled))
+    )
     assert num_scaled == (3 * sum(map(is_matrix, tap_of)) if mode == "fp8_lm" else 0)
 
 
@@ -245,11 +300,15 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     for sizes in (SIZES, (1, 4, 2)):
         program = build_program(config, mesh_of(*sizes))
         loading = store.Store(tmp_path, config.checkpoint, print)
-        step, restored, facts = loading.restore_newest(lambda facts, program=program: abstract_state(program))
+        step, restored, facts = loading.restore_newest(
+            lambda facts, program=program: abstract_state(program)
+        )
         loading.close()
         assert step == 3 and facts["position"] == {"row": 7}
         assert_same(restored, state)
-        for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True):
+        for leaf, sharding in zip(
+            jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     cfg, params = store.load_for_inference(tmp_path, "float32")
     assert cfg == config.model
@@ -263,12 +322,23 @@ def test_a_skipped_step_changes_no_bit_of_parameters_and_moments(mode):
     calm = before.guard._replace(mean_norm=before.guard.mean_norm / 1000)
 
     def after(numbers, guard=before.guard):
-        copy = jax.tree.map(lambda a: jax.device_put(np.asarray(a), a.sharding), before._replace(guard=guard))  # the step donates it
+        copy = jax.tree.map(
+            lambda a: jax.device_put(np.asarray(a), a.sharding), before._replace(guard=guard)
+        )  # the step donates it
         return step(copy, jax.device_put(numbers, step_lib.batch_sharding(program)))
 
-    for is_accepted, (state, metrics) in ((True, after(batch())), (False, after(spoiled)), (False, after(batch(), calm))):
+    for is_accepted, (state, metrics) in (
+        (True, after(batch())),
+        (False, after(spoiled)),
+        (False, after(batch(), calm)),
+    ):
         assert int(metrics["num_updates"]) == 3 and int(state.step) == 4
-        assert int(metrics["skipped_in_row"]) == int(metrics["num_skipped"]) == int(state.guard.num_skipped) == 1 - is_accepted
+        assert (
+            int(metrics["skipped_in_row"])
+            == int(metrics["num_skipped"])
+            == int(state.guard.num_skipped)
+            == 1 - is_accepted
+        )
         if not is_accepted:
             assert_same((state.params, state.opt_state), (before.params, before.opt_state))
             assert int(state.guard.num_accepted) == 3
@@ -277,7 +347,13 @@ def test_a_skipped_step_changes_no_bit_of_parameters_and_moments(mode):
 
 
 def test_the_guard_follows_the_mean_of_the_accepted_norms():
-    rng, cfg, state, kept, mean = np.random.default_rng(0), OptimizerConfig(spike_factor=3.0, spike_after=5), guard.new_guard(), [], 0.0
+    rng, cfg, state, kept, mean = (
+        np.random.default_rng(0),
+        OptimizerConfig(spike_factor=3.0, spike_after=5),
+        guard.new_guard(),
+        [],
+        0.0,
+    )
     for number in range(300):
         norm = rng.uniform(0.5, 1.5) * (10 if number % 7 == 6 else 1)
         accepted = guard.accepts(cfg, state, jnp.float32(2.0), jnp.float32(norm))
@@ -287,7 +363,11 @@ def test_the_guard_follows_the_mean_of_the_accepted_norms():
             kept.append(norm)
             mean = np.mean(kept) if len(kept) <= 100 else mean + (norm - mean) / 100
         np.testing.assert_allclose(state.mean_norm, mean, rtol=1e-4)
-    assert (int(state.num_accepted), int(state.num_skipped), int(state.num_in_row)) == (258, 42, 0) == (len(kept), 300 - len(kept), 0)
+    assert (
+        (int(state.num_accepted), int(state.num_skipped), int(state.num_in_row))
+        == (258, 42, 0)
+        == (len(kept), 300 - len(kept), 0)
+    )
 
 
 @pytest.mark.parametrize("loss", [1.0, np.nan, np.inf])
@@ -302,7 +382,13 @@ def test_what_is_not_finite_is_never_accepted(loss, norm):
 
 
 @pytest.mark.parametrize(
-    ("mode", "other"), [("bfloat16", "float32"), ("fp8_lm", "float32"), ("float32", "bfloat16"), ("float32", "fp8_lm")]
+    ("mode", "other"),
+    [
+        ("bfloat16", "float32"),
+        ("fp8_lm", "float32"),
+        ("float32", "bfloat16"),
+        ("float32", "fp8_lm"),
+    ],
 )
 def test_a_state_is_converted_to_another_dtype(mode, other):
     _, state, _ = short_run(mode)
@@ -312,7 +398,11 @@ def test_a_state_is_converted_to_another_dtype(mode, other):
     assert (converted.step, converted.guard) == (state.step, state.guard)
     for tree, tolerance in ((state.params, 1e-3), (moments(state), 0.07)):  # float16, float8
         other_tree = converted.params if tree is state.params else moments(converted)
-        for got, want in zip(jax.tree.leaves(load_params(other_tree)), jax.tree.leaves(load_params(tree)), strict=True):
+        for got, want in zip(
+            jax.tree.leaves(load_params(other_tree)),
+            jax.tree.leaves(load_params(tree)),
+            strict=True,
+        ):
             assert_close(got, want, tolerance)
     if other == "float32":
         back = convert(compiled_step(mode)[0], converted)
@@ -326,7 +416,9 @@ def moments(state):
     if hasattr(state.opt_state, "root_nu"):
         return state.opt_state.mu, state.opt_state.root_nu
     (adam,) = (part for part in state.opt_state if hasattr(part, "nu"))
-    return jax.tree.map(lambda a: a.astype(jnp.float32), (adam.mu, jax.tree.map(jnp.sqrt, adam.nu)))
+    return jax.tree.map(
+        lambda a: a.astype(jnp.float32), (adam.mu, jax.tree.map(jnp.sqrt, adam.nu))
+    )
 
 
 def test_bench_prefills_from_a_state_of_scaled_matrices():

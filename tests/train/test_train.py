@@ -1,4 +1,6 @@
-"""The training loop on a small model and real files: learning, exact resume, what it writes, and what it refuses."""
+"""The training loop on a small model and real files: learning, exact resume, what it writes, and
+what it refuses.
+"""
 
 import dataclasses
 import gc
@@ -46,7 +48,13 @@ MODEL = ModelConfig(
     pad_token_id=258,
     bos_token_id=256,
     eos_token_ids=(257,),
-    moe=MoeConfig(num_experts=4, num_shared_experts=1, dispatch="recycle", aux_loss_weight=0.01, z_loss_weight=0.001),
+    moe=MoeConfig(
+        num_experts=4,
+        num_shared_experts=1,
+        dispatch="recycle",
+        aux_loss_weight=0.01,
+        z_loss_weight=0.001,
+    ),
 )
 
 
@@ -54,12 +62,21 @@ MODEL = ModelConfig(
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(12):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: abcabcabc\n" for j in range(20)))
+        (folder / f"{i}.txt").write_text(
+            "".join(f"line {j} of file {i}: abcabcabc\n" for j in range(20))
+        )
     return folder
 
 
 def config_for(corpus, **train):
-    train = {"num_steps": 6, "batch_size": 2, "seq_len": 32, "log_every": 1, "eval_every": 3, "eval_batches": 2} | train
+    train = {
+        "num_steps": 6,
+        "batch_size": 2,
+        "seq_len": 32,
+        "log_every": 1,
+        "eval_every": 3,
+        "eval_batches": 2,
+    } | train
     return Config(
         model=MODEL,
         mesh=MeshConfig(),
@@ -81,7 +98,9 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The workdir of a run that nothing disturbed, but for a watchdog that looks while it compiles."""
+    """The workdir of a run that nothing disturbed, but for a watchdog that looks while it
+    compiles.
+    """
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert loop.run(config_for(corpus, watchdog_minutes=0.002), workdir) == 0
     return workdir
@@ -102,11 +121,14 @@ def losses(workdir):
 
 
 def validation_losses(workdir):
-    return {row["step"]: row["validation_loss"] for row in rows(workdir) if "validation_loss" in row}
+    return {
+        row["step"]: row["validation_loss"] for row in rows(workdir) if "validation_loss" in row
+    }
 
 
 def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
-    # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its length.
+    # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its
+    # length.
     config = config_for(corpus)
     calls = []
     original = loop.Log.step
@@ -128,7 +150,9 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
 
 
 def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_path):
-    """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not doubled."""
+    """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not
+    doubled.
+    """
     config = config_for(corpus)
 
     def die_at_five(self, step, metrics, original=loop.Log.step):
@@ -143,7 +167,9 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_pa
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a row cut off by the crash
     assert loop.run(config, tmp_path / "parts") == 0
-    assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(whole)]
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [
+        row["step"] for row in rows(whole)
+    ]
     assert losses(tmp_path / "parts") == losses(whole)
 
 
@@ -157,14 +183,23 @@ def test_finished_run_started_again_changes_nothing(corpus, finished, capsys):
 def test_what_a_run_writes(whole):
     workdir = whole
     stacks = (workdir / "stacks-0.txt").read_text()
-    assert "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks and "in run\n" in stacks
+    assert (
+        "process 0 of 1 has done 0 steps and is compiling its first step. The stacks" in stacks
+        and "in run\n" in stacks
+    )
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["num_experts"] == 4
     assert list((workdir / "tensorboard").glob("events*"))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [4, 6]
     logged = [row for row in rows(workdir) if "loss" in row]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     for row in logged:
-        assert set(row) >= {"loss", "learning_rate", "grad_norm", "seconds_per_step", "tokens_per_second"}
+        assert set(row) >= {
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "seconds_per_step",
+            "tokens_per_second",
+        }
         load = np.array(row["moe/load"])
         assert load.shape == (4, 4)
         np.testing.assert_allclose(load.sum(1), 1.0, atol=1e-4)
@@ -190,14 +225,33 @@ def test_it_learns(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2)), "config.model.num_layers = 4"),
         (
-            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, moe=dataclasses.replace(c.model.moe, dispatch="drop"))),
+            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2)),
+            "config.model.num_layers = 4",
+        ),
+        (
+            lambda c: dataclasses.replace(
+                c,
+                model=dataclasses.replace(
+                    c.model, moe=dataclasses.replace(c.model.moe, dispatch="drop")
+                ),
+            ),
             "config.model.moe.dispatch = 'recycle'",
         ),
-        (lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, validation_fraction=0.2)), "config.data.validation_fraction"),
-        (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "config.train.seed = 0"),
-        (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)), "config.train.batch_size = 2"),
+        (
+            lambda c: dataclasses.replace(
+                c, data=dataclasses.replace(c.data, validation_fraction=0.2)
+            ),
+            "config.data.validation_fraction",
+        ),
+        (
+            lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)),
+            "config.train.seed = 0",
+        ),
+        (
+            lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=4)),
+            "config.train.batch_size = 2",
+        ),
     ],
 )
 def test_workdir_of_another_run_is_refused(corpus, finished, change, name):
@@ -225,7 +279,9 @@ def test_changed_text_is_refused(corpus, finished):
 def test_a_row_of_skipped_steps_is_reported_and_stops_the_run(corpus, tmp_path, capsys):
     config = config_for(corpus, max_skipped_steps=3, num_steps=20, log_every=2)
     config = dataclasses.replace(
-        config, schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0), checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0)
+        config,
+        schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0),
     )
     message = r"3 steps in a row were skipped, up to step 4: loss (nan|inf), .*max_skipped_steps = 3.*lower config.schedule.peak_lr"
     with pytest.raises(ConfigError, match=message):
@@ -268,7 +324,10 @@ def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path)
     try:
         with watching.doing("in a step"):
             deadline = time.monotonic() + 20
-            while not (tmp_path / "stacks.txt").is_file() or (tmp_path / "stacks.txt").read_text().count("watchdog: ") < 2:
+            while (
+                not (tmp_path / "stacks.txt").is_file()
+                or (tmp_path / "stacks.txt").read_text().count("watchdog: ") < 2
+            ):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     finally:
@@ -276,7 +335,10 @@ def test_the_watchdog_writes_the_stacks_of_all_threads_again_and_again(tmp_path)
         watching.close()
         hung.join()
     text = (tmp_path / "stacks.txt").read_text()
-    assert "process 3 of 4 has done 17 steps and is in a step." in text and "in a_hung_collective" in text
+    assert (
+        "process 3 of 4 has done 17 steps and is in a step." in text
+        and "in a_hung_collective" in text
+    )
 
 
 def test_the_watchdog_keeps_nothing_of_the_threads_it_shows():
@@ -318,8 +380,16 @@ def test_the_watchdog_looks_from_the_start_to_the_last_upload(corpus, finished, 
 
     for place, name, says in (
         (loop.loader, "open_corpus", "process 0 of 1 has done 0 steps and is reading its text."),
-        (loop.Store, "restore_newest", "process 0 of 1 has done 0 steps and is restoring a checkpoint."),
-        (loop.Store, "close", "process 0 of 1 has done 6 steps and is waiting for saves and uploads."),
+        (
+            loop.Store,
+            "restore_newest",
+            "process 0 of 1 has done 0 steps and is restoring a checkpoint.",
+        ),
+        (
+            loop.Store,
+            "close",
+            "process 0 of 1 has done 6 steps and is waiting for saves and uploads.",
+        ),
     ):
         monkeypatch.setattr(place, name, hanging(getattr(place, name), says))
     assert loop.run(config_for(corpus, watchdog_minutes=0.002), finished) == 0
@@ -337,7 +407,9 @@ def test_a_watchdog_of_a_run_that_makes_progress_is_silent(tmp_path):
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus, tmp_path):
     config = config_for(corpus)
-    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, vocab_size=256, pad_token_id=-1))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(MODEL, vocab_size=256, pad_token_id=-1)
+    )
     with pytest.raises(ConfigError, match="vocab_size = 256 must be at least that"):
         loop.run(config, tmp_path / "run")
 

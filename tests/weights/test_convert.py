@@ -1,4 +1,6 @@
-"""Official model folders: every tensor has one place, folders come out as they went in, and what does not fit is refused by name."""
+"""Official model folders: every tensor has one place, folders come out as they went in, and what
+does not fit is refused by name.
+"""
 
 import dataclasses
 import importlib.util
@@ -33,9 +35,19 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 def small(**changes) -> ModelConfig:
     """An MoE model with CLA pairs, a few thousand parameters large."""
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+    }
     moe = MoeConfig(num_experts=3, num_shared_experts=1)
-    return dataclasses.replace(ModelConfig(vocab_size=40, max_position=64, cla_share_factor=2, moe=moe, **sizes), **changes)
+    return dataclasses.replace(
+        ModelConfig(vocab_size=40, max_position=64, cla_share_factor=2, moe=moe, **sizes),
+        **changes,
+    )
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
@@ -46,18 +58,28 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
 
 
 def flat(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def assert_identical(ours, expected):
     ours, expected = flat(ours), flat(expected)
     assert ours.keys() == expected.keys()
     for path, array in expected.items():
-        assert ours[path].dtype == array.dtype and np.asarray(ours[path]).tobytes() == np.asarray(array).tobytes(), path
+        assert (
+            ours[path].dtype == array.dtype
+            and np.asarray(ours[path]).tobytes() == np.asarray(array).tobytes()
+        ), path
 
 
 def weight_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name == "config.json" or "safetensors" in path.name}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name == "config.json" or "safetensors" in path.name
+    }
 
 
 @pytest.fixture
@@ -80,11 +102,14 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the table
+# ----------------------------------------------------------------------------------------------------------------------
+# the table
 
 
 def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the official checkpoint, from section 2 of the specification; Linear weights are [out, in]."""
+    """Names and shapes of the official checkpoint, from section 2 of the specification; Linear
+    weights are [out, in].
+    """
     D, F, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
@@ -92,12 +117,16 @@ def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (V, D)
 
     def add_mlp(prefix, width):
-        shapes.update({f"{prefix}.gate_proj.weight": (width, D), f"{prefix}.up_proj.weight": (width, D)})
+        shapes.update(
+            {f"{prefix}.gate_proj.weight": (width, D), f"{prefix}.up_proj.weight": (width, D)}
+        )
         shapes[f"{prefix}.down_proj.weight"] = (D, width)
 
     for layer in range(cfg.num_layers):
         prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = shapes[f"{prefix}.post_attention_layernorm.weight"] = (D,)
+        shapes[f"{prefix}.input_layernorm.weight"] = shapes[
+            f"{prefix}.post_attention_layernorm.weight"
+        ] = (D,)
         linears = {"q_proj": (q_width, D), "o_proj": (D, q_width)}
         if layer % cfg.cla_share_factor == 0:
             linears |= {"k_proj": (kv_width, D), "v_proj": (kv_width, D)}
@@ -121,7 +150,11 @@ def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @st.composite
 def model_configs(draw) -> ModelConfig:
-    share_factor, num_kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.sampled_from([2, 4, 6]))
+    share_factor, num_kv_heads, head_dim = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([2, 4, 6])),
+    )
     num_heads = num_kv_heads * draw(st.integers(1, 3))
     num_experts = draw(st.integers(1, 4))
     top_k = draw(st.integers(1, num_experts))
@@ -178,7 +211,10 @@ def test_table_fills_every_parameter_once(cfg):
     for path, pieces in indices.items():
         stacked = shapes[path].shape[: len(pieces[0][0])]
         assert sorted(index for index, _ in pieces) == list(np.ndindex(stacked)), path
-        assert all(math.prod(shape) == math.prod(shapes[path].shape[len(stacked) :]) for _, shape in pieces), path
+        assert all(
+            math.prod(shape) == math.prod(shapes[path].shape[len(stacked) :])
+            for _, shape in pieces
+        ), path
 
 
 @given(model_configs())
@@ -205,20 +241,30 @@ def test_config_survives_the_official_form(cfg):
     assert hf_config.from_hf(as_json) == cfg
 
 
-# --------------------------------------------------------------------------------------------------------------- reading and writing
+# ---------------------------------------------------------------------------------------------------------------
+# reading and writing
 
 
 @pytest.mark.parametrize("case", LOADABLE_CASES)
 def test_golden_folders_are_written_as_they_were_read(case, tmp_path):
     source = goldens.folder_of(case)
     from_pretrained(source).save_pretrained(tmp_path / "saved")
-    expected = {name: content for name, content in weight_files(source).items() if not name.startswith("golden")}
+    expected = {
+        name: content
+        for name, content in weight_files(source).items()
+        if not name.startswith("golden")
+    }
     assert len(expected) >= 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == expected
 
 
 def test_config_text_is_kept_to_the_byte(folder, tmp_path):
-    text = (folder / "config.json").read_bytes().replace(b"\n", b"\r\n").replace(b'"model_type"', b'"my_own_key": "\xc3\xa9", "model_type"')
+    text = (
+        (folder / "config.json")
+        .read_bytes()
+        .replace(b"\n", b"\r\n")
+        .replace(b'"model_type"', b'"my_own_key": "\xc3\xa9", "model_type"')
+    )
     (folder / "config.json").write_bytes(text)
     from_pretrained(folder).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/config.json").read_bytes() == text
@@ -234,10 +280,12 @@ def test_dtype_conversion(case, dtype, tmp_path):
         assert array.dtype == (np.float32 if path.endswith("router_DE") else wanted), path
 
     model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/config.json").read_text()) == json.loads((source / "config.json").read_text()) | {
-        "torch_dtype": dtype
-    }
-    original, saved = ({n: t for n, t, _ in torch_io._tensors(folder)} for folder in (source, tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    ) | {"torch_dtype": dtype}
+    original, saved = (
+        {n: t for n, t, _ in torch_io._tensors(folder)} for folder in (source, tmp_path / "saved")
+    )
     assert original.keys() == saved.keys()
     for name, array in saved.items():
         expected = original[name].astype(np.float32 if name.endswith("gate.wg.weight") else wanted)
@@ -254,10 +302,24 @@ def test_unknown_dtype_is_refused():
     "cfg",
     [
         small(),
-        small(dtype="bfloat16", tie_embeddings=False, attention_bias=True, use_qk_norm=False, rope_type="plain", eos_token_ids=(3, 4)),
+        small(
+            dtype="bfloat16",
+            tie_embeddings=False,
+            attention_bias=True,
+            use_qk_norm=False,
+            rope_type="plain",
+            eos_token_ids=(3, 4),
+        ),
         small(moe=MoeConfig(), cla_share_factor=1, rope_type="linear", rope_factor=2.0),
         small(
-            moe=MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True, num_shared_experts=2, dispatch="recycle", group_size=64),
+            moe=MoeConfig(
+                num_experts=3,
+                top_k=2,
+                norm_topk_prob=True,
+                num_shared_experts=2,
+                dispatch="recycle",
+                group_size=64,
+            ),
             remat="full",
         ),
     ],
@@ -267,7 +329,10 @@ def test_unknown_dtype_is_refused():
 def test_a_model_trained_here_is_saved_and_read_back(cfg, max_shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_io, "_MAX_SHARD_BYTES", max_shard_bytes)
     dtype = BFLOAT16 if cfg.dtype == "bfloat16" else np.float32
-    params = jax.tree.map_with_path(lambda path, a: a.astype(np.float32 if "router_DE" in str(path) else dtype), random_params(cfg))
+    params = jax.tree.map_with_path(
+        lambda path, a: a.astype(np.float32 if "router_DE" in str(path) else dtype),
+        random_params(cfg),
+    )
     model = Pretrained(cfg, params)
     model.save_pretrained(tmp_path)
     read = from_pretrained(tmp_path)
@@ -278,12 +343,22 @@ def test_a_model_trained_here_is_saved_and_read_back(cfg, max_shard_bytes, tmp_p
     if max_shard_bytes > 6000:
         assert shards == ["model.safetensors"] and not list(tmp_path.glob("*.index.json"))
         return
-    assert len(shards) > 2 and shards[-1] == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    assert (
+        len(shards) > 2
+        and shards[-1] == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     contents = {shard: safetensors.numpy.load_file(tmp_path / shard) for shard in shards}
-    assert index["weight_map"] == {name: shard for shard, tensors in contents.items() for name in tensors}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in contents.values() for t in tensors.values())
-    assert all(sum(t.nbytes for t in tensors.values()) <= max_shard_bytes or len(tensors) == 1 for tensors in contents.values())
+    assert index["weight_map"] == {
+        name: shard for shard, tensors in contents.items() for name in tensors
+    }
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for tensors in contents.values() for t in tensors.values()
+    )
+    assert all(
+        sum(t.nbytes for t in tensors.values()) <= max_shard_bytes or len(tensors) == 1
+        for tensors in contents.values()
+    )
 
 
 def test_saving_over_a_sharded_model_leaves_nothing_of_it(tmp_path, monkeypatch):
@@ -295,55 +370,98 @@ def test_saving_over_a_sharded_model_leaves_nothing_of_it(tmp_path, monkeypatch)
     (tmp_path / "tokenizer.json").write_text("{}")
     second.save_pretrained(tmp_path)
     assert_identical(from_pretrained(tmp_path).params, second.params)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
 
 
 def test_heads_that_do_not_fill_the_hidden_size_have_no_official_form(tmp_path):
     cfg = small(head_dim=8)
-    with pytest.raises(ConfigError, match=r"head_dim = 8 x num_heads = 4 differs from hidden_size = 16"):
+    with pytest.raises(
+        ConfigError, match=r"head_dim = 8 x num_heads = 4 differs from hidden_size = 16"
+    ):
         Pretrained(cfg, random_params(cfg)).save_pretrained(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals, by name
+# ---------------------------------------------------------------------------------------------------------------
+# refusals, by name
 
 
 def test_a_missing_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.pop("model.layers.3.mlp.experts.2.up_proj.weight"))
-    with pytest.raises(ConfigError, match=r"lacks 1 tensors .* model\.layers\.3\.mlp\.experts\.2\.up_proj\.weight\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks 1 tensors .* model\.layers\.3\.mlp\.experts\.2\.up_proj\.weight\.",
+    ):
         from_pretrained(folder)
 
 
 def test_an_unexpected_tensor_is_named(folder):
     # A cross layer has no key projection of its own.
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": np.zeros((8, 16), np.float32)}))
-    with pytest.raises(ConfigError, match=r"model\.safetensors holds the tensor 'model\.layers\.1\.self_attn\.k_proj\.weight'"):
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.layers.1.self_attn.k_proj.weight": np.zeros((8, 16), np.float32)}
+        ),
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.safetensors holds the tensor 'model\.layers\.1\.self_attn\.k_proj\.weight'",
+    ):
         from_pretrained(folder)
 
 
 def test_a_misshapen_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(17, np.float32)}))
-    with pytest.raises(ConfigError, match=r"model\.safetensors: model\.norm\.weight has shape \(17,\); config\.json asks for \(16,\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.safetensors: model\.norm\.weight has shape \(17,\); config\.json asks for "
+        r"\(16,\)",
+    ):
         from_pretrained(folder)
 
 
 def test_rope_buffers_of_old_saves_are_skipped(folder):
     params = from_pretrained(folder).params
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+        ),
+    )
     assert_identical(from_pretrained(folder).params, params)
 
 
 def test_a_copy_of_the_tied_head_is_accepted_and_not_written(folder, tmp_path):
     params = from_pretrained(folder).params
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+        ),
+    )
     model = from_pretrained(folder)
     assert_identical(model.params, params)
     model.save_pretrained(tmp_path / "saved")
-    assert "lm_head.weight" not in safetensors.numpy.load_file(tmp_path / "saved/model.safetensors")
+    assert "lm_head.weight" not in safetensors.numpy.load_file(
+        tmp_path / "saved/model.safetensors"
+    )
 
 
 def test_a_head_that_contradicts_the_tie_is_refused(folder):
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + np.float32(1e-3)}))
-    with pytest.raises(ConfigError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight although .*tie_word_embeddings"):
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"] + np.float32(1e-3)}
+        ),
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"lm_head\.weight differs from model\.embed_tokens\.weight although "
+        r".*tie_word_embeddings",
+    ):
         from_pretrained(folder)
 
 
@@ -356,9 +474,13 @@ def test_a_folder_without_config_or_weights_is_refused(folder, tmp_path):
 
 
 def test_a_shard_that_was_not_copied_is_named(tmp_path):
-    shutil.copytree(goldens.folder_of("a52b_tiny"), tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    shutil.copytree(
+        goldens.folder_of("a52b_tiny"), tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile
+    )
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"names 2 shards, but model-00002-of-00002\.safetensors is not there"):
+    with pytest.raises(
+        ConfigError, match=r"names 2 shards, but model-00002-of-00002\.safetensors is not there"
+    ):
         from_pretrained(tmp_path)
 
 
@@ -411,11 +533,23 @@ BAD_VALUES = [
     ("rope_scaling", "dynamic", "rope_scaling = 'dynamic' must be an object or null"),
     ("rope_scaling", {"type": "dynamic", "alpha": 1000.0}, "lacks 'factor'"),
     ("rope_scaling", {"type": "yarn", "factor": 1.0, "alpha": 1.0}, "unknown"),
-    ("rope_scaling", {"type": "dynamic", "factor": 1.0, "alpha": "1000"}, "alpha = '1000' must be a finite number"),
-    ("rope_scaling", {"type": "dynamic", "factor": 1.0, "alpha": -1.0}, "rope_alpha = -1.0 must be positive"),
+    (
+        "rope_scaling",
+        {"type": "dynamic", "factor": 1.0, "alpha": "1000"},
+        "alpha = '1000' must be a finite number",
+    ),
+    (
+        "rope_scaling",
+        {"type": "dynamic", "factor": 1.0, "alpha": -1.0},
+        "rope_alpha = -1.0 must be positive",
+    ),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": None}, "dynamic without alpha"),
     ("rope_scaling", {"type": "linear", "factor": None, "alpha": None}, "'linear' with factor"),
-    ("rope_scaling", {"type": "linear", "factor": 0.0, "alpha": None}, "rope_factor = 0.0 must be positive"),
+    (
+        "rope_scaling",
+        {"type": "linear", "factor": 0.0, "alpha": None},
+        "rope_factor = 0.0 must be positive",
+    ),
     ("use_cla", "yes", "use_cla = 'yes' must be true or false"),
     ("cla_share_factor", 0, "cla_share_factor = 0"),
     ("tie_word_embeddings", 1, "tie_word_embeddings = 1 must be true or false"),
@@ -424,7 +558,11 @@ BAD_VALUES = [
     ("eos_token_id", [1, "2"], "eos_token_id"),
     ("num_experts", 0, "num_experts = 0"),
     ("moe_topk", 4, "top_k = 4 must be between 1 and num_experts = 3"),
-    ("moe_topk", [1, 2, 1, 2], "moe_topk = [1, 2, 1, 2]; only one value for all of the 4 layers is implemented"),
+    (
+        "moe_topk",
+        [1, 2, 1, 2],
+        "moe_topk = [1, 2, 1, 2]; only one value for all of the 4 layers is implemented",
+    ),
     ("num_shared_expert", -1, "num_shared_experts = -1"),
 ]
 
@@ -436,14 +574,17 @@ def test_bad_config_values_are_refused_in_one_line(name, value, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- .bin shards
+# -----------------------------------------------------------------------------------------------------------------------
+# .bin shards
 
 
 def test_bin_without_torch_says_what_to_install(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)  # import torch then raises ModuleNotFoundError
     with pytest.raises(
-        ConfigError, match=r"pytorch_model\.bin is a PyTorch pickle; reading it needs torch: pip install 'hunyuan_jax\[torch\]'"
+        ConfigError,
+        match=r"pytorch_model\.bin is a PyTorch pickle; reading it needs torch: pip install "
+        r"'hunyuan_jax\[torch\]'",
     ):
         from_pretrained(folder)
 
@@ -461,13 +602,18 @@ def as_bin(folder: Path, target: Path, num_shards: int, *, with_tied_head: bool)
     target.mkdir()
     shutil.copyfile(folder / "config.json", target / "config.json")
     names = list(tensors)
-    files = {name: f"pytorch_model-{i % num_shards + 1:05d}-of-{num_shards:05d}.bin" for i, name in enumerate(names)}
+    files = {
+        name: f"pytorch_model-{i % num_shards + 1:05d}-of-{num_shards:05d}.bin"
+        for i, name in enumerate(names)
+    }
     if num_shards == 1:
         files = dict.fromkeys(names, "pytorch_model.bin")
     for file in set(files.values()):
         torch.save({name: tensors[name] for name in names if files[name] == file}, target / file)
     if num_shards > 1:
-        (target / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        (target / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": files})
+        )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -482,14 +628,17 @@ def test_bin_shards_hold_the_same_model(case, num_shards, tmp_path):
     assert_identical(from_pretrained(tmp_path / "saved").params, model.params)
     # Through convert_torch.py: safetensors again, with the source's names and bits.
     scale.import_model(tmp_path / "bin", tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/conversion.json").read_text())["dropped"] == ["lm_head.weight"]
+    assert json.loads((tmp_path / "ours/conversion.json").read_text())["dropped"] == [
+        "lm_head.weight"
+    ]
     assert verify.verify(tmp_path / "bin", tmp_path / "ours") == []
     scale.export_model(tmp_path / "ours", tmp_path / "back")
     exported = {name: array for name, array, _ in torch_io._tensors(tmp_path / "back")}
     assert_identical(exported, {name: array for name, array, _ in torch_io._tensors(source)})
 
 
-# ------------------------------------------------------------------------------------------------------------- what callers may pass
+# -------------------------------------------------------------------------------------------------------------
+# what callers may pass
 
 
 @pytest.fixture(scope="module")
@@ -519,12 +668,19 @@ def test_bad_ids_are_refused(model, ids, message):
 
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
 def test_arrays_of_another_shape_are_refused(model, name):
-    with pytest.raises(ValueError, match=rf"{name} has shape \(1, 3\); it must match input_ids, \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name} has shape \(1, 3\); it must match input_ids, \(2, 3\)"
+    ):
         model.logits(IDS, **{name: np.ones((1, 3), np.int32)})
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [(IDS[:, :2], r"labels has shape \(2, 2\)"), (IDS - 2, "labels holds -1"), (IDS + 34, "labels holds 40")]
+    ("labels", "message"),
+    [
+        (IDS[:, :2], r"labels has shape \(2, 2\)"),
+        (IDS - 2, "labels holds -1"),
+        (IDS + 34, "labels holds 40"),
+    ],
 )
 def test_bad_labels_are_refused(model, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -536,7 +692,10 @@ def test_bad_labels_are_refused(model, labels, message):
     [
         ({"attention_mask": [[1, 1, 0], [1, 1, 1]]}, "attention_mask has a 0 after a 1"),
         ({"attention_mask": [[1, 1, 1]]}, r"attention_mask has shape \(1, 3\)"),
-        ({"max_new_tokens": 62}, r"3 prompt tokens \+ max_new_tokens = 62 exceed the 64 positions"),
+        (
+            {"max_new_tokens": 62},
+            r"3 prompt tokens \+ max_new_tokens = 62 exceed the 64 positions",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens = 0 must be at least 1"),
         ({"temperature": -0.1}, "temperature = -0.1"),
         ({"temperature": float("nan")}, "temperature = nan"),
@@ -567,4 +726,6 @@ def test_generation_stops_at_the_stop_id_and_fills_with_padding(model):
 def test_a_model_trained_with_routing_groups_takes_any_batch():
     cfg = small(num_layers=2, moe=MoeConfig(num_experts=3, dispatch="recycle", group_size=64))
     model = Pretrained(cfg, random_params(cfg))
-    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=2)[:, 3], np.argmax(model.logits(IDS)[:, -1], axis=-1))
+    np.testing.assert_array_equal(
+        model.generate(IDS, max_new_tokens=2)[:, 3], np.argmax(model.logits(IDS)[:, -1], axis=-1)
+    )

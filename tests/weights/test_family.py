@@ -1,6 +1,8 @@
-"""The family's config.json in all its spellings, and folders written here under transformers' own classes.
+"""The family's config.json in all its spellings, and folders written here under transformers' own
+classes.
 
-The classes themselves are compared where torch and transformers are installed; recorded runs of them are in test_golden_hf.py.
+The classes themselves are compared where torch and transformers are installed; recorded runs of
+them are in test_golden_hf.py.
 """
 
 import dataclasses
@@ -90,21 +92,38 @@ A13B = {
 
 def small(**changes) -> ModelConfig:
     """A small A13B: wide heads, two of four experts."""
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+    }
     moe = MoeConfig(num_experts=4, top_k=2, norm_topk_prob=True, num_shared_experts=1)
-    return dataclasses.replace(ModelConfig(vocab_size=40, max_position=64, moe=moe, **sizes), **changes)
+    return dataclasses.replace(
+        ModelConfig(vocab_size=40, max_position=64, moe=moe, **sizes), **changes
+    )
 
 
-DENSE = {"moe": MoeConfig(), "tie_embeddings": False, "attention_bias": True, "rope_type": "default"}
+DENSE = {
+    "moe": MoeConfig(),
+    "tie_embeddings": False,
+    "attention_bias": True,
+    "rope_type": "default",
+}
 
 
-# ------------------------------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------------------------------------
+# config.json
 
 
 @pytest.mark.parametrize("model_type", ["hunyuan_v1_moe", "hunyuan"])
 def test_a13b_loads_as_it_is(model_type):
     """On the hub it has transformers' model type, on GitHub that of Hunyuan-Large."""
-    expected = dataclasses.replace(presets.a13b(), remat="none", attention_dropout=0.1, eos_token_ids=(127960,))
+    expected = dataclasses.replace(
+        presets.a13b(), remat="none", attention_dropout=0.1, eos_token_ids=(127960,)
+    )
     assert hf_config.from_hf(A13B | {"model_type": model_type}) == expected
 
 
@@ -118,9 +137,17 @@ def test_presets_have_transformers_model_types(preset):
 
 @st.composite
 def v1_configs(draw) -> ModelConfig:
-    num_kv_heads, num_experts, rope_type = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.sampled_from(["default", "alpha"]))
+    num_kv_heads, num_experts, rope_type = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["default", "alpha"])),
+    )
     top_k = draw(st.integers(1, num_experts))
-    moe = MoeConfig(num_experts=num_experts, top_k=top_k, norm_topk_prob=True, num_shared_experts=1) if num_experts > 1 else MoeConfig()
+    moe = (
+        MoeConfig(num_experts=num_experts, top_k=top_k, norm_topk_prob=True, num_shared_experts=1)
+        if num_experts > 1
+        else MoeConfig()
+    )
     return ModelConfig(
         vocab_size=draw(st.integers(3, 9)),
         hidden_size=draw(st.integers(1, 9)),
@@ -147,7 +174,11 @@ def as_transformers_5_writes(hf: dict) -> dict:
     """The same config.json in the other spelling, with lists for the layers."""
     hf = dict(hf)
     scaling = dict(hf.pop("rope_scaling") or {"type": "default"})
-    hf["rope_parameters"] = {"rope_type": scaling.pop("type"), "rope_theta": hf.pop("rope_theta"), **scaling}
+    hf["rope_parameters"] = {
+        "rope_type": scaling.pop("type"),
+        "rope_theta": hf.pop("rope_theta"),
+        **scaling,
+    }
     hf["dtype"] = hf.pop("torch_dtype")
     for name in {"moe_topk", "num_shared_expert"} & hf.keys():
         hf[name] = [hf[name]] * hf["num_hidden_layers"]
@@ -162,7 +193,10 @@ def test_config_survives_both_spellings(cfg):
     assert hf_config.from_hf(hf) == hf_config.from_hf(as_transformers_5_writes(hf)) == cfg
     for spelling in (hf, as_transformers_5_writes(hf)):
         changed = hf_config.with_dtype(spelling, "bfloat16")
-        assert changed.keys() == spelling.keys() and hf_config.dtype_of(changed) == hf_config.from_hf(changed).dtype == "bfloat16"
+        assert (
+            changed.keys() == spelling.keys()
+            and hf_config.dtype_of(changed) == hf_config.from_hf(changed).dtype == "bfloat16"
+        )
 
 
 def test_head_dim_has_three_sources():
@@ -185,28 +219,60 @@ REFUSED = [
     ({"moe_layer_num_skipped": 1}, "moe_layer_num_skipped = 1 has no effect"),
     ({"mlp_bias": True}, "mlp_bias = True has no effect"),
     ({"moe_intermediate_size": 9}, "moe_intermediate_size = 9 differs from intermediate_size = 8"),
-    ({"moe_intermediate_size": [8, 9]}, "moe_intermediate_size = [8, 9]; only one value for all of the 2 layers"),
+    (
+        {"moe_intermediate_size": [8, 9]},
+        "moe_intermediate_size = [8, 9]; only one value for all of the 2 layers",
+    ),
     ({"moe_topk": [2]}, "moe_topk = [2]; only one value for all of the 2 layers"),
     ({"num_experts": 1, "moe_topk": 1}, "num_experts = 1; a hunyuan_v1_moe needs at least 2"),
     ({"num_experts": [4, 4]}, "num_experts = [4, 4] must be an integer"),
     ({"attention_head_dim": 4}, "head_dim = 8 and attention_head_dim = 4 differ"),
     ({"head_dim": "8"}, "head_dim = '8' must be a positive integer"),
-    ({"hidden_size": 18, "head_dim": None}, "hidden_size = 18 is not divisible by num_attention_heads = 4"),
+    (
+        {"hidden_size": 18, "head_dim": None},
+        "hidden_size = 18 is not divisible by num_attention_heads = 4",
+    ),
     ({"dtype": "bfloat16"}, "dtype = 'bfloat16' and torch_dtype = 'float32' are one field"),
-    ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters and rope_scaling are one field"),
-    ({"rope_scaling": None, "rope_parameters": 5}, "rope_parameters = 5 must be an object or null"),
-    ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0"),
-    ({"rope_scaling": {"type": "dynamic", "rope_type": "default", "alpha": 1e3}}, "type and rope_type are one field"),
+    (
+        {"rope_parameters": {"rope_type": "default"}},
+        "rope_parameters and rope_scaling are one field",
+    ),
+    (
+        {"rope_scaling": None, "rope_parameters": 5},
+        "rope_parameters = 5 must be an object or null",
+    ),
+    (
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+        "rope_theta is 10000.0, but 5.0",
+    ),
+    (
+        {"rope_scaling": {"type": "dynamic", "rope_type": "default", "alpha": 1e3}},
+        "type and rope_type are one field",
+    ),
     ({"rope_scaling": {"alpha": 1e3}}, "lacks 'type'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "is unknown for 'hunyuan_v1_moe'; use type 'dynamic' with alpha, or null"),
-    ({"model_type": "hunyuan_v1_dense"}, "num_experts = 4 has no effect in transformers' hunyuan_v1_dense"),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "is unknown for 'hunyuan_v1_moe'; use type 'dynamic' with alpha, or null",
+    ),
+    (
+        {"model_type": "hunyuan_v1_dense"},
+        "num_experts = 4 has no effect in transformers' hunyuan_v1_dense",
+    ),
     ({"model_type": "hunyuan"}, "head_dim = 8 has no effect in the code of model_type 'hunyuan'"),
-    ({"model_type": "hunyuan", "head_dim": 4, "norm_topk_prob": False}, "norm_topk_prob = False has no effect in the code of"),
-    ({"model_type": "hy_v3"}, "model_type = 'hy_v3'; only 'hunyuan', 'hunyuan_v1_moe', 'hunyuan_v1_dense'"),
+    (
+        {"model_type": "hunyuan", "head_dim": 4, "norm_topk_prob": False},
+        "norm_topk_prob = False has no effect in the code of",
+    ),
+    (
+        {"model_type": "hy_v3"},
+        "model_type = 'hy_v3'; only 'hunyuan', 'hunyuan_v1_moe', 'hunyuan_v1_dense'",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[" ".join(changes) for changes, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=[" ".join(changes) for changes, _ in REFUSED]
+)
 def test_what_would_be_computed_wrongly_is_refused(changes, message):
     hf = hf_config.to_hf(small())
     hf_config.from_hf(hf)
@@ -218,7 +284,10 @@ def test_what_would_be_computed_wrongly_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        (small(head_dim=4, moe=MoeConfig(num_experts=4, top_k=2)), "norm_topk_prob = False with top_k = 2"),
+        (
+            small(head_dim=4, moe=MoeConfig(num_experts=4, top_k=2)),
+            "norm_topk_prob = False with top_k = 2",
+        ),
         (small(head_dim=4, rope_type="default", use_qk_norm=False), "rope_type = 'default'"),
     ],
 )
@@ -239,10 +308,13 @@ def test_bad_generation_config_is_refused(tmp_path):
             from_pretrained(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- convert_torch.py
+# -----------------------------------------------------------------------------------------------------------------
+# convert_torch.py
 
 
-@pytest.mark.parametrize("case", ["moe_top1", "dense_bias_untied", "hub_moe_bf16", "moe_alpha_tied_lists"])
+@pytest.mark.parametrize(
+    "case", ["moe_top1", "dense_bias_untied", "hub_moe_bf16", "moe_alpha_tied_lists"]
+)
 def test_folders_go_through_the_converter(case, tmp_path):
     source = goldens.folder_of(case)
     scale.import_model(source, tmp_path / "ours")
@@ -251,7 +323,11 @@ def test_folders_go_through_the_converter(case, tmp_path):
     assert model.config == from_pretrained(source).config
     scale.export_model(tmp_path / "ours", tmp_path / "exported")
     model.save_pretrained(tmp_path / "saved")
-    wanted = {path.name: path.read_bytes() for path in source.iterdir() if not path.name.startswith("golden")}
+    wanted = {
+        path.name: path.read_bytes()
+        for path in source.iterdir()
+        if not path.name.startswith("golden")
+    }
     for written in ("exported", "saved"):
         assert {name: (tmp_path / written / name).read_bytes() for name in wanted} == wanted
     scale.import_model(source, tmp_path / "other", dtype="bfloat16")
@@ -260,7 +336,11 @@ def test_folders_go_through_the_converter(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "field", "value"),
-    [("moe_top1", "norm_topk_prob", False), ("moe_top1", "rope_type", "plain"), ("dense_bias_untied", "rope_type", "plain")],
+    [
+        ("moe_top1", "norm_topk_prob", False),
+        ("moe_top1", "rope_type", "plain"),
+        ("dense_bias_untied", "rope_type", "plain"),
+    ],
 )
 def test_the_converters_layers_tell_the_families_apart(case, field, value, tmp_path):
     """The plain forward pass knows by itself what transformers' classes fix."""
@@ -269,16 +349,23 @@ def test_the_converters_layers_tell_the_families_apart(case, field, value, tmp_p
     opened, converted = weights.Weights(Place(source)), scale.open_converted(tmp_path / "ours")
     assert verify.compare_layers(opened, converted) == []
     cfg = converted.cfg
-    part = {"moe": dataclasses.replace(cfg.moe, **{field: value})} if field == "norm_topk_prob" else {field: value}
+    part = (
+        {"moe": dataclasses.replace(cfg.moe, **{field: value})}
+        if field == "norm_topk_prob"
+        else {field: value}
+    )
     assert verify.compare_layers(opened, converted._replace(cfg=dataclasses.replace(cfg, **part)))
 
 
-# ----------------------------------------------------------------------------------------------------- transformers reads what we write
+# -----------------------------------------------------------------------------------------------------
+# transformers reads what we write
 
 
 def transformers_logits(folder, ids_BS) -> np.ndarray:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         return model(torch.from_numpy(ids_BS)).logits.numpy()
@@ -286,7 +373,14 @@ def transformers_logits(folder, ids_BS) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "cfg",
-    [small(), small(rope_type="default", moe=MoeConfig(num_experts=4, norm_topk_prob=True, num_shared_experts=1)), small(**DENSE)],
+    [
+        small(),
+        small(
+            rope_type="default",
+            moe=MoeConfig(num_experts=4, norm_topk_prob=True, num_shared_experts=1),
+        ),
+        small(**DENSE),
+    ],
     ids=["moe", "moe-top-1", "dense"],
 )
 @pytest.mark.filterwarnings("ignore")  # of transformers
@@ -295,17 +389,26 @@ def test_a_model_trained_here_has_the_same_logits_in_transformers(cfg, tmp_path)
     model = Pretrained(cfg, random_params(cfg))
     model.save_pretrained(tmp_path)
     ids_BS = np.arange(24).reshape(2, 12)
-    np.testing.assert_allclose(np.asarray(model.logits(ids_BS)), transformers_logits(tmp_path, ids_BS), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        np.asarray(model.logits(ids_BS)), transformers_logits(tmp_path, ids_BS), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_golden_folder_in_transformers(tmp_path):
-    """Loaded, changed in dtype, saved: transformers' logits of the export are ours; and what it saves itself, fused, is read."""
+    """Loaded, changed in dtype, saved: transformers' logits of the export are ours; and what it
+    saves itself, fused, is read.
+    """
     transformers, case = pytest.importorskip("transformers"), goldens.load("moe_top1")
     from_pretrained(case.folder).save_pretrained(tmp_path / "saved")
     model = from_pretrained(tmp_path / "saved")
     ids_BS = case["input_ids"]
-    np.testing.assert_allclose(np.asarray(model.logits(ids_BS)), transformers_logits(tmp_path / "saved", ids_BS), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        np.asarray(model.logits(ids_BS)),
+        transformers_logits(tmp_path / "saved", ids_BS),
+        atol=1e-4,
+        rtol=0,
+    )
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(case.folder)
     for is_original in (True, False):

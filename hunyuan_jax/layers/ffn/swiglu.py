@@ -48,8 +48,11 @@ class Mlp(nnx.Module):
         return island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
 
 
-def serve(weights: dict[str, jax.Array], x_BTD: jax.Array, kernels: dict[str, Any], lora_cfg: LoraConfig) -> jax.Array:
-    """The MLP on one shard's tokens and with its part of F: partial sums [B, T, D].  Runs inside an island.
+def serve(
+    weights: dict[str, jax.Array], x_BTD: jax.Array, kernels: dict[str, Any], lora_cfg: LoraConfig
+) -> jax.Array:
+    """The MLP on one shard's tokens and with its part of F: partial sums [B, T, D].  Runs inside
+    an island.
 
     Args:
       weights: the parameters of `Mlp` by name, as stored.
@@ -64,11 +67,19 @@ def serve(weights: dict[str, jax.Array], x_BTD: jax.Array, kernels: dict[str, An
             return island.whole(weights[name], logical, x_BTD.dtype)
         return island.whole_in_tiles(weights[name], logical, x_BTD.dtype, tiled="ffn")
 
-    # Zeros that fill up F give zeros in between, and nothing in the end.  One expert that serves all rows.
-    projections = tuple(lora.adapted(weights, target, lora_cfg, lambda name: whole(name)[None]) for target in _TARGETS)
+    # Zeros that fill up F give zeros in between, and nothing in the end.  One expert that serves
+    # all rows.
+    projections = tuple(
+        lora.adapted(weights, target, lora_cfg, lambda name: whole(name)[None])
+        for target in _TARGETS
+    )
     x_1MD = x_BTD.reshape(1, -1, x_BTD.shape[-1])
     if any(projection.a is not None for projection in projections):
-        y_1MD = experts.swiglu_adapted(experts.row_product, x_1MD, jnp.ones(x_1MD.shape[:2]), projections, kernels)
+        y_1MD = experts.swiglu_adapted(
+            experts.row_product, x_1MD, jnp.ones(x_1MD.shape[:2]), projections, kernels
+        )
     else:
-        y_1MD = expert_matmul.swiglu(x_1MD, None, None, *(projection.w for projection in projections), **kernels)
+        y_1MD = expert_matmul.swiglu(
+            x_1MD, None, None, *(projection.w for projection in projections), **kernels
+        )
     return y_1MD.reshape(x_BTD.shape)

@@ -1,9 +1,10 @@
 """Grouped-query attention with cross-layer sharing (specification section 3).
 
-Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division of a key do not depend on the
-layer, only the key norm's scale does, and q . (g * khat) = (q * g) . khat: so each layer folds its key scale into its own query,
-and one (khat, v) pair per group is computed, and cached.
-Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G = N / K, H head dim, R = N * H.
+Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division
+of a key do not depend on the layer, only the key norm's scale does, and q . (g * khat) = (q * g) .
+khat: so each layer folds its key scale into its own query, and one (khat, v) pair per group is
+computed, and cached. Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G =
+N / K, H head dim, R = N * H.
 """
 
 import functools
@@ -30,10 +31,18 @@ _KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
 
 
 class Attention(nnx.Module):
-    """One layer's query and output projections, and the K/V projections if it is the producer of its CLA group."""
+    """One layer's query and output projections, and the K/V projections if it is the producer of
+    its CLA group.
+    """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, is_producer: bool):
-        D, N, K, H, std = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.init_std
+        D, N, K, H, std = (
+            cfg.hidden_size,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            cfg.init_std,
+        )
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.cfg = cfg
         self.mesh = mesh
@@ -54,12 +63,18 @@ class Attention(nnx.Module):
             self.k_norm_H = params.ones((H,), ("norm",))
         lora.declare(self, cfg, jax.random.fold_in(key, 4))
 
-    def keys_values(self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The group's keys, rotated and normalised without scale, and its values: two [B, T, K, H].  Producer only."""
+    def keys_values(
+        self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The group's keys, rotated and normalised without scale, and its values: two [B, T, K,
+        H].  Producer only.
+        """
         weights, logical = params.declared(self)
         fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)
         in_logical = (_ROWS, (_ANGLES, _ANGLES))
-        return island.island(fn, self.mesh, logical, in_logical, (_KV_HEADS, _KV_HEADS))(weights, y_BTD, cos_sin_BTh)
+        return island.island(fn, self.mesh, logical, in_logical, (_KV_HEADS, _KV_HEADS))(
+            weights, y_BTD, cos_sin_BTh
+        )
 
     def __call__(
         self,
@@ -70,18 +85,25 @@ class Attention(nnx.Module):
         visibility: "Visibility",
         dropout_key: jax.Array | None,
     ) -> jax.Array:
-        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None = no attention dropout."""
+        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None =
+        no attention dropout.
+        """
         weights, logical = params.declared(self)
         options = kernel_options(self.cfg, self.mesh)
         seed_BN = None
         if dropout_key is not None:
             options["dropout_rate"] = self.cfg.attention_dropout
-            # One for each sequence and head, drawn before they are split over the mesh: a run drops the same on every mesh.
-            seed_BN = head_seeds(jax.random.key_data(dropout_key), y_BTD.shape[0], self.cfg.num_heads)
+            # One for each sequence and head, drawn before they are split over the mesh: a run
+            # drops the same on every mesh.
+            seed_BN = head_seeds(
+                jax.random.key_data(dropout_key), y_BTD.shape[0], self.cfg.num_heads
+            )
 
         def fn(weights, y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, seed_BN):
             q_BTNH = queries(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
-            out_BTNH = checkpoint_name(attend(q_BTNH, k_BSKH, v_BSKH, visibility, seed_BN, **options), "attended")
+            out_BTNH = checkpoint_name(
+                attend(q_BTNH, k_BSKH, v_BSKH, visibility, seed_BN, **options), "attended"
+            )
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
         in_logical = (
@@ -97,35 +119,58 @@ class Attention(nnx.Module):
 
 
 def keys_values(
-    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+    weights: dict[str, jax.Array],
+    y_BTD: jax.Array,
+    cos_sin_BTh: tuple[jax.Array, jax.Array],
+    *,
+    cfg: ModelConfig,
+    logical: dict,
 ) -> tuple[jax.Array, jax.Array]:
     """`Attention.keys_values` on one shard: its sequences and its kv heads."""
     dtype = y_BTD.dtype
     k_BTKH, v_BTKH = (
-        _project(weights, logical, target, y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim) for target in "kv"
+        _project(weights, logical, target, y_BTD, cfg, num_in=1).reshape(
+            *y_BTD.shape[:2], -1, cfg.head_dim
+        )
+        for target in "kv"
     )
     if cfg.attention_bias:
-        k_bias_KH, v_bias_KH = (island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH"))
+        k_bias_KH, v_bias_KH = (
+            island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH")
+        )
         k_BTKH, v_BTKH = k_BTKH + k_bias_KH, v_BTKH + v_bias_KH
     k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
     return (rms_normalize(k_BTKH, cfg.rms_norm_eps) if cfg.use_qk_norm else k_BTKH), v_BTKH
 
 
 def queries(
-    weights: dict[str, jax.Array], y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], *, cfg: ModelConfig, logical: dict
+    weights: dict[str, jax.Array],
+    y_BTD: jax.Array,
+    cos_sin_BTh: tuple[jax.Array, jax.Array],
+    *,
+    cfg: ModelConfig,
+    logical: dict,
 ) -> jax.Array:
-    """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale included."""
+    """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale
+    included.
+    """
     dtype = y_BTD.dtype
-    q_BTNH = _project(weights, logical, "q", y_BTD, cfg, num_in=1).reshape(*y_BTD.shape[:2], -1, cfg.head_dim)
+    q_BTNH = _project(weights, logical, "q", y_BTD, cfg, num_in=1).reshape(
+        *y_BTD.shape[:2], -1, cfg.head_dim
+    )
     if cfg.attention_bias:
         q_BTNH = q_BTNH + island.whole(weights["bq_NH"], logical["bq_NH"], dtype)
     q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
     if cfg.use_qk_norm:
-        q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (weights["q_norm_H"] * weights["k_norm_H"]).astype(dtype)
+        q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (
+            weights["q_norm_H"] * weights["k_norm_H"]
+        ).astype(dtype)
     return q_BTNH
 
 
-def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: ModelConfig, logical: dict) -> jax.Array:
+def project_out(
+    weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: ModelConfig, logical: dict
+) -> jax.Array:
     """The heads' outputs back to [B, T, D], summed over the shards of the heads."""
     dtype = out_BTNH.dtype
     out_BTR = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -134,15 +179,31 @@ def project_out(weights: dict[str, jax.Array], out_BTNH: jax.Array, *, cfg: Mode
     return out_BTD + weights["bo_D"].astype(dtype) if cfg.attention_bias else out_BTD
 
 
-def _project(weights: dict[str, jax.Array], logical: dict, target: str, x_BTI: jax.Array, cfg: ModelConfig, num_in: int) -> jax.Array:
-    """[B, T, O] of the projection q, k, v or o, whose first num_in dims are the input, and of its adapter."""
+def _project(
+    weights: dict[str, jax.Array],
+    logical: dict,
+    target: str,
+    x_BTI: jax.Array,
+    cfg: ModelConfig,
+    num_in: int,
+) -> jax.Array:
+    """[B, T, O] of the projection q, k, v or o, whose first num_in dims are the input, and of its
+    adapter.
+    """
     name = lora.names(target)[0]
-    out_BTO = linear(x_BTI, island.whole_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in))
-    return out_BTO + lora.added(x_BTI, weights, logical, target, cfg) if cfg.lora.rank and target in cfg.lora.targets else out_BTO
+    out_BTO = linear(
+        x_BTI, island.whole_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in)
+    )
+    return (
+        out_BTO + lora.added(x_BTI, weights, logical, target, cfg)
+        if cfg.lora.rank and target in cfg.lora.targets
+        else out_BTO
+    )
 
 
 class Visibility(NamedTuple):
-    """Which keys a query sees: those at or before its own slot, of its own segment; segment 0 is padding.
+    """Which keys a query sees: those at or before its own slot, of its own segment; segment 0 is
+    padding.
 
     query_slot_T, query_segment_BT, key_segment_BS: int32; key s lies in slot s.
     """
@@ -153,12 +214,19 @@ class Visibility(NamedTuple):
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility, seed_BN: jax.Array | None = None, **options: Any
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    visibility: Visibility,
+    seed_BN: jax.Array | None = None,
+    **options: Any,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v with query head n on kv head n // (N / K); softmax in float32, result [B, T, N, H] in q's dtype.
+    """softmax(q k / sqrt(H)) v with query head n on kv head n // (N / K); softmax in float32,
+    result [B, T, N, H] in q's dtype.
 
-    Whole sequences (T = S) go to flash attention, a few queries that continue a cache to decode attention.  A query that sees no key
-    (padding) gets zeros.  Runs inside an island: arrays are one shard's.
+    Whole sequences (T = S) go to flash attention, a few queries that continue a cache to decode
+    attention.  A query that sees no key (padding) gets zeros.  Runs inside an island: arrays are
+    one shard's.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: arrays of one dtype.
@@ -176,4 +244,6 @@ def attend(
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Inverted dropout: zero with probability `rate`, else scaled by 1 / (1 - rate)."""
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
+        x.dtype
+    )

@@ -1,10 +1,10 @@
 """Moving tokens to their experts and back, per shard: two ways with one signature.
 
-`by_capacity` fills a fixed [E, C, D] buffer and exchanges it over the expert axis (recycle, drop).  `dropless` keeps every token:
-rows sorted by expert into tiles, the work proportional to tokens.
-The combine weight of a token travels with it: the experts apply it to their rows.
-Letters: g groups on this shard, T tokens a group, k choices, E experts, e experts on this shard, C capacity, D model, n tiles,
-b rows a tile, R = n * b.
+`by_capacity` fills a fixed [E, C, D] buffer and exchanges it over the expert axis (recycle, drop).
+`dropless` keeps every token: rows sorted by expert into tiles, the work proportional to tokens.
+The combine weight of a token travels with it: the experts apply it to their rows. Letters: g
+groups on this shard, T tokens a group, k choices, E experts, e experts on this shard, C capacity,
+D model, n tiles, b rows a tile, R = n * b.
 """
 
 from collections.abc import Callable
@@ -19,29 +19,42 @@ from hunyuan_jax.parallel import island
 
 
 def by_capacity(
-    x_gTD: jax.Array, assignment: Assignment, num_slots: int, experts: Callable[[jax.Array, jax.Array], jax.Array]
+    x_gTD: jax.Array,
+    assignment: Assignment,
+    num_slots: int,
+    experts: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Combined expert outputs [g, T, D]; only the choices in `assignment` that are kept contribute.
+    """Combined expert outputs [g, T, D]; only the choices in `assignment` that are kept
+    contribute.
 
     Args:
       x_gTD: activations.
       assignment: with a leading group dim, `slot` below num_slots.
       num_slots: C, rows per (group, expert).
-      experts: (x [e, sources * C, D], weight [e, sources * C] of the rows, count [e, sources] of valid rows at the head of each
-        source's C rows) -> weighted outputs [e, sources * C, D].
+      experts: (x [e, sources * C, D], weight [e, sources * C] of the rows, count [e, sources] of
+        valid rows at the head of each source's C rows) -> weighted outputs [e, sources * C, D].
     """
     num_groups, _, D = x_gTD.shape
     num_experts = assignment.count_E.shape[-1]
-    row_gTk = jnp.where(assignment.is_kept_Tk, assignment.expert_Tk * num_slots + assignment.slot_Tk, num_experts * num_slots)
+    row_gTk = jnp.where(
+        assignment.is_kept_Tk,
+        assignment.expert_Tk * num_slots + assignment.slot_Tk,
+        num_experts * num_slots,
+    )
     choice_gR = jax.vmap(_choice_of_row, in_axes=(0, None))(row_gTk, num_experts * num_slots)
     x_EgCD = jax.vmap(_pack)(x_gTD, row_gTk, choice_gR)
     x_EgCD = x_EgCD.reshape(num_groups, num_experts, num_slots, D).swapaxes(0, 1)
 
-    # Each shard sends every expert's rows to the shard that holds it, and gets them back in the same order.
+    # Each shard sends every expert's rows to the shard that holds it, and gets them back in the
+    # same order.
     weight_gR = jax.vmap(_weight_of_row)(assignment.weight_Tk, row_gTk, choice_gR)
     weight_EgC = weight_gR.reshape(num_groups, num_experts, num_slots).swapaxes(0, 1)
-    x_eRD = checkpoint_name(_to_experts(x_EgCD.reshape(num_experts, num_groups * num_slots, D)), "dispatched")
-    weight_eR = checkpoint_name(_to_experts(weight_EgC.reshape(num_experts, num_groups * num_slots)), "dispatched")
+    x_eRD = checkpoint_name(
+        _to_experts(x_EgCD.reshape(num_experts, num_groups * num_slots, D)), "dispatched"
+    )
+    weight_eR = checkpoint_name(
+        _to_experts(weight_EgC.reshape(num_experts, num_groups * num_slots)), "dispatched"
+    )
     count_es = _to_experts(assignment.count_E.T)
     y_eRD = experts(x_eRD, weight_eR, count_es)
     y_EgCD = _from_experts(y_eRD).reshape(num_experts, num_groups, num_slots, D)
@@ -51,23 +64,30 @@ def by_capacity(
 
 
 def dropless(
-    x_gTD: jax.Array, assignment: Assignment, num_local_experts: int, experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    x_gTD: jax.Array,
+    assignment: Assignment,
+    num_local_experts: int,
+    experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Combined expert outputs [g, T, D] of every choice in `assignment`, whose `slot` is the rank within (group, expert).
+    """Combined expert outputs [g, T, D] of every choice in `assignment`, whose `slot` is the rank
+    within (group, expert).
 
-    With several expert shards, each gathers the tokens of its expert-axis neighbours, serves the choices that fall on its own
-    experts, and the results are summed back: every (token, choice) is computed once.
+    With several expert shards, each gathers the tokens of its expert-axis neighbours, serves the
+    choices that fall on its own experts, and the results are summed back: every (token, choice) is
+    computed once.
 
     Args:
-      experts: (x [n, b, D], weight [n, b] of the rows, tile_expert [n] local index, num_tiles scalar: how many of the n tiles hold
-        rows) -> weighted outputs [n, b, D].
+      experts: (x [n, b, D], weight [n, b] of the rows, tile_expert [n] local index, num_tiles
+        scalar: how many of the n tiles hold rows) -> weighted outputs [n, b, D].
     """
     x_gTD = island.gather(x_gTD, "experts", dim=0)
     assignment = jax.tree.map(lambda a: island.gather(a, "experts", dim=0), assignment)
     num_groups, T, D = x_gTD.shape
     k = assignment.expert_Tk.shape[-1]
     first_expert = island.shard_index("experts") * num_local_experts
-    count_ge = jax.lax.dynamic_slice_in_dim(assignment.count_E, first_expert, num_local_experts, axis=1)
+    count_ge = jax.lax.dynamic_slice_in_dim(
+        assignment.count_E, first_expert, num_local_experts, axis=1
+    )
 
     tile = tile_size(num_groups * T * k, num_local_experts * island.num_shards("experts"))
     num_tiles = num_groups * T * k // tile + min(num_local_experts, num_groups * T * k)
@@ -76,20 +96,32 @@ def dropless(
 
     local_gTk = assignment.expert_Tk - first_expert
     is_local_gTk = assignment.is_kept_Tk & (local_gTk >= 0) & (local_gTk < num_local_experts)
-    first_row_gTk = jax.vmap(lambda rows_e, e_Tk: rows_e[e_Tk])(first_row_ge, jnp.clip(local_gTk, 0, num_local_experts - 1))
-    row_Mk = jnp.where(is_local_gTk, first_row_gTk + assignment.slot_Tk, num_tiles * tile).reshape(num_groups * T, k)
+    first_row_gTk = jax.vmap(lambda rows_e, e_Tk: rows_e[e_Tk])(
+        first_row_ge, jnp.clip(local_gTk, 0, num_local_experts - 1)
+    )
+    row_Mk = jnp.where(is_local_gTk, first_row_gTk + assignment.slot_Tk, num_tiles * tile).reshape(
+        num_groups * T, k
+    )
 
     choice_R = _choice_of_row(row_Mk, num_tiles * tile)
     x_nbD = _pack(x_gTD.reshape(num_groups * T, D), row_Mk, choice_R).reshape(num_tiles, tile, D)
-    tile_expert_n = jnp.searchsorted(jnp.cumsum(tiles_e), jnp.arange(num_tiles), side="right").astype(jnp.int32)
-    weight_nb = _weight_of_row(assignment.weight_Tk.reshape(num_groups * T, k), row_Mk, choice_R).reshape(num_tiles, tile)
-    y_nbD = experts(x_nbD, weight_nb, jnp.minimum(tile_expert_n, num_local_experts - 1), tiles_e.sum())
+    tile_expert_n = jnp.searchsorted(
+        jnp.cumsum(tiles_e), jnp.arange(num_tiles), side="right"
+    ).astype(jnp.int32)
+    weight_nb = _weight_of_row(
+        assignment.weight_Tk.reshape(num_groups * T, k), row_Mk, choice_R
+    ).reshape(num_tiles, tile)
+    y_nbD = experts(
+        x_nbD, weight_nb, jnp.minimum(tile_expert_n, num_local_experts - 1), tiles_e.sum()
+    )
     y_MD = _combine(y_nbD.reshape(num_tiles * tile, D), row_Mk, choice_R)
     return island.reduce_scatter(y_MD.reshape(num_groups, T, D), "experts", dim=0)
 
 
 def _to_experts(x_ER: jax.Array) -> jax.Array:
-    """[E, R, ...] of this shard's tokens -> [e, shards * R, ...] of this shard's experts, the senders in order."""
+    """[E, R, ...] of this shard's tokens -> [e, shards * R, ...] of this shard's experts, the
+    senders in order.
+    """
     num_shards, rest = island.num_shards("experts"), x_ER.shape[1:]
     x_seR = island.exchange(x_ER, "experts").reshape(num_shards, -1, *rest)
     return x_seR.swapaxes(0, 1).reshape(-1, num_shards * rest[0], *rest[1:])
@@ -103,19 +135,24 @@ def _from_experts(y_eR: jax.Array) -> jax.Array:
 
 
 def tile_size(num_rows: int, num_experts: int) -> int:
-    """Rows per tile: a power of two near a quarter of an expert's mean share, in [8, 128], so that padding stays small."""
+    """Rows per tile: a power of two near a quarter of an expert's mean share, in [8, 128], so that
+    padding stays small.
+    """
     share = max(1, num_rows // (4 * num_experts))
     return min(128, max(8, 1 << (share.bit_length() - 1)))
 
 
 def _choice_of_row(row_Tk: jax.Array, num_rows: int) -> jax.Array:
-    """int32 [num_rows]: the flat index (token * k + choice) that fills each row; T * k where the row is empty.
+    """int32 [num_rows]: the flat index (token * k + choice) that fills each row; T * k where the
+    row is empty.
 
     A row number of num_rows in `row_Tk` means nowhere.
     """
     num_choices = row_Tk.size
     empty_R = jnp.full((num_rows,), num_choices, jnp.int32)
-    return empty_R.at[row_Tk.reshape(-1)].set(jnp.arange(num_choices, dtype=jnp.int32), mode="drop")
+    return empty_R.at[row_Tk.reshape(-1)].set(
+        jnp.arange(num_choices, dtype=jnp.int32), mode="drop"
+    )
 
 
 def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
@@ -141,9 +178,11 @@ def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _gather(x_AD: jax.Array, index_B: jax.Array, users_Am: jax.Array) -> jax.Array:
-    """x[index] [B, D], zero where the index is out of range; users_Am lists the positions in index_B that hold a (or len(B)).
+    """x[index] [B, D], zero where the index is out of range; users_Am lists the positions in
+    index_B that hold a (or len(B)).
 
-    The users make the gradient a gather too; as the transpose of a gather it would be a scatter, which is slow on TPUs.
+    The users make the gradient a gather too; as the transpose of a gather it would be a scatter,
+    which is slow on TPUs.
     """
     return x_AD.at[index_B].get(mode="fill", fill_value=0)
 
@@ -155,7 +194,11 @@ def _gather_fwd(x_AD, index_B, users_Am):
 def _gather_bwd(residuals, dy_BD):
     index_B, users_Am = residuals
     dx_AD = _sum_of_few(dy_BD.at[users_Am].get(mode="fill", fill_value=0))
-    return dx_AD, np.zeros(index_B.shape, jax.dtypes.float0), np.zeros(users_Am.shape, jax.dtypes.float0)
+    return (
+        dx_AD,
+        np.zeros(index_B.shape, jax.dtypes.float0),
+        np.zeros(users_Am.shape, jax.dtypes.float0),
+    )
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -1,4 +1,5 @@
-"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless routing.  And SwiGLU with LoRA adapters.
+"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless
+routing.  And SwiGLU with LoRA adapters.
 
 Letters: e experts on this shard, D model, F ffn, n tiles, b rows a tile.
 """
@@ -27,24 +28,46 @@ def swiglu_tiles(
     w_up_eDF: jax.Array,
     w_down_eFD: jax.Array,
 ) -> jax.Array:
-    """down(weight * silu(gate(x)) * up(x)), tile i by expert tile_expert_n[i]; tiles from num_tiles on are skipped and come back zero.
+    """down(weight * silu(gate(x)) * up(x)), tile i by expert tile_expert_n[i]; tiles from
+    num_tiles on are skipped and come back zero.
 
-    Only x and the two products are kept for the backward pass; the cheap rest is computed again there.  With the weight of a row
-    applied before the last product, its gradient does not need that product's result, which then need not be kept, or computed again.
+    Only x and the two products are kept for the backward pass; the cheap rest is computed again
+    there.  With the weight of a row applied before the last product, its gradient does not need
+    that product's result, which then need not be kept, or computed again.
     """
-    return _swiglu_fwd(x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD)[0]
+    return _swiglu_fwd(
+        x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD
+    )[0]
 
 
 def _swiglu_fwd(x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD):
     product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
-    gate_nbF, up_nbF = (checkpoint_name(apart(product(x_nbD, w)), "product") for w in (w_gate_eDF, w_up_eDF))
+    gate_nbF, up_nbF = (
+        checkpoint_name(apart(product(x_nbD, w)), "product") for w in (w_gate_eDF, w_up_eDF)
+    )
     h_nbF = apart(_gated(gate_nbF, up_nbF, weight_nb))
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    return apart(product(h_nbF, w_down_eFD)), (x_nbD, gate_nbF, up_nbF, weight_nb, tile_expert_n, num_tiles, weights)
+    return apart(product(h_nbF, w_down_eFD)), (
+        x_nbD,
+        gate_nbF,
+        up_nbF,
+        weight_nb,
+        tile_expert_n,
+        num_tiles,
+        weights,
+    )
 
 
 def _swiglu_bwd(residuals, dy_nbD):
-    x_nbD, gate_nbF, up_nbF, weight_nb, tile_expert_n, num_tiles, (w_gate_eDF, w_up_eDF, w_down_eFD) = residuals
+    (
+        x_nbD,
+        gate_nbF,
+        up_nbF,
+        weight_nb,
+        tile_expert_n,
+        num_tiles,
+        (w_gate_eDF, w_up_eDF, w_down_eFD),
+    ) = residuals
     product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
     h_nbF, gated_vjp = jax.vjp(_gated, gate_nbF, up_nbF, weight_nb)
     dh_nbF, dw_down_eFD = jax.vjp(product, h_nbF, w_down_eFD)[1](dy_nbD)
@@ -52,7 +75,9 @@ def _swiglu_bwd(residuals, dy_nbD):
     dx_gate_nbD, dw_gate_eDF = jax.vjp(product, x_nbD, w_gate_eDF)[1](dgate_nbF)
     dx_up_nbD, dw_up_eDF = jax.vjp(product, x_nbD, w_up_eDF)[1](dup_nbF)
     # Integer arguments have the empty cotangent type.
-    no_gradients = (np.zeros(index.shape, jax.dtypes.float0) for index in (tile_expert_n, num_tiles))
+    no_gradients = (
+        np.zeros(index.shape, jax.dtypes.float0) for index in (tile_expert_n, num_tiles)
+    )
     return dx_gate_nbD + dx_up_nbD, dweight_nb, *no_gradients, dw_gate_eDF, dw_up_eDF, dw_down_eFD
 
 
@@ -66,20 +91,25 @@ def swiglu_adapted(
     projections: tuple[Adapted, Adapted, Adapted],
     kernels: dict[str, Any],
 ) -> jax.Array:
-    """down(weight * silu(gate(x)) * up(x)) with adapters beside the projections gate, up and down, by plain products.
+    """down(weight * silu(gate(x)) * up(x)) with adapters beside the projections gate, up and down,
+    by plain products.
 
     Args:
-      product: (rows [e, b, I], matrices [e, I, O]) -> [e, b, O]; e may be tiles, of which the product knows the experts.
+      product: (rows [e, b, I], matrices [e, I, O]) -> [e, b, O]; e may be tiles, of which the
+        product knows the experts.
       kernels: of `kernel_options`.
 
     Raises:
-      ConfigError: kernels are asked for: they compute gate, up and what follows in one, and have no place for an adapter.
+      ConfigError: kernels are asked for: they compute gate, up and what follows in one, and have
+        no place for an adapter.
     """
     implementation = kernels["implementation"]
     if implementation != ["xla"] and (implementation or kernels["device_kind"] != "cpu"):
         raise ConfigError(
-            f"config.model.kernels = {','.join(implementation or ['auto'])} on {kernels['device_kind']} would run expert kernels, which "
-            "have no place for config.model.lora.targets other than q, k, v, o; set config.model.kernels=xla, or take those targets."
+            f"config.model.kernels = {','.join(implementation or ['auto'])} on "
+            f"{kernels['device_kind']} would run expert kernels, which "
+            "have no place for config.model.lora.targets other than q, k, v, o; set "
+            "config.model.kernels=xla, or take those targets."
         )
 
     def project(x_ebI, projection):
@@ -89,7 +119,9 @@ def swiglu_adapted(
         return y_ebO + product(product(x_ebI, projection.a), projection.b) * projection.scale
 
     gate, up, down = projections
-    gate_ebF, up_ebF = (checkpoint_name(project(x_ebD, projection), "product") for projection in (gate, up))
+    gate_ebF, up_ebF = (
+        checkpoint_name(project(x_ebD, projection), "product") for projection in (gate, up)
+    )
     return project(_gated(gate_ebF, up_ebF, weight_eb), down)
 
 
@@ -103,11 +135,15 @@ def _gated(gate_nbF, up_nbF, weight_nb):
 
 
 @jax.custom_vjp
-def tile_matmul(x_nbD: jax.Array, w_eDF: jax.Array, tile_expert_n: jax.Array, num_tiles: jax.Array) -> jax.Array:
-    """x[i] @ w[tile_expert_n[i]] for the first num_tiles tiles, zero for the rest: [n, b, F] in x's dtype.
+def tile_matmul(
+    x_nbD: jax.Array, w_eDF: jax.Array, tile_expert_n: jax.Array, num_tiles: jax.Array
+) -> jax.Array:
+    """x[i] @ w[tile_expert_n[i]] for the first num_tiles tiles, zero for the rest: [n, b, F] in
+    x's dtype.
 
-    Reads each tile's weights once and does no work for the rest, where a masked `lax.ragged_dot` on CPU multiplies every row with
-    every expert.  The weight gradient accumulates tile by tile in float32.
+    Reads each tile's weights once and does no work for the rest, where a masked `lax.ragged_dot`
+    on CPU multiplies every row with every expert.  The weight gradient accumulates tile by tile in
+    float32.
     """
     return _tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles, contract_w=0)
 
@@ -122,11 +158,18 @@ def _tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles, contract_w):
         y_bF = jax.lax.dot_general(x_bD, w_DF, (((1,), (contract_w,)), ((), ())))
         return jax.lax.dynamic_update_index_in_dim(y_nbF, y_bF, i, axis=0)
 
-    return jax.lax.fori_loop(0, num_tiles, one_tile, jnp.zeros((*x_nbD.shape[:2], num_out), x_nbD.dtype))
+    return jax.lax.fori_loop(
+        0, num_tiles, one_tile, jnp.zeros((*x_nbD.shape[:2], num_out), x_nbD.dtype)
+    )
 
 
 def _tile_matmul_fwd(x_nbD, w_eDF, tile_expert_n, num_tiles):
-    return tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles), (x_nbD, w_eDF, tile_expert_n, num_tiles)
+    return tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles), (
+        x_nbD,
+        w_eDF,
+        tile_expert_n,
+        num_tiles,
+    )
 
 
 def _tile_matmul_bwd(residuals, dy_nbF):
@@ -139,9 +182,16 @@ def _tile_matmul_bwd(residuals, dy_nbF):
         dw_DF = jnp.einsum("bD,bF->DF", x_bD, dy_bF, preferred_element_type=jnp.float32)
         return dw_eDF.at[tile_expert_n[i]].add(dw_DF)
 
-    dw_eDF = jax.lax.fori_loop(0, num_tiles, one_tile, jnp.zeros(w_eDF.shape, jnp.float32)).astype(w_eDF.dtype)
+    dw_eDF = jax.lax.fori_loop(0, num_tiles, one_tile, jnp.zeros(w_eDF.shape, jnp.float32)).astype(
+        w_eDF.dtype
+    )
     # Integer arguments have the empty cotangent type.
-    return dx_nbD, dw_eDF, np.zeros(tile_expert_n.shape, jax.dtypes.float0), np.zeros((), jax.dtypes.float0)
+    return (
+        dx_nbD,
+        dw_eDF,
+        np.zeros(tile_expert_n.shape, jax.dtypes.float0),
+        np.zeros((), jax.dtypes.float0),
+    )
 
 
 tile_matmul.defvjp(_tile_matmul_fwd, _tile_matmul_bwd)

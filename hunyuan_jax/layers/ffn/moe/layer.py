@@ -1,4 +1,6 @@
-"""The mixture-of-experts layer: router, shared expert, and the island in which tokens meet their routed experts."""
+"""The mixture-of-experts layer: router, shared expert, and the island in which tokens meet their
+routed experts.
+"""
 
 import functools
 import math
@@ -30,7 +32,9 @@ def expert_dims(name: str) -> tuple[str, ...]:
 
 # Those that every mixture has.
 EXPERT_DIMS = {name: expert_dims(name) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
-_FEW = 4  # tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for one and 124 for eight
+# tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for
+# one and 124 for eight
+_FEW = 4
 
 
 class Experts(nnx.Module):
@@ -39,8 +43,16 @@ class Experts(nnx.Module):
     def __init__(self, cfg: ModelConfig, key: jax.Array):
         E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
         sizes = {"experts": E, "embed": D, "expert_ffn": F}
-        for (name, logical), matrix_key in zip(EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True):
-            setattr(self, name, params.normal(matrix_key, tuple(sizes[dim] for dim in logical), logical, cfg.init_std))
+        for (name, logical), matrix_key in zip(
+            EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True
+        ):
+            setattr(
+                self,
+                name,
+                params.normal(
+                    matrix_key, tuple(sizes[dim] for dim in logical), logical, cfg.init_std
+                ),
+            )
         lora.declare(self, cfg, jax.random.fold_in(key, 3))
 
 
@@ -51,27 +63,49 @@ class Moe(nnx.Module):
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
-        self.router_DE = params.normal(router_key, (cfg.hidden_size, cfg.moe.num_experts), ("embed", "router_experts"), cfg.init_std)
+        self.router_DE = params.normal(
+            router_key,
+            (cfg.hidden_size, cfg.moe.num_experts),
+            ("embed", "router_experts"),
+            cfg.init_std,
+        )
         self.experts = Experts(cfg, experts_key)
         if cfg.moe.num_shared_experts:
             self.shared = mlp.Mlp(cfg, mesh, shared_key, width=cfg.moe.num_shared_experts)
 
-    def __call__(self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Output [B, T, D] and the layer's router figures: sums over the routing groups (`routing.health`), of the losses means.
+    def __call__(
+        self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Output [B, T, D] and the layer's router figures: sums over the routing groups
+        (`routing.health`), of the losses means.
 
         Args:
           x_BTD: normalised activations.
-          is_valid_BT: false for padding, which takes no capacity and reaches only the shared expert.
+          is_valid_BT: false for padding, which takes no capacity and reaches only the shared
+            expert.
           routing_key: typed key of this (seed, step, layer); needed for dispatch "recycle" only.
         """
         moe = self.cfg.moe
         if moe.dispatch == "recycle" and routing_key is None:
-            raise ValueError("dispatch = 'recycle' draws free slots at random and needs a key; pass one, or use 'dropless' for inference.")
-        modules = {"router": self, "experts": self.experts} | ({"shared": self.shared} if moe.num_shared_experts else {})
-        weights, logical = zip(*(params.declared(module) for module in modules.values()), strict=True)
+            raise ValueError(
+                "dispatch = 'recycle' draws free slots at random and needs a key; pass one, or "
+                "use 'dropless' for inference."
+            )
+        modules = {"router": self, "experts": self.experts} | (
+            {"shared": self.shared} if moe.num_shared_experts else {}
+        )
+        weights, logical = zip(
+            *(params.declared(module) for module in modules.values()), strict=True
+        )
         kernels = kernel_options(self.cfg, self.mesh)
         group_size = routing.group_size(moe, *x_BTD.shape[:2])
-        fn = functools.partial(route_and_serve, cfg=moe, group_size=group_size, kernels=kernels, lora_cfg=self.cfg.lora)
+        fn = functools.partial(
+            route_and_serve,
+            cfg=moe,
+            group_size=group_size,
+            kernels=kernels,
+            lora_cfg=self.cfg.lora,
+        )
         key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
         y_BTD, stats_g = island.island(
             fn,
@@ -80,19 +114,26 @@ class Moe(nnx.Module):
             in_logical=(_ROWS, ("batch", "seq"), ()),
             out_logical=(_ROWS, ("batch",)),
         )(dict(zip(modules, weights, strict=True)), x_BTD, is_valid_BT, key_data)
-        return y_BTD, {name: a.mean(0) if name in routing.LOSSES else a.sum(0) for name, a in stats_g.items()}
+        return y_BTD, {
+            name: a.mean(0) if name in routing.LOSSES else a.sum(0) for name, a in stats_g.items()
+        }
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """float32 [B, T, E], whatever the activations' dtype."""
-    # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route differently there.
+    # HIGHEST: by default a TPU multiplies float32 in bfloat16 passes, and near ties would route
+    # differently there.
     return jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, precision="highest")
 
 
-def route(logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array) -> tuple[routing.Choice, routing.Assignment]:
+def route(
+    logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array
+) -> tuple[routing.Choice, routing.Assignment]:
     """What each routing group wishes, and what it gets; see `routing.choose` and `routing.assign`."""
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
-    return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(choice, is_valid_gT, key_g)
+    return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(
+        choice, is_valid_gT, key_g
+    )
 
 
 def route_and_serve(
@@ -106,13 +147,15 @@ def route_and_serve(
     kernels: dict[str, Any],
     lora_cfg: LoraConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside the island.
+    """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside
+    the island.
 
-    Returns the output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the two auxiliary losses.
+    Returns the output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the
+    two auxiliary losses.
 
     Args:
-      weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared `Mlp`, under "router", "experts",
-        "shared".
+      weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared
+        `Mlp`, under "router", "experts", "shared".
       x_BTD, is_valid_BT, key_data: as for `Moe`.
       cfg: the mixture.
       group_size: tokens of a routing group.
@@ -123,21 +166,32 @@ def route_and_serve(
     if B * T % group_size:
         shards = island.num_shards("batch")
         raise ValueError(
-            f"A routing group of {group_size} tokens would be split over chips: each of the {shards} batch shards holds {B} sequences of "
+            f"A routing group of {group_size} tokens would be split over chips: each of the "
+            f"{shards} batch shards holds {B} sequences of "
             f"{T}. Use a config.model.moe.group_size that divides {B * T}, or fewer batch shards."
         )
     num_groups = B * T // group_size
-    router_DE = island.whole(weights["router"]["router_DE"], ("embed", "router_experts"), jnp.float32)
+    router_DE = island.whole(
+        weights["router"]["router_DE"], ("embed", "router_experts"), jnp.float32
+    )
     logits_BTE = router_logits(x_BTD, router_DE)
-    x_gTD, logits_gTE, is_valid_gT = (a.reshape(num_groups, group_size, *a.shape[2:]) for a in (x_BTD, logits_BTE, is_valid_BT))
+    x_gTD, logits_gTE, is_valid_gT = (
+        a.reshape(num_groups, group_size, *a.shape[2:]) for a in (x_BTD, logits_BTE, is_valid_BT)
+    )
 
     # The key depends on the global index of the group, so a run routes the same on every mesh.
     group_g = island.shard_index("batch") * num_groups + jnp.arange(num_groups)
-    key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key_data), group_g)
+    key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.wrap_key_data(key_data), group_g
+    )
     choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g)
 
     is_apart = any(isinstance(w, tuple) for w in weights["experts"].values())
-    serve_here = serve_few if is_apart else functools.partial(serve, cfg=cfg, kernels=kernels, lora_cfg=lora_cfg)
+    serve_here = (
+        serve_few
+        if is_apart
+        else functools.partial(serve, cfg=cfg, kernels=kernels, lora_cfg=lora_cfg)
+    )
     y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
@@ -150,19 +204,26 @@ def route_and_serve(
     return y_BTD, stats_g
 
 
-def serve_few(weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assignment: routing.Assignment) -> jax.Array:
+def serve_few(
+    weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assignment: routing.Assignment
+) -> jax.Array:
     """As `serve` without a capacity, for few tokens and the experts' matrices apart, on one shard.
 
-    An expert of one token multiplies that token; one of several multiplies a few tiles of its tokens, filled up with weight zero.  An
-    expert without tokens is not read.
+    An expert of one token multiplies that token; one of several multiplies a few tiles of its
+    tokens, filled up with weight zero.  An expert without tokens is not read.
     """
     if weights.keys() != EXPERT_DIMS.keys():
-        raise ValueError("Experts with LoRA adapters do not generate on one CPU device; merge them first (layers/lora.py: merge).")
+        raise ValueError(
+            "Experts with LoRA adapters do not generate on one CPU device; merge them first "
+            "(layers/lora.py: merge)."
+        )
     gate_EDF, up_EDF, down_EFD = (weights[name] for name in EXPERT_DIMS)
     x_MD = x_gTD.reshape(-1, x_gTD.shape[-1])
     M, E = len(x_MD), len(gate_EDF)
     is_of_ETk = assignment.expert_Tk.reshape(M, -1) == jnp.arange(E)[:, None, None]
-    weight_EM = jnp.sum(jnp.where(is_of_ETk, assignment.weight_Tk.reshape(M, -1), 0.0), axis=-1).astype(x_MD.dtype)
+    weight_EM = jnp.sum(
+        jnp.where(is_of_ETk, assignment.weight_Tk.reshape(M, -1), 0.0), axis=-1
+    ).astype(x_MD.dtype)
     is_of_EM = is_of_ETk.any(-1)
     count_E = is_of_EM.sum(-1)
     # Each expert's own tokens first: the others, of weight zero, are the filling.
@@ -183,7 +244,9 @@ def serve_few(weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assig
             tile = math.gcd(_FEW, M)  # whole tiles: a slice beyond the end would take rows twice
             return jax.lax.fori_loop(0, -(-count_E[e] // tile), functools.partial(add, tile), y_MD)
 
-        y_MD = jax.lax.switch(jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD)
+        y_MD = jax.lax.switch(
+            jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD
+        )
     return y_MD.reshape(x_gTD.shape)
 
 
@@ -195,12 +258,15 @@ def serve(
     kernels: dict[str, Any],
     lora_cfg: LoraConfig,
 ) -> jax.Array:
-    """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of F.  Runs inside the island."""
+    """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of
+    F.  Runs inside the island.
+    """
 
     def whole(name):
         w, logical = weights[name], expert_dims(name)
         if w.shape[0] == 1:
-            # As a matrix: the TPU compiler then lays its gradient out so that the rows can be reduce-scattered, not all-reduced.
+            # As a matrix: the TPU compiler then lays its gradient out so that the rows can be
+            # reduce-scattered, not all-reduced.
             return island.whole(w[0], logical[1:], x_gTD.dtype)[None]
         return island.whole(w, logical, x_gTD.dtype)
 
@@ -211,15 +277,23 @@ def serve(
 
         def tiles(x_nbD, weight_nb, tile_expert_n, num_tiles):
             if is_adapted:
-                product = functools.partial(experts.tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
+                product = functools.partial(
+                    experts.tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles
+                )
                 return experts.swiglu_adapted(product, x_nbD, weight_nb, projections, kernels)
-            return experts.swiglu_tiles(x_nbD, weight_nb, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD)
+            return experts.swiglu_tiles(
+                x_nbD, weight_nb, tile_expert_n, num_tiles, gate_eDF, up_eDF, down_eFD
+            )
 
         return dispatch.dropless(x_gTD, assignment, gate_eDF.shape[0], tiles)
 
     def buffers(x_eRD, weight_eR, count_es):
         if is_adapted:
-            return experts.swiglu_adapted(experts.row_product, x_eRD, weight_eR, projections, kernels)
-        return expert_matmul.swiglu(x_eRD, weight_eR, count_es, gate_eDF, up_eDF, down_eFD, **kernels)
+            return experts.swiglu_adapted(
+                experts.row_product, x_eRD, weight_eR, projections, kernels
+            )
+        return expert_matmul.swiglu(
+            x_eRD, weight_eR, count_es, gate_eDF, up_eDF, down_eFD, **kernels
+        )
 
     return dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)

@@ -1,7 +1,9 @@
-"""Router decisions as pure functions: logits -> Assignment, plus the auxiliary losses and the health figures.
+"""Router decisions as pure functions: logits -> Assignment, plus the auxiliary losses and the
+health figures.
 
-Everything here works on one routing group of T tokens and is vmapped over groups by the caller, so nothing depends on the mesh.
-Letters: T tokens of a group, k choices a token, E experts, C capacity per (group, expert).  Specification sections 5.1-5.4.
+Everything here works on one routing group of T tokens and is vmapped over groups by the caller, so
+nothing depends on the mesh. Letters: T tokens of a group, k choices a token, E experts, C capacity
+per (group, expert).  Specification sections 5.1-5.4.
 """
 
 import math
@@ -24,7 +26,8 @@ class Assignment(NamedTuple):
     """Where each choice of each token goes; the receipt that dispatch and combine share.
 
     expert_Tk: int32, the expert that serves the choice (after recycling).
-    slot_Tk: int32, its row in that expert's buffer, unique per (expert, slot) and packed from 0; 0 where not kept.
+    slot_Tk: int32, its row in that expert's buffer, unique per (expert, slot) and packed from 0; 0
+    where not kept.
     weight_Tk: float32 combine weight, 0 where not kept.
     is_kept_Tk: bool, whether an expert serves the choice at all.
     is_recycled_Tk: bool, whether it was moved from a full expert to a free slot.
@@ -47,7 +50,8 @@ class Choice(NamedTuple):
 
 
 def capacity(cfg: MoeConfig, group_size: int) -> int:
-    """Rows per (group, expert): max(min_capacity, ceil(capacity_factor * k * group_size / E)), at most every token.
+    """Rows per (group, expert): max(min_capacity, ceil(capacity_factor * k * group_size / E)), at
+    most every token.
 
     Dropless has room for every token.
     """
@@ -59,7 +63,8 @@ def capacity(cfg: MoeConfig, group_size: int) -> int:
 
 
 def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
-    """Tokens per routing group for a [batch_size, seq_len] batch; groups are runs of consecutive tokens in row order.
+    """Tokens per routing group for a [batch_size, seq_len] batch; groups are runs of consecutive
+    tokens in row order.
 
     Raises:
       ConfigError: the tokens do not split into whole groups.
@@ -67,8 +72,10 @@ def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
     size = cfg.group_size or seq_len
     if seq_len % size and (size % seq_len or batch_size * seq_len % size):
         raise ConfigError(
-            f"config.model.moe.group_size = {size} fits neither in a sequence of {seq_len} tokens nor in whole sequences of the "
-            f"{batch_size} x {seq_len} batch; use a divisor of {seq_len}, or a multiple of it that divides {batch_size * seq_len}."
+            f"config.model.moe.group_size = {size} fits neither in a sequence of {seq_len} tokens "
+            "nor in whole sequences of the "
+            f"{batch_size} x {seq_len} batch; use a divisor of {seq_len}, or a multiple of it "
+            f"that divides {batch_size * seq_len}."
         )
     return size
 
@@ -79,15 +86,19 @@ def choose(logits_TE: jax.Array, cfg: MoeConfig) -> Choice:
     return Choice(probs_TE, jax.lax.top_k(probs_TE, cfg.top_k)[1])
 
 
-def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array | None) -> Assignment:
+def assign(
+    choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array | None
+) -> Assignment:
     """Applies the capacity to one group's choices.
 
-    The combine weight is the softmax probability, with `norm_topk_prob` over the sum of those of the k experts chosen.
-    Padding (`is_valid_T` false) takes no slot and gets weight 0; only dropless, which has room for all, serves it like any token,
-    as the official code does.  Choices compete first come first served in choice-major order:
-    all first choices in token order, then all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`)
-    or moved to free slots (`"recycle"`, specification 5.4): the draw is proportional to free slots, without replacement, and the
-    weight is the token's own probability of the new expert, over the same normaliser as its other choices.
+    The combine weight is the softmax probability, with `norm_topk_prob` over the sum of those of
+    the k experts chosen. Padding (`is_valid_T` false) takes no slot and gets weight 0; only
+    dropless, which has room for all, serves it like any token, as the official code does.  Choices
+    compete first come first served in choice-major order: all first choices in token order, then
+    all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`) or moved to
+    free slots (`"recycle"`, specification 5.4): the draw is proportional to free slots, without
+    replacement, and the weight is the token's own probability of the new expert, over the same
+    normaliser as its other choices.
 
     Args:
       choice: from `choose`, of one group.
@@ -110,45 +121,69 @@ def assign(choice: Choice, is_valid_T: jax.Array, cfg: MoeConfig, key: jax.Array
         if k == 1:
             new_n, is_recycled_n = _recycle_once(is_over_n, num_slots - count_E, num_slots, key)
         else:
-            new_n, is_recycled_n = _recycle_distinct(expert_n, is_kept_n, is_over_n, num_slots - count_E, num_slots, T, key)
+            new_n, is_recycled_n = _recycle_distinct(
+                expert_n, is_kept_n, is_over_n, num_slots - count_E, num_slots, T, key
+            )
         expert_n = jnp.where(is_recycled_n, new_n, expert_n)
-        # Recycled rows follow the kept ones, so that the rows in use are always the first count_E of a buffer.
+        # Recycled rows follow the kept ones, so that the rows in use are always the first count_E
+        # of a buffer.
         moved_nE = _one_hot(expert_n, is_recycled_n, num_experts)
-        slot_n = jnp.where(is_recycled_n, _take_expert(count_E + jnp.cumsum(moved_nE, axis=0) - 1, expert_n), slot_n)
+        slot_n = jnp.where(
+            is_recycled_n,
+            _take_expert(count_E + jnp.cumsum(moved_nE, axis=0) - 1, expert_n),
+            slot_n,
+        )
         count_E = count_E + moved_nE.sum(0)
         is_kept_n = is_kept_n | is_recycled_n
 
     expert_Tk, slot_Tk, is_kept_Tk, is_recycled_Tk = (
-        a.reshape(k, T).T for a in (expert_n, jnp.where(is_kept_n, slot_n, 0), is_kept_n, is_recycled_n)
+        a.reshape(k, T).T
+        for a in (expert_n, jnp.where(is_kept_n, slot_n, 0), is_kept_n, is_recycled_n)
     )
     weight_Tk = jnp.take_along_axis(choice.probs_TE, expert_Tk, axis=-1)
     if cfg.norm_topk_prob:
         chosen_Tk = jnp.take_along_axis(choice.probs_TE, choice.expert_Tk, axis=-1)
         weight_Tk = weight_Tk / jnp.maximum(chosen_Tk.sum(-1, keepdims=True), _EPSILON)
-    return Assignment(expert_Tk, slot_Tk, jnp.where(is_kept_Tk, weight_Tk, 0.0), is_kept_Tk, is_recycled_Tk, count_E)
+    return Assignment(
+        expert_Tk,
+        slot_Tk,
+        jnp.where(is_kept_Tk, weight_Tk, 0.0),
+        is_kept_Tk,
+        is_recycled_Tk,
+        count_E,
+    )
 
 
 def balance_loss(choice: Choice, is_valid_T: jax.Array) -> jax.Array:
     """E * sum_e f_e * P_e of one group, float32 scalar, on the original choices.
 
-    f_e is the share of valid tokens that chose e (it sums to k) and P_e their mean probability; this is both official formulas
-    (specification 5.2 and 5.3).  1.0 for k = 1 when perfectly balanced.
+    f_e is the share of valid tokens that chose e (it sums to k) and P_e their mean probability;
+    this is both official formulas (specification 5.2 and 5.3).  1.0 for k = 1 when perfectly
+    balanced.
     """
     num_experts = choice.probs_TE.shape[-1]
     chosen_TE = jax.nn.one_hot(choice.expert_Tk, num_experts, dtype=jnp.float32).sum(-2)
-    return num_experts * jnp.sum(_masked_mean(chosen_TE, is_valid_T) * _masked_mean(choice.probs_TE, is_valid_T))
+    return num_experts * jnp.sum(
+        _masked_mean(chosen_TE, is_valid_T) * _masked_mean(choice.probs_TE, is_valid_T)
+    )
 
 
 def z_loss(logits_TE: jax.Array, is_valid_T: jax.Array) -> jax.Array:
-    """Mean squared log-partition of the router over valid tokens, float32 scalar (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _masked_mean(jax.nn.logsumexp(logits_TE.astype(jnp.float32), axis=-1)[:, None] ** 2, is_valid_T)[0]
+    """Mean squared log-partition of the router over valid tokens, float32 scalar (ST-MoE, arXiv
+    2202.08906, eq. 5).
+    """
+    return _masked_mean(
+        jax.nn.logsumexp(logits_TE.astype(jnp.float32), axis=-1)[:, None] ** 2, is_valid_T
+    )[0]
 
 
 def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dict[str, jax.Array]:
-    """Figures of one group for the log, all float32 and sums over its valid tokens: those of several groups, parts of a batch or hosts add
-    up to those of the whole, however much padding each has.  Exact up to 2^24 choices.
+    """Figures of one group for the log, all float32 and sums over its valid tokens: those of
+    several groups, parts of a batch or hosts add up to those of the whole, however much padding
+    each has.  Exact up to 2^24 choices.
 
-    wished_E: choices of each expert, before any capacity; served_E: choices that each expert serves; recycled: choices that were moved;
+    wished_E: choices of each expert, before any capacity; served_E: choices that each expert
+    serves; recycled: choices that were moved;
     entropy: of the router, in nats; tokens: how many.
     """
     probs_TE, num_experts = choice.probs_TE, choice.probs_TE.shape[1]
@@ -156,7 +191,9 @@ def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dic
     entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), axis=-1)
     sums = {
         "wished_E": _one_hot(choice.expert_Tk, is_valid_Tk, num_experts).sum((0, 1)),
-        "served_E": _one_hot(assignment.expert_Tk, is_valid_Tk & assignment.is_kept_Tk, num_experts).sum((0, 1)),
+        "served_E": _one_hot(
+            assignment.expert_Tk, is_valid_Tk & assignment.is_kept_Tk, num_experts
+        ).sum((0, 1)),
         "recycled": assignment.is_recycled_Tk.sum(),
         "entropy": jnp.where(is_valid_T, entropy_T, 0.0).sum(),
         "tokens": is_valid_T.sum(),
@@ -166,7 +203,9 @@ def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dic
 
 def _one_hot(expert_n: jax.Array, is_counted_n: jax.Array, num_experts: int) -> jax.Array:
     """int32 [..., E]: 1 at each counted choice's expert."""
-    return jax.nn.one_hot(jnp.where(is_counted_n, expert_n, num_experts), num_experts, dtype=jnp.int32)
+    return jax.nn.one_hot(
+        jnp.where(is_counted_n, expert_n, num_experts), num_experts, dtype=jnp.int32
+    )
 
 
 def _take_expert(values_nE: jax.Array, expert_n: jax.Array) -> jax.Array:
@@ -174,13 +213,21 @@ def _take_expert(values_nE: jax.Array, expert_n: jax.Array) -> jax.Array:
 
 
 def _masked_mean(x_TX: jax.Array, is_valid_T: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(is_valid_T[:, None], x_TX, 0.0), axis=0) / jnp.maximum(is_valid_T.sum(), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(is_valid_T[:, None], x_TX, 0.0), axis=0) / jnp.maximum(
+        is_valid_T.sum(), 1
+    ).astype(jnp.float32)
 
 
-def _recycle_once(is_over_n: jax.Array, free_E: jax.Array, num_slots: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A shuffled list of the free slots; the i-th overflow takes the i-th.  Returns (expert [n], whether it got one [n])."""
+def _recycle_once(
+    is_over_n: jax.Array, free_E: jax.Array, num_slots: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A shuffled list of the free slots; the i-th overflow takes the i-th.  Returns (expert [n],
+    whether it got one [n]).
+    """
     num_experts = free_E.shape[0]
-    is_free_S = (jnp.arange(num_slots)[None, :] < free_E[:, None]).reshape(-1)  # S = every (expert, slot)
+    is_free_S = (jnp.arange(num_slots)[None, :] < free_E[:, None]).reshape(
+        -1
+    )  # S = every (expert, slot)
     order_S = jnp.argsort(jnp.where(is_free_S, jax.random.uniform(key, is_free_S.shape), 2.0))
     shuffled_expert_S = (jnp.arange(num_experts * num_slots) // num_slots)[order_S]
     rank_n = jnp.cumsum(is_over_n) - 1
@@ -197,11 +244,12 @@ def _recycle_distinct(
     num_tokens: int,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_recycle_once`, but a token never lands on an expert it already has unless nothing else is free.
+    """As `_recycle_once`, but a token never lands on an expert it already has unless nothing else
+    is free.
 
-    Rounds of shuffled free slots: each round accepts the draws that do not repeat an expert of their token, and always settles
-    the first overflow that is left by a draw among the experts it lacks, so it ends after at most one round per overflow and
-    nearly always after three or four.
+    Rounds of shuffled free slots: each round accepts the draws that do not repeat an expert of
+    their token, and always settles the first overflow that is left by a draw among the experts it
+    lacks, so it ends after at most one round per overflow and nearly always after three or four.
     """
     num_experts = free_E.shape[0]
     token_n = jnp.arange(expert_n.shape[0]) % num_tokens
@@ -218,19 +266,33 @@ def _recycle_distinct(
         first = jnp.argmax(is_left_n)
         lacks_E = (free_E > 0) & ~has_TE[token_n[first]]
         allowed_E = jnp.where(lacks_E.any(), lacks_E, free_E > 0)
-        first_expert = jax.random.categorical(first_key, jnp.where(allowed_E, jnp.log(free_E.astype(jnp.float32)), -jnp.inf))
-        new_n, is_recycled_n = new_n.at[first].set(first_expert.astype(jnp.int32)), is_recycled_n.at[first].set(True)
+        first_expert = jax.random.categorical(
+            first_key, jnp.where(allowed_E, jnp.log(free_E.astype(jnp.float32)), -jnp.inf)
+        )
+        new_n, is_recycled_n = (
+            new_n.at[first].set(first_expert.astype(jnp.int32)),
+            is_recycled_n.at[first].set(True),
+        )
         is_left_n, free_E = is_left_n.at[first].set(False), free_E.at[first_expert].add(-1)
         has_TE = has_TE.at[token_n[first], first_expert].set(True)
         # The others, together.
         draw_n, got_n = _recycle_once(is_left_n, free_E, num_slots, shuffle_key)
         draw_nE = _one_hot(draw_n, got_n, num_experts)
         draw_kTE = draw_nE.reshape(-1, num_tokens, num_experts)
-        is_first_draw_n = _take_expert((jnp.cumsum(draw_kTE, axis=0) == 1).reshape(draw_nE.shape), draw_n)
+        is_first_draw_n = _take_expert(
+            (jnp.cumsum(draw_kTE, axis=0) == 1).reshape(draw_nE.shape), draw_n
+        )
         accept_n = got_n & is_first_draw_n & ~has_TE[token_n, draw_n]
         free_E = free_E - _one_hot(draw_n, accept_n, num_experts).sum(0)
         has_TE = has_TE.at[token_n, draw_n].max(accept_n)
-        return jnp.where(accept_n, draw_n, new_n), is_recycled_n | accept_n, is_left_n & ~accept_n, free_E, has_TE, key
+        return (
+            jnp.where(accept_n, draw_n, new_n),
+            is_recycled_n | accept_n,
+            is_left_n & ~accept_n,
+            free_E,
+            has_TE,
+            key,
+        )
 
     state = (expert_n.astype(jnp.int32), jnp.zeros_like(is_over_n), is_over_n, free_E, has_TE, key)
     new_n, is_recycled_n, *_ = jax.lax.while_loop(unsettled, one_round, state)
