@@ -131,7 +131,7 @@ class Store:
           ConfigError: there were only damaged ones.
         """
         here, there = set(), set()
-        with hosts.raised_by_all():
+        with hosts.fail_together():
             if self._index == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
@@ -140,12 +140,12 @@ class Store:
                     self._mirror.remove_incomplete()
                     there = set(self._mirror.steps())
         found = None
-        while found is None and (step := hosts.first_says(max(here | there, default=0))):
-            is_here = hosts.first_says(step in here)
+        while found is None and (step := hosts.broadcast_from_first(max(here | there, default=0))):
+            is_here = hosts.broadcast_from_first(step in here)
             (here if is_here else there).discard(step)
             if is_here or self._bring_back(step):
                 found = self._restore_or_set_aside(step, target_of)
-        with hosts.raised_by_all():
+        with hosts.fail_together():
             if found is None and any(self._folder.glob("damaged-*")):
                 raise ConfigError(
                     f"no checkpoint in {self._folder} can be used any more, only damaged ones are "
@@ -163,7 +163,7 @@ class Store:
             hosts.gathered(json.dumps([max(losses, default=0), best]))[0]
         )
         if self._mirror:
-            with hosts.raised_by_all():
+            with hosts.fail_together():
                 self._mirror.start([newest] if newest else [])
         return found
 
@@ -294,7 +294,7 @@ class Store:
     ) -> tuple[int, Any, Facts] | None:
         facts, wrong = self._verified(step)
         if not wrong:
-            with hosts.raised_by_all():
+            with hosts.fail_together():
                 target = target_of(facts)
             if "files" in facts:
                 return step, self.restore(step, target), facts
@@ -311,7 +311,7 @@ class Store:
             if not wrong:
                 self._finish(step, facts)
                 return step, state, facts
-        with hosts.raised_by_all():
+        with hosts.fail_together():
             if self._index == 0:
                 target = _unused(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(target)
@@ -340,10 +340,10 @@ class Store:
     def _bring_back(self, step: int) -> bool:
         """Copies a step from the mirror; False if it is damaged there."""
         target = self._folder / f"downloading-{step}"
-        with hosts.raised_by_all():
+        with hosts.fail_together():
             wrong = self._mirror.download(step, target) or ""
         wrong = self._first_of_all(wrong)
-        with hosts.raised_by_all():
+        with hosts.fail_together():
             if self._index == 0 and wrong:
                 where = self._mirror.set_aside(step)
                 self._report(

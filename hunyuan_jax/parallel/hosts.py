@@ -1,6 +1,4 @@
-"""What several processes of a run must agree on: their rows of a batch, errors, settings, and the
-step to stop at.
-"""
+"""What the processes of a run agree on: batch rows, errors, settings and the step to stop at."""
 
 import contextlib
 import hashlib
@@ -26,12 +24,16 @@ def is_first() -> bool:
 def process_rows(
     sharding: NamedSharding, shape: tuple[int, ...], process_index: int | None = None
 ) -> np.ndarray:
-    """Rows of dim 0 that a process (this one if None) holds of an array of `shape`, int64 and
-    rising.
+    """Returns the rows of dim 0 that one process holds of an array of `shape`: int64, ascending.
 
-    They follow from the mesh.  On a torus they need not be consecutive: a host's chips are a box,
-    an axis of the mesh is a line. Processes may share rows, where they only differ along an axis
-    that does not split the batch.
+    They follow from the mesh.  They need not be consecutive: on a torus a host's chips form a box,
+    while a mesh axis is a line.  Processes that differ only along an axis that does not split the
+    batch hold the same rows.
+
+    Args:
+      sharding: of the array.
+      shape: of the whole array.
+      process_index: this process if None.
     """
     process_index = jax.process_index() if process_index is None else process_index
     indices = [
@@ -52,11 +54,10 @@ def global_batch(
 
 
 @contextlib.contextmanager
-def raised_by_all() -> Iterator[None]:
-    """An error that one process meets inside is raised by all of them, who would wait for it for
-    ever; also waits for the others.
+def fail_together() -> Iterator[None]:
+    """Barrier: if one process raises inside, all of them raise.
 
-    For work without collectives: a process that raises takes part in none.
+    For work without collectives only: a process that has raised takes part in none.
 
     Raises:
       ConfigError: another process has raised, with its message.
@@ -82,7 +83,7 @@ def raised_by_all() -> Iterator[None]:
 
 
 def gathered(text: str) -> list[str]:
-    """The texts of all processes, cut to 2048 bytes; also waits for the others."""
+    """Returns the texts of all processes, each cut to 2048 bytes; a barrier."""
     if jax.process_count() == 1:
         return [text]
     encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
@@ -90,8 +91,8 @@ def gathered(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def first_says(value: int) -> int:
-    """The value of process 0, on all of them; an int32."""
+def broadcast_from_first(value: int) -> int:
+    """Returns process 0's value, an int32, on every process; a barrier."""
     return (
         value
         if jax.process_count() == 1
@@ -103,7 +104,8 @@ def require_same(**values: Any) -> None:
     """Checks that JSON-serialisable values are equal on all processes.
 
     Raises:
-      ConfigError: they are not, naming the first and the processes that differ from process 0.
+      ConfigError: they differ; it names the first such value and the processes that differ from
+        process 0.
     """
     if jax.process_count() == 1:
         return
@@ -130,12 +132,12 @@ def require_same(**values: Any) -> None:
 
 
 def reached_stop(step: int, received: bool) -> bool:
-    """Whether to save and stop after `step`: alone as soon as this process has `received` a
-    signal, else where all agreed to.
+    """Whether to save and stop after `step`; call it once a step.
 
-    Among several, jax hands a SIGTERM of one to all and picks the first step that none has passed;
-    call this once a step.  Asking costs microseconds and waits for nobody until there is a signal,
-    where a collective would have the hosts wait for every step.
+    A single process stops as soon as it has `received` a signal.  With several, jax passes a
+    SIGTERM of one process to all and picks the first step that none of them has passed.  A check
+    takes microseconds and waits for nobody until there is a signal; a collective would make the
+    hosts wait for each other in every step.
     """
     return (
         received

@@ -28,7 +28,7 @@ from hunyuan_jax.runlog.watchdog import Watchdog
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.skipped_steps import Skips
+from hunyuan_jax.train.skipped_steps import SkippedSteps
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import (
     Program,
@@ -67,7 +67,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
     to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
     rows = hosts.process_rows(sharding, batch_shape)
-    with hosts.raised_by_all(), watchdog.doing("reading its text"):
+    with hosts.fail_together(), watchdog.doing("reading its text"):
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -93,11 +93,11 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
         )
     if facts is None:
         with watchdog.doing("making its first state"):
-            with hosts.raised_by_all():
+            with hosts.fail_together():
                 weights = read_weights(train.init_from, config.model) if train.init_from else None
             state = init_state(program, weights)
     watchdog.finished(first_step)
-    with hosts.raised_by_all():
+    with hosts.fail_together():
         if facts:
             batches.set_state(facts["position"]["batches"])
         validation = evaluate.with_target_bytes(
@@ -117,7 +117,8 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
             f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]
         ]
 
-    skips, schedule = Skips(config, documents_of, log.print), _Saves(config)
+    skipped = SkippedSteps(config, documents_of, log.print)
+    schedule = _Saves(config)
 
     # --- The loop proper.  Nothing here waits for the device except logging, evaluation and
     # saving.
@@ -146,7 +147,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
             ):
                 state, metrics = train_step(state, to_devices(batch))
             is_logged = log.step(step, metrics)
-            skips.add(step, metrics)
+            skipped.add(step, metrics)
             validation_loss = None
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
                 with log.time("evaluation"), watchdog.doing("in validation"):
@@ -170,8 +171,8 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                 or is_stopping
             )
             if is_logged or is_saving:
-                with hosts.raised_by_all():
-                    skips.look()
+                with hosts.fail_together():
+                    skipped.report()
                     store.check()
                     if is_saving:
                         store.require_room()
@@ -251,7 +252,7 @@ class _Saves:
         if not self._cfg.every_minutes or not is_logged:
             return False
         return bool(
-            hosts.first_says(time.monotonic() - self._last >= 60 * self._cfg.every_minutes)
+            hosts.broadcast_from_first(time.monotonic() - self._last >= 60 * self._cfg.every_minutes)
         )
 
     def saved(self) -> None:

@@ -1,5 +1,6 @@
-"""Which steps were skipped (optim/guard.py): looked at together, when the loop waits for the
-devices anyway.
+"""Reports the steps that optim/guard.py skipped.
+
+The loop does so only when it waits for the devices anyway, so no step is waited for.
 """
 
 import math
@@ -14,33 +15,32 @@ from hunyuan_jax.errors import ConfigError
 _NUM_NAMES_SHOWN = 20
 
 
-class Skips:
-    """The steps given to the devices since the last look."""
+class SkippedSteps:
+    """Steps that were dispatched since the last report."""
 
     def __init__(
         self,
         config: Config,
         documents_of: Callable[[int], list[str]],
-        report: Callable[[str], None],
+        show: Callable[[str], None],
     ):
-        """documents_of: step (from 1) -> names of the documents in its batch; report: gets lines
+        """documents_of: step (from 1) -> names of the documents in its batch; show: prints a line
         for the user.
         """
-        self._config, self._documents_of, self._report = config, documents_of, report
+        self._config, self._documents_of, self._show = config, documents_of, show
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """A step was given to the devices; waits for nothing."""
+        """Records a dispatched step without waiting for it."""
         self._pending.append(
             (step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped_in_row")})
         )
 
-    def look(self) -> None:
-        """Waits for the steps, and reports those that were skipped, with the documents of their
-        batches.
+    def report(self) -> None:
+        """Waits for the recorded steps; shows each skipped one with the documents of its batch.
 
         Raises:
-          ConfigError: config.train.max_skipped_steps in a row.
+          ConfigError: config.train.max_skipped_steps were skipped in a row.
         """
         pending, self._pending = self._pending, []
         for step, metrics in pending:
@@ -60,7 +60,7 @@ class Skips:
                 if is_finite
                 else f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             )
-            self._report(f"step {step} was skipped: {why}; documents: {shown}")
+            self._show(f"step {step} was skipped: {why}; documents: {shown}")
             if in_row >= self._config.train.max_skipped_steps:
                 raise ConfigError(
                     f"{in_row} steps in a row were skipped, up to step {step}: {why}. The limit "
