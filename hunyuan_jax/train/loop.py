@@ -252,7 +252,9 @@ class _Saves:
         if not self._cfg.every_minutes or not is_logged:
             return False
         return bool(
-            hosts.broadcast_from_first(time.monotonic() - self._last >= 60 * self._cfg.every_minutes)
+            hosts.broadcast_from_first(
+                time.monotonic() - self._last >= 60 * self._cfg.every_minutes
+            )
         )
 
     def saved(self) -> None:
