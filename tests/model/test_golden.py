@@ -5,10 +5,9 @@ Letters: B batch, S tokens of a row, T = B * S, D model, K kv heads, H head dim,
 choices, V vocabulary, P CLA groups, F layers of a group, L layers.
 """
 
-import contextlib
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,199 +17,31 @@ import safetensors.numpy
 from flax import nnx
 
 from hunyuan_jax import from_pretrained
-from hunyuan_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import sampling
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.ffn.moe import routing
-from hunyuan_jax.layers.ffn.moe.layer import Moe, router_logits
-from hunyuan_jax.layers.ffn.swiglu import Mlp
-from hunyuan_jax.layers.mixer.attention import Attention
+from hunyuan_jax.layers.ffn.moe.layer import router_logits
 from hunyuan_jax.model.cache import empty_cache
-from hunyuan_jax.model.stack import Layer
-from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
-from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.weights import torch_io
 from support import goldens
-from support.goldens import CAPACITY_CASES, FORWARD_CASES, PADDED_CASES, ROPE_CASES, Golden
-from support.models import cross_entropy
+from support.goldens import FORWARD_CASES, PADDED_CASES, ROPE_CASES
+from support.parity import (
+    ATOL,
+    RECORDED_ASSIGNMENT,
+    graph_def,
+    loss_of,
+    max_difference,
+    mean_cross_entropy,
+    official_cache,
+    read,
+    run,
+)
 
-# Absolute, float32.  The values are of order 1 to 10; measured differences stay below 3e-5, as do
-# those between the official attention implementations.
-ATOL = 1e-4
-# Of the two cases in which the official code itself leaves open which tokens keep their expert
-# (specification 5.4).
-RECORDED_ASSIGNMENT = ("capacity_drop", "capacity_recycle")
 MOE_CASES = tuple(case for case in FORWARD_CASES if not case.startswith(("dense", "rope")))
-
-
-class Run(NamedTuple):
-    """What the production model computes on a case, per layer where it says so.
-
-    logits_BSV, final_norm_BSD; key_value: of each layer in the official form, two [B, S, K, H];
-    seen: outputs by golden name, per layer; stats: router figures [L, ...].
-    """
-
-    logits_BSV: np.ndarray
-    final_norm_BSD: np.ndarray
-    key_value: list[tuple[np.ndarray, np.ndarray]]
-    seen: dict[str, list[np.ndarray]]
-    stats: dict[str, np.ndarray]
-
-
-def graph_def(cfg: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(
-        nnx.eval_shape(lambda: Transformer(cfg, single_device_mesh(), jax.random.key(0)))
-    )[0]
-
-
-@functools.cache
-def read(case: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters; all tokens of a batch are one routing group, as officially, and the
-    capacity cases drop.
-    """
-    golden = goldens.load(case)
-    cfg, params, _ = torch_io.read_model(golden.folder)
-    moe = dataclasses.replace(
-        cfg.moe,
-        group_size=golden["input_ids"].size,
-        dispatch="drop" if case in CAPACITY_CASES else "dropless",
-    )
-    return dataclasses.replace(cfg, moe=moe), params
-
-
-def assign_as_recorded(golden: Golden):
-    """A `routing.assign` that makes the recorded assignment of whichever layer made these choices;
-    the weights are ours.
-    """
-    dispatched_LTE, slot_LTE = (
-        np.stack(golden.per_layer("dispatched")) > 0,
-        np.stack(golden.per_layer("slot")),
-    )
-    choice_LT = np.stack(golden.per_layer("topk_indices"))[..., 0].astype(np.int32)
-    expert_LT = np.where(dispatched_LTE.any(-1), dispatched_LTE.argmax(-1), choice_LT).astype(
-        np.int32
-    )
-
-    def assign(choice, is_valid_T, cfg, key):
-        del is_valid_T, cfg, key
-        # A layer that routes otherwise is nowhere in the record: argmax then gives layer 0, and
-        # the comparison fails.
-        layer = jnp.argmax((jnp.asarray(choice_LT) == choice.expert_Tk[None, :, 0]).all(-1))
-        expert_Tk, is_kept_Tk = (
-            jnp.asarray(expert_LT)[layer][:, None],
-            jnp.asarray(dispatched_LTE.any(-1))[layer][:, None],
-        )
-        return routing.Assignment(
-            expert_Tk=expert_Tk,
-            slot_Tk=jnp.asarray(np.maximum(slot_LTE.max(-1), 0))[layer][:, None],
-            weight_Tk=jnp.where(
-                is_kept_Tk, jnp.take_along_axis(choice.probs_TE, expert_Tk, axis=-1), 0.0
-            ),
-            is_kept_Tk=is_kept_Tk,
-            is_recycled_Tk=is_kept_Tk & (expert_Tk != choice.expert_Tk),
-            count_E=jnp.asarray(dispatched_LTE.sum(1, dtype=np.int32))[layer],
-        )
-
-    return assign
-
-
-@contextlib.contextmanager
-def reporting(seen: dict[str, list[np.ndarray]]):
-    """Model code traced within appends what each layer computes to `seen`, in the order of the
-    layers.
-    """
-    watched = [(Layer, "__call__", "hidden_states"), (Attention, "__call__", "attn_out")]
-    watched += [(Moe, "__call__", "moe_out"), (Mlp, "__call__", "dense_out")]
-
-    def report(name, output):
-        jax.debug.callback(
-            lambda array: seen.setdefault(name, []).append(np.asarray(array)), output, ordered=True
-        )
-
-    def reported(method, name):
-        def call(module, *args, **kwargs):
-            result = method(module, *args, **kwargs)
-            report(name, result[0] if isinstance(result, tuple) else result)
-            if isinstance(
-                module, Moe
-            ):  # its router runs inside an island, where nothing can be reported
-                report("router_logits", router_logits(args[0], module.router_DE[...]))
-            return result
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for cls, method, name in watched:
-            patch.setattr(cls, method, reported(getattr(cls, method), name))
-        yield
-
-
-@functools.cache
-def run(case: str) -> Run:
-    """The whole model on the case's inputs, as one jitted program with a fresh cache."""
-    golden = goldens.load(case)
-    cfg, params = read(case)
-    definition = graph_def(cfg)
-    ids_BS, mask_BS, positions_BS = golden.inputs
-
-    def forward(params):
-        model = nnx.merge(definition, params)
-        output = model(ids_BS, positions_BS, mask_BS, cache=empty_cache(cfg, *ids_BS.shape))
-        return model.logits(output.hidden_BTD), output
-
-    seen = {}
-    with reporting(seen), pytest.MonkeyPatch.context() as patch:
-        if case in RECORDED_ASSIGNMENT:
-            patch.setattr(routing, "assign", assign_as_recorded(golden))
-        logits_BSV, output = jax.jit(forward)(params)
-    jax.effects_barrier()
-    seen["mlp_out"] = seen["moe_out" if cfg.is_moe else "dense_out"]
-    seen["hidden_states"].insert(0, params["embed"]["embedding_VD"][ids_BS])
-    stats = {
-        name: np.asarray(a).reshape(cfg.num_layers, *a.shape[2:])
-        for name, a in output.stats.items()
-    }
-    return Run(
-        np.asarray(logits_BSV),
-        np.asarray(output.hidden_BTD),
-        official_cache(cfg, params, output.cache),
-        seen,
-        stats,
-    )
-
-
-def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(keys, values) per layer as the official code caches them: every layer has its own keys,
-    scaled by its key norm.
-    """
-    pairs = []
-    for layer in range(cfg.num_layers):
-        group, i = divmod(layer, cfg.cla_share_factor)
-        scale_H = (
-            params["groups"][f"layer_{i}"]["attn"]["k_norm_H"][group]
-            if cfg.use_qk_norm
-            else np.float32(1)
-        )
-        pairs.append(
-            (np.asarray(cache.k_PBSKH[group]) * scale_H, np.asarray(cache.v_PBSKH[group]))
-        )
-    return pairs
-
-
-def max_difference(ours_BSx: np.ndarray, golden_BSx: np.ndarray, mask_BS: np.ndarray) -> float:
-    """Largest absolute difference over the tokens that are not padding."""
-    assert ours_BSx.shape == golden_BSx.shape
-    return np.abs(ours_BSx - golden_BSx)[mask_BS > 0].max()
-
-
-def mean_cross_entropy(logits_BSV, labels_BS) -> jax.Array:
-    targets_BT = labels_BS[:, 1:]
-    return cross_entropy(
-        logits_BSV[:, :-1], jnp.maximum(targets_BT, 0), (targets_BT != -100).astype(np.float32)
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,27 +130,42 @@ def test_key_value_cache(case):
 # routing
 
 
-@pytest.mark.parametrize("case", MOE_CASES)
-def test_routing(case):
+def decide(moe, is_valid_T):
+    """A compiled (logits [T, E], key) -> (Choice, Assignment) of one routing group."""
+
+    @jax.jit
+    def route(logits_TE, key):
+        choice = routing.choose(logits_TE, moe)
+        return choice, routing.assign(choice, is_valid_T, moe, key)
+
+    return lambda logits_TE, key=None: jax.tree.map(np.asarray, route(logits_TE, key))
+
+
+def router_logits_of(case: str) -> list[np.ndarray]:
+    """Our router logits [T, E] of each layer; those of padding, which no implementation shares,
+    are the recorded ones.
+    """
     golden, ours = goldens.load(case), run(case)
-    moe = read(case)[0].moe
-    mask_T = golden.inputs[1].reshape(-1)
-    is_valid_T = jnp.ones(mask_T.shape, bool)  # no mask reaches the official gate
-    make_assignment = assign_as_recorded(golden) if case in RECORDED_ASSIGNMENT else routing.assign
-    decide = jax.jit(
-        lambda logits_TE: (
-            c := routing.choose(logits_TE, moe),
-            make_assignment(c, is_valid_T, moe, None),
+    is_token_T = golden.inputs[1].reshape(-1) > 0
+    return [
+        np.where(is_token_T[:, None], logits.reshape(expected_TE.shape), expected_TE)
+        for logits, expected_TE in zip(
+            ours.seen["router_logits"], golden.per_layer("router_logits"), strict=True
         )
-    )
-    for layer, expected_TE in enumerate(golden.per_layer("router_logits")):
-        logits_TE = ours.seen["router_logits"][layer].reshape(expected_TE.shape)
+    ]
+
+
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_choices(case):
+    """Router logits, probabilities, choices and the balance loss, before any capacity."""
+    golden = goldens.load(case)
+    moe, num_tokens = read(case)[0].moe, golden["input_ids"].size
+    is_valid_T = jnp.ones(num_tokens, bool)  # no mask reaches the official gate
+    choose = jax.jit(lambda logits_TE: routing.choose(logits_TE, moe))
+    for layer, logits_TE in enumerate(router_logits_of(case)):
         assert logits_TE.dtype == np.float32
-        assert max_difference(logits_TE, expected_TE, mask_T) < ATOL, layer
-        # The figures below are over all tokens; those of padding are not comparable, so the
-        # recorded ones stand in.
-        logits_TE = np.where(mask_T[:, None] > 0, logits_TE, expected_TE)
-        choice, assignment = jax.tree.map(np.asarray, decide(logits_TE))
+        np.testing.assert_allclose(logits_TE, golden[f"router_logits.{layer}"], atol=ATOL, rtol=0)
+        choice = jax.tree.map(np.asarray, choose(logits_TE))
         np.testing.assert_array_equal(choice.expert_Tk, golden[f"topk_indices.{layer}"])
         np.testing.assert_allclose(choice.probs_TE, golden[f"router_probs.{layer}"], atol=1e-5)
         count_E = np.bincount(choice.expert_Tk.reshape(-1), minlength=moe.num_experts)
@@ -327,10 +173,19 @@ def test_routing(case):
         np.testing.assert_allclose(
             routing.balance_loss(choice, is_valid_T), golden[f"l_aux.{layer}"].item(), rtol=1e-5
         )
-        np.testing.assert_array_equal(assignment.count_E, golden[f"dispatched.{layer}"].sum(0))
 
-        weight_TE, slot_TE = np.zeros_like(expected_TE), np.full(expected_TE.shape, -1)
-        token_Tk = np.arange(len(mask_T))[:, None]
+
+@pytest.mark.parametrize("case", [case for case in MOE_CASES if case not in RECORDED_ASSIGNMENT])
+def test_assignment(case):
+    """Where the official code decides the slots itself, ours are the same, weight by weight."""
+    golden = goldens.load(case)
+    moe, num_tokens = read(case)[0].moe, golden["input_ids"].size
+    route = decide(moe, jnp.ones(num_tokens, bool))
+    token_Tk = np.arange(num_tokens)[:, None]
+    for layer, logits_TE in enumerate(router_logits_of(case)):
+        _, assignment = route(logits_TE)
+        np.testing.assert_array_equal(assignment.count_E, golden[f"dispatched.{layer}"].sum(0))
+        weight_TE, slot_TE = np.zeros_like(logits_TE), np.full(logits_TE.shape, -1)
         weight_TE[token_Tk, assignment.expert_Tk] = assignment.weight_Tk
         np.testing.assert_allclose(weight_TE, golden[f"combine_weights.{layer}"], atol=1e-5)
         slot_TE[token_Tk, assignment.expert_Tk] = np.where(
@@ -339,12 +194,46 @@ def test_routing(case):
         np.testing.assert_array_equal(slot_TE, golden[f"slot.{layer}"])
 
 
+def test_dropping_where_ties_are_the_back_ends():
+    """Which tokens an expert keeps is the back end's choice; how many, and with which weight, is
+    not.
+    """
+    golden = goldens.load("capacity_drop")
+    moe, num_tokens = read("capacity_drop")[0].moe, golden["input_ids"].size
+    route = decide(moe, jnp.ones(num_tokens, bool))
+    for layer, logits_TE in enumerate(router_logits_of("capacity_drop")):
+        choice, ours = route(logits_TE)
+        theirs_TE = golden[f"dispatched.{layer}"] > 0
+        ours_TE = np.zeros_like(theirs_TE)
+        ours_TE[np.arange(num_tokens), ours.expert_Tk[:, 0]] = ours.is_kept_Tk[:, 0]
+        assert not ours.is_kept_Tk.all()
+        np.testing.assert_array_equal(ours_TE.sum(0), theirs_TE.sum(0))
+        np.testing.assert_array_equal(ours.count_E, theirs_TE.sum(0))
+        # Both keep tokens only at the expert that they chose.
+        wish_TE = np.zeros_like(theirs_TE)
+        wish_TE[np.arange(num_tokens), choice.expert_Tk[:, 0]] = True
+        assert (wish_TE | ~ours_TE).all() and (wish_TE | ~theirs_TE).all()
+        # An expert with room for all of its tokens keeps the same ones on both sides.
+        has_room_E = wish_TE.sum(0) <= routing.capacity(moe, num_tokens)
+        assert has_room_E.any() and not has_room_E.all()
+        np.testing.assert_array_equal(ours_TE[:, has_room_E], theirs_TE[:, has_room_E])
+        weight_TE = np.zeros_like(logits_TE)
+        weight_TE[np.arange(num_tokens), ours.expert_Tk[:, 0]] = ours.weight_Tk[:, 0]
+        both_TE = ours_TE & theirs_TE
+        np.testing.assert_allclose(
+            weight_TE[both_TE], golden[f"combine_weights.{layer}"][both_TE], atol=1e-5
+        )
+        assert (weight_TE[~ours_TE] == 0).all()
+
+
 @pytest.mark.parametrize("case", [case for case in MOE_CASES if case not in PADDED_CASES])
 def test_router_figures(case):
     golden, stats = goldens.load(case), run(case).stats
     np.testing.assert_allclose(
         stats["aux_loss"], np.concatenate(golden.per_layer("l_aux")), rtol=1e-5
     )
+    if case in RECORDED_ASSIGNMENT:
+        return  # what was served is the record's own here
     # capacity_rate: share of the choices that found room where they wanted to go.
     kept_L = (stats["served_E"].sum(-1) - stats["recycled"]) / stats["wished_E"].sum(-1)
     np.testing.assert_allclose(
@@ -363,14 +252,9 @@ def test_our_recycling_on_the_official_inputs():
     golden = goldens.load("capacity_recycle")
     moe = dataclasses.replace(read("capacity_recycle")[0].moe, dispatch="recycle")
     is_valid_T = jnp.ones(golden["input_ids"].size, bool)
-    decide = jax.jit(
-        lambda logits_TE, key: (
-            c := routing.choose(logits_TE, moe),
-            routing.assign(c, is_valid_T, moe, key),
-        )
-    )
+    route = decide(moe, is_valid_T)
     for layer, logits_TE in enumerate(golden.per_layer("router_logits")):
-        choice, ours = jax.tree.map(np.asarray, decide(logits_TE, jax.random.key(layer)))
+        choice, ours = route(logits_TE, jax.random.key(layer))
         dispatched_TE, wish_T = (
             golden[f"dispatched.{layer}"] > 0,
             golden[f"topk_indices.{layer}"][:, 0],
@@ -469,14 +353,6 @@ def test_loss_of_a_padded_batch():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gradients
-
-
-def loss_of(definition: nnx.GraphDef, params, ids_BS, labels_BS) -> jax.Array:
-    model = nnx.merge(definition, params)
-    positions_BS = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)
-    return mean_cross_entropy(
-        model.logits(model(ids_BS, positions_BS, jnp.ones_like(ids_BS)).hidden_BTD), labels_BS
-    )
 
 
 @functools.cache

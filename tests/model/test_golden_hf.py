@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_golden import ATOL, graph_def, loss_of, max_difference, mean_cross_entropy, read, run
 
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.errors import ConfigError
@@ -21,6 +20,15 @@ from hunyuan_jax.weights import torch_io
 from support import goldens
 from support.goldens import HF_CASES
 from support.models import fast_jit
+from support.parity import (
+    ATOL,
+    graph_def,
+    loss_of,
+    max_difference,
+    mean_cross_entropy,
+    read,
+    run,
+)
 
 FLOAT32 = tuple(case for case in HF_CASES if case != "hub_moe_bf16")
 MOE = tuple(case for case in FLOAT32 if case.startswith("moe"))
