@@ -17,9 +17,9 @@ from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.quant.scaled import load_params
-from hunyuan_jax.runlog.metrics import peak_flops
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_model, build_program, init_state
+from pallas_kernels import chips
 
 
 def bench(config: Config, num_steps: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
     seconds_per_step = statistics.median(seconds[2:])
     counts = count(config.model, config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len
-    peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+    peak = chips.peak_flops(program.mesh.devices.flat[0].device_kind)
     return {
         "device": program.mesh.devices.flat[0].device_kind,
         "num_devices": program.mesh.size,

@@ -281,7 +281,7 @@ def plan(argv: list[str]) -> int:
 
     batch = values.batch_per_chip
     if values.fit:
-        generations = [values.generation] if values.generation else list(topology.GENERATIONS)
+        generations = [values.generation] if values.generation else list(topology.SLICES)
         trials = search.fit(config, generations, batch or 1)
         title = "Slices up to the smallest of each generation on which the config trains"
     elif values.search:
@@ -308,7 +308,7 @@ def plan(argv: list[str]) -> int:
 
 
 def _plan_options(values: absl_flags.FlagValues) -> None:
-    from hunyuan_jax.plan.topology import GENERATIONS
+    from hunyuan_jax.plan.topology import SLICES
 
     def define(kind, name, default, text, *args, **kwargs):
         kind(name, default, *args, text, flag_values=values, **kwargs)
@@ -345,7 +345,7 @@ def _plan_options(values: absl_flags.FlagValues) -> None:
         "generation",
         None,
         "--fit: this generation only.",
-        list(GENERATIONS),
+        list(SLICES),
     )
 
 

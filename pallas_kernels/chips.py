@@ -1,22 +1,27 @@
-"""What the chips can do: the rooflines that kernels and plans are measured against."""
+"""What each chip can do: the rooflines that kernels, plans and training runs are measured against."""
 
 from typing import NamedTuple
 
-_GIB, _MIB = 2**30, 2**20
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 
 class Chip(NamedTuple):
-    """One jax device; a tpu7x chip has two of them, every other chip one.
+    """One jax device of a kind of chip.
 
-    device_kind: how jax's name of it begins.
-    peak_flops: dense bf16 FLOP/s.
-    clock_hz: of the matrix units, to turn the TPU compiler's cycles into seconds; None for GPUs.
-    hbm_bytes, hbm_bytes_per_s: memory (for TPUs: what the compiler lets a program use) and its
-    bandwidth.
-    vmem_bytes: a TPU's vector memory, or the shared memory of one multiprocessor of a GPU.
+    name: the key in CHIPS; for a TPU also its name in a topology ("v5p:2x2x1").
+    device_kinds: how jax's names for the device begin.
+    devices_per_chip: jax devices on one chip; all other figures are per device.
+    peak_flops: dense bfloat16 FLOP/s.
+    clock_hz: clock of the matrix units, which turns the TPU compiler's cycles into seconds; None
+      for a GPU.
+    hbm_bytes: memory.  For a TPU, what the compiler lets a program use.
+    hbm_bytes_per_s: bandwidth of the memory.
+    vmem_bytes: vector memory of a TPU; shared memory of one multiprocessor of a GPU.
     """
 
-    device_kind: str
+    name: str
+    device_kinds: tuple[str, ...]
+    devices_per_chip: int
     peak_flops: float
     clock_hz: float | None
     hbm_bytes: int
@@ -24,24 +29,56 @@ class Chip(NamedTuple):
     vmem_bytes: int
 
 
-# peak, bandwidth: vendors' figures.  hbm_bytes of TPUs: from the compiler's own out-of-memory
-# message ("exceeds available HBM (95.73G)"), libtpu 0.0.50.1; vmem_bytes: likewise. clock: v4 1.05
-# GHz and v5e 1.5 GHz are published; v5p 1.75 GHz is a common estimate; v6e and tpu7x are ASSUMED:
-# peak over 524288 FLOP a cycle, the smallest power of two above what the compiler's estimate of a
-# 8192^3 matmul gives (369 000 and 422 000 FLOP a cycle).  The same rule gives the known clocks of
-# v4 (2 x 131072), v5e and v5p.
+# Sources:
+# * peak_flops and hbm_bytes_per_s: the vendors' data sheets (cloud.google.com/tpu/docs,
+#   nvidia.com); GPUs in their SXM form.
+# * hbm_bytes and vmem_bytes of TPUs: the compiler's out-of-memory messages ("exceeds available HBM
+#   (95.73G)"), libtpu 0.0.50.1.
+# * clock_hz: v4 and v5e are published, 1.75 GHz for v5p is a common estimate.  v6e and tpu7x are
+#   ASSUMED to be the peak over 524288 FLOP a cycle, the smallest power of two above what the
+#   compiler estimates for an 8192^3 matmul (369 000 and 422 000 FLOP a cycle).  The same rule gives
+#   the known clocks of v4 (2 x 131072), v5e and v5p.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 1.05e9, int(30.75 * _GIB), 1.23e12, 16 * _MIB),
-    "v5e": Chip("TPU v5 lite", 197e12, 1.5e9, int(15.75 * _GIB), 0.82e12, 128 * _MIB),
-    "v5p": Chip("TPU v5", 459e12, 1.75e9, int(95.73 * _GIB), 2.77e12, 64 * _MIB),
-    "v6e": Chip("TPU v6 lite", 918e12, 1.75e9, int(31.24 * _GIB), 1.64e12, 128 * _MIB),
-    "tpu7x": Chip("TPU7x", 2307e12 / 2, 2.2e9, int(94.74 * _GIB), 7.37e12 / 2, 64 * _MIB),
-    "h100": Chip("NVIDIA H100", 989e12, None, 80 * 10**9, 3.35e12, 227 * 2**10),
-    "h200": Chip("NVIDIA H200", 989e12, None, 141 * 10**9, 4.8e12, 227 * 2**10),
+    chip.name: chip
+    for chip in (
+        Chip("v4", ("TPU v4",), 1, 275e12, 1.05e9, int(30.75 * _GIB), 1.23e12, 16 * _MIB),
+        Chip(
+            "v5e",
+            ("TPU v5 lite", "TPU v5e"),
+            1,
+            197e12,
+            1.5e9,
+            int(15.75 * _GIB),
+            0.82e12,
+            128 * _MIB,
+        ),
+        Chip("v5p", ("TPU v5",), 1, 459e12, 1.75e9, int(95.73 * _GIB), 2.77e12, 64 * _MIB),
+        Chip("v6e", ("TPU v6",), 1, 918e12, 1.75e9, int(31.24 * _GIB), 1.64e12, 128 * _MIB),
+        Chip(
+            "tpu7x",
+            ("TPU7x",),
+            2,
+            2307e12 / 2,
+            2.2e9,
+            int(94.74 * _GIB),
+            7.37e12 / 2,
+            64 * _MIB,
+        ),
+        Chip("h100", ("NVIDIA H100",), 1, 989e12, None, 80 * 10**9, 3.35e12, 227 * _KIB),
+        Chip("h200", ("NVIDIA H200",), 1, 989e12, None, 141 * 10**9, 4.8e12, 227 * _KIB),
+        Chip("gh200", ("NVIDIA GH200",), 1, 989e12, None, 96 * 10**9, 4.0e12, 227 * _KIB),
+    )
 }
 
 
-def of_device(device_kind: str) -> str | None:
-    """The name in CHIPS of a jax device_kind, or None for one that is not in the table."""
-    matching = [name for name, chip in CHIPS.items() if device_kind.startswith(chip.device_kind)]
-    return max(matching, key=lambda name: len(CHIPS[name].device_kind), default=None)
+def of_device(device_kind: str) -> Chip | None:
+    """Returns the chip of a jax device_kind, or None for one that is not in the table (a CPU)."""
+    kinds = {kind: chip for chip in CHIPS.values() for kind in chip.device_kinds}
+    matching = [kind for kind in kinds if device_kind.startswith(kind)]
+    return kinds[max(matching, key=len)] if matching else None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the dense bfloat16 peak of a jax device in FLOP/s, or None if it is not known."""
+    chip = of_device(device_kind)
+    return chip.peak_flops if chip else None

@@ -47,6 +47,7 @@ for part in NO_KERNELS | NO_MODEL:
 for part in NO_MODEL:
     ALLOWED[part] -= {"layers", "model"}
 ALLOWED["pallas_kernels"] = set()
+ALLOWED["runlog"] |= {"pallas_kernels"}  # the table of chips
 ALLOWED[""] = {"presets", "infer"}  # hunyuan_jax/__init__.py, by name and only when used
 
 COLLECTIVES = {

@@ -130,7 +130,7 @@ def report(config: Config, topology_name: str) -> Report:
     Raises:
       ConfigError, HbmOverflowError: see `topology_devices` and `compile_step`.
     """
-    generation = topology.generation_of(topology_name)
+    chip = topology.chip_of(topology_name)
     devices = topology.topology_devices(topology_name, config.mesh.num_slices)
     items = memory.estimate(config, len(devices))
     step = compile_step(config, devices)
@@ -143,17 +143,17 @@ def report(config: Config, topology_name: str) -> Report:
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
-        hbm=generation.hbm_bytes,
+        hbm=chip.hbm_bytes,
     )
     counts = count(config.model, config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len
-    peak_flops = generation.peak_flops * len(devices)
+    peak_flops = chip.peak_flops * len(devices)
     ideal = 6 * counts.active * tokens / peak_flops
-    estimated = read.cycles / generation.clock_hz + read.kernel_flops / generation.peak_flops
+    estimated = read.cycles / chip.clock_hz + read.kernel_flops / chip.peak_flops
     return Report(
         topology=topology_name,
         num_devices=len(devices),
-        devices_per_chip=generation.devices_per_chip,
+        devices_per_chip=chip.devices_per_chip,
         mesh=mesh,
         tokens=tokens,
         memory=device_memory,
@@ -163,8 +163,8 @@ def report(config: Config, topology_name: str) -> Report:
         estimated_seconds=estimated,
         share_of_ideal=ideal / estimated,
         mfu=counts.flops_per_token * tokens / peak_flops / estimated,
-        clock_hz=generation.clock_hz,
-        peak_flops=generation.peak_flops,
+        clock_hz=chip.clock_hz,
+        peak_flops=chip.peak_flops,
         hlo=read,
         compile_seconds=step.seconds,
         host_bytes=step.host_bytes,

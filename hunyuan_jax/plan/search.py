@@ -63,7 +63,7 @@ def search(
     Raises:
       ConfigError: nothing fits.
     """
-    generation = topology.generation_of(topology_name)
+    hbm_bytes = topology.chip_of(topology_name).hbm_bytes
     topology.load_compiler()
     num_devices = topology.num_devices(topology_name, config.mesh.num_slices)
     ranked, least = [], math.inf
@@ -75,7 +75,7 @@ def search(
             # finds out
             continue
         least = min(least, peak)
-        if peak <= generation.hbm_bytes:
+        if peak <= hbm_bytes:
             state = _STATE_DTYPES.index(candidate.optimizer.state_dtype)
             tensor = (
                 candidate.mesh.tensor
@@ -99,7 +99,7 @@ def search(
         raise ConfigError(
             f"nothing fits on {topology_name}: by line item the leanest way to run the config "
             f"needs {least / 2**30:.1f} GiB a device, "
-            f"and {generation.hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan "
+            f"and {hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan "
             "--fit` finds the smallest)."
         )
     trials = [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
@@ -119,16 +119,14 @@ def fit(config: Config, generations: Sequence[str], batch_per_chip: int) -> list
     topology.load_compiler()
     return list(
         itertools.chain.from_iterable(
-            _fit_one(config, topology.GENERATIONS[name], batch_per_chip) for name in generations
+            _fit_one(config, generation, batch_per_chip) for generation in generations
         )
     )
 
 
-def _fit_one(
-    config: Config, generation: topology.Generation, batch_per_chip: int
-) -> Iterator[Trial]:
-    for shape in generation.slices:
-        name = f"{generation.name}:{shape}"
+def _fit_one(config: Config, generation: str, batch_per_chip: int) -> Iterator[Trial]:
+    for shape in topology.SLICES[generation]:
+        name = f"{generation}:{shape}"
         num_devices = topology.num_devices(name, config.mesh.num_slices)
         scaled = with_batch(config, num_devices, batch_per_chip)
         try:
@@ -136,7 +134,7 @@ def _fit_one(
         except ConfigError as e:
             yield Trial(name, num_devices, scaled, None, str(e))
             continue
-        if peak > _TOLERANCE * generation.hbm_bytes:
+        if peak > _TOLERANCE * topology.chip_of(name).hbm_bytes:
             yield Trial(name, num_devices, scaled, peak, "too little memory, by line item")
             continue
         trial = _compile(Trial(name, num_devices, scaled, peak, "not compiled"))

@@ -18,13 +18,8 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
-from hunyuan_jax.runlog.metrics import (
-    MetricsWriter,
-    ProgressLine,
-    moe_health,
-    peak_flops,
-    require_wandb,
-)
+from hunyuan_jax.runlog.metrics import MetricsWriter, ProgressLine, moe_health, require_wandb
+from pallas_kernels import chips
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -58,7 +53,7 @@ class Log:
             program.schedule,
             config.train.batch_size * config.train.seq_len,
         )
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        peak = chips.peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * mesh.size
         self._flops_per_token = count(config.model, config.train.seq_len).flops_per_token
         if hosts.is_first():

@@ -21,24 +21,6 @@ from hunyuan_jax.errors import ConfigError
 FILE = "metrics.jsonl"
 DEAD_SHARE = 0.01
 
-# Dense bf16 peak of one device in FLOP/s, by a substring of device_kind; vendors' figures.  jax
-# lists a v4 chip as one device and a v7x chip as two.
-_PEAK_FLOPS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 2307e12 / 2),
-    ("H100", 989e12),
-    ("H200", 989e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bf16 peak of a device in FLOP/s, or None where it is not known (a CPU)."""
-    return next((peak for name, peak in _PEAK_FLOPS if name in device_kind), None)
-
 
 class MetricsWriter:
     """Appends one JSON object per logged step to DIR/metrics.jsonl and scalars to DIR/tensorboard,

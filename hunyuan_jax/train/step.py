@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
@@ -22,6 +21,7 @@ from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.params.declare import Weight, in_use
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
+from pallas_kernels import tpu_compiler
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -73,25 +73,8 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         in_shardings=(program.shardings, batch_sharding(program)),
         out_shardings=(program.shardings, rules.sharding(program.mesh, ())),
         donate_argnums=0,
-        compiler_options=compiler_options(program.mesh),
+        compiler_options=tpu_compiler.train_step_options(device_kind(program.mesh)),
     )
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What the training step's compiler is asked for on the devices of `mesh`.
-
-    On a TPU: exchanges in the background, so that the shared expert can be computed meanwhile; and
-    24 MiB of vector memory for one operation instead of 16.  Matrix products then get larger
-    blocks: 0.92 instead of 0.88 of the peak on v5p, as the compiler estimates it (docs/log.md; 32
-    MiB: 0.95, but compiling a52b then takes 1.4 times as long).
-    """
-    kind = device_kind(mesh)
-    if not kind.startswith("TPU") or kind == "TPU v4":  # a v4 has 16 MiB in all
-        return {}
-    return {
-        "xla_tpu_scoped_vmem_limit_kib": str(24 * 1024),
-        "xla_tpu_enable_async_all_to_all": "true",
-    }
 
 
 def gradients(

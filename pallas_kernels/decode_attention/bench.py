@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.decode_attention import api, cases, reference, tpu
 
 _NUM_CORES = {"v5p": 2}
@@ -80,7 +80,7 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     # Of their own process, since libtpu also ends one that profiles some of XLA's own code.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         xla_cycles = list(pool.map(estimated_xla_cycles, *zip(*what, strict=True)))
-    _prepare_cpu(profiles=True)
+    tpu_compiler.prepare(profiles=True)
     for (chip_name, name), num_xla_cycles in zip(what, xla_cycles, strict=True):
         chip, case = chips.CHIPS[chip_name], cases.BENCH[name]
         row = {
@@ -90,7 +90,9 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
         }
         if (chip_name, name) not in _NO_PROFILE:
             q, k = case.shapes()[:2]
-            call, args = all_blocks(case, tpu.config(chip.device_kind, q.shape, k.shape, k.dtype))
+            call, args = all_blocks(
+                case, tpu.config(chip.device_kinds[0], q.shape, k.shape, k.dtype)
+            )
             num_cycles = (
                 cycles.cost(chip_name, call, *args).cycles * case.B / _NUM_CORES.get(chip_name, 1)
             )
@@ -104,20 +106,15 @@ def estimated_xla_cycles(chip_name: str, name: str) -> int:
     """The compiler's own estimate of the einsum version; unlike a static profile it counts memory
     traffic.
     """
-    _prepare_cpu(profiles=False)
+    tpu_compiler.prepare()
     case = cases.BENCH[name]
-    text = cycles.compile_for(chip_name, functools.partial(_xla, case), *case.shapes()).as_text()
+    text = tpu_compiler.compile_for(
+        chip_name, functools.partial(_xla, case), *case.shapes()
+    ).as_text()
     return sum(
         int(number)
         for number in re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY") :])
     )
-
-
-def _prepare_cpu(*, profiles: bool) -> None:
-    cycles.prepare(profiles=profiles)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # prepare's environment comes too late for a jax that is imported
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
@@ -125,7 +122,7 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
     reaches.
     """
     device = jax.devices()[0]
-    chip = chips.CHIPS[chips.of_device(device.device_kind) or "h200"]
+    chip = chips.of_device(device.device_kind) or chips.CHIPS["h200"]
     for name, case in cases.BENCH.items():
         args = cases.inputs(case, 0, [case.S] * case.B, [0] * case.B)
         row = {

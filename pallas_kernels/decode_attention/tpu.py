@@ -51,16 +51,17 @@ def config(
     """
     (_, num_tokens, num_heads, _), (_, num_slots, num_kv_heads, head_dim) = q_shape, k_shape
     chip = chips.of_device(device_kind)
+    name = chip.name if chip else None
     slot_bytes = num_kv_heads * head_dim * jnp.dtype(cache_dtype).itemsize
     score_bytes = 4 * num_kv_heads * (-(-num_heads // num_kv_heads * num_tokens // 16) * 16)
     block_slots = 2048
     while block_slots > 128 and (
-        block_slots * slot_bytes > (2 if chip == "v4" else 3) * _MIB
+        block_slots * slot_bytes > (2 if name == "v4" else 3) * _MIB
         or block_slots * score_bytes > 12 * _MIB
     ):
         block_slots //= 2
     return Config(
-        num_slots if num_slots <= block_slots else block_slots, 2 if chip in ("v4", "v5p") else 1
+        num_slots if num_slots <= block_slots else block_slots, 2 if name in ("v4", "v5p") else 1
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.expert_matmul import cases, gpu, tpu
 
 _CASE = cases.A52B
@@ -157,14 +157,11 @@ _RIVALS = {
 
 def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
     """Runs in a process of its own."""
-    cycles.prepare(profiles=True)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # prepare's environment comes too late for a jax that is imported
+    tpu_compiler.prepare(profiles=True)
     if who in _RIVALS:
         fn, shapes = _RIVALS[who](name, N)
         return cycles.cost(chip_name, fn, *shapes).cycles
-    device_kind = chips.CHIPS[chip_name].device_kind
+    device_kind = chips.CHIPS[chip_name].device_kinds[0]
     if name.endswith(_HALF):
         fn, shapes = _with_trips(name, N, device_kind)
     else:
@@ -179,7 +176,7 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each chip and operation: share of peak, ours and the rivals'."""
     for chip_name in chip_names:
         chip = chips.CHIPS[chip_name]
-        cfg = tpu.config_of(chip.device_kind)
+        cfg = tpu.config_of(chip.device_kinds[0])
         full = {
             name: (length, width)
             for name, (_, _, length, width) in _operations(tpu, 128, {}).items()

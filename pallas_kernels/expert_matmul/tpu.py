@@ -84,7 +84,8 @@ CONFIGS = {
 
 def config_of(device_kind: str) -> Config:
     """The block sizes for a jax device_kind; those of v5p for a TPU that is not in the table."""
-    return CONFIGS.get(chips.of_device(device_kind), CONFIGS["v5p"])
+    chip = chips.of_device(device_kind)
+    return CONFIGS.get(chip.name if chip else "v5p", CONFIGS["v5p"])
 
 
 def refuse(

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.flash_attention import cases, tpu
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.reference import Settings
@@ -57,10 +57,7 @@ def measure_static(chip_names: list[str]) -> list[dict]:
 
 def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
     """Cycles of dense attention of [_LENGTH, _GROUP, H]; of the backward pass alone, if so."""
-    cycles.prepare(profiles=True)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # prepare's environment comes too late for a jax that is imported
+    tpu_compiler.prepare(profiles=True)
     if name == "ours":
         return _cycles(chip, *(_our_backward if backward else _our_forward)(chip, H))
     q, kv = (jax.ShapeDtypeStruct((heads, _LENGTH, H), jnp.bfloat16) for heads in (_GROUP, 1))

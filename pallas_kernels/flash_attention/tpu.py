@@ -90,11 +90,9 @@ def refuse(device_kind: str, q_BTNH, k_BSKH, settings: Settings) -> str | None:
     """Why this cannot run on such a device, or None; see select.choose."""
     del k_BSKH, settings
     reason = select.only_on("TPU", device_kind) or select.whole_sublanes(q_BTNH.shape[-1])
-    return reason or (
-        None
-        if chips.of_device(device_kind) in CONFIGS
-        else f"has no block sizes for {device_kind}"
-    )
+    chip = chips.of_device(device_kind)
+    is_known = chip is not None and chip.name in CONFIGS
+    return reason or (None if is_known else f"has no block sizes for {device_kind}")
 
 
 def attention(
@@ -113,8 +111,8 @@ def attention(
     """As reference.attention; config None takes the one found for the chip."""
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     chip = chips.of_device(device_kind)
-    config = _fitted(config or CONFIGS[chip], T, S)
-    problem = Problem(settings, config, chips.CHIPS[chip].vmem_bytes, T, S, interpret)
+    config = _fitted(config or CONFIGS[chip.name], T, S)
+    problem = Problem(settings, config, chip.vmem_bytes, T, S, interpret)
     G = max(g for g in range(1, config.heads + 1) if (N // K) % g == 0)
 
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)

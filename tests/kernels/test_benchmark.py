@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import benchmark, chips, cycles
+from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.expert_matmul import bench, gpu, reference, tpu
 
 
@@ -68,16 +68,37 @@ def test_the_problems_fit_the_operations(layout, monkeypatch):
     assert columns == dict.fromkeys(columns, 128) and len(columns) == 6
 
 
-def test_chips_are_found_by_the_name_jax_gives_them():
-    kinds = {
-        "TPU v5": "v5p",
-        "TPU v5 lite": "v5e",
-        "TPU v6 lite": "v6e",
-        "TPU7x": "tpu7x",
-        "NVIDIA H200": "h200",
-        "cpu": None,
+@pytest.mark.parametrize(
+    ("kind", "name", "peak"),
+    [
+        ("TPU v4", "v4", 275e12),  # jax shows a v4 chip as one device
+        ("TPU v5 lite", "v5e", 197e12),
+        ("TPU v5e", "v5e", 197e12),
+        ("TPU v5p", "v5p", 459e12),
+        ("TPU v5", "v5p", 459e12),
+        ("TPU v6 lite", "v6e", 918e12),
+        ("TPU7x", "tpu7x", 1153.5e12),  # and a tpu7x chip as two
+        ("NVIDIA H100 80GB HBM3", "h100", 989e12),
+        ("NVIDIA H200", "h200", 989e12),
+        ("NVIDIA GH200 480GB", "gh200", 989e12),
+    ],
+)
+def test_chips_are_found_by_the_name_jax_gives_them(kind, name, peak):
+    assert chips.of_device(kind).name == name
+    assert chips.peak_flops(kind) == peak
+
+
+def test_what_is_not_in_the_table_has_no_peak():
+    assert chips.of_device("cpu") is None and chips.peak_flops("cpu") is None
+
+
+def test_options_of_the_train_step_are_those_of_the_generation():
+    assert tpu_compiler.train_step_options("TPU v5") == {
+        "xla_tpu_scoped_vmem_limit_kib": "24576",
+        "xla_tpu_enable_async_all_to_all": "true",
     }
-    assert {kind: chips.of_device(kind) for kind in kinds} == kinds
+    for kind in ("TPU v4", "NVIDIA H200", "cpu"):
+        assert tpu_compiler.train_step_options(kind) == {}
 
 
 @pytest.mark.skipif(
@@ -91,7 +112,6 @@ def test_static_cycles_of_a_product_are_near_the_peak():
 
 
 def _cycles_of_a_product():
-    cycles.prepare(profiles=True)
-    jax.config.update("jax_platforms", "cpu")
+    tpu_compiler.prepare(profiles=True)
     shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 2048), (2048, 1024)))
     return cycles.cost("v5p", lambda a, b: a @ b, *shapes).cycles

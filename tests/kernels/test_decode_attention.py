@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cycles, testing
+from pallas_kernels import testing, tpu_compiler
 from pallas_kernels.decode_attention import api, cases, reference, splits, tpu, triton
 
 # Empty, one step, inside a block, a whole block, across a block's edge, full; starts at 0, inside
@@ -269,8 +269,8 @@ _SLOW += [pytest.param("v5p", "T=16", marks=pytest.mark.slow)]
 )
 def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
     pytest.importorskip("libtpu")
-    cycles.prepare(profiles=False)
-    compiled = cycles.compile_for(
+    tpu_compiler.prepare()
+    compiled = tpu_compiler.compile_for(
         chip, functools.partial(_call, _KINDS[chip]), *cases.BENCH[name].shapes()
     )
     assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
@@ -283,13 +283,15 @@ def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
 @pytest.mark.parametrize("name", ["one", "most", "float32", "int8 float32"])
 def test_small_sizes_compile_for_a_tpu(name):
     pytest.importorskip("libtpu")
-    cycles.prepare(profiles=False)
-    cycles.compile_for("v5p", functools.partial(_call, "TPU v5"), *cases.SMALL[name].shapes())
+    tpu_compiler.prepare()
+    tpu_compiler.compile_for(
+        "v5p", functools.partial(_call, "TPU v5"), *cases.SMALL[name].shapes()
+    )
 
 
 def test_a_head_dim_of_128_is_not_copied_if_stored_slots_last():
     pytest.importorskip("libtpu")
-    cycles.prepare(profiles=False)
+    tpu_compiler.prepare()
     shapes = cases.BENCH["T=1 H=128"].shapes()
     B, S, K, H = shapes[1].shape
 
@@ -298,7 +300,7 @@ def test_a_head_dim_of_128_is_not_copied_if_stored_slots_last():
             "TPU v5", q_BTNH, *(x_BKHS.transpose(0, 3, 1, 2) for x_BKHS in (k_BKHS, v_BKHS)), *rest
         )
 
-    compiled = cycles.compile_for(
+    compiled = tpu_compiler.compile_for(
         "v5p", call, shapes[0], *[jax.ShapeDtypeStruct((B, K, H, S), "bfloat16")] * 2, *shapes[3:]
     )
     assert (
@@ -310,8 +312,8 @@ def test_a_head_dim_of_128_is_not_copied_if_stored_slots_last():
 @pytest.mark.slow
 def test_the_most_scores_in_float32_fit():
     pytest.importorskip("libtpu")
-    cycles.prepare(profiles=False)
-    cycles.compile_for(
+    tpu_compiler.prepare()
+    tpu_compiler.compile_for(
         "v5p",
         functools.partial(_call, "TPU v5"),
         *cases.BENCH["T=16"]._replace(dtype="float32").shapes(),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, cycles, testing
+from pallas_kernels import chips, testing, tpu_compiler
 from pallas_kernels.expert_matmul import Quantized, api, cases, reference, swiglu, tpu, xla
 from pallas_kernels.expert_matmul import quantized as rows
 from support.models import fast_jit
@@ -320,7 +320,7 @@ def loss_gradients(chip, arrays, count_es):
             swiglu(
                 count_es=count_es,
                 **arrays,
-                device_kind=chips.CHIPS[chip].device_kind,
+                device_kind=chips.CHIPS[chip].device_kinds[0],
                 implementation="pallas_tpu",
             )
             .astype(jnp.float32)
@@ -334,10 +334,10 @@ def loss_gradients(chip, arrays, count_es):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("name", ["odd", "float32", "dense"])
 def test_compiles_for_tpus(chip, name):
-    cycles.prepare(profiles=False)
+    tpu_compiler.prepare()
     shapes = BY_NAME[name].shapes()
     count_es = shapes.pop("count_es")
-    text = cycles.compile_for(
+    text = tpu_compiler.compile_for(
         chip, functools.partial(loss_gradients, chip), shapes, count_es
     ).as_text()
     # gate_up, down's two gradients, two parts of dx, two more weight gradients; the forward down
@@ -348,7 +348,7 @@ def test_compiles_for_tpus(chip, name):
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
 def test_quantised_weights_compile_for_tpus(dtype):
-    cycles.prepare(profiles=False)
+    tpu_compiler.prepare()
     S = jax.ShapeDtypeStruct
 
     def quantised(num_in, num_out):
@@ -361,7 +361,7 @@ def test_quantised_weights_compile_for_tpus(dtype):
         quantised(256, 512),
         quantised(512, 256),
     )
-    compiled = cycles.compile_for(
+    compiled = tpu_compiler.compile_for(
         "v6e",
         lambda x, count, *w: swiglu(
             x, None, count, *w, device_kind="TPU v6 lite", implementation="pallas_tpu"
@@ -375,8 +375,10 @@ def test_quantised_weights_compile_for_tpus(dtype):
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_real_size_compiles_for_tpus(chip):
-    cycles.prepare(profiles=False)
+    tpu_compiler.prepare()
     shapes = cases.A52B.shapes()
     count_es = shapes.pop("count_es")
-    compiled = cycles.compile_for(chip, functools.partial(loss_gradients, chip), shapes, count_es)
+    compiled = tpu_compiler.compile_for(
+        chip, functools.partial(loss_gradients, chip), shapes, count_es
+    )
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 7

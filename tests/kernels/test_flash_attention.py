@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, cycles, testing
+from pallas_kernels import chips, testing, tpu_compiler
 from pallas_kernels.flash_attention import cases, dropout, tpu
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.reference import Settings
@@ -313,12 +313,12 @@ def test_scale_is_used():
 @pytest.fixture(scope="module")
 def libtpu():
     pytest.importorskip("libtpu")
-    cycles.prepare(profiles=False)
+    tpu_compiler.prepare()
 
 
 def compiled(chip, case, *, backward, **kwargs):
     def attend(*arrays):
-        kind = chips.CHIPS[chip].device_kind
+        kind = chips.CHIPS[chip].device_kinds[0]
         return flash_attention(
             *arrays, device_kind=kind, implementation="pallas_tpu", **case.settings, **kwargs
         )
@@ -328,9 +328,9 @@ def compiled(chip, case, *, backward, **kwargs):
 
     shapes = case.shapes()
     return (
-        cycles.compile_for(chip, gradients, shapes[0], *shapes)
+        tpu_compiler.compile_for(chip, gradients, shapes[0], *shapes)
         if backward
-        else cycles.compile_for(chip, attend, *shapes)
+        else tpu_compiler.compile_for(chip, attend, *shapes)
     )
 
 

@@ -33,7 +33,6 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn.moe import experts
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train import loop
-from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import (
     abstract_model,
     abstract_state,
@@ -43,6 +42,7 @@ from hunyuan_jax.train.state import (
 )
 from hunyuan_jax.train.step import make_train_step
 from hunyuan_jax.weights import peft as peft_io
+from pallas_kernels import tpu_compiler
 from support.models import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -69,7 +69,7 @@ def small(**changes) -> ModelConfig:
 
 @pytest.fixture(autouse=True)
 def quick_compilation(monkeypatch):
-    monkeypatch.setattr(step_lib, "compiler_options", lambda mesh: COMPILER_OPTIONS)
+    monkeypatch.setattr(tpu_compiler, "train_step_options", lambda kind: COMPILER_OPTIONS)
     monkeypatch.setattr(loop, "make_mesh", lambda _: single_device_mesh())
 
 

@@ -20,6 +20,7 @@ from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.plan import aot, hlo, hlo_text, memory, search, show, topology
 from hunyuan_jax.plan import replica_groups as groups
 from hunyuan_jax.train.state import abstract_model
+from pallas_kernels.chips import CHIPS
 from support import paths
 
 # ml_collections loads recipes in a way that newer Pythons deprecate.
@@ -616,7 +617,7 @@ def test_peak_is_the_state_and_the_largest_phase():
 )
 def test_unknown_topologies_name_the_nearest(name, expected):
     with pytest.raises(ConfigError, match=re.escape(f"--topology={name} is not known")) as error:
-        topology.generation_of(name)
+        topology.chip_of(name)
     assert expected in str(error.value)
 
 
@@ -629,8 +630,8 @@ def test_devices_of_a_slice():
 
 
 def test_slices_grow():
-    for generation in topology.GENERATIONS.values():
-        sizes = [topology.num_devices(f"{generation.name}:{shape}") for shape in generation.slices]
+    for generation, shapes in topology.SLICES.items():
+        sizes = [topology.num_devices(f"{generation}:{shape}") for shape in shapes]
         assert all(a < b for a, b in itertools.pairwise(sizes))
 
 
@@ -729,9 +730,7 @@ def compiled(monkeypatch):
         num_devices = topology.num_devices(name)
         items = memory.estimate(cfg, num_devices)
         seen.append((name, cfg))
-        stats = aot.DeviceMemory(
-            2**20, 0, 0, 0, 2 * items.peak, topology.generation_of(name).hbm_bytes
-        )
+        stats = aot.DeviceMemory(2**20, 0, 0, 0, 2 * items.peak, topology.chip_of(name).hbm_bytes)
         if stats.peak > stats.hbm:
             raise aot.HbmOverflowError("too large", aot.Overflow(stats.peak, stats.hbm, ()))
         empty = hlo.HloReport((), (), (), (), 0, 0)
@@ -786,8 +785,7 @@ def test_search_tries_everything_and_compiles_the_first(compiled):
 
 
 def test_search_where_nothing_fits(compiled, monkeypatch):
-    small = dataclasses.replace(topology.GENERATIONS["v5e"], hbm_bytes=2**16)
-    monkeypatch.setitem(topology.GENERATIONS, "v5e", small)
+    monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=2**16))
     with pytest.raises(ConfigError, match="nothing fits on v5e:2x2"):
         search.search(config(), "v5e:2x2", [1], compile_top=1)
 
@@ -827,11 +825,7 @@ def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
     cfg = config(MeshConfig(data=-1, expert=2))
     peaks = {n: memory.estimate(search.with_batch(cfg, n, 2), n).peak for n in (4, 8, 16)}
     hbm = max(2 * peaks[16], int(peaks[4] / 1.2))
-    monkeypatch.setitem(
-        topology.GENERATIONS,
-        "v5e",
-        dataclasses.replace(topology.GENERATIONS["v5e"], hbm_bytes=hbm),
-    )
+    monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=hbm))
     trials = search.fit(cfg, ["v5e"], batch_per_chip=2)
     assert [trial.topology for trial in trials] == ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4"][
         : len(trials)
@@ -859,7 +853,7 @@ def test_the_command_passes_its_options_on(compiled, capsys, plan):
     rows = json.loads(run("--fit", "--generation=v6e", "--json"))
     assert {row["topology"].split(":")[0] for row in rows} == {"v6e"}
     assert {row["topology"].split(":")[0] for row in json.loads(run("--fit", "--json"))} == set(
-        topology.GENERATIONS
+        topology.SLICES
     )
     assert [
         row["batch_size"]

@@ -28,6 +28,7 @@ from hunyuan_jax.tokenizer import ByteTokenizer, HyTokenizer
 from hunyuan_jax.train import evaluate, loop
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program
+from pallas_kernels import tpu_compiler
 from support.models import COMPILER_OPTIONS, fast_jit, mesh_of
 
 # Goodput
@@ -141,23 +142,6 @@ def test_a_ledger_cut_off_by_a_crash_goes_on(tmp_path):
     assert goodput.Ledger(goodput.read_rows(tmp_path / goodput.FILE)).seconds == pytest.approx(
         ledger.seconds
     )
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),  # jax shows a v4 chip as one device
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),  # and a tpu7x chip as two
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert metrics.peak_flops(kind) == peak
 
 
 # Health of the mixtures
@@ -497,4 +481,4 @@ def test_a_browser_draws_everything_and_runs_nothing_else(workdir, tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(monkeypatch):
-    monkeypatch.setattr(step_lib, "compiler_options", lambda mesh: COMPILER_OPTIONS)
+    monkeypatch.setattr(tpu_compiler, "train_step_options", lambda kind: COMPILER_OPTIONS)

@@ -30,6 +30,7 @@ from hunyuan_jax.optim import guard
 from hunyuan_jax.quant.scaled import Scaled, load_params
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_state, build_program, convert, init_state
+from pallas_kernels import tpu_compiler
 from support.models import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
 
 BATCH, LENGTH = 8, 12
@@ -206,7 +207,7 @@ def compiled_step(state_dtype):
     """(program, its train step)"""
     program = build_program(config_for(state_dtype=state_dtype), mesh_of(*SIZES))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_lib, "compiler_options", lambda mesh: COMPILER_OPTIONS)
+        patch.setattr(tpu_compiler, "train_step_options", lambda kind: COMPILER_OPTIONS)
         return program, step_lib.make_train_step(program)
 
 

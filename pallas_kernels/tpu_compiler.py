@@ -1,0 +1,137 @@
+"""The TPU compiler without a TPU: its environment, the devices of a slice, and the options that
+large programs ask of it.
+
+Needs libtpu (pip install 'jax[tpu]').  `cycles.py` reads what a compiled program costs.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pallas_kernels import chips
+
+# libtpu reads these when it is loaded.  They keep it from looking for a TPU, for the TPU's metadata
+# server and for its lock file.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+# The smallest slice of each generation that the compiler accepts by default.
+_SMALLEST = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+_profiles: list[str] = []
+
+# Exchanges in the background, so that the shared expert is computed meanwhile.  24 MiB of vector
+# memory for one operation instead of 16: matrix products get larger blocks, 0.92 instead of 0.88 of
+# the peak on v5p by the compiler's estimate (32 MiB: 0.95, but a52b compiles 1.4 times as long).
+_LARGE_PROGRAM = {
+    "xla_tpu_scoped_vmem_limit_kib": str(24 * 1024),
+    "xla_tpu_enable_async_all_to_all": "true",
+}
+# Options of the train step by generation, tried with libtpu 0.0.50.1; docs/log.md has the figures.
+TRAIN_STEP_OPTIONS = {
+    "v4": {},  # has 16 MiB of vector memory in all
+    "v5e": _LARGE_PROGRAM,
+    "v5p": _LARGE_PROGRAM,
+    "v6e": _LARGE_PROGRAM,
+    "tpu7x": _LARGE_PROGRAM,
+}
+
+
+def train_step_options(device_kind: str) -> dict[str, str]:
+    """Returns the compiler options of the train step on a jax device_kind; none off TPUs."""
+    chip = chips.of_device(device_kind)
+    return TRAIN_STEP_OPTIONS.get(chip.name, {}) if chip else {}
+
+
+def prepare(*, profiles: bool = False) -> None:
+    """Makes this process ready to compile for TPUs that are not there.
+
+    Call it before jax is first used: libtpu reads its environment when it is loaded, and the CPU
+    becomes jax's own platform.
+
+    Args:
+      profiles: also write what `cycles.cost` reads.  libtpu does so for v5e, v5p and v6e, and ends
+        the process for any other chip.
+    """
+    if profiles and not _profiles:
+        _profiles.append(tempfile.mkdtemp(prefix="llo_profiles_"))
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={_profiles[0]}"
+    os.environ.update(_ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def profiles_folder() -> str:
+    """Returns the folder that libtpu writes profiles to after `prepare(profiles=True)`."""
+    (folder,) = _profiles
+    return folder
+
+
+def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+    """Returns the devices of `num_slices` slices, which programs can be compiled for and not run on.
+
+    Args:
+      topology: "GENERATION:SHAPE", such as "v5p:2x2x1".
+
+    Raises:
+      JaxRuntimeError, NotImplementedError: the compiler does not know the topology.
+    """
+    # A v4 chip's two cores act as one device, as on a real slice.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, num_slices=num_slices, **options
+    ).devices
+
+
+def one_device_mesh(chip: str) -> Mesh:
+    """Returns a mesh of one device of a TPU generation ("v5p")."""
+    return Mesh(np.array(slice_devices(_SMALLEST[chip])[:1]), ("device",))
+
+
+def compile_for(
+    chip: str, fn: Callable, *shapes: Any, row_major: bool = False, **compiler_options: Any
+) -> Any:
+    """Compiles fn(*shapes) for one device of a TPU generation ("v5p"), after `prepare`.
+
+    Args:
+      shapes: trees of jax.ShapeDtypeStruct.
+      row_major: whether arguments and results lie in memory row by row, instead of as XLA chooses.
+
+    Returns:
+      jax's compiled program.
+    """
+    mesh = one_device_mesh(chip)
+    sharding = SingleDeviceSharding(mesh.devices[0])
+
+    def placed(x):
+        return Format(Layout(tuple(range(x.ndim))), sharding) if row_major else sharding
+
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x)), shapes
+    )
+    # Kernels ask the mesh around them what they are compiled for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        results = jax.tree.map(placed, jax.eval_shape(fn, *shapes)) if row_major else None
+        return (
+            jax.jit(fn, out_shardings=results)
+            .lower(*args)
+            .compile(compiler_options=compiler_options or None)
+        )
