@@ -3,6 +3,7 @@ syntax tree, nothing is run.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,60 @@ KNOWN = {
         "imports hunyuan_jax.train.state.build_program",
     ],
 }
+
+
+# Private functions that tests still reach for; none is to be added.
+PRIVATE_IN_TESTS = {
+    "aot._overflow_error",
+    "bench._operations",
+    "bench._prefill_seconds",
+    "cli._print_answer",
+    "cli._questions",
+    "engine_lib._num_parts",
+    "gpu._grouped",
+    "gpu._row_blocks",
+    "gpu._row_tiles",
+    "loop._stop_signals",
+    "mesh._has_tpu",
+    "report._thinned",
+    "text._tokenizer_of",
+    "torch_io._tensors",
+    "triton._pieces",
+    "verify._fields",
+    "watchdog._stacks",
+}
+
+
+def problems_of_test(source):
+    """What a test does that it may not: importing a test, using what the project keeps private."""
+    tree, ours = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and part_of_module(node.module) is not None:
+            ours |= {alias.asname or alias.name for alias in node.names}
+    modules = [name.split(".") for name in imports(tree)]
+    found = [f"imports {piece}" for name in modules for piece in name if piece.startswith("test_")]
+    found += [
+        f"uses the private {name}"
+        for name in set(attributes(tree)) | {name for name in ours if name.startswith("_")}
+        if name.split(".")[0] in ours
+        and re.search(r"(^|\.)_[a-z]\w*$", name)
+        and not name.endswith("._replace")
+    ]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_tests(path):
+    known = {f"uses the private {name}" for name in PRIVATE_IN_TESTS}
+    assert set(problems_of_test(path.read_text(encoding="utf-8"))) <= known
+
+
+def test_the_check_of_tests():
+    assert problems_of_test("from test_step import MODEL") == ["imports test_step"]
+    assert problems_of_test("from hunyuan_jax.plan import _size") == ["uses the private _size"]
+    private = "from pallas_kernels.expert_matmul import gpu\ngpu._tiles(gpu.tiles)"
+    assert problems_of_test(private) == ["uses the private gpu._tiles"]
+    assert problems_of_test("from support import runs\nruns._x") == []
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)

@@ -30,6 +30,7 @@ from hunyuan_jax.checkpoint import store as store_lib
 from hunyuan_jax.checkpoint.store import Store, finished_steps, steps
 from hunyuan_jax.config import CheckpointConfig, Config
 from hunyuan_jax.errors import ConfigError
+from support.damage import DAMAGE, flip_bit, largest_file
 
 KEEP = CheckpointConfig(keep=2)
 
@@ -76,19 +77,6 @@ def assert_is(restored, step):
         jax.tree.leaves(restored[1]), jax.tree.leaves(state_of(step)), strict=True
     ):
         np.testing.assert_array_equal(got, expected)
-
-
-def largest_file(folder):
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()),
-        key=lambda path: path.stat().st_size,
-    )
-
-
-def flip_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,15 +196,6 @@ def test_newest_every_kth_and_best_are_kept(tmp_path):
     assert store.best_loss == 0.5
     store.close()
     assert steps(tmp_path / "checkpoints") == [4, 8, 9]
-
-
-DAMAGE = {
-    "truncated": lambda folder: os.truncate(largest_file(folder), 100),
-    "missing": lambda folder: largest_file(folder).unlink(),
-    "bit flip": lambda folder: flip_bit(largest_file(folder)),
-    "empty file": lambda folder: os.truncate(folder / "state" / "_METADATA", 0),
-    "manifest": lambda folder: os.truncate(folder / "manifest.json", 100),
-}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -7,13 +7,12 @@ import signal
 import socket
 
 import pytest
-from test_convert_scale import contents, write_source
-from test_distributed import losses, write_corpus
-from test_failures import KILLER, finished, run, start
 
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.data import shards, source, tokenize, tokens
 from hunyuan_jax.weights import stream as scale
+from support.folders import contents, write_source
+from support.processes import KILLER, finished, losses, run, start, write_corpus
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,7 +11,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_convert import random_params, small
 
 from hunyuan_jax import cli
 from hunyuan_jax.chat.render import render_chat
@@ -23,6 +22,7 @@ from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.tokenizer import load_tokenizer
+from support.folders import random_params, small
 from support.models import mesh_of
 
 IDS = np.array([[1, 2, 3, 4], [7, 8, 9, 10]])

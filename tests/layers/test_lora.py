@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from test_convert import flat
-from test_train import losses
 
 from hunyuan_jax import cli, from_pretrained
 from hunyuan_jax.config import (
@@ -43,7 +41,9 @@ from hunyuan_jax.train.state import (
 from hunyuan_jax.train.step import make_train_step
 from hunyuan_jax.weights import peft as peft_io
 from pallas_kernels import tpu_compiler
+from support.folders import flat
 from support.models import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
+from support.runs import losses
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 MLP, EXPERTS = ("gate", "up", "down"), ("expert_gate", "expert_up", "expert_down")

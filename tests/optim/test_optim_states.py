@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_optim import CFG, SETTINGS, nest, numpy_adamw, on_device
 
 from hunyuan_jax import presets
 from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
@@ -25,6 +24,7 @@ from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params, quantize, store_params
+from support.adamw import CFG, SETTINGS, nest, numpy_adamw, on_device
 from support.models import assert_close, mesh_of
 
 MODES = ("float32", "bfloat16", "fp8_lm")

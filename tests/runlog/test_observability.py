@@ -15,9 +15,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_step import MODEL, batch, config_for, initial_params
-from test_train import config_for as run_config
-from test_train import corpus, one_device, rows  # noqa: F401
 
 from hunyuan_jax.config import validate
 from hunyuan_jax.errors import ConfigError
@@ -30,6 +27,21 @@ from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program
 from pallas_kernels import tpu_compiler
 from support.models import COMPILER_OPTIONS, fast_jit, mesh_of
+from support.runs import config_for as run_config
+from support.runs import on_one_device, rows, write_corpus
+from support.steps import MODEL, batch, config_for, initial_params
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with on_one_device():
+        yield
+
 
 # Goodput
 
@@ -279,7 +291,7 @@ def test_profile_steps_are_checked(steps):
         validate(config_for(profile_steps=steps))
 
 
-def test_a_run_with_a_trace_and_its_report(corpus, tmp_path):  # noqa: F811
+def test_a_run_with_a_trace_and_its_report(corpus, tmp_path):
     config = run_config(corpus, profile_steps="2:3")
     assert loop.run(config, tmp_path) == 0
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")

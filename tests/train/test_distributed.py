@@ -2,16 +2,11 @@
 process, and everyone stops together.
 """
 
-import contextlib
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -24,35 +19,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel import hosts, mesh, rules
 from hunyuan_jax.train import loop
 from support import paths
-
-ROOT = paths.ROOT
-NUM_STEPS = 4
-SMALL = {
-    "model.num_layers": 2,
-    "model.cla_share_factor": 1,
-    "model.hidden_size": 32,
-    "model.intermediate_size": 32,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.head_dim": 8,
-    "model.remat": "none",
-    "schedule.warmup_steps": 2,
-    "train.num_steps": NUM_STEPS,
-    "train.batch_size": 8,
-    "train.seq_len": 16,
-    "train.log_every": 1,
-    "train.eval_every": NUM_STEPS,
-    "train.eval_batches": 2,
-    "checkpoint.every": 2,
-}
-
-
-def write_corpus(folder):
-    for i in range(30):
-        (folder / f"{i}.txt").write_text(
-            "".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20))
-        )
-    return folder
+from support.processes import NUM_STEPS, SMALL, finish, losses, processes, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -71,57 +38,8 @@ def fields_of(corpus, **fields):
     }
 
 
-@contextlib.contextmanager
-def processes(fields_of_each, workdir, script=("train.py",)):
-    """`python train.py` once for each dict of config fields; those still there at the end are
-    killed.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(len(fields_of_each)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-    }
-    started = []
-    try:
-        for index, fields in enumerate(fields_of_each):
-            overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-            command = [
-                sys.executable,
-                *script,
-                "--config=configs/tiny.py",
-                *overrides,
-                f"--workdir={workdir}",
-            ]
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**env, "JAX_PROCESS_ID": str(index)},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-def finish(started, timeout=120):
-    """(exit statuses, standard errors)."""
-    errors = [process.communicate(timeout=timeout)[1] for process in started]
-    return [process.returncode for process in started], errors
-
-
 def config_of(fields):
-    recipe = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
+    recipe = runpy.run_path(str(paths.ROOT / "configs" / "tiny.py"))["get_config"]()
     recipe.update_from_flattened_dict(fields)
     return from_config_dict(recipe)
 
@@ -133,21 +51,6 @@ def run_here(fields, workdir, num_devices):
             loop, "make_mesh", lambda cfg: mesh.make_mesh(cfg, jax.devices()[:num_devices])
         )
         assert loop.run(config_of(fields), workdir) == 0
-
-
-def losses(workdir):
-    """{step: [losses and gradient norm]} of the metrics a run wrote; a step that was written twice
-    is an error.
-    """
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = {}
-    for row in rows:
-        values = {
-            name: row[name] for name in ("loss", "grad_norm", "validation_loss") if name in row
-        }
-        assert not found.get(row["step"], {}).keys() & values.keys()
-        found.setdefault(row["step"], {}).update(values)
-    return found
 
 
 def assert_same_losses(workdir, reference):

@@ -13,57 +13,29 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from test_checkpoint import DAMAGE
-from test_distributed import SMALL, finish, losses, processes, write_corpus
 
 from hunyuan_jax.checkpoint.store import finished_steps
 from support import paths
+from support.damage import DAMAGE
+from support.processes import (
+    KILLER,
+    LONG,
+    finish,
+    finished,
+    losses,
+    processes,
+    run,
+    start,
+    write_corpus,
+)
 
 ROOT = paths.ROOT
-NUM_STEPS = 150
-FIELDS = SMALL | {
-    "model.hidden_size": 64,
-    "model.intermediate_size": 128,
-    "train.num_steps": NUM_STEPS,
-    "train.eval_every": 25,
-    "checkpoint.every": 4,
-    "checkpoint.keep": 3,
-    "mesh.data": 2,
-}
+NUM_STEPS = LONG["train.num_steps"]
 NUM_KILLS = 20
 
-# Kills its own process, as kill -9 does, so many seconds after the n-th call of a function.
-KILLER = """
-import itertools, os, runpy, signal, sys, threading
-from hunyuan_jax.checkpoint.store import Store
-from hunyuan_jax.data.loader import Order
-from hunyuan_jax.train import step
-
-place, n, delay = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
-calls = itertools.count(1)
-
-def armed(function):
-    def wrapper(*args, **kwargs):
-        if next(calls) == n:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        return function(*args, **kwargs)
-    return wrapper
-
-if place == "in a step":
-    make = step.make_train_step
-    step.make_train_step = lambda program: armed(make(program))
-elif place == "in the data worker":
-    Order.batch = armed(Order.batch)
-elif place == "in the save":
-    Store._write = armed(Store._write)
-elif place == "in the checksums":
-    Store._finish = armed(Store._finish)
-runpy.run_path("train.py", run_name="__main__")
-"""
 SLOW_SAVES = """
 import runpy, time
 from hunyuan_jax.checkpoint.store import Store
@@ -92,33 +64,6 @@ PLACES = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def start(corpus, workdir, script=("train.py",), **fields):
-    """One process with two devices."""
-    fields = {**FIELDS, "data.source": str(corpus), "data.validation_fraction": 0.2, **fields}
-    command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in fields.items()]
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # each process would compile the same for seconds
-    }
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finished(process):
-    """Its exit status and standard error."""
-    error = process.communicate(timeout=200)[1]
-    return process.returncode, error
-
-
-def run(corpus, workdir, **arguments):
-    """What a run that must be done says."""
-    status, error = finished(start(corpus, workdir, **arguments))
-    assert status == 0, error
-    return error
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +276,7 @@ def test_the_clock_is_changed(corpus, reference, tmp_path, days):
 @pytest.mark.timeout(900)
 def test_a_worker_of_four_is_lost(corpus, tmp_path):
     fields = {
-        **FIELDS,
+        **LONG,
         "data.source": str(corpus),
         "data.validation_fraction": 0.2,
         "mesh.data": 4,
@@ -367,7 +312,7 @@ def test_two_processes_hang_and_later_lose_their_disk(corpus, tmp_path):
     workdir is gone but for the mirror.
     """
     fields = {
-        **FIELDS,
+        **LONG,
         "data.source": str(corpus),
         "data.validation_fraction": 0.2,
         "mesh.expert": 2,

@@ -28,40 +28,10 @@ from hunyuan_jax.weights import hf_config, torch_io, verify
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights import stream as scale
 from support import goldens
+from support.folders import flat, random_params, small
 
 LOADABLE_CASES = [case for case in goldens.ALL_CASES if case != "rope_ntk_factor"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def small(**changes) -> ModelConfig:
-    """An MoE model with CLA pairs, a few thousand parameters large."""
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 8,
-        "num_layers": 4,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 4,
-    }
-    moe = MoeConfig(num_experts=3, num_shared_experts=1)
-    return dataclasses.replace(
-        ModelConfig(vocab_size=40, max_position=64, cla_share_factor=2, moe=moe, **sizes),
-        **changes,
-    )
-
-
-def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Parameters as training holds them, float32."""
-    rng = np.random.default_rng(seed)
-    shapes = abstract_model(cfg, single_device_mesh())[1]
-    return jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(np.float32), shapes)
-
-
-def flat(tree) -> dict[str, np.ndarray]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
 
 
 def assert_identical(ours, expected):

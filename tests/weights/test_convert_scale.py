@@ -30,49 +30,10 @@ from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights import storage as place
 from hunyuan_jax.weights import stream as scale
 from support import goldens, paths
+from support.folders import HF, contents, write_source
 
 ROOT = paths.ROOT
 BFLOAT16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
-HF = {
-    "model_type": "hunyuan", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "use_cla": True, "cla_share_factor": 2, "num_experts": 3, "moe_topk": 1, "use_mixed_mlp_moe": True,
-    "num_shared_expert": 1, "use_qk_norm": True, "tie_word_embeddings": True, "torch_dtype": "float32", "max_position_embeddings": 64,
-    "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
-}  # fmt: skip
-
-
-def write_source(folder: Path, num_shards: int = 2, **changes) -> Path:
-    """A folder as the release is: shards, index, config, tokenizer."""
-    hf = HF | changes
-    cfg, rng = hf_config.from_hf(hf), np.random.default_rng(0)
-    dtype = BFLOAT16 if cfg.dtype == "bfloat16" else np.dtype(np.float32)
-    entries = table.entries(cfg)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf))
-    (folder / "tokenizer_config.json").write_text('{"a": 1}\n')
-    files = {
-        e.name: f"model-{i * num_shards // len(entries) + 1:05d}-of-{num_shards:05d}.safetensors"
-        for i, e in enumerate(entries)
-    }
-    for file in dict.fromkeys(files.values()):
-        tensors = {
-            e.name: (rng.normal(size=e.shape) * (0.3 if len(e.shape) == 2 else 1.0)).astype(dtype)
-            for e in entries
-            if files[e.name] == file
-        }
-        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": files})
-    )
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def rewrite(folder: Path, change) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_convert import flat, random_params
 
 from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.config import ModelConfig, MoeConfig
@@ -23,6 +22,7 @@ from hunyuan_jax.weights import hf_config, torch_io, verify
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights.storage import Place
 from support import goldens
+from support.folders import flat, random_params
 
 # The config.json of Hunyuan-A13B: every field of it that a model's code could read.
 A13B = {

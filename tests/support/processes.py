@@ -1,0 +1,173 @@
+"""Training runs as processes of their own: started, killed, waited for."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+
+from support import paths
+
+# A run of a few steps.
+NUM_STEPS = 4
+SMALL = {
+    "model.num_layers": 2,
+    "model.cla_share_factor": 1,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.remat": "none",
+    "schedule.warmup_steps": 2,
+    "train.num_steps": NUM_STEPS,
+    "train.batch_size": 8,
+    "train.seq_len": 16,
+    "train.log_every": 1,
+    "train.eval_every": NUM_STEPS,
+    "train.eval_batches": 2,
+    "checkpoint.every": 2,
+}
+
+
+def write_corpus(folder):
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(
+            "".join(f"line {j} of file {i}: {'abc' * i}\n" for j in range(20))
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def processes(fields_of_each, workdir, script=("train.py",)):
+    """`python train.py` once for each dict of config fields; those still there at the end are
+    killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(len(fields_of_each)),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    }
+    started = []
+    try:
+        for index, fields in enumerate(fields_of_each):
+            overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+            command = [
+                sys.executable,
+                *script,
+                "--config=configs/tiny.py",
+                *overrides,
+                f"--workdir={workdir}",
+            ]
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=paths.ROOT,
+                    env={**env, "JAX_PROCESS_ID": str(index)},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def finish(started, timeout=120):
+    """(exit statuses, standard errors)."""
+    errors = [process.communicate(timeout=timeout)[1] for process in started]
+    return [process.returncode for process in started], errors
+
+
+def losses(workdir):
+    """{step: [losses and gradient norm]} of the metrics a run wrote; a step that was written twice
+    is an error.
+    """
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = {}
+    for row in rows:
+        values = {
+            name: row[name] for name in ("loss", "grad_norm", "validation_loss") if name in row
+        }
+        assert not found.get(row["step"], {}).keys() & values.keys()
+        found.setdefault(row["step"], {}).update(values)
+    return found
+
+
+# For `start`: a run long enough to be killed in its middle.
+LONG = SMALL | {
+    "model.hidden_size": 64,
+    "model.intermediate_size": 128,
+    "train.num_steps": 150,
+    "train.eval_every": 25,
+    "checkpoint.every": 4,
+    "checkpoint.keep": 3,
+    "mesh.data": 2,
+}
+
+
+# Kills its own process, as kill -9 does, so many seconds after the n-th call of a function.
+KILLER = """
+import itertools, os, runpy, signal, sys, threading
+from hunyuan_jax.checkpoint.store import Store
+from hunyuan_jax.data.loader import Order
+from hunyuan_jax.train import step
+
+place, n, delay = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
+calls = itertools.count(1)
+
+def armed(function):
+    def wrapper(*args, **kwargs):
+        if next(calls) == n:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **kwargs)
+    return wrapper
+
+if place == "in a step":
+    make = step.make_train_step
+    step.make_train_step = lambda program: armed(make(program))
+elif place == "in the data worker":
+    Order.batch = armed(Order.batch)
+elif place == "in the save":
+    Store._write = armed(Store._write)
+elif place == "in the checksums":
+    Store._finish = armed(Store._finish)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def start(corpus, workdir, script=("train.py",), **fields):
+    """One process with two devices."""
+    fields = {**LONG, "data.source": str(corpus), "data.validation_fraction": 0.2, **fields}
+    command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        # Each process would compile the same for seconds.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command, cwd=paths.ROOT, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process):
+    """Its exit status and standard error."""
+    error = process.communicate(timeout=200)[1]
+    return process.returncode, error
+
+
+def run(corpus, workdir, **arguments):
+    """What a run that must be done says."""
+    status, error = finished(start(corpus, workdir, **arguments))
+    assert status == 0, error
+    return error
