@@ -1,5 +1,5 @@
-"""Attention that never holds the T x S scores: causal, windows, packed documents, grouped heads of
-any multiple of 8, dropout.
+"""Attention that never holds the T x S scores: causal or not, packed documents, grouped heads,
+dropout.
 """
 
 from pallas_kernels.flash_attention.api import flash_attention

@@ -39,9 +39,7 @@ def flash_attention(
     *,
     device_kind: str,
     causal: bool = True,
-    window: int | None = None,
     scale: float | None = None,
-    soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
     with_lse: bool = False,
@@ -63,16 +61,13 @@ def flash_attention(
       device_kind: what jax calls the device that this runs on ("TPU v5", "NVIDIA H200", "cpu");
         from the mesh.
       causal: whether a query sees no later key.
-      window: if given, a query sees only keys with t + S - T - s < window.
       scale: factor of the scores, > 0; None is H ** -0.5.
-      soft_cap: if given, scores become soft_cap * tanh(score / soft_cap), before masking.
       dropout_rate: share of the weights that become 0 after the softmax; the others are divided by
         1 - dropout_rate.
       dropout_seed: int32 or uint32 of shape [] or [2]; or [B, N], one per sequence and head, for a
         caller that shards these and has `dropout.head_seeds` of the global ones.  The same seed
         drops the same weights in every implementation.
-      with_lse: whether to return the log-sum-exp of the scaled, capped scores too; it is
-        differentiable.
+      with_lse: whether to return the log-sum-exp of the scaled scores too; it is differentiable.
       implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla",
         "reference") or a list of names in order of preference.
       interpret: passed to pallas_call, to run a kernel on the CPU.
@@ -87,11 +82,7 @@ def flash_attention(
     _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
     B, _, N, H = q_BTNH.shape
     settings = Settings(
-        bool(causal),
-        window,
-        H**-0.5 if scale is None else float(scale),
-        soft_cap,
-        float(dropout_rate),
+        bool(causal), H**-0.5 if scale is None else float(scale), float(dropout_rate)
     )
     _check_settings(settings)
     seed_BN = _seeds(dropout_seed, settings.dropout_rate, B, N)
@@ -138,22 +129,10 @@ def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
 
 def _check_settings(settings: Settings):
     """The numbers are in their ranges."""
-    for name, is_good, rule in (
-        (
-            "window",
-            settings.window is None or settings.window >= 1,
-            "must be at least 1, or None for no window",
-        ),
-        ("scale", settings.scale > 0, "must be positive; negate q instead"),
-        (
-            "soft_cap",
-            settings.soft_cap is None or settings.soft_cap > 0,
-            "must be positive, or None for no cap",
-        ),
-        ("dropout_rate", 0 <= settings.dropout_rate < 1, "must be in [0, 1)"),
-    ):
-        if not is_good:
-            raise ValueError(f"{name} = {getattr(settings, name)!r} {rule}.")
+    if settings.scale <= 0:
+        raise ValueError(f"scale = {settings.scale!r} must be positive; negate q instead.")
+    if not 0 <= settings.dropout_rate < 1:
+        raise ValueError(f"dropout_rate = {settings.dropout_rate!r} must be in [0, 1).")
 
 
 def _seeds(dropout_seed, dropout_rate, B, N):

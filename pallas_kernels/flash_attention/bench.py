@@ -75,7 +75,7 @@ def _cycles(chip, fn, *shapes) -> int:
 
 
 def _problem(chip: str, H: int) -> tpu.Problem:
-    settings = Settings(False, None, H**-0.5, None, 0.0)
+    settings = Settings(False, H**-0.5, 0.0)
     return tpu.Problem(
         settings, tpu.CONFIGS[chip], chips.CHIPS[chip].vmem_bytes, _LENGTH, _LENGTH, False
     )
@@ -230,14 +230,13 @@ def _gpu_rivals(case, device_kind):
     """Implementation -> function of (q, k, v, query_segment, key_segment).  The rivals do not know
     documents and attend across them.
     """
-    window = None if case.window is None else (case.window - 1, 0)
 
     def ours(*arrays):
         return flash_attention(*arrays, device_kind=device_kind, **case.settings)
 
     def of_jax(q, k, v, *_, implementation):
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=case.causal, local_window_size=window, implementation=implementation
+            q, k, v, is_causal=case.causal, implementation=implementation
         )
 
     rivals = {"ours": ours} | {
@@ -247,7 +246,7 @@ def _gpu_rivals(case, device_kind):
         import tokamax
 
         rivals["tokamax"] = lambda q, k, v, *_: tokamax.dot_product_attention(
-            q, k, v, is_causal=case.causal, local_window_size=window
+            q, k, v, is_causal=case.causal
         )
     return rivals
 

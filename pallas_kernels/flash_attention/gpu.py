@@ -46,11 +46,7 @@ def refuse(
         return f"needs bfloat16, not {q_BTNH.dtype}"
     if q_BTNH.shape[-1] > 128:
         return f"needs a head dim of at most 128, not {q_BTNH.shape[-1]}"
-    return (
-        "has no soft cap and no dropout"
-        if settings.soft_cap is not None or settings.dropout_rate
-        else None
-    )
+    return "has no dropout" if settings.dropout_rate else None
 
 
 def attention(
@@ -189,13 +185,11 @@ def _kernel(problem, num_pieces, *refs):
                 lax.broadcast_in_dim(query_segment, shape, [0]),
                 lax.broadcast_in_dim(key_segment, shape, [1]),
             )
-            causal, window = problem.settings.causal, problem.settings.window
             return is_visible(
                 position + (first + problem.offset),
                 key + j * _BLOCKS.keys,
                 *segments,
-                causal,
-                window,
+                problem.settings.causal,
             )
 
         def step(is_masked, j, carry):

@@ -19,9 +19,7 @@ class Settings(NamedTuple):
     """
 
     causal: bool
-    window: int | None
     scale: float
-    soft_cap: float | None
     dropout_rate: float
 
 
@@ -31,7 +29,6 @@ def is_visible(
     query_segment: jax.Array,
     key_segment: jax.Array,
     causal: bool,
-    window: int | None,
 ) -> jax.Array:
     """bool: whether a query sees a key; all arrays int32 and broadcasting.
 
@@ -41,11 +38,7 @@ def is_visible(
       query_segment, key_segment: 0 is padding.
     """
     visible = (query_segment == key_segment) & (key_segment > 0)
-    if causal:
-        visible &= key <= position
-    if window is not None:
-        visible &= position - key < window
-    return visible
+    return visible & (key <= position) if causal else visible
 
 
 def attention(
@@ -77,8 +70,6 @@ def attention(
         )
         * settings.scale
     )
-    if settings.soft_cap is not None:
-        scores_BNTS = settings.soft_cap * jnp.tanh(scores_BNTS / settings.soft_cap)
 
     query_T1, key_S = jnp.arange(T)[:, None], jnp.arange(S)
     visible_BTS = is_visible(
@@ -87,7 +78,6 @@ def attention(
         query_segment_BT[:, :, None],
         key_segment_BS[:, None, :],
         settings.causal,
-        settings.window,
     )
     visible_BNTS = visible_BTS[:, None]
     scores_BNTS = jnp.where(visible_BNTS, scores_BNTS, _MASKED)

@@ -82,8 +82,8 @@ class Problem(NamedTuple):
 
     @property
     def exp2_factor(self) -> float:
-        """What turns the result of `_scores` into an exponent of 2."""
-        return (self.settings.soft_cap or self.settings.scale) * _LOG2E
+        """What turns a product q k into an exponent of 2."""
+        return self.settings.scale * _LOG2E
 
 
 def refuse(device_kind: str, q_BTNH, k_BSKH, settings: Settings) -> str | None:
@@ -209,19 +209,15 @@ def visits(
 def _static_visibility(
     problem: Problem, num_q: int, num_k: int, block_q: int, block_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """bool [q, k] of pairs of blocks: whether causality and window show any pair, and all pairs."""
-    settings = problem.settings
+    """bool [q, k] of pairs of blocks: whether causality shows any pair, and all pairs."""
     low_q1 = np.arange(num_q)[:, None] * block_q + problem.lead
     high_q1 = low_q1 + block_q - 1
     low_k, high_k = np.arange(num_k) * block_k, np.arange(1, num_k + 1) * block_k - 1
     may_qk = np.ones((num_q, num_k), bool)
     all_qk = may_qk.copy()
-    if settings.causal:
+    if problem.settings.causal:
         may_qk &= low_k <= high_q1
         all_qk &= high_k <= low_q1
-    if settings.window is not None:
-        may_qk &= low_q1 - high_k < settings.window
-        all_qk &= high_q1 - low_k < settings.window
     return may_qk, all_qk
 
 
@@ -278,19 +274,6 @@ def _dot(a, b, a_dim: int, b_dim: int):
     )
 
 
-def _scores(problem: Problem, k_kH, q_Hq):
-    """q k [bk, bq], as tanh(q k scale / soft_cap) if there is a cap; the rest of the factor goes
-    into the exponent.
-    """
-    scores_kq = _dot(k_kH, q_Hq, 1, 0)
-    settings = problem.settings
-    return (
-        scores_kq
-        if settings.soft_cap is None
-        else jnp.tanh(scores_kq * (settings.scale / settings.soft_cap))
-    )
-
-
 def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segment_1k):
     """float32 [bk, bq], 0 where visible, else _MASKED."""
     bq, bk = query_segment_1q.shape[1], key_segment_1k.shape[1]
@@ -308,7 +291,6 @@ def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segmen
         query_segment_1q,
         key_segment_kq,
         problem.settings.causal,
-        problem.settings.window,
     )
     return jnp.where(visible_kq, 0.0, _MASKED)
 
@@ -499,7 +481,7 @@ def forward_step(
     slices = _slices(k_ref.shape[0], problem.config.slice_k)
 
     def scores(g, keys):
-        return _scores(problem, k_ref[keys], q_ref[g])
+        return _dot(k_ref[keys], q_ref[g], 1, 0)
 
     def head(g, scores_kq):
         max_1q, norm_1q = max_ref[g], norm_ref[g]
@@ -741,7 +723,7 @@ def backward_step(
     slices = _slices(k_ref.shape[0], problem.config.slice_k_backward)
 
     def products(g, keys):
-        return _scores(problem, k_ref[keys], q_ref[g]), _dot(v_ref[keys], dout_ref[g], 1, 0)
+        return _dot(k_ref[keys], q_ref[g], 1, 0), _dot(v_ref[keys], dout_ref[g], 1, 0)
 
     def head(g, scores_dweights):
         q_Hq, dout_Hq, lse2_1q, delta_1q = q_ref[g], dout_ref[g], lse2_ref[g], delta_ref[g]
@@ -760,8 +742,6 @@ def backward_step(
                 factor_kq = jnp.where(kept(g, keys), 1 / (1 - settings.dropout_rate), 0.0)
                 kept_weights_kq, dweights_kq = weights_kq * factor_kq, dweights_kq * factor_kq
             dscores_kq = weights_kq * (dweights_kq - delta_1q)
-            if settings.soft_cap is not None:
-                dscores_kq *= 1 - scores_kq * scores_kq
             kept_weights_kq, dscores_kq = (
                 kept_weights_kq.astype(q_Hq.dtype),
                 dscores_kq.astype(q_Hq.dtype),

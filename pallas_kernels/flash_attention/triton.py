@@ -264,11 +264,6 @@ def ranges_of(
     is_full = (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q > 0)
     if settings.causal:
         is_seen, is_full = is_seen & (first_k <= last_q), is_full & (last_k <= first_q)
-    if settings.window is not None:
-        is_seen, is_full = (
-            is_seen & (first_q - last_k < settings.window),
-            is_full & (last_q - first_k < settings.window),
-        )
     if not by_query:
         is_seen, is_full = is_seen.swapaxes(1, 2), is_full.swapaxes(1, 2)
     index = jnp.arange(is_seen.shape[2], dtype=jnp.int32)
@@ -318,7 +313,7 @@ def _forward_kernel(
         accumulators, top, total = carry
         columns = pl.ds(j * blocks.keys, blocks.keys)
         key = j * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
-        scores, _ = _scores(_product(q, _load(k_ref, batch, columns, kv_head)), settings)
+        scores = _product(q, _load(k_ref, batch, columns, kv_head)) * (settings.scale * _LOG2E)
         if is_masked:
             visible = _visible(
                 query[:, None],
@@ -381,7 +376,7 @@ def _dq_kernel(blocks, problem, *refs):
         columns = pl.ds(j * blocks.keys, blocks.keys)
         key = j * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
         k = _load(k_ref, batch, columns, kv_head)
-        scores, slope = _scores(_product(q, k), settings)
+        scores = _product(q, k) * (settings.scale * _LOG2E)
         weights = jnp.exp2(scores - lse[:, None])
         if is_masked:
             visible = _visible(
@@ -396,7 +391,7 @@ def _dq_kernel(blocks, problem, *refs):
         dweights = _dropped(
             dweights, seed_ref[batch, head], query[:, None], key[None, :], settings
         )
-        dscores = (weights * (dweights - delta[:, None]) * slope).astype(k_ref.dtype)
+        dscores = (weights * (dweights - delta[:, None])).astype(k_ref.dtype)
         return [old + _dot(dscores, piece) for old, piece in zip(dq, k, strict=True)]
 
     dq = _loop(ranges_ref, batch, block, step, _zeros(blocks.queries, q))
@@ -432,7 +427,7 @@ def _dkv_kernel(blocks, problem, *refs):
         rows = pl.ds(i * blocks.queries, blocks.queries)
         query = i * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32)
         q, dout = _load(q_ref, batch, rows, head), _load(dout_ref, batch, rows, head)
-        scores, slope = _scores(_product(k, q), settings)
+        scores = _product(k, q) * (settings.scale * _LOG2E)
         weights = jnp.exp2(scores - lse_ref[batch, head, rows][None, :] * _LOG2E)
         if is_masked:
             visible = _visible(
@@ -452,9 +447,8 @@ def _dkv_kernel(blocks, problem, *refs):
         )
         kept = drop(weights).astype(q_ref.dtype)
         dweights = drop(_product(v, dout))
-        dscores = (weights * (dweights - delta_ref[batch, head, rows][None, :]) * slope).astype(
-            q_ref.dtype
-        )
+        delta = delta_ref[batch, head, rows]
+        dscores = (weights * (dweights - delta[None, :])).astype(q_ref.dtype)
         dv = [old + _dot(kept, piece) for old, piece in zip(dv, dout, strict=True)]
         dk = [old + _dot(dscores, piece) for old, piece in zip(dk, q, strict=True)]
         return dk, dv
@@ -519,14 +513,6 @@ def _product(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array
     return functools.reduce(lax.add, [_dot(a, b.T) for a, b in zip(left, right, strict=True)])
 
 
-def _scores(products: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array | float]:
-    """The scaled, capped scores times log2(e), and their derivative by the scaled products."""
-    if settings.soft_cap is None:
-        return products * (settings.scale * _LOG2E), 1.0
-    capped = jnp.tanh(products * (settings.scale / settings.soft_cap))
-    return capped * (settings.soft_cap * _LOG2E), 1.0 - capped * capped
-
-
 def _visible(
     query: jax.Array,
     key: jax.Array,
@@ -540,7 +526,6 @@ def _visible(
         query_segment,
         key_segment,
         problem.settings.causal,
-        problem.settings.window,
     )
 
 

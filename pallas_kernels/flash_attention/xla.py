@@ -52,12 +52,13 @@ def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, se
     pieces = []
     for first in range(0, num_chunks, per_piece):
         stop = min(first + per_piece, num_chunks)
-        low, high = _keys_of(first * chunk + S - T, stop * chunk + S - T, S, settings)
+        # What the last of these queries sees, and not nothing.
+        num_keys = min(max(stop * chunk + S - T, 1), S) if settings.causal else S
         keys = (
-            k_SKH[low:high],
-            v_SKH[low:high],
-            key_segment_S[low:high],
-            jnp.arange(low, high),
+            k_SKH[:num_keys],
+            v_SKH[:num_keys],
+            key_segment_S[:num_keys],
+            jnp.arange(num_keys),
             seed_N,
         )
         attend = jax.checkpoint(
@@ -74,13 +75,6 @@ def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, se
     ]
 
 
-def _keys_of(first: int, stop: int, S: int, settings: Settings) -> tuple[int, int]:
-    """The range of keys, not empty, that the positions first..stop-1 can see."""
-    high = min(max(stop, 1), S) if settings.causal else S
-    low = 0 if settings.window is None else min(max(first - settings.window + 1, 0), high - 1)
-    return low, high
-
-
 def _chunk(q_cNH, query_segment_c, query_c, *, keys, lead, settings):
     """Some queries of one sequence over some keys: out [c, N, H], log-sum-exp [N, c]."""
     k_SKH, v_SKH, key_segment_S, key_S, seed_N = keys
@@ -94,15 +88,12 @@ def _chunk(q_cNH, query_segment_c, query_c, *, keys, lead, settings):
     # product.
     q_KRH = q_cNH.reshape(c, K, G, H).transpose(1, 2, 0, 3).reshape(K, G * c, H)
     scores_KRS = jnp.einsum("KRH,SKH->KRS", q_KRH, k_SKH, **f32) * settings.scale
-    if settings.soft_cap is not None:
-        scores_KRS = settings.soft_cap * jnp.tanh(scores_KRS / settings.soft_cap)
     visible_cS = is_visible(
         query_c[:, None] + lead,
         key_S,
         query_segment_c[:, None],
         key_segment_S,
         settings.causal,
-        settings.window,
     )
     scores_KGcS = scores_KRS.reshape(K, G, c, S) + jnp.where(visible_cS, 0.0, _MASKED)
     max_KGc1 = jax.lax.stop_gradient(scores_KGcS.max(-1, keepdims=True))

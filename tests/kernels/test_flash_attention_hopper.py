@@ -20,23 +20,17 @@ BF16 = jnp.bfloat16
 CASES = (
     cases.Case("causal, pieces of two sizes", 1, 256, 256, 2, 1, 80),
     cases.Case("packed and padded", 1, 384, 384, 1, 1, 80, documents=3, padding=100),
-    cases.Case("window, slots used again", 1, 512, 512, 1, 1, 128, window=150),
+    cases.Case("slots used again", 1, 512, 512, 1, 1, 128),
     cases.Case("not causal", 2, 128, 384, 2, 2, 16, causal=False),
     cases.Case("more queries than keys", 1, 300, 200, 1, 1, 40),
 )
-
-
-def settings_of(case):
-    return reference.Settings(
-        case.causal, case.window, case.H**-0.5, case.soft_cap, case.dropout_rate
-    )
 
 
 def kernel(case, *arrays, **options):
     return gpu.attention(
         *arrays,
         jnp.zeros((case.B, case.N), jnp.uint32),
-        settings_of(case),
+        case.static,
         device_kind="NVIDIA H200",
         **options,
     )
@@ -62,7 +56,7 @@ def test_forward(case, monkeypatch):
     out, lse = kernel(case, *arrays, interpret=plgpu.InterpretGPUParams(detect_races=True))
     arrays = [x.astype(jnp.float32) if x.dtype == BF16 else x for x in arrays]
     expected, expected_lse = reference.attention(
-        *arrays, jnp.zeros((case.B, case.N), jnp.uint32), settings_of(case)
+        *arrays, jnp.zeros((case.B, case.N), jnp.uint32), case.static
     )
     assert out.dtype == BF16
     testing.assert_close(out, expected, BF16)
@@ -90,7 +84,7 @@ def test_lowers_for_h200(case):
 
 def test_refusals():
     q, k = (jax.ShapeDtypeStruct((1, 128, 2, 80), BF16),) * 2
-    settings = settings_of(CASES[0])
+    settings = CASES[0].static
     assert gpu.refuse("NVIDIA H200", q, k, settings) is None
     assert "family NVIDIA" in gpu.refuse("cpu", q, k, settings)
     assert "Hopper" in gpu.refuse("NVIDIA A100-SXM4-40GB", q, k, settings)
@@ -100,5 +94,4 @@ def test_refusals():
     assert "at most 128, not 136" in gpu.refuse(
         "NVIDIA H200", jax.ShapeDtypeStruct((1, 128, 2, 136), BF16), k, settings
     )
-    assert "no soft cap" in gpu.refuse("NVIDIA H200", q, k, settings._replace(soft_cap=2.0))
     assert "no dropout" in gpu.refuse("NVIDIA H200", q, k, settings._replace(dropout_rate=0.1))
