@@ -17,5 +17,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="huny
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """Ends the run, after pytest's own summary, with what could not be checked on this machine."""
+    yield
+    reasons = {
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+    }
+    for reason in sorted(reason for reason in reasons if reason.startswith("NOT CHECKED: ")):
+        terminalreporter.write_line(f"WARNING: {reason}", yellow=True, bold=True)

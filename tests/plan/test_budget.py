@@ -1,9 +1,15 @@
-"""The compiled train step of a small a52b must not get larger or slower, or talk more, unnoticed:
-peak memory, estimated cycles and collectives against budget.json, for three TPU generations, two
-of them with `-m slow`.
+"""A change must not make the compiled train step of a small a52b larger or slower, or add traffic,
+unnoticed.
 
-After a change that is meant: `python tests/test_budget.py` records anew; look at the difference
-before committing it.
+Peak memory, estimated cycles and collectives are compared with budget.json, for three TPU
+generations (two of them with `-m slow`).  The figures are the compiler's, so budget.json has a
+record for each libtpu version.  A version without a record is reported at the end of the run.
+
+To record the installed version, after a change that is meant or with a new libtpu:
+
+    python tests/plan/test_budget.py
+
+Look at the difference before committing it.
 """
 
 import dataclasses
@@ -25,13 +31,14 @@ SMALL_BYTES = 2**16  # gradients of norms and the router; those of matrices are 
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install '.[tpu]'",
+    reason="NOT CHECKED: the budget of the compiled train step, since libtpu is not installed "
+    "(pip install '.[tpu]')",
 )
 
 
 def small_a52b():
-    """Two CLA groups with the proportions of a52b: heads of 80, F no whole tiles when split, one
-    shared expert; one block of attention.
+    """a52b in small: two CLA groups, heads of 80, a shared expert, and an F whose shards are not a
+    multiple of the TPU's tile.
     """
     model = dataclasses.replace(
         presets.a52b(),
@@ -51,7 +58,7 @@ def small_a52b():
 
 
 def measure(topology):
-    """{peak_bytes, cycles, ...}: the collectives as sorted "kind axes region" lines."""
+    """The figures of one topology, as budget.json holds them; a collective is "kind axes region"."""
     report = aot.report(small_a52b(), topology)
     collectives = {f"{c.kind} {' x '.join(c.axes)} {c.region}" for c in report.hlo.collectives}
     over_data = [
@@ -70,23 +77,25 @@ def measure(topology):
     [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES[1:])],
 )
 def test_the_step_stays_within_its_budget(topology):
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    records = json.loads(RECORD.read_text(encoding="utf-8"))
     version = importlib.metadata.version("libtpu")
-    if version != record["libtpu"]:
+    found = measure(topology)
+    assert found["largest_all_reduce_over_data"] <= SMALL_BYTES  # with any compiler
+    if version not in records:
         pytest.skip(
-            f"recorded with libtpu {record['libtpu']}, this is {version}: another compiler, other "
-            "figures"
+            f"NOT CHECKED: peak memory, cycles and collectives of {topology}. libtpu {version} has "
+            f"no record in {RECORD.name}, which has {', '.join(records)}; to add one, run: "
+            "python tests/plan/test_budget.py"
         )
-    budget, found = record[topology], measure(topology)
+    budget = records[version][topology]
     assert found["peak_bytes"] <= SLACK * budget["peak_bytes"]
     assert found["cycles"] <= SLACK * budget["cycles"]
     assert set(found["collectives"]) <= set(budget["collectives"])
-    assert found["largest_all_reduce_over_data"] <= SMALL_BYTES
 
 
 if __name__ == "__main__":
-    figures = {
-        "libtpu": importlib.metadata.version("libtpu"),
-        **{topology: measure(topology) for topology in TOPOLOGIES},
+    records = json.loads(RECORD.read_text(encoding="utf-8"))
+    records[importlib.metadata.version("libtpu")] = {
+        topology: measure(topology) for topology in TOPOLOGIES
     }
-    RECORD.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
