@@ -25,7 +25,6 @@ share one configuration.
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import select
+from pallas_kernels import hopper, select
 from pallas_kernels.expert_matmul.quantized import is_valid
 
 _ROWS, _COLUMNS, _DEPTH = 128, 256, 64  # one tile, and one step of its contraction
@@ -591,8 +590,8 @@ class _Ring:
         stages = (_SHARED_BYTES - staging_bytes) // num_bytes
         free = {"num_arrivals": _CONSUMERS, "num_barriers": stages}
         return (
-            _tiled((stages, *left), dtype),
-            [_tiled((stages, *right), dtype) for right in rights],
+            hopper.tiled_smem((stages, *left), dtype, _SWIZZLE),
+            [hopper.tiled_smem((stages, *right), dtype, _SWIZZLE) for right in rights],
             plgpu.Barrier(num_arrivals=1 + len(rights), num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("block",), **free)
             if config.cluster > 1
@@ -639,7 +638,9 @@ class _Staging:
     def scratch(slots: int, dtype: Any) -> tuple[Any, ...]:
         """Two slots take outputs in turn; five are two for each of two inputs, and one."""
         width = _SWIZZLE // jnp.dtype(dtype).itemsize
-        buffer = _tiled((_CONSUMERS, slots, _ROWS // _CONSUMERS, width), dtype)
+        buffer = hopper.tiled_smem(
+            (_CONSUMERS, slots, _ROWS // _CONSUMERS, width), dtype, _SWIZZLE
+        )
         return (
             (buffer,)
             if slots == 2
@@ -726,16 +727,6 @@ def _launch(
 
 # Small things inside kernels.
 
-_LOAD_ALL = (
-    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-)  # jax 0.10 wants an index beside the reference
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that the copy engine writes and the tensor cores read."""
-    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(_SWIZZLE)))
-
 
 def _half() -> Any:
     """The rows of a tile that this consumer multiplies."""
@@ -748,11 +739,9 @@ def _columns(value: jax.Array, chunk: int, width: int = _CHUNK) -> jax.Array:
 
 def _spread(ref: Any, width: int = _CHUNK) -> jax.Array:
     """One number per row, in global memory, as columns that are all alike."""
-    return lax.broadcast_in_dim(_load_rows(ref), (*ref.shape, width), [0])
-
-
-def _load_rows(ref: Any) -> jax.Array:
-    return plgpu.load(ref, *_LOAD_ALL, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return lax.broadcast_in_dim(
+        hopper.load(ref, plgpu.Layout.WGMMA.reduce(1)), (*ref.shape, width), [0]
+    )
 
 
 def _zero_rows(ref: Any, is_kept: jax.Array) -> None:

@@ -13,7 +13,6 @@ engine's tiles must divide the array; XLA cuts them while it clears the padding.
 """
 
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -23,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import select
+from pallas_kernels import hopper, select
 from pallas_kernels.flash_attention import triton
 from pallas_kernels.flash_attention.reference import Settings, is_visible
 from pallas_kernels.flash_attention.triton import Blocks
@@ -168,7 +167,9 @@ def _kernel(problem, num_pieces, *refs):
             plgpu.copy_gmem_to_smem(
                 source.at[batch, rows, head], buffer.at[warpgroup], q_full.at[warpgroup]
             )
-        query_segment = _load(query_segment_ref.at[batch, rows], plgpu.Layout.WGMMA.reduce(1))
+        query_segment = hopper.load(
+            query_segment_ref.at[batch, rows], plgpu.Layout.WGMMA.reduce(1)
+        )
         plgpu.barrier_wait(q_full.at[warpgroup])
 
         def visible(j):
@@ -177,7 +178,7 @@ def _kernel(problem, num_pieces, *refs):
                 plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
                 for dim in (0, 1)
             )
-            key_segment = _load(
+            key_segment = hopper.load(
                 key_segment_ref.at[batch, pl.ds(j * _BLOCKS.keys, _BLOCKS.keys)],
                 plgpu.Layout.WGMMA.reduce(0),
             )
@@ -282,20 +283,5 @@ def _pieces(size: int) -> list[Any]:
 
 
 def _tiled(shape: tuple[int, ...]) -> Any:
-    """bfloat16 shared memory in the layout that the copy engine writes and the tensor cores read;
-    the swizzle covers the last dim.
-    """
-    return plgpu.SMEM(
-        shape,
-        jnp.bfloat16,
-        transforms=(plgpu.TilingTransform((8, shape[-1])), plgpu.SwizzleTransform(2 * shape[-1])),
-    )
-
-
-_LOAD_ALL = (
-    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-)  # jax 0.10 wants an index beside the reference
-
-
-def _load(ref: Any, layout: Any) -> jax.Array:
-    return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
+    """bfloat16 shared memory whose swizzle covers the last dim."""
+    return hopper.tiled_smem(shape, jnp.bfloat16, swizzle=2 * shape[-1])

@@ -295,13 +295,26 @@ def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segmen
     return jnp.where(visible_kq, 0.0, _MASKED)
 
 
-def _kept(problem: Problem, query_block, first_key, bq: int, num_keys: int, seed):
-    """bool [num_keys, bq], False where dropout drops; for the keys from first_key on."""
-    key_k1 = first_key + jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
-    query_1q = query_block * bq + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
-    return dropout.is_kept(
-        seed.astype(jnp.uint32), query_1q, key_k1, problem.settings.dropout_rate
+def _mask_and_kept(
+    problem: Problem, is_masked, query_block, key_block, query_segment_ref, key_segment_ref, seed
+):
+    """(mask_kq, kept) of a pair of blocks, as in `forward_step`; seed: head -> its seed."""
+    bq, bk = query_segment_ref.shape[1], key_segment_ref.shape[1]
+    mask_kq = (
+        _mask(problem, query_block, key_block, query_segment_ref[...], key_segment_ref[...])
+        if is_masked
+        else None
     )
+
+    def kept(g, keys):
+        first_key, num_keys = key_block * bk + keys.start, keys.stop - keys.start
+        key_k1 = first_key + jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
+        query_1q = query_block * bq + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
+        return dropout.is_kept(
+            seed(g).astype(jnp.uint32), query_1q, key_k1, problem.settings.dropout_rate
+        )
+
+    return mask_kq, kept
 
 
 def _when_visible(visits: Visits, row, block, step):
@@ -413,11 +426,13 @@ def _forward_kernel(*refs, problem: Problem):
         norm_ref,
     ) = refs
     table = Visits(*table)
-    G, _, bq = q_ref.shape
-    bk = k_ref.shape[0]
+    G = q_ref.shape[0]
     b, z, i, j = (pl.program_id(dim) for dim in range(4))
     row = b * pl.num_programs(2) + i
     block = table.first[row] + j
+
+    def seed(g):
+        return seed_ref[(b * pl.num_programs(1) + z) * G + g]
 
     @pl.when(j == 0)
     def _():
@@ -426,23 +441,10 @@ def _forward_kernel(*refs, problem: Problem):
         norm_ref[...] = jnp.zeros(norm_ref.shape, jnp.float32)
 
     def step(is_masked):
-        mask_kq = (
-            _mask(problem, i, block, query_segment_ref[...], key_segment_ref[...])
-            if is_masked
-            else None
+        mask_and_kept = _mask_and_kept(
+            problem, is_masked, i, block, query_segment_ref, key_segment_ref, seed
         )
-
-        def kept(g, keys):
-            return _kept(
-                problem,
-                i,
-                block * bk + keys.start,
-                bq,
-                keys.stop - keys.start,
-                seed_ref[(b * pl.num_programs(1) + z) * G + g],
-            )
-
-        forward_step(problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, mask_kq, kept)
+        forward_step(problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, *mask_and_kept)
 
     _when_visible(table, row, block, step)
 
@@ -632,10 +634,13 @@ def _backward_kernel(*refs, problem: Problem):
     dq_hbm_ref, dk_ref, dv_ref, dq_ref, sum_ref, is_writing_ref, semaphore = refs[15:]
     table = Visits(*table)
     G, _, bq = q_ref.shape
-    bk = k_ref.shape[0]
     b, z, i, j = (pl.program_id(dim) for dim in range(4))
     row = b * pl.num_programs(2) + i
     block = table.first[row] + j
+
+    def seed(g):
+        return seed_ref[(b * pl.num_programs(1) + z) * G + g]
+
     in_hbm = dq_hbm_ref.at[b, z, :, :, pl.ds(pl.multiple_of(block * bq, _LANES), bq)]
 
     @pl.when(j == 0)
@@ -654,31 +659,18 @@ def _backward_kernel(*refs, problem: Problem):
             is_writing_ref[0] = 0
 
     def step(is_masked):
-        mask_kq = (
-            _mask(problem, block, i, query_segment_ref[...], key_segment_ref[...])
-            if is_masked
-            else None
+        mask_and_kept = _mask_and_kept(
+            problem, is_masked, block, i, query_segment_ref, key_segment_ref, seed
         )
-
-        def kept(g, keys):
-            return _kept(
-                problem,
-                block,
-                i * bk + keys.start,
-                bq,
-                keys.stop - keys.start,
-                seed_ref[(b * pl.num_programs(1) + z) * G + g],
-            )
-
         # The sum over blocks of keys that dq needs lies in HBM.  Half of the heads hide the write
         # of the step before, the other half the read of this one.
         refs = (q_ref, dout_ref, lse2_ref, delta_ref, k_ref, kt_ref, v_ref, dq_ref, dk_ref, dv_ref)
         half = (G + 1) // 2
-        backward_step(problem, (0, half), *refs, mask_kq, kept)
+        backward_step(problem, (0, half), *refs, *mask_and_kept)
         finish_write()
         read = pltpu.make_async_copy(in_hbm, sum_ref, semaphore)
         read.start()
-        backward_step(problem, (half, G), *refs, mask_kq, kept)
+        backward_step(problem, (half, G), *refs, *mask_and_kept)
         read.wait()
         sum_ref[...] += dq_ref[...]
         pltpu.make_async_copy(sum_ref, in_hbm, semaphore).start()

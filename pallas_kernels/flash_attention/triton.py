@@ -302,17 +302,12 @@ def _forward_kernel(
     settings = problem.settings
     block, head, batch = _reversed_block(), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(head, q_ref.shape[2] // k_ref.shape[2])
-    rows = pl.ds(block * blocks.queries, blocks.queries)
-    q = _load(q_ref, batch, rows, head)
-    query, query_segment = (
-        block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32),
-        query_segment_ref[batch, rows],
-    )
+    rows, query = _slots(block, blocks.queries)
+    q, query_segment = _load(q_ref, batch, rows, head), query_segment_ref[batch, rows]
 
     def step(is_masked, j, carry):
         accumulators, top, total = carry
-        columns = pl.ds(j * blocks.keys, blocks.keys)
-        key = j * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
+        columns, key = _slots(j, blocks.keys)
         scores = _product(q, _load(k_ref, batch, columns, kv_head)) * (settings.scale * _LOG2E)
         if is_masked:
             visible = _visible(
@@ -364,17 +359,13 @@ def _dq_kernel(blocks, problem, *refs):
     settings = problem.settings
     block, head, batch = _reversed_block(), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(head, q_ref.shape[2] // k_ref.shape[2])
-    rows = pl.ds(block * blocks.queries, blocks.queries)
+    rows, query = _slots(block, blocks.queries)
     q, dout = _load(q_ref, batch, rows, head), _load(dout_ref, batch, rows, head)
     lse, delta = lse_ref[batch, head, rows] * _LOG2E, delta_ref[batch, head, rows]
-    query, query_segment = (
-        block * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32),
-        query_segment_ref[batch, rows],
-    )
+    query_segment = query_segment_ref[batch, rows]
 
     def step(is_masked, j, dq):
-        columns = pl.ds(j * blocks.keys, blocks.keys)
-        key = j * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
+        columns, key = _slots(j, blocks.keys)
         k = _load(k_ref, batch, columns, kv_head)
         scores = _product(q, k) * (settings.scale * _LOG2E)
         weights = jnp.exp2(scores - lse[:, None])
@@ -415,17 +406,13 @@ def _dkv_kernel(blocks, problem, *refs):
     ) = refs
     settings, group = problem.settings, q_ref.shape[2] // k_ref.shape[2]
     block, kv_head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    columns = pl.ds(block * blocks.keys, blocks.keys)
+    columns, key = _slots(block, blocks.keys)
     k, v = _load(k_ref, batch, columns, kv_head), _load(v_ref, batch, columns, kv_head)
-    key, key_segment = (
-        block * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32),
-        key_segment_ref[batch, columns],
-    )
+    key_segment = key_segment_ref[batch, columns]
 
     def step(head, is_masked, i, carry):
         dk, dv = carry
-        rows = pl.ds(i * blocks.queries, blocks.queries)
-        query = i * blocks.queries + jnp.arange(blocks.queries, dtype=jnp.int32)
+        rows, query = _slots(i, blocks.queries)
         q, dout = _load(q_ref, batch, rows, head), _load(dout_ref, batch, rows, head)
         scores = _product(k, q) * (settings.scale * _LOG2E)
         weights = jnp.exp2(scores - lse_ref[batch, head, rows][None, :] * _LOG2E)
@@ -469,6 +456,11 @@ def _reversed_block() -> jax.Array:
     end.
     """
     return pl.num_programs(0) - 1 - pl.program_id(0)
+
+
+def _slots(block: jax.Array, size: int) -> tuple[Any, jax.Array]:
+    """The slice and the int32 indices of the slots of a block."""
+    return pl.ds(block * size, size), block * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def _loop(ranges_ref: Any, batch: jax.Array, block: jax.Array, step: Callable, carry: Any) -> Any:
