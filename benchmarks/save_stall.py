@@ -17,7 +17,7 @@ from hunyuan_jax.checkpoint.store import Store
 from hunyuan_jax.config import CheckpointConfig, Config, TrainConfig
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import build_program, init_state
+from hunyuan_jax.train.state import build_program, init_state, to_items
 
 NUM_PAIRS = 12
 WINDOW = 6  # steps: a save is over before they are
@@ -43,7 +43,7 @@ def main() -> None:
             for is_saving in (False, True) if pair % 2 else (True, False):
                 start = time.perf_counter()
                 if is_saving:
-                    store.save(step, state, manifest.facts(config, program.mesh.shape, {}, None))
+                    store.save(step, to_items(state), manifest.facts(config, program.mesh.shape, {}, None))
                     calls.append(time.perf_counter() - start)
                 for _ in range(WINDOW):
                     before, step = time.perf_counter(), step + 1

@@ -245,12 +245,12 @@ def export(argv: list[str]) -> int:
     if not values.checkpoint or not values.output:
         raise ConfigError("export needs --checkpoint=DIR and --output=DIR.")
     if values.adapter:
-        from hunyuan_jax.checkpoint import store
         from hunyuan_jax.weights import peft as peft_io
+        from hunyuan_jax.weights.run import Run
 
-        base = store.read_config(values.checkpoint).train.init_from
-        model_cfg, params = store.load_adapters(values.checkpoint)
-        peft_io.write_adapter(values.output, model_cfg, params, base)
+        run = Run(values.checkpoint)
+        model_cfg, params = run.read_adapters()
+        peft_io.write_adapter(values.output, model_cfg, params, run.config.train.init_from)
         if warning := peft_io.peft_warning(model_cfg):
             print(warning, file=sys.stderr)
     else:

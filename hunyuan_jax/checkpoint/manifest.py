@@ -20,6 +20,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import write_whole
 
 FILE = "manifest.json"
+FORMAT = 2  # of what is written; checkpoints without a format are of format 1, see store.py
 
 # What may not change between the runs of a workdir: the model, the text, what decides the order of
 # the batches.
@@ -43,13 +44,14 @@ def facts(
 ) -> Facts:
     """What a checkpoint says about its run; survives JSON.
 
-    config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions;
+    format: of the checkpoint; config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions;
     mesh: axis -> size; position: of the data; validation_loss: of this very step, or None.
     """
     values = to_dict(config)
     return json.loads(
         json.dumps(
             {
+                "format": FORMAT,
                 "config_hash": _digest_of(values),
                 "fixed": fixed_fields(values),
                 "state_dtype": config.optimizer.state_dtype,
@@ -60,6 +62,15 @@ def facts(
             }
         )
     )
+
+
+def require_known_format(facts: Facts, where: str) -> None:
+    """Raises ConfigError if a later version of this library wrote the checkpoint `where`."""
+    if facts.get("format", 1) not in range(1, FORMAT + 1):
+        raise ConfigError(
+            f"{where} has format {facts['format']}; this version of hunyuan_jax reads formats 1 "
+            f"to {FORMAT}. Use the version that wrote it, or a later one."
+        )
 
 
 def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""Saving and restoring a run: train state (orbax), what the run is, and which checkpoints are
-good.
+"""Saving and restoring a run: its arrays (orbax), what the run is, and which checkpoints are good.
 
-A workdir holds config.json and checkpoints/STEP/{state,run,manifest.json}.  A checkpoint is
+A workdir holds config.json and checkpoints/STEP/{params,optimizer,run,manifest.json}.  `params`
+and `optimizer` are items: pytrees of arrays, each restored with or without the other.  `run` is
+the JSON of `manifest.facts`.  A checkpoint is
 
-  committed  when checkpoints/STEP is there: orbax renames a folder in which everything is written.
-  `run` is the JSON of `manifest.facts`. finished   when it has its manifest too: the size and
-  checksum of every file, made in the background after the commit.
+* committed when checkpoints/STEP is there: orbax renames a folder in which everything is written;
+* finished when it has its manifest too: the size and checksum of every file, made in the
+  background after the commit.
 
-Beside them may lie damaged-STEP (set aside at a restore, for a person to look at), and what a
+Format 1 kept both items in one, `state`: {"params": params, **optimizer}.  It is read, and never
+written.
+
+Beside the steps may lie damaged-STEP (set aside at a restore, for a person to look at), and what a
 killed process left (_LEFTOVER), removed at the next start.
 """
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -21,39 +23,32 @@ import math
 import os
 import re
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from hunyuan_jax import malloc as heap
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
-from hunyuan_jax.config import (
-    CheckpointConfig,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    from_config_dict,
-    to_dict,
-)
+from hunyuan_jax.config import CheckpointConfig, Config, from_config_dict, to_dict
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object, write_whole
-from hunyuan_jax.layers import lora
 from hunyuan_jax.parallel import hosts
-from hunyuan_jax.quant.scaled import load_params
 
+ITEMS = ("params", "optimizer")
+_ITEM_OF_FORMAT_1 = "state"
 _LEFTOVER = re.compile(r"(deleting|downloading|checksums)-\d+|\d+\.orbax-checkpoint-tmp.*")
 _POLL_SECONDS = 0.05
 _PEER_SECONDS = 3600.0  # for the other processes to checksum their share
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
+
+Items = dict[str, Any]  # item -> pytree of arrays, or of jax.ShapeDtypeStruct
 
 
 class Store:
@@ -95,7 +90,10 @@ class Store:
         )
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=options),
-            state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+            **{
+                item: ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+                for item in (*ITEMS, _ITEM_OF_FORMAT_1)
+            },
             run=ocp.JsonCheckpointHandler(multiprocessing_options=options),
         )
         self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
@@ -114,8 +112,10 @@ class Store:
 
     # --- Restoring
 
-    def restore_newest(self, target_of: Callable[[Facts], Any]) -> tuple[int, Any, Facts] | None:
-        """(step, state, facts) of the newest good checkpoint, here or in the mirror, or None.
+    def restore_newest(
+        self, target_of: Callable[[Facts], Items]
+    ) -> tuple[int, Items, Facts] | None:
+        """(step, items, facts) of the newest good checkpoint, here or in the mirror, or None.
         Call it once, before the first save.
 
         Every file is read and compared with the manifest.  A step that is damaged is set aside
@@ -124,11 +124,11 @@ class Store:
         warning, if it can be read, and gets its manifest.
 
         Args:
-          target_of: facts -> pytree of shapes, dtypes and shardings to restore to; may refuse the
-            checkpoint with ConfigError.
+          target_of: facts -> the items as pytrees of shapes, dtypes and shardings to restore to;
+            may refuse the checkpoint with ConfigError.
 
         Raises:
-          ConfigError: there were only damaged ones.
+          ConfigError: there were only damaged ones, or the newest has a format of later versions.
         """
         here, there = set(), set()
         with hosts.fail_together():
@@ -167,14 +167,15 @@ class Store:
                 self._mirror.start([newest] if newest else [])
         return found
 
-    def newest_good(self) -> tuple[int, Facts]:
-        """(step, facts) of the newest checkpoint here that is not damaged; changes nothing.
+    def newest_good(self, items: Collection[str] = ITEMS) -> tuple[int, Facts]:
+        """(step, facts) of the newest checkpoint here whose `items` are not damaged; changes
+        nothing, and reads no file of other items.
 
         Raises:
-          ConfigError: there is none.
+          ConfigError: there is none, or it has a format of later versions.
         """
         for step in reversed(steps(self._folder)):
-            facts, wrong = self._verified(step)
+            facts, wrong = self._verified(step, items)
             if not wrong:
                 return step, facts
             self._report(
@@ -186,20 +187,34 @@ class Store:
             f"config.checkpoint.every = {self._cfg.every} steps."
         )
 
-    def restore(self, step: int, target: Any) -> Any:
-        """The state of a committed step, with the shapes, dtypes and shardings of `target`."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._checkpointer.restore(self._folder / str(step), args=arguments)["state"]
+    def restore(self, step: int, targets: Items, *, is_partial: bool = False) -> Items:
+        """The items of a committed step that `targets` names, with its shapes, dtypes and
+        shardings.  Nothing is read of the others.
+
+        Args:
+          step: see `steps`.
+          targets: item -> pytree of jax.ShapeDtypeStruct with shardings.
+          is_partial: whether a target may leave out entries of its item, which are not read then.
+        """
+        folder = self._folder / str(step)
+        if not (folder / _ITEM_OF_FORMAT_1).is_dir():
+            return self._restore(folder, targets, is_partial)
+        whole = {"params": targets["params"]} if "params" in targets else {}
+        whole |= targets.get("optimizer", {})
+        is_partial |= len(targets) < len(ITEMS)
+        whole = self._restore(folder, {_ITEM_OF_FORMAT_1: whole}, is_partial)[_ITEM_OF_FORMAT_1]
+        params = {"params": whole.pop("params")} if "params" in targets else {}
+        return params | ({"optimizer": whole} if "optimizer" in targets else {})
 
     # --- Saving
 
-    def save(self, step: int, state: Any, facts: Facts) -> None:
-        """Starts saving in the background; the state may be donated when this returns.  Waits for
+    def save(self, step: int, items: Items, facts: Facts) -> None:
+        """Starts saving in the background; the arrays may be donated when this returns.  Waits for
         the save before.
 
         Args:
           step: steps done, more than at any save before.
-          state: pytree of arrays.
+          items: a pytree of arrays for each of ITEMS; a dict for "optimizer".
           facts: see `manifest.facts`.
 
         Raises:
@@ -212,15 +227,15 @@ class Store:
         # orbax copies the arrays to the host while its caller waits, and does more.  Where the
         # host is the device, one pass over the memory makes a copy, and all of orbax can run in
         # the thread; an accelerator has no room for a second state.
-        if is_on_cpu := _is_on_cpu(state):
-            state = _copied(state)
+        if is_on_cpu := _is_on_cpu(items):
+            items = _copied(items)
         else:
-            self._write(step, state, facts)
+            self._write(step, items, facts)
 
         def work():
             try:
                 if is_on_cpu:
-                    self._write(step, state, facts)
+                    self._write(step, items, facts)
                 self._checkpointer.wait_until_finished()
                 self._finish(step, facts)
                 if is_on_cpu:
@@ -289,28 +304,40 @@ class Store:
 
     # --- Restoring, step by step
 
+    def _restore(self, folder: Path, targets: Items, is_partial: bool) -> Items:
+        arguments = {
+            item: ocp.args.PyTreeRestore(
+                target,
+                ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=is_partial,
+            )
+            for item, target in targets.items()
+        }
+        restored = self._checkpointer.restore(folder, args=ocp.args.Composite(**arguments))
+        return {item: restored[item] for item in targets}
+
     def _restore_or_set_aside(
-        self, step: int, target_of: Callable[[Facts], Any]
-    ) -> tuple[int, Any, Facts] | None:
+        self, step: int, target_of: Callable[[Facts], Items]
+    ) -> tuple[int, Items, Facts] | None:
         facts, wrong = self._verified(step)
         if not wrong:
             with hosts.fail_together():
-                target = target_of(facts)
+                targets = target_of(facts)
             if "files" in facts:
-                return step, self.restore(step, target), facts
+                return step, self.restore(step, targets), facts
             self._report_once(
                 f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended "
                 "between writing it and the checksums. "
                 "It is used unchecked."
             )
             try:
-                state = self.restore(step, target)
+                items = self.restore(step, targets)
             except Exception as error:  # orbax and its file format have many for a broken file
                 wrong = f"{type(error).__name__}: {error}"
             wrong = self._first_of_all(wrong)
             if not wrong:
                 self._finish(step, facts)
-                return step, state, facts
+                return step, items, facts
         with hosts.fail_together():
             if self._index == 0:
                 target = _unused(self._folder / f"damaged-{step}")
@@ -321,9 +348,12 @@ class Store:
                 )
         return None
 
-    def _verified(self, step: int) -> tuple[Facts, str]:
-        """(manifest, or without one the facts; what is wrong with the files or "") on all
-        processes, each of which reads a share.
+    def _verified(self, step: int, items: Collection[str] = ITEMS) -> tuple[Facts, str]:
+        """(manifest, or without one the facts; what is wrong with the files of `items` or "") on
+        all processes, each of which reads a share.
+
+        Raises:
+          ConfigError: the checkpoint has a format of later versions.
         """
         folder, facts, wrong = self._folder / str(step), {}, ""
         try:
@@ -331,8 +361,15 @@ class Store:
             facts = manifest or json.loads(
                 (folder / "run" / "metadata").read_text(encoding="utf-8")
             )
+            manifest_lib.require_known_format(facts, f"checkpoint {step} of {self._folder}")
             if manifest:
-                wrong = manifest_lib.problem(folder, manifest, self._share(manifest)) or ""
+                unread = {f"{item}/" for item in ITEMS if item not in items}
+                names = [
+                    name for name in self._share(manifest) if not name.startswith(tuple(unread))
+                ]
+                wrong = manifest_lib.problem(folder, manifest, names) or ""
+        except ConfigError:
+            raise
         except (ValueError, OSError) as error:
             wrong = str(error)
         return facts, self._first_of_all(wrong)
@@ -358,9 +395,10 @@ class Store:
 
     # --- Saving, step by step
 
-    def _write(self, step: int, state: Any, facts: Facts) -> None:
+    def _write(self, step: int, items: Items, facts: Facts) -> None:
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts)
+            **{item: ocp.args.PyTreeSave(items[item]) for item in ITEMS},
+            run=ocp.args.JsonSave(facts),
         )
         self._checkpointer.save(self._folder / str(step), args=arguments)
 
@@ -470,66 +508,6 @@ def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def load_for_inference(
-    workdir: str | os.PathLike, dtype: str | None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, params) of the newest good checkpoint of a run, LoRA adapters merged; nothing
-    is changed in the workdir.
-
-    Raises:
-      ConfigError: no checkpoint yet.
-    """
-    cfg, params = lora.merge(*_load_newest(workdir))
-    dtype = dtype or cfg.dtype
-    params = jax.tree.map_with_path(
-        lambda path, a: (
-            a
-            if jax.tree_util.keystr(path, simple=True, separator="/").endswith("router_DE")
-            else a.astype(dtype)
-        ),
-        params,
-    )
-    return dataclasses.replace(cfg, dtype=dtype), params
-
-
-def load_adapters(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config with its lora section, the adapters as float32 numpy arrays) of the newest
-    checkpoint of a run.
-
-    Raises:
-      ConfigError: no checkpoint yet, or a run without adapters.
-    """
-    cfg, params = _load_newest(workdir)
-    if not cfg.lora.rank:
-        raise ConfigError(
-            f"{workdir} has trained all parameters (config.model.lora.rank = 0); it has no "
-            "adapter. Export the whole model."
-        )
-    return cfg, jax.tree.map(np.asarray, lora.split(params, cfg)[0])
-
-
-def _load_newest(workdir: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
-    config = read_config(workdir)
-    store = Store(
-        workdir,
-        dataclasses.replace(config.checkpoint, mirror=""),
-        functools.partial(print, file=sys.stderr),
-        is_alone=True,
-    )
-    step, facts = store.newest_good()
-    from hunyuan_jax.parallel.mesh import single_device_mesh
-    from hunyuan_jax.train.state import abstract_state, build_program
-
-    # Of the optimizer's fields, this one alone changes what lies in a checkpoint; config.json may
-    # already name the next one.
-    config = dataclasses.replace(
-        config, optimizer=OptimizerConfig(state_dtype=facts["state_dtype"])
-    )
-    state = store.restore(step, abstract_state(build_program(config, single_device_mesh())))
-    store.close()
-    return config.model, load_params(state.params)
-
-
 def read_config(workdir: str | os.PathLike) -> Config:
     """The Config of the run in a workdir.
 
@@ -539,7 +517,7 @@ def read_config(workdir: str | os.PathLike) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"{workdir} is no run: it has no config.json. Pass the --workdir of `python train.py`."
+            f"{workdir} is not a run: it has no config.json. Pass the --workdir of `python train.py`."
         )
     return from_config_dict(_read_json(path))
 
@@ -577,15 +555,15 @@ def _unused(path: Path) -> Path:
     return next(p for name in names if not (p := path.with_name(name)).exists())
 
 
-def _is_on_cpu(state: Any) -> bool:
+def _is_on_cpu(items: Items) -> bool:
     return all(
-        device.platform == "cpu" for device in jax.tree.leaves(state)[0].sharding.device_set
+        device.platform == "cpu" for device in jax.tree.leaves(items)[0].sharding.device_set
     )
 
 
-def _copied(state: Any) -> Any:
+def _copied(items: Items) -> Items:
     """The arrays once more, on the same devices; compiles nothing, and waits for nothing."""
-    leaves, treedef = jax.tree.flatten(state)
+    leaves, treedef = jax.tree.flatten(items)
     shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
     copies = iter(jax.device_put(shards, [shard.sharding for shard in shards], may_alias=False))
     return treedef.unflatten(

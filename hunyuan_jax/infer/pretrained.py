@@ -24,6 +24,7 @@ from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.weights import peft as peft_io
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights import torch_io
+from hunyuan_jax.weights.run import Run
 
 
 class Pretrained:
@@ -218,14 +219,20 @@ def from_pretrained(
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
     if (Path(path) / "checkpoints").is_dir():
-        from hunyuan_jax.checkpoint import store
-
-        model = store.load_for_inference(path, dtype)
+        model = _read_run(path, dtype, mesh or single_device_mesh())
     elif scale.is_converted(path):
         model = scale.read_params(path, dtype)
     else:
         model = torch_io.read_model(path, dtype)
     return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)), mesh=mesh)
+
+
+def _read_run(
+    workdir: str | os.PathLike, dtype: str | None, mesh: Mesh
+) -> tuple[ModelConfig, dict[str, Any]]:
+    run = Run(workdir)
+    cfg = dataclasses.replace(run.cfg, dtype=dtype or run.cfg.dtype)
+    return cfg, run.read(cfg.dtype, abstract_model(cfg, mesh)[2])
 
 
 def _with_adapter(

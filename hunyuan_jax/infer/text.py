@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hunyuan_jax.chat.render import render_chat
+from hunyuan_jax.checkpoint.store import read_config
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -130,9 +131,7 @@ def _texts(tokens: Iterator[np.ndarray], decoder: StreamDecoder) -> Iterator[str
 
 def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
     if (Path(checkpoint) / "checkpoints").is_dir():
-        from hunyuan_jax.checkpoint import store
-
-        return store.read_config(checkpoint).data.tokenizer
+        return read_config(checkpoint).data.tokenizer
     if not Path(checkpoint).is_dir():
         raise ConfigError(
             f"checkpoint = {str(checkpoint)!r} is no folder; give the workdir of a run or a model "

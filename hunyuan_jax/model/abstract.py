@@ -1,5 +1,6 @@
 """The model without its numbers: shapes and where they lie."""
 
+import re
 from typing import Any
 
 import jax
@@ -31,6 +32,13 @@ def abstract_model(
         for (path, shape), param in zip(shape_leaves, declared, strict=True)
     ]
     return graph_def, shapes, jax.tree.unflatten(treedef, shardings)
+
+
+def dtype_in_use(path: str, cfg: ModelConfig) -> str:
+    """The dtype in which the model multiplies with a parameter: norms, biases and the router stay
+    float32.
+    """
+    return cfg.dtype if re.search(r"/(w|embedding_)[^/]*$", path) else "float32"
 
 
 def path_of(path: tuple) -> str:

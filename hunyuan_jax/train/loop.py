@@ -36,7 +36,9 @@ from hunyuan_jax.train.state import (
     abstract_state,
     build_program,
     convert,
+    from_items,
     init_state,
+    to_items,
     with_state_dtype,
 )
 
@@ -94,7 +96,11 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     if facts is None:
         with watchdog.doing("making its first state"):
             with hosts.fail_together():
-                weights = read_weights(train.init_from, config.model) if train.init_from else None
+                weights = (
+                    read_weights(train.init_from, config.model, program.mesh)
+                    if train.init_from
+                    else None
+                )
             state = init_state(program, weights)
     watchdog.finished(first_step)
     with hosts.fail_together():
@@ -181,7 +187,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                     position = {"batches": batches.get_state(), "corpus": corpus}
                     store.save(
                         step,
-                        state,
+                        to_items(state),
                         manifest.facts(config, program.mesh.shape, position, validation_loss),
                     )
                 schedule.saved()
@@ -223,13 +229,16 @@ def _restored(
                 f"{before}, now {corpus}. Restore the text, or use "
                 "another --workdir."
             )
-        return abstract_state(with_state_dtype(program, facts["state_dtype"]))
+        return to_items(abstract_state(with_state_dtype(program, facts["state_dtype"])))
 
     with log.time("restore"):
         restored = store.restore_newest(target_of)
-    if restored is None or restored[2]["state_dtype"] == config.optimizer.state_dtype:
-        return restored
-    step, state, facts = restored
+    if restored is None:
+        return None
+    step, items, facts = restored
+    state = from_items(items)
+    if facts["state_dtype"] == config.optimizer.state_dtype:
+        return step, state, facts
     log.print(
         f"the state of step {step} is converted from {facts['state_dtype']} to "
         f"{config.optimizer.state_dtype}."

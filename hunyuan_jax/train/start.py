@@ -6,10 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import ModelConfig
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights import torch_io
+from hunyuan_jax.weights.run import Run
 
 # How the model is computed, trained and ended: a run may choose these anew.  Everything else
 # decides what the weights mean.
@@ -33,12 +37,12 @@ _FREE_MOE = {
 }
 
 
-def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
+def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a
     workdir, a nested dict of arrays.
 
     They are float32, as a run's master weights are, or in the dtype of `cfg` where LoRA freezes
-    them.  Every process reads all of them.
+    them.  Those of a workdir are on the mesh; of the others every process reads all.
 
     Raises:
       ConfigError: no such folder, or another model than `cfg`, naming the first field that
@@ -46,10 +50,11 @@ def read_weights(path: str, cfg: ModelConfig) -> dict[str, Any]:
     """
     dtype = cfg.dtype if cfg.lora.rank else "float32"
     if (Path(path) / "checkpoints").is_dir():
-        from hunyuan_jax.checkpoint import store
-
-        theirs, params = store.load_for_inference(path, dtype)
-    elif scale.is_converted(path):
+        run = Run(path)
+        require_same_model(path, run.cfg, cfg)
+        plain = dataclasses.replace(cfg, lora=LoraConfig())
+        return run.read(dtype, abstract_model(plain, mesh)[2])
+    if scale.is_converted(path):
         theirs, params, _ = scale.read_params(path, dtype)
     else:
         theirs, params, _ = torch_io.read_model(path, dtype)

@@ -1,7 +1,6 @@
 """The train state: arrays only, every leaf sharded by the rules table."""
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +9,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import Config, ModelConfig, OptimizerConfig, StateDtype
+from hunyuan_jax.config import Config, OptimizerConfig, StateDtype
 from hunyuan_jax.layers import lora
-from hunyuan_jax.model.abstract import abstract_model, path_of
+from hunyuan_jax.model.abstract import abstract_model, dtype_in_use, path_of
+from hunyuan_jax.model.stored import stored_params
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
 from hunyuan_jax.optim.guard import Guard, new_guard
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.quant.scaled import store_params
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of master weights, see `store_params`; opt_state: moments shaped like
+    """params: nested dict of master weights, see `stored_params`; opt_state: moments shaped like
     those that are trained; step: int32, steps done, skipped ones included; guard: which steps were
     skipped.  What LoRA freezes is kept in the dtype in which it is used.
     """
@@ -83,7 +82,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
     taps = jax.tree.map_with_path(
         lambda path, shape, s: jax.ShapeDtypeStruct(
-            shape.shape, _dtype_in_use(path_of(path), config.model), sharding=s
+            shape.shape, dtype_in_use(path_of(path), config.model), sharding=s
         ),
         trained,
         lora.split(param_shardings, config.model)[0],
@@ -95,8 +94,8 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
     """A fresh state, created in place on the mesh: drawn from train.seed, all but `weights`.
 
     Args:
-      weights: a nested dict of numpy arrays for some or all of the parameters; every process
-        passes the same.
+      weights: a nested dict of arrays for some or all of the parameters: on the mesh, or numpy
+        arrays of which every process passes the same.
     """
     cfg, mesh = program.config.model, program.mesh
 
@@ -105,6 +104,8 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
         return _new_state(program.config, program.tx, lora.join(drawn, weights))
 
     def place(path, array):
+        if isinstance(array, jax.Array):
+            return array
         # Each device takes its part: there is no whole copy on any.
         return jax.make_array_from_callback(
             array.shape, shardings[path_of(path)], lambda index: array[index]
@@ -129,6 +130,17 @@ def abstract_state(program: Program) -> TrainState:
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings
     )
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state, or its shapes, as the items of a checkpoint (`checkpoint.store.ITEMS`)."""
+    optimizer = state._asdict()
+    return {"params": optimizer.pop("params"), "optimizer": optimizer}
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """Inverse of `to_items`."""
+    return TrainState(params=items["params"], **items["optimizer"])
 
 
 def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
@@ -157,24 +169,10 @@ def convert(program: Program, state: TrainState) -> TrainState:
 
 
 def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
-    trained, frozen = lora.split(params, config.model)
-    trained = store_params(
-        jax.tree.map(lambda a: a.astype(jnp.float32), trained), config.optimizer.state_dtype
-    )
-    frozen = jax.tree.map_with_path(
-        lambda path, a: a.astype(_dtype_in_use(path_of(path), config.model)), frozen
-    )
-    return TrainState(
-        lora.join(frozen, trained), tx.init(trained), jnp.zeros((), jnp.int32), new_guard()
-    )
+    params = stored_params(params, config.model, config.optimizer.state_dtype)
+    trained, _ = lora.split(params, config.model)
+    return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 
 def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:
     return jax.eval_shape(lambda params: _new_state(config, tx, params), shapes)
-
-
-def _dtype_in_use(path: str, cfg: ModelConfig) -> str:
-    """The dtype in which the model multiplies with a parameter: norms, biases and the router stay
-    float32.
-    """
-    return cfg.dtype if re.search(r"/(w|embedding_)[^/]*$", path) else "float32"

@@ -20,6 +20,6 @@ DAMAGE = {
     "truncated": lambda folder: os.truncate(largest_file(folder), 100),
     "missing": lambda folder: largest_file(folder).unlink(),
     "bit flip": lambda folder: flip_bit(largest_file(folder)),
-    "empty file": lambda folder: os.truncate(folder / "state" / "_METADATA", 0),
+    "empty file": lambda folder: os.truncate(folder / "optimizer" / "_METADATA", 0),
     "manifest": lambda folder: os.truncate(folder / "manifest.json", 100),
 }

@@ -21,9 +21,17 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim import guard
-from hunyuan_jax.quant.scaled import Scaled, load_params
+from hunyuan_jax.quant.scaled import Scaled, is_scaled, load_params
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import abstract_state, build_program, convert, init_state
+from hunyuan_jax.train.state import (
+    abstract_state,
+    build_program,
+    convert,
+    from_items,
+    init_state,
+    to_items,
+)
+from hunyuan_jax.weights.run import Run
 from pallas_kernels import tpu_compiler
 from support.models import COMPILER_OPTIONS, assert_close, fast_jit, mesh_of
 from support.steps import LENGTH, MODEL, batch, config_for, initial_params
@@ -229,14 +237,15 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     state = random_state(build_program(config, mesh_of(*SIZES)))
     store.claim_workdir(tmp_path, config)
     saving = store.Store(tmp_path, config.checkpoint, print)
-    saving.save(3, state, manifest.facts(config, {}, {"row": 7}, None))
+    saving.save(3, to_items(state), manifest.facts(config, {}, {"row": 7}, None))
     saving.close()
     for sizes in (SIZES, (1, 4, 2)):
         program = build_program(config, mesh_of(*sizes))
         loading = store.Store(tmp_path, config.checkpoint, print)
-        step, restored, facts = loading.restore_newest(
-            lambda facts, program=program: abstract_state(program)
+        step, items, facts = loading.restore_newest(
+            lambda facts, program=program: to_items(abstract_state(program))
         )
+        restored = from_items(items)
         loading.close()
         assert step == 3 and facts["position"] == {"row": 7}
         assert_same(restored, state)
@@ -244,9 +253,14 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
             jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True
         ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    cfg, params = store.load_for_inference(tmp_path, "float32")
-    assert cfg == config.model
+    run = Run(tmp_path)
+    assert run.cfg == config.model
+    shardings = build_program(config, mesh_of(*SIZES)).shardings.params
+    plain = jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), shardings, is_leaf=is_scaled)
+    params = run.read("float32", plain)
     assert_same(params, load_params(state.params))
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 @pytest.mark.parametrize("mode", ["float32", "fp8_lm"])

@@ -1,0 +1,106 @@
+"""The parameters in the newest checkpoint of a run, without its optimizer."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from hunyuan_jax.checkpoint.store import Store, read_config
+from hunyuan_jax.config import LoraConfig, ModelConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.layers import lora
+from hunyuan_jax.model.abstract import path_of
+from hunyuan_jax.model.stored import abstract_stored_params
+from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
+
+
+class Run:
+    """The newest checkpoint of a workdir whose parameters are not damaged; nothing is changed in
+    the workdir.
+
+    config: of the run; cfg: of the plain model, into which adapters are merged.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        """Raises ConfigError: no run, or no finished checkpoint yet."""
+        self.config = read_config(workdir)
+        self.cfg = dataclasses.replace(self.config.model, lora=LoraConfig())
+        self._workdir = workdir
+        with self._store() as store:
+            self._step, self._facts = store.newest_good(("params",))
+
+    def read(self, dtype: str, shardings: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of `cfg` on the devices of `shardings`, adapters merged; the router in
+        float32, all others in `dtype`.
+        """
+        adapted, mesh = self.config.model, jax.tree.leaves(shardings)[0].mesh
+        target = self._target(adapted, mesh)
+        if not adapted.lora.rank:
+            # Cast as it is read: no float32 copy.
+            target = _with_dtypes(target, dtype)
+            return _plain(self._restore(target), dtype)
+        _, merged = lora.merge(adapted, load_params(self._restore(target)))
+        return jax.device_put(_plain(merged, dtype), shardings)
+
+    def read_adapters(self) -> tuple[ModelConfig, dict[str, Any]]:
+        """(model config with its lora section, the adapters alone as float32 numpy arrays).
+
+        Raises:
+          ConfigError: a run without adapters.
+        """
+        cfg = self.config.model
+        if not cfg.lora.rank:
+            raise ConfigError(
+                f"{self._workdir} has trained all parameters (config.model.lora.rank = 0); it has "
+                "no adapter. Export the whole model."
+            )
+        adapters, _ = lora.split(self._target(cfg, single_device_mesh()), cfg)
+        return cfg, jax.tree.map(np.asarray, load_params(self._restore(adapters)))
+
+    def _target(self, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+        # Not the state_dtype of config.json, which may already name the next one.
+        return abstract_stored_params(cfg, mesh, self._facts["state_dtype"])
+
+    def _restore(self, target: dict[str, Any]) -> dict[str, Any]:
+        with self._store() as store:
+            return store.restore(self._step, {"params": target}, is_partial=True)["params"]
+
+    @contextlib.contextmanager
+    def _store(self):
+        settings = dataclasses.replace(self.config.checkpoint, mirror="")
+        report = functools.partial(print, file=sys.stderr)
+        with contextlib.closing(Store(self._workdir, settings, report, is_alone=True)) as store:
+            yield store
+
+
+def _with_dtypes(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Shapes and shardings with the dtypes in which `Run.read` gives them, but for quantised
+    matrices.
+    """
+
+    def cast(path, leaf):
+        if is_scaled(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, _dtype_of(path, dtype), sharding=leaf.sharding)
+
+    return jax.tree.map_with_path(cast, target, is_leaf=is_scaled)
+
+
+def _plain(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Arrays in the dtypes in which `Run.read` gives them."""
+
+    def cast(path, leaf):
+        kept = _dtype_of(path, dtype)
+        return dequantize(leaf, kept) if is_scaled(leaf) else leaf.astype(kept)
+
+    return jax.tree.map_with_path(cast, params, is_leaf=is_scaled)
+
+
+def _dtype_of(path: tuple, dtype: str) -> str:
+    return "float32" if path_of(path).endswith("router_DE") else dtype
