@@ -43,7 +43,9 @@ def main() -> None:
             for is_saving in (False, True) if pair % 2 else (True, False):
                 start = time.perf_counter()
                 if is_saving:
-                    store.save(step, to_items(state), manifest.facts(config, program.mesh.shape, {}, None))
+                    store.save(
+                        step, to_items(state), manifest.facts(config, program.mesh.shape, {}, None)
+                    )
                     calls.append(time.perf_counter() - start)
                 for _ in range(WINDOW):
                     before, step = time.perf_counter(), step + 1
