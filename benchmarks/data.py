@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from hunyuan_jax.config import DataConfig, TrainConfig
-from hunyuan_jax.data import loader, source
+from hunyuan_jax.data import loader, source, stream
 from hunyuan_jax.tokenizer import load_tokenizer
 
 NUM_WORKERS, SECONDS = 2, 8
@@ -94,9 +94,9 @@ def input_speed(shards: Path, tokenizer: str, batch_size: int, seq_len: int) -> 
     """Tokens a second of the training iterator, median of five stretches."""
     data = DataConfig(source=str(shards), tokenizer=tokenizer)
     corpus = loader.open_corpus(data, load_tokenizer(tokenizer))
-    order = loader.Order(corpus, data, TrainConfig(batch_size=batch_size, seq_len=seq_len))
+    order = loader.PackedRows(corpus, data, TrainConfig(batch_size=batch_size, seq_len=seq_len))
     speeds = []
-    with contextlib.closing(loader.train_iterator(order)) as batches:
+    with contextlib.closing(stream.read_ahead(order)) as batches:
         for _ in range(20):
             next(batches)
         for _ in range(5):

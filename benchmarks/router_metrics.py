@@ -10,7 +10,7 @@ from unittest import mock
 
 import jax
 
-from hunyuan_jax import bench, presets
+from hunyuan_jax import presets
 from hunyuan_jax.config import Config, TrainConfig
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -31,7 +31,7 @@ def main() -> None:
     for name, model in (("tiny", presets.tiny()), ("bench", presets.bench())):
         config = Config(model=model, train=TrainConfig(batch_size=8, seq_len=256))
         program = build_program(config, single_device_mesh())
-        batch = jax.device_put(bench._random_batch(config), step_lib.batch_sharding(program))
+        batch = step_lib.place_batch(program, program.objective.random_batch())
         states = [init_state(program), init_state(program)]
         steps = [step_lib.make_train_step(program).lower(states[0], batch).compile()]
         with (

@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from hunyuan_jax import bench, presets
+from hunyuan_jax import presets
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store
 from hunyuan_jax.config import CheckpointConfig, Config, TrainConfig
@@ -33,7 +33,7 @@ def main() -> None:
         checkpoint=CheckpointConfig(keep=2),
     )
     program = build_program(config, single_device_mesh())
-    batch = jax.device_put(bench._random_batch(config), step_lib.batch_sharding(program))
+    batch = step_lib.place_batch(program, program.objective.random_batch())
     state, step = init_state(program), 0
     train_step = step_lib.make_train_step(program).lower(state, batch).compile()
     calls, windows, single = [], ([], []), []

@@ -17,7 +17,7 @@ from hunyuan_jax.config import Config, MoeConfig
 from hunyuan_jax.layers.ffn.moe.layer import Moe
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_state, build_program
-from hunyuan_jax.train.step import make_train_step
+from hunyuan_jax.train.step import abstract_batch, make_train_step
 
 NUM_TOKENS, WIDTH = 2048, 256
 
@@ -42,12 +42,9 @@ def compile_seconds(num_layers: int) -> float:
         Config(model=dataclasses.replace(presets.tiny(), num_layers=num_layers)),
         single_device_mesh(),
     )
-    ids = jax.ShapeDtypeStruct((8, 256), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ids)
-    batch["loss_weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
     jax.clear_caches()
     start = time.perf_counter()
-    make_train_step(program).lower(abstract_state(program), batch).compile()
+    make_train_step(program).lower(abstract_state(program), abstract_batch(program)).compile()
     return time.perf_counter() - start
 
 

@@ -30,7 +30,7 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
     """
     program = build_program(config, make_mesh(config.mesh))
     state = init_state(program)
-    batch = jax.device_put(_random_batch(config), step_lib.batch_sharding(program))
+    batch = step_lib.place_batch(program, program.objective.random_batch())
     start = time.perf_counter()
     train_step = step_lib.make_train_step(program).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
@@ -72,27 +72,10 @@ def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -
     """Median time to run a batch of prompts into a cache and draw the first new token."""
     model = dropless(config.model)
     engine = Engine(abstract_model(model, program.mesh)[0], load_params(params, model.dtype))
-    tokens_BS = np.array(_random_batch(config)["tokens"])
+    tokens_BS = program.objective.random_batch()["tokens"]
     seconds = []
     for _ in range(num_runs + 2):
         start = time.perf_counter()
         next(iter(engine.stream(tokens_BS, np.ones_like(tokens_BS), 1, Sampling(), (), 0, 0)))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
-
-
-def _random_batch(config: Config) -> step_lib.Batch:
-    """One batch of random tokens, every sequence one document."""
-    shape = (config.train.batch_size, config.train.seq_len)
-    tokens = (
-        np.random.default_rng(0)
-        .integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
-        .astype(np.int32)
-    )
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "loss_weights": np.ones(shape, np.float32),
-    }

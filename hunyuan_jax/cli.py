@@ -517,7 +517,7 @@ def data(argv: list[str]) -> int:
             else "\n".join(damaged) or "every token shard is as its manifest says"
         )
         return 1 if damaged else 0
-    order = loader.Order(
+    order = loader.PackedRows(
         loader.open_corpus(config.data, load_tokenizer(config.data.tokenizer)),
         config.data,
         config.train,

@@ -25,6 +25,7 @@ Remat = Literal["none", "dots", "full"]
 RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
 StateDtype = Literal["float32", "bfloat16", "fp8_lm"]
+ObjectiveName = Literal["pretrain"]
 ScheduleName = Literal["three_phase", "cosine_with_min_lr"]
 
 
@@ -254,6 +255,13 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the run minimises."""
+
+    name: ObjectiveName = "pretrain"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -264,6 +272,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
 
 
 def to_config_dict(config: Config) -> ConfigDict:

@@ -22,9 +22,9 @@ from hunyuan_jax.files import write_whole
 FILE = "manifest.json"
 FORMAT = 2  # of what is written; checkpoints without a format are of format 1, see store.py
 
-# What may not change between the runs of a workdir: the model, the text, what decides the order of
-# the batches.
-_FIXED_SECTIONS = ("model", "data")
+# What may not change between the runs of a workdir: the model, the text, the objective, what
+# decides the order of the batches.
+_FIXED_SECTIONS = ("model", "data", "objective")
 _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
 
 _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")

@@ -1,59 +1,50 @@
-"""Batches of a run: endless and resumable for training, a fixed list for validation, and what is
-in any of them.
+"""Packed rows of text: the data stream of pre-training.
 
 Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch
 is a dict of numpy arrays, all [R, T]:
 
-  tokens        int32    input ids; pad_id where the segment is 0 targets       int32    the id
-  that follows the token in its document; pad_id where the segment is 0 segment_ids   int32    1,
-  2, ... per document piece in the row, 0 for padding positions     int32    0, 1, ... restarting
-  at every document piece loss_weights  float32  1 where there is a target, 0 for padding
+  tokens        int32    input ids; pad_id where the segment is 0
+  targets       int32    the id that follows the token in its document; pad_id where the segment is 0
+  segment_ids   int32    1, 2, ... per document piece in the row, 0 for padding
+  positions     int32    0, 1, ... restarting at every document piece
+  loss_weights  float32  1 where there is a target, 0 for padding
+  target_bytes  float32  validation only: UTF-8 bytes of text that the target stands for
 
 A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are cut from the
 pairs of consecutive documents (pack.py).  So a target never crosses documents, each pair appears
 exactly once an epoch of its source, and only the last row of a shard holds padding.  The piece
 that continues a document in another row is a new segment and starts at position 0, without bos.
 
-Batch s of a run is rows [s B, (s + 1) B) of one endless sequence; the mixture says which source a
-row comes from, and the source's rows are taken epoch by epoch, each in its own order.  All of that
-is a function of (data, train.seed, row): processes, threads and where a run was resumed have no
-say, and each process reads its own rows only.
+Batch s of a run is rows [s B, (s + 1) B) of one endless sequence.  The mixture says which source a
+row comes from; the source's rows are taken epoch by epoch, each epoch in its own order.  All of
+that is a function of (data, train.seed, row).  It does not depend on processes, on threads or on
+where a run was resumed, and each process reads its own rows only.
 """
 
 import dataclasses
-import functools
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hunyuan_jax.config import DataConfig, SourceConfig, TrainConfig
 from hunyuan_jax.data import pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
+from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import grain
-
-Batch = dict[str, np.ndarray]
-
-_PREFETCH_BATCHES = 8
-_NUM_THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The opened sources of a config."""
+    """The opened sources of a config, and the tokenizer that they were made with."""
 
     names: tuple[str, ...]
     sources: tuple[tokens.Tokens, ...]
-    pad_id: int
+    tokenizer: Tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """What tells this text from another, for the checkpoint: a small dict that survives JSON."""
+        """Returns what tells this text from any other: a small dict that survives JSON."""
         return {
             name: opened.identity() for name, opened in zip(self.names, self.sources, strict=True)
         }
@@ -82,7 +73,7 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
             )
         )
     names = tuple(entry.name for entry in config.sources) or ("text",)
-    return Corpus(names, tuple(opened), tokenizer.pad_id)
+    return Corpus(names, tuple(opened), tokenizer)
 
 
 def damaged_shards(config: DataConfig) -> list[str]:
@@ -108,8 +99,8 @@ def _paths(config: DataConfig) -> list[str]:
     ]
 
 
-class Order:
-    """Which rows make up each batch of a run."""
+class PackedRows:
+    """The DataStream of a corpus: which rows make up each batch of a run."""
 
     def __init__(self, corpus: Corpus, config: DataConfig, train: TrainConfig):
         """Makes no batch yet.
@@ -138,7 +129,7 @@ class Order:
         return self._stack([(self._training[index], epoch, row) for index, epoch, row in places])
 
     def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """The first `num_batches` batches of one fixed shuffle of what is held out of all sources,
+        """Returns the first `num_batches` batches of one fixed shuffle of what is held out of all sources,
         fewer if it ends; [] if nothing is.
 
         The shuffle does not depend on the run's seed: runs are compared on the same rows.  Each
@@ -158,7 +149,11 @@ class Order:
                     (self._held_out[index], 0, row - int(ends[index - 1]) if index else row)
                 )
             batches.append(self._stack(places))
-        return batches
+        return with_target_bytes(batches, self._corpus.tokenizer)
+
+    def identity(self) -> dict[str, Any]:
+        """That of the corpus."""
+        return self._corpus.identity()
 
     def rows_before(self, step: int) -> dict[str, int]:
         """How many rows of each source come before 0-based `step`."""
@@ -235,7 +230,8 @@ class Order:
         """Rows of (rows, epoch, row), or of padding for None, as a batch."""
         shape = (len(places), self._seq_len)
         batch = {
-            name: np.full(shape, self._corpus.pad_id, np.int32) for name in ("tokens", "targets")
+            name: np.full(shape, self._corpus.tokenizer.pad_id, np.int32)
+            for name in ("tokens", "targets")
         }
         batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions")}
         for place, *arrays in zip(places, *batch.values(), strict=True):
@@ -245,57 +241,19 @@ class Order:
         return {**batch, "loss_weights": (batch["segment_ids"] > 0).astype(np.float32)}
 
 
-class TrainIterator(Iterator[Batch]):
-    """Endless batches.  The state names the next batch, never one that is only prefetched.
+def with_target_bytes(batches: list[Batch], tokenizer: Tokenizer) -> list[Batch]:
+    """Returns the batches with target_bytes, float32 [R, T]: UTF-8 bytes of text that each target
+    stands for; 0 for padding, eos and other special tokens.
 
-    Close it (`contextlib.closing`), or grain's destructors may print errors at interpreter exit.
+    These are bytes of the text as the tokenizer sees it: of its NFC form for Hunyuan's.
     """
-
-    def __init__(self, batches: "grain.DatasetIterator", order: Order):
-        self._batches, self._order = batches, order
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        """Position after the last batch yielded: a small dict that survives JSON."""
-        state = self._batches.get_state()
-        return {**state, "rows": self._order.rows_before(state["next_index"])}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken, from an iterator made with the
-        same arguments.
-
-        Raises:
-          ConfigError: the state is of another mixture, or of a version that cannot be continued.
-        """
-        if set(state) != {"next_index", "rows"}:
-            raise ConfigError(
-                f"the checkpoint's data position {dict(state)} is of an earlier version of "
-                "hunyuan_jax; use another --workdir."
-            )
-        expected = self._order.rows_before(state["next_index"])
-        if state["rows"] != expected:
-            raise ConfigError(
-                f"the checkpoint was made after {state['rows']} rows of each source; "
-                "config.data.phases and train.num_steps now give "
-                f"{expected} by batch {state['next_index']}. Phases may change only from the "
-                "checkpoint on; set back what came before."
-            )
-        self._batches.set_state({"next_index": state["next_index"]})
-
-    def close(self) -> None:
-        """Stops the reading threads; the iterator cannot be used afterwards."""
-        self._batches.close()
-        del self._batches
-
-
-def train_iterator(
-    order: Order, rows: np.ndarray | None = None, num_threads: int = _NUM_THREADS
-) -> TrainIterator:
-    """Endless batches [R, T], `rows` of each (all if None), read ahead by `num_threads` threads."""
-    import grain
-
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_PREFETCH_BATCHES)
-    batches = grain.MapDataset.range(sys.maxsize).map(functools.partial(order.batch, rows=rows))
-    return TrainIterator(iter(batches.to_iter_dataset(options)), order)
+    if not batches:
+        return []
+    bytes_V = np.array(
+        [len(tokenizer.decode_bytes([i], skip_special=True)) for i in range(tokenizer.vocab_size)],
+        np.float32,
+    )
+    return [
+        {**batch, "target_bytes": bytes_V[batch["targets"]] * (batch["loss_weights"] > 0)}
+        for batch in batches
+    ]

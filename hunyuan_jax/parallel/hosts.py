@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,12 +45,17 @@ def process_rows(
 
 
 def global_batch(
-    batch: dict[str, np.ndarray], sharding: NamedSharding, shape: tuple[int, ...]
+    batch: Mapping[str, np.ndarray],
+    shardings: Mapping[str, NamedSharding],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, jax.Array]:
-    """Arrays of `shape` over all processes, each made of the processes' own rows (those of
-    `process_rows`, in that order).
+    """Returns arrays of `shapes` over all processes, each made of the processes' own rows (those
+    of `process_rows`, in that order).
     """
-    return jax.make_array_from_process_local_data(sharding, batch, shape)
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], array, shapes[name])
+        for name, array in batch.items()
+    }
 
 
 @contextlib.contextmanager

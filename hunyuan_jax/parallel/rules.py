@@ -32,6 +32,7 @@ class Axes(NamedTuple):
 RULES: dict[str, Axes] = {
     "batch": Axes(("replica", "data", "expert")),
     "seq": Axes(),
+    "example_rows": Axes(),  # of one example of a batch, such as the two answers of a pair
     "layers": Axes(),
     "embed": Axes((), ("data",)),
     "norm": Axes(),

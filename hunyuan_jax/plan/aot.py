@@ -19,13 +19,6 @@ from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_state, build_program
 
 _GIB = 2**30
-_BATCH_DTYPES = {
-    "tokens": "int32",
-    "targets": "int32",
-    "segment_ids": "int32",
-    "positions": "int32",
-    "loss_weights": "float32",
-}
 
 
 class HbmOverflowError(ConfigError):
@@ -105,13 +98,9 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
     """
     start = time.perf_counter()
     program = build_program(config, make_mesh(config.mesh, devices))
-    sharding = step_lib.batch_sharding(program)
-    shape = (config.train.batch_size, config.train.seq_len)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in _BATCH_DTYPES.items()
-    }
-    lowered = step_lib.make_train_step(program).lower(abstract_state(program), batch)
+    lowered = step_lib.make_train_step(program).lower(
+        abstract_state(program), step_lib.abstract_batch(program)
+    )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:

@@ -21,6 +21,7 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
 from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.objective import build_objective
 from hunyuan_jax.train.state import Program, abstract_state, build_program
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -69,13 +70,14 @@ class Estimate:
 class Sizes:
     """What the formulas need of a config on a mesh; all of it per device.
 
-    batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes
+    batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes
     `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k with the
     slack of their capacity; part_rows: of the vocabulary, in one of the parts in which the loss
     takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
     """
 
     model: ModelConfig
+    batch_bytes: int
     batch_tokens: int
     tokens: int
     parts: int
@@ -115,7 +117,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
         (
             Item("weights", state.weights, ALWAYS),
             Item("optimizer state", state.moments, ALWAYS),
-            Item("batch", 5 * 4 * sizes.batch_tokens, ALWAYS),
+            Item("batch", sizes.batch_bytes, ALWAYS),
             Item("gradients", gradients, LAYERS),
             Item("kept for the backward pass", kept, LAYERS),
             Item("gathered weights", gathered_weights(sizes), LAYERS),
@@ -131,14 +133,16 @@ def estimate(config: Config, num_devices: int) -> Estimate:
 def sizes_of(config: Config, num_devices: int) -> Sizes:
     """What the formulas need; raises like `estimate`."""
     mesh = MeshConfig(**mesh_sizes(config, num_devices))
-    shape = (config.train.batch_size, config.train.seq_len)
     state = _state_of(config, num_devices)
-    batch_tokens = math.prod(
-        step_lib.batch_sharding(state.program._replace(config=config)).shard_shape(shape)
+    batch = step_lib.abstract_batch(
+        state.program._replace(config=config, objective=build_objective(config))
     )
+    tokens_BT = batch["tokens"]
+    batch_tokens = math.prod(tokens_BT.sharding.shard_shape(tokens_BT.shape))
     tokens = math.ceil(batch_tokens / config.train.grad_accum_steps)
     return Sizes(
         model=config.model,
+        batch_bytes=_bytes(batch),
         batch_tokens=batch_tokens,
         tokens=tokens,
         parts=config.train.grad_accum_steps,

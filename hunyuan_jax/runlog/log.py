@@ -196,6 +196,11 @@ class Log:
             for cause, total in ledger.seconds.items()
             if total > 0
         }
+        row |= {
+            name: _finite(value)
+            for name, value in metrics.items()
+            if name.startswith("objective/")
+        }
         self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
         self._progress.update(step, float(metrics["loss"]), row["tokens_per_second"], seconds)
         self._logged_step, self._training_seconds = step, 0.0

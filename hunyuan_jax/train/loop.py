@@ -19,15 +19,15 @@ from hunyuan_jax import malloc as heap
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, to_dict
-from hunyuan_jax.data import loader
+from hunyuan_jax.data.stream import read_ahead
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
 from hunyuan_jax.runlog.log import Log
 from hunyuan_jax.runlog.watchdog import Watchdog
 from hunyuan_jax.tokenizer import load_tokenizer
-from hunyuan_jax.train import evaluate
 from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.evaluate import evaluate
 from hunyuan_jax.train.skipped_steps import SkippedSteps
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import (
@@ -66,9 +66,12 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     train = config.train
     program = build_program(config, make_mesh(config.mesh))
     train_step, eval_step = step_lib.make_train_step(program), step_lib.make_eval_step(program)
-    sharding, batch_shape = step_lib.batch_sharding(program), (train.batch_size, train.seq_len)
-    to_devices = functools.partial(hosts.global_batch, sharding=sharding, shape=batch_shape)
-    rows = hosts.process_rows(sharding, batch_shape)
+    spec = program.objective.eval_spec | program.objective.batch_spec
+    shapes = {name: field.shape for name, field in spec.items()}
+    shardings = step_lib.batch_shardings(program, spec)
+    to_devices = functools.partial(hosts.global_batch, shardings=shardings, shapes=shapes)
+    name = next(iter(program.objective.batch_spec))  # all fields are split alike in dim 0
+    rows = hosts.process_rows(shardings[name], shapes[name])
     with hosts.fail_together(), watchdog.doing("reading its text"):
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -77,12 +80,11 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                 "ids; "
                 f"config.model.vocab_size = {config.model.vocab_size} must be at least that."
             )
-        opened = loader.open_corpus(config.data, tokenizer)
-        order = loader.Order(opened, config.data, train)
+        stream = program.objective.open_stream(tokenizer)
         if hosts.is_first():
             claim_workdir(workdir, config)
-        batches = loader.train_iterator(order, rows)
-    corpus = opened.identity()
+        batches = read_ahead(stream, rows)
+    corpus = stream.identity()
     hosts.require_same(config=to_dict(config), text=corpus, workdir=describe_workdir(workdir))
 
     # --- Resume, or start.
@@ -106,11 +108,9 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
     with hosts.fail_together():
         if facts:
             batches.set_state(facts["position"]["batches"])
-        validation = evaluate.with_target_bytes(
-            order.validation(train.eval_batches, rows), tokenizer
-        )
+        validation = stream.validation(train.eval_batches, rows)
         log.open(first_step, program)
-    log.print(f"data: {order}")
+    log.print(f"data: {stream}")
     if facts and (changed := _changed_versions(facts, config, program)):
         log.print(
             f"step {first_step} was made with {changed}: the losses from here may differ in their "
@@ -118,7 +118,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
         )
 
     def documents_of(step):
-        batch = order.describe(step - 1)["rows"]
+        batch = stream.describe(step - 1)["rows"]
         return [
             f"{row['source']}/{document['name']}" for row in batch for document in row["documents"]
         ]
@@ -157,7 +157,9 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
             validation_loss = None
             if validation and (step % train.eval_every == 0 or step == train.num_steps):
                 with log.time("evaluation"), watchdog.doing("in validation"):
-                    found = evaluate.evaluate(eval_step, state.params, map(to_devices, validation))
+                    found = evaluate(
+                        program.objective, eval_step, state.params, map(to_devices, validation)
+                    )
                 log.validation(step, found)
                 validation_loss = (
                     found["validation_loss"] if math.isfinite(found["validation_loss"]) else None

@@ -19,6 +19,7 @@ from hunyuan_jax.optim.guard import Guard, new_guard
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
+from hunyuan_jax.train.objective import Objective, build_objective
 
 
 class TrainState(NamedTuple):
@@ -37,7 +38,7 @@ class Program(NamedTuple):
     """What a run's functions are made from.
 
     graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step
-    -> learning rate;
+    -> learning rate; objective: what is minimised;
     shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of
     the gradient of every parameter that is trained.
     """
@@ -47,6 +48,7 @@ class Program(NamedTuple):
     graph_def: nnx.GraphDef
     tx: Optimizer
     schedule: optax.Schedule
+    objective: Objective
     shardings: TrainState
     taps: dict[str, Any]
 
@@ -87,7 +89,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         trained,
         lora.split(param_shardings, config.model)[0],
     )
-    return Program(config, mesh, graph_def, tx, schedule, shardings, taps)
+    return Program(config, mesh, graph_def, tx, schedule, build_objective(config), shardings, taps)
 
 
 def init_state(program: Program, weights: dict[str, Any] | None = None) -> TrainState:

@@ -1,15 +1,13 @@
-"""One training step and one evaluation step, compiled.
-
-A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int32), loss_weights
-(float32); see data/loader.py.
-"""
+"""One training step and one evaluation step of any objective, compiled."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hunyuan_jax.layers import lora
@@ -20,6 +18,7 @@ from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.params.declare import Weight, in_use
+from hunyuan_jax.train.objective import BatchSpec, LossMetrics
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 from pallas_kernels import tpu_compiler
 
@@ -27,27 +26,48 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
-    """How each [B, T] array of a batch lies on the mesh."""
-    train = program.config.train
-    parts = train.grad_accum_steps  # each is split over the mesh like the whole
-    name = (
-        "a batch"
-        if parts == 1
-        else f"one of {parts} parts (config.train.grad_accum_steps) of a batch"
-    )
-    return rules.sharding(
-        program.mesh, ("batch", "seq"), (train.batch_size // parts, train.seq_len), name
-    )
+def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding.NamedSharding]:
+    """How each array of a batch lies on the mesh: its examples are split over all data axes.
+
+    Raises:
+      ConfigError: a micro-batch does not divide over the mesh.
+    """
+    num_micro_batches = program.config.train.grad_accum_steps  # each is split over the mesh
+    name = "a batch"
+    if num_micro_batches > 1:
+        name = f"a micro-batch (config.train.grad_accum_steps = {num_micro_batches})"
+    return {
+        field_name: rules.sharding(
+            program.mesh,
+            field.dims,
+            (field.shape[0] // num_micro_batches, *field.shape[1:]),
+            name,
+        )
+        for field_name, field in spec.items()
+    }
+
+
+def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch."""
+    spec = program.objective.batch_spec
+    return {
+        name: jax.ShapeDtypeStruct(spec[name].shape, spec[name].dtype, sharding=sharding)
+        for name, sharding in batch_shardings(program, spec).items()
+    }
+
+
+def place_batch(program: Program, batch: Mapping[str, np.ndarray]) -> Batch:
+    """Puts a training batch, all of it in this process, on the mesh."""
+    return jax.device_put(dict(batch), batch_shardings(program, program.objective.batch_spec))
 
 
 def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Jitted (state, batch) -> (new state, metrics); the old state is donated.
+    """Returns jitted (state, batch) -> (new state, metrics); the old state is donated.
 
-    Metrics: float32 loss (cross entropy in nats a token), grad_norm (before clipping), and for MoE
-    models those of `router_metrics`; int32 num_updates (steps before this one that were not
-    skipped, which the schedule counts), num_skipped (so far) and skipped_in_row (0: this step was
-    not skipped).
+    Metrics: float32 loss (as the objective defines it), grad_norm (before clipping) and
+    objective/NAME for each of its sums, and for MoE models those of `router_metrics`; int32
+    num_updates (steps before this one that were not skipped, which the schedule counts),
+    num_skipped (so far) and skipped_in_row (0: this step was not skipped).
     """
     config = program.config
 
@@ -55,7 +75,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         # Routing draws and dropout depend on the seed and the step alone, so a resumed run repeats
         # them.
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        grads, loss, stats = gradients(program, state.params, batch, key)
+        grads, loss, measured = gradients(program, state.params, batch, key)
         trained, frozen = lora.split(state.params, config.model)
         accept = functools.partial(guard_lib.accepts, config.optimizer, state.guard, loss)
         trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained, accept)
@@ -65,12 +85,18 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
             "num_skipped": guard.num_skipped,
             "skipped_in_row": guard.num_in_row,
         }
-        metrics = {"loss": loss, "grad_norm": grad_norm, **counts, **router_metrics(stats)}
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            **counts,
+            **{f"objective/{name}": value for name, value in measured.sums.items()},
+            **router_metrics(measured.router),
+        }
         return TrainState(lora.join(frozen, trained), opt_state, state.step + 1, guard), metrics
 
     return jax.jit(
         step,
-        in_shardings=(program.shardings, batch_sharding(program)),
+        in_shardings=(program.shardings, batch_shardings(program, program.objective.batch_spec)),
         out_shardings=(program.shardings, rules.sharding(program.mesh, ())),
         donate_argnums=0,
         compiler_options=tpu_compiler.train_step_options(device_kind(program.mesh)),
@@ -79,74 +105,75 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
 
 def gradients(
     program: Program, params: dict, batch: Batch, key: jax.Array
-) -> tuple[dict, jax.Array, dict[str, jax.Array]]:
-    """(gradients, mean cross entropy, router figures [P, F, ...]) of one batch, in
-    train.grad_accum_steps equal parts.
+) -> tuple[dict, jax.Array, LossMetrics]:
+    """Returns (gradients, loss, metrics) of one batch, in train.grad_accum_steps micro-batches.
+
+    The loss and the metrics' sums are divided by the objective's weight of the whole batch.
+    Router figures are [P, F, ...].
 
     A gradient has the dtype in which its parameter is used, so bfloat16 for the matrices of a
-    bfloat16 model: it is reduced over the mesh in that dtype anyway.  Several parts are added up
-    in float32.
+    bfloat16 model: it is reduced over the mesh in that dtype anyway.  Those of several
+    micro-batches are added up in float32.
     """
-    num_parts = program.config.train.grad_accum_steps
-    num_targets = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+    objective, num_micro_batches = program.objective, program.config.train.grad_accum_steps
+    weight = objective.weight(batch)
 
-    def loss_fn(taps, part, key):
+    def loss_fn(taps, micro_batch, key):
         model: Transformer = nnx.merge(program.graph_def, _weights(program, params, taps))
-        output = model(
-            part["tokens"], part["positions"], part["segment_ids"], key=key, is_training=True
-        )
-        loss = (
-            model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]
-        ).sum() / num_targets
-        return loss + loss_lib.router_loss(output.stats, program.config.model.moe) / num_parts, (
-            loss,
-            output.stats,
-        )
+        total, metrics = objective.loss(model, micro_batch, key)
+        loss = total / weight
+        sums = {name: value / weight for name, value in metrics.sums.items()}
+        router_loss = loss_lib.router_loss(metrics.router, program.config.model.moe)
+        return loss + router_loss / num_micro_batches, (loss, metrics._replace(sums=sums))
 
-    def part_gradients(part, key):
-        grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(_taps(program), part, key)
+    def micro_batch_gradients(micro_batch, key):
+        grads, (loss, metrics) = jax.grad(loss_fn, has_aux=True)(_taps(program), micro_batch, key)
         return (
             jax.lax.with_sharding_constraint(
                 grads, jax.tree.map(lambda tap: tap.sharding, program.taps)
             ),
             loss,
-            stats,
+            metrics,
         )
 
-    if num_parts == 1:
-        return part_gradients(batch, key)
+    if num_micro_batches == 1:
+        return micro_batch_gradients(batch, key)
 
-    def add_part(sums, xs):
-        index, part = xs
-        new = part_gradients(part, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, new), None
+    def add(totals, xs):
+        index, micro_batch = xs
+        new = micro_batch_gradients(micro_batch, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), totals, new), None
 
-    parts = _split(program, batch)
-    first = jax.eval_shape(part_gradients, jax.tree.map(lambda a: a[0], parts), key)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
-    (grads, loss, stats), _ = jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))
-    return (
-        grads,
-        loss,
-        {
-            name: total / num_parts if name in routing.LOSSES else total
-            for name, total in stats.items()
-        },
+    micro_batches = _micro_batches(program, objective.batch_spec, batch)
+    zeros = _zeros_like(micro_batch_gradients, jax.tree.map(lambda a: a[0], micro_batches), key)
+    (grads, loss, metrics), _ = jax.lax.scan(
+        add, zeros, (jnp.arange(num_micro_batches), micro_batches)
     )
+    router = {
+        name: total / num_micro_batches if name in routing.LOSSES else total
+        for name, total in metrics.router.items()
+    }
+    return grads, loss, metrics._replace(router=router)
 
 
-def _split(program: Program, batch: Batch) -> Batch:
-    """[parts, B / parts, T]: part i takes rows i, i + parts, ..., so that every chip splits its
-    own rows.
+def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
+    """[n, B / n, ...] of each field: micro-batch i takes examples i, i + n, ..., so that every
+    chip splits its own.
     """
-    num_parts = program.config.train.grad_accum_steps
-    parts = {
-        name: a.reshape(-1, num_parts, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()
+    num_micro_batches = program.config.train.grad_accum_steps
+    split = {
+        name: a.reshape(-1, num_micro_batches, *a.shape[1:]).swapaxes(0, 1)
+        for name, a in batch.items()
     }
     return {
-        name: rules.constrain(a, program.mesh, ("layers", "batch", "seq"))
-        for name, a in parts.items()
+        name: rules.constrain(a, program.mesh, ("layers", *spec[name].dims))
+        for name, a in split.items()
     }
+
+
+def _zeros_like(fn: Callable, *args: Any) -> Any:
+    """float32 zeros of the shapes that `fn` returns."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), jax.eval_shape(fn, *args))
 
 
 def _taps(program: Program) -> dict:
@@ -164,31 +191,28 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
 
 
-def make_eval_step(
-    program: Program,
-) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Jitted (params, batch) -> (sum of the cross entropy, number of targets, bytes of text);
-    routes dropless, as inference does.
+def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Array]]:
+    """Returns jitted (params, batch) -> the sums of the objective's `evaluate`.
 
-    The batch has one more array, target_bytes (see evaluate.py).  It goes through the model in
-    train.grad_accum_steps equal parts, as in training.
+    Routes dropless, as inference does.  The batch goes through the model in
+    train.grad_accum_steps micro-batches, as in training.
     """
+    objective, spec = program.objective, program.objective.eval_spec
     moe = dataclasses.replace(program.config.model.moe, dispatch="dropless")
     graph_def = abstract_model(dataclasses.replace(program.config.model, moe=moe), program.mesh)[0]
 
     def step(params, batch):
         model: Transformer = nnx.merge(graph_def, _weights(program, params, _taps(program)))
+        micro_batches = _micro_batches(program, spec, batch)
 
-        def add_part(total, part):
-            output = model(part["tokens"], part["positions"], part["segment_ids"])
-            return total + (
-                model.token_losses(output.hidden_BTD, part["targets"]) * part["loss_weights"]
-            ).sum(), None
+        def add(totals, micro_batch):
+            return jax.tree.map(jnp.add, totals, objective.evaluate(model, micro_batch)), None
 
-        total, _ = jax.lax.scan(add_part, jnp.zeros((), jnp.float32), _split(program, batch))
-        return total, batch["loss_weights"].sum(), batch["target_bytes"].sum()
+        first = jax.tree.map(lambda a: a[0], micro_batches)
+        zeros = _zeros_like(functools.partial(objective.evaluate, model), first)
+        return jax.lax.scan(add, zeros, micro_batches)[0]
 
-    return jax.jit(step, in_shardings=(program.shardings.params, batch_sharding(program)))
+    return jax.jit(step, in_shardings=(program.shardings.params, batch_shardings(program, spec)))
 
 
 def router_metrics(stats: dict[str, jax.Array]) -> Metrics:

@@ -147,6 +147,11 @@ def test_a_section_must_be_a_mapping():
             "config.model.moe.dispatch = 'recycled' is not one of 'recycle', 'drop', 'dropless'.",
         ),
         (
+            "objective.name",
+            "pretraining",
+            "config.objective.name = 'pretraining' is not one of 'pretrain'.",
+        ),
+        (
             "model.dtype",
             "float16",
             "config.model.dtype = 'float16' is not one of 'float32', 'bfloat16'.",
@@ -251,7 +256,7 @@ def test_the_contract_has_its_fields():
     # The names that scripts outside the repository use.
     names = "train.num_steps train.batch_size train.seq_len train.seed train.log_every checkpoint.every checkpoint.keep mesh.replica mesh.data"
     names += " mesh.expert mesh.tensor model.moe.dispatch model.moe.capacity_factor model.moe.group_size optimizer.expert_lr_ratio"
-    names += " model.dtype data.source"
+    names += " model.dtype data.source objective.name"
     assert set(names.split()) <= set(field_names())
     assert {name.split(".")[0] for name in field_names()} == {
         "model",
@@ -261,6 +266,7 @@ def test_the_contract_has_its_fields():
         "schedule",
         "train",
         "checkpoint",
+        "objective",
     }
 
 

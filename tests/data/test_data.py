@@ -2,6 +2,7 @@
 data, seed and step alone.
 """
 
+import base64
 import hashlib
 import itertools
 import json
@@ -18,6 +19,7 @@ from hunyuan_jax.config import DataConfig, PhaseConfig, SourceConfig, TrainConfi
 from hunyuan_jax.data import loader, pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.tokenizer import ByteTokenizer, HyTokenizer
 from support.texts import (
     FIELDS,
     TOKENIZER,
@@ -324,7 +326,7 @@ def test_mixture_config_opens_its_sources(tmp_path):
     )
     corpus = loader.open_corpus(data, TOKENIZER)
     assert corpus.names == ("a", "b")
-    order = loader.Order(corpus, data, TrainConfig(batch_size=2, seq_len=8))
+    order = loader.PackedRows(corpus, data, TrainConfig(batch_size=2, seq_len=8))
     assert set(order.batch(0)["tokens"].flat) <= {
         *b"a",
         TOKENIZER.bos_id,
@@ -423,12 +425,12 @@ def test_a_state_of_another_mixture_is_refused():
 RESUME_IN_NEW_PROCESS = """
 import hashlib, json, sys
 from hunyuan_jax.config import DataConfig, TrainConfig
-from hunyuan_jax.data import loader
+from hunyuan_jax.data import loader, stream
 from hunyuan_jax.tokenizer import ByteTokenizer
 
 data = DataConfig(source=sys.argv[1], validation_fraction=0.1)
-order = loader.Order(loader.open_corpus(data, ByteTokenizer()), data, TrainConfig(batch_size=4, seq_len=16, seed=7))
-batches = loader.train_iterator(order)
+order = loader.PackedRows(loader.open_corpus(data, ByteTokenizer()), data, TrainConfig(batch_size=4, seq_len=16, seed=7))
+batches = stream.read_ahead(order)
 batches.set_state(json.loads(sys.argv[2]))
 print([hashlib.sha256(b"".join(array.tobytes() for array in next(batches).values())).hexdigest() for _ in range(10)])
 batches.close()
@@ -439,7 +441,7 @@ def test_resume_in_a_new_process(tmp_path):
     for index in range(30):
         (tmp_path / f"{index}.txt").write_text(f"{index} " * (index + 1))
     data = DataConfig(source=str(tmp_path), validation_fraction=0.1)
-    order = loader.Order(
+    order = loader.PackedRows(
         loader.open_corpus(data, TOKENIZER), data, TrainConfig(batch_size=4, seq_len=16, seed=7)
     )
     with iterating(order) as batches:
@@ -500,7 +502,10 @@ def test_validation_holds_every_pair_once_and_is_filled_with_padding(texts, seq_
     training = range(num_rows([*texts, "x" * 30], seq_len))
     batches = order.validation(1000)
     for batch in batches:
+        text_bytes = batch.pop("target_bytes")
         assert_shapes(batch, (batch_size, seq_len))
+        is_text = (batch["segment_ids"] > 0) & (batch["targets"] < 256)
+        np.testing.assert_array_equal(text_bytes, is_text.astype(np.float32), strict=True)
     held_out = counted_pairs(batches)
     assert held_out
     assert expected_pairs([*texts, "x" * 30]) >= held_out
@@ -535,9 +540,24 @@ def test_validation_of_few_batches_samples_all_documents_for_every_seed():
     assert_same_batches(batches, other.validation(5)[:2])
     assert_same_batches(
         other.validation(2, rows=np.array([2, 0])),
-        [{name: batch[name][[2, 0]] for name in FIELDS} for batch in batches],
+        [{name: array[[2, 0]] for name, array in batch.items()} for batch in batches],
     )
     assert order_of(memory(texts)).validation(2) == []
+
+
+def test_bytes_of_targets_are_those_of_the_text(tmp_path):
+    ranked = [*(bytes([b]) for b in range(256)), b"the ", "é".encode()]
+    (tmp_path / "ranks").write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranked))
+    )
+    for tokenizer in (ByteTokenizer(), HyTokenizer(tmp_path / "ranks")):
+        ids = [*tokenizer.encode("the é the café"), tokenizer.eos_id, tokenizer.pad_id]
+        weights = np.ones((1, len(ids)), np.float32)
+        weights[0, -1] = 0
+        (made,) = loader.with_target_bytes(
+            [{"targets": np.array([ids]), "loss_weights": weights}], tokenizer
+        )
+        assert made["target_bytes"].sum() == len("the é the café".encode())
 
 
 def test_importing_the_package_loads_neither_jax_nor_grain():

@@ -162,7 +162,7 @@ def test_held_out_documents_are_those_of_the_text(tmp_path):
         corpus = loader.open_corpus(data, TOKENIZER)
         held_out.append(
             counted_pairs(
-                loader.Order(
+                loader.PackedRows(
                     corpus, data, loader.TrainConfig(batch_size=2, seq_len=16)
                 ).validation(100)
             )
@@ -192,7 +192,7 @@ def test_hosts_and_threads_read_the_same_global_batches(two_folders, num_hosts):
     )
 
     def new_order():
-        return loader.Order(
+        return loader.PackedRows(
             loader.open_corpus(data, TOKENIZER),
             data,
             loader.TrainConfig(num_steps=12, batch_size=8, seq_len=16),
@@ -576,7 +576,7 @@ def test_data_command_names_the_documents_of_a_step(big_rows, whole, capsys):
     assert main(*arguments, "--step=1000000007", "--json") == 0
     described = json.loads(capsys.readouterr().out.splitlines()[-1])
     data = DataConfig(source=str(folder))
-    order = loader.Order(
+    order = loader.PackedRows(
         loader.open_corpus(data, TOKENIZER), data, loader.TrainConfig(batch_size=8, seq_len=256)
     )
     start = time.process_time()

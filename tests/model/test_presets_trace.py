@@ -28,7 +28,7 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import mesh as mesh_lib
 from hunyuan_jax.train.state import abstract_model, abstract_state, build_program
-from hunyuan_jax.train.step import batch_sharding, make_train_step
+from hunyuan_jax.train.step import abstract_batch, make_train_step
 
 RELEASED = ("a52b", "a52b_instruct", "a13b")
 
@@ -66,14 +66,7 @@ def traced_train_step(cfg, mesh, batch_size):
         validate(Config(model=cfg, schedule=ScheduleConfig(), train=train)), mesh
     )
     state = abstract_state(program)
-    ints, floats = (
-        jax.ShapeDtypeStruct((batch_size, cfg.max_position), dtype)
-        for dtype in (jnp.int32, jnp.float32)
-    )
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints) | {
-        "loss_weights": floats
-    }
-    return state, *jax.eval_shape(make_train_step(program), state, batch)
+    return state, *jax.eval_shape(make_train_step(program), state, abstract_batch(program))
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "recycle"])
@@ -163,10 +156,8 @@ def recipe_state(replica, data, state_dtype):
         train=train,
     )
     program = build_program(validate(config), mesh)
-    assert batch_sharding(program).shard_shape((train.batch_size, 4096)) == (
-        train.batch_size // mesh.size,
-        4096,
-    )
+    for array in abstract_batch(program).values():
+        assert array.sharding.shard_shape(array.shape) == (train.batch_size // mesh.size, 4096)
     return abstract_state(program)
 
 

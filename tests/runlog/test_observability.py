@@ -21,8 +21,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.report import page as report
 from hunyuan_jax.runlog import goodput, metrics
-from hunyuan_jax.tokenizer import ByteTokenizer, HyTokenizer
-from hunyuan_jax.train import evaluate, loop
+from hunyuan_jax.train import loop
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program
 from pallas_kernels import tpu_compiler
@@ -166,8 +165,8 @@ DROP = dataclasses.replace(
 def health(sizes=(1, 1, 1), parts=1, model=DROP):
     program = build_program(validate(config_for(model, grad_accum_steps=parts)), mesh_of(*sizes))
     params = jax.device_put(initial_params(), program.shardings.params)
-    placed = jax.device_put(batch(), step_lib.batch_sharding(program))
-    fn = fast_jit(lambda *a: step_lib.router_metrics(step_lib.gradients(program, *a)[2]))
+    placed = step_lib.place_batch(program, batch())
+    fn = fast_jit(lambda *a: step_lib.router_metrics(step_lib.gradients(program, *a)[2].router))
     return jax.tree.map(np.asarray, fn(params, placed, jax.random.key(3)))
 
 
@@ -249,34 +248,6 @@ def test_a_dead_expert_is_one_that_the_router_hardly_names():
         "moe/load_max_over_mean"
     ] == pytest.approx(1.0)
     assert row["moe/demand"] == demand_LE.tolist()
-
-
-# Validation
-
-
-def test_bytes_of_targets_are_those_of_the_text(tmp_path):
-    import base64
-
-    tokens = [*(bytes([b]) for b in range(256)), b"the ", "é".encode()]
-    (tmp_path / "ranks").write_text(
-        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
-    )
-    for tokenizer in (ByteTokenizer(), HyTokenizer(tmp_path / "ranks")):
-        ids = [*tokenizer.encode("the é the café"), tokenizer.eos_id, tokenizer.pad_id]
-        weights = np.ones((1, len(ids)), np.float32)
-        weights[0, -1] = 0
-        (made,) = evaluate.with_target_bytes(
-            [{"targets": np.array([ids]), "loss_weights": weights}], tokenizer
-        )
-        assert made["target_bytes"].sum() == len("the é the café".encode())
-
-
-def test_evaluation_is_over_all_targets():
-    sums = {"a": (30.0, 10.0, 20.0), "b": (10.0, 10.0, 12.0)}
-    found = evaluate.evaluate(lambda _, name: sums[name], None, ["a", "b"])
-    assert found["validation_loss"] == 2.0
-    assert found["validation_perplexity"] == pytest.approx(np.exp(2.0))
-    assert found["validation_bits_per_byte"] == pytest.approx(40 / np.log(2) / 32)
 
 
 # A run

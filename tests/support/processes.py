@@ -119,7 +119,7 @@ LONG = SMALL | {
 KILLER = """
 import itertools, os, runpy, signal, sys, threading
 from hunyuan_jax.checkpoint.store import Store
-from hunyuan_jax.data.loader import Order
+from hunyuan_jax.data.loader import PackedRows
 from hunyuan_jax.train import step
 
 place, n, delay = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
@@ -136,7 +136,7 @@ if place == "in a step":
     make = step.make_train_step
     step.make_train_step = lambda program: armed(make(program))
 elif place == "in the data worker":
-    Order.batch = armed(Order.batch)
+    PackedRows.batch = armed(PackedRows.batch)
 elif place == "in the save":
     Store._write = armed(Store._write)
 elif place == "in the checksums":

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from hunyuan_jax.config import DataConfig, PhaseConfig, SourceConfig, TrainConfig
-from hunyuan_jax.data import loader
+from hunyuan_jax.data import loader, stream
 from hunyuan_jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -45,8 +45,8 @@ def order_of(
         ),
         validation_fraction=fraction,
     )
-    corpus = loader.Corpus(tuple(names), sources, TOKENIZER.pad_id)
-    return loader.Order(
+    corpus = loader.Corpus(tuple(names), sources, TOKENIZER)
+    return loader.PackedRows(
         corpus,
         data,
         TrainConfig(num_steps=num_steps, batch_size=batch_size, seq_len=seq_len, seed=seed),
@@ -55,7 +55,7 @@ def order_of(
 
 @contextlib.contextmanager
 def iterating(order, **options):
-    with contextlib.closing(loader.train_iterator(order, **options)) as batches:
+    with contextlib.closing(stream.read_ahead(order, **options)) as batches:
         yield batches
 
 

@@ -44,7 +44,7 @@ def gradients(sizes, grad_accum_steps=1, model=MODEL):
         validate(config_for(model, grad_accum_steps=grad_accum_steps)), mesh_of(*sizes)
     )
     params = jax.device_put(initial_params(), program.shardings.params)
-    placed = jax.device_put(batch(), step_lib.batch_sharding(program))
+    placed = step_lib.place_batch(program, batch())
     compute = fast_jit(functools.partial(step_lib.gradients, program))
     return program, *compute(params, placed, jax.random.key(3))
 
@@ -87,9 +87,9 @@ def test_a_part_that_does_not_divide_over_the_mesh_is_refused():
     program = build_program(validate(config_for(grad_accum_steps=4)), mesh_of(2, 2, 1))
     with pytest.raises(
         ConfigError,
-        match=r"one of 4 parts .* of a batch \(2, 12\): dim 0 .* use 2 ways there, or a size of 4",
+        match=r"a micro-batch \(config\.train\.grad_accum_steps = 4\).* \(2, 12\): dim 0 .* use 2 ways there, or a size of 4",
     ):
-        step_lib.batch_sharding(program)
+        step_lib.batch_shardings(program, program.objective.batch_spec)
 
 
 # Dtypes
@@ -157,7 +157,7 @@ def short_run(state_dtype):
     """(program, state after three steps, the losses) on one batch."""
     program, step = compiled_step(state_dtype)
     state, losses = init_state(program), []
-    placed = jax.device_put(batch(), step_lib.batch_sharding(program))
+    placed = step_lib.place_batch(program, batch())
     for _ in range(3):
         state, metrics = step(state, placed)
         losses.append(float(metrics["loss"]))
@@ -273,7 +273,7 @@ def test_a_skipped_step_changes_no_bit_of_parameters_and_moments(mode):
         copy = jax.tree.map(
             lambda a: jax.device_put(np.asarray(a), a.sharding), before._replace(guard=guard)
         )  # the step donates it
-        return step(copy, jax.device_put(numbers, step_lib.batch_sharding(program)))
+        return step(copy, step_lib.place_batch(program, numbers))
 
     for is_accepted, (state, metrics) in (
         (True, after(batch())),

@@ -1,0 +1,103 @@
+"""What a run minimises: the batch it needs, its loss, and its validation.
+
+`train/step.py`, `train/loop.py`, `plan` and `bench` know an objective through this protocol only.
+An objective is one file beside this one, named in `build_objective`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+
+from hunyuan_jax.config import Config
+from hunyuan_jax.data.stream import Batch, DataStream
+from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One array of a batch: its shape over all hosts, its dtype and the logical name of each dim.
+
+    The first dim is "batch": examples.  Processes and micro-batches split it, so an example that
+    has several rows, such as a pair, has them in a dim of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+
+
+BatchSpec = Mapping[str, Field]
+
+
+class LossMetrics(NamedTuple):
+    """What a loss reports beside its value.
+
+    sums: float32 scalars, normalised like the loss and logged as objective/NAME.
+    router: router figures of the model's forward pass, `Output.stats`.
+    """
+
+    sums: dict[str, jax.Array]
+    router: dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """Made from a Config.  Its methods see a micro-batch at a time: part of the batch's examples.
+
+    The train step divides a loss by the weight of the whole batch, over all micro-batches and
+    hosts.  Micro-batches with different numbers of labelled tokens therefore count each token once.
+    """
+
+    @property
+    def batch_spec(self) -> BatchSpec:
+        """Fields of a training batch."""
+
+    @property
+    def eval_spec(self) -> BatchSpec:
+        """Fields of a validation batch."""
+
+    def open_stream(self, tokenizer: Tokenizer) -> DataStream:
+        """Opens the data that config.data names.
+
+        Raises:
+          ConfigError: it does not exist or cannot be used.
+        """
+
+    def weight(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Returns what the summed loss of `batch` is divided by: float32 scalar, above 0.
+
+        `batch` is the whole batch.  Usually this is its number of labelled tokens.
+        """
+
+    def loss(
+        self, model: Transformer, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, LossMetrics]:
+        """Returns (loss summed over the examples of `batch`, float32 scalar; metrics).
+
+        The router losses are not part of it: the train step adds them.  `key` is that of the
+        micro-batch, for routing and dropout.
+        """
+
+    def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns float32 scalars that are added up over the validation batches."""
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns the row of metrics.jsonl for these sums of `evaluate`.
+
+        It has "validation_loss", by which the best checkpoint is chosen.
+        """
+
+    def random_batch(self) -> Batch:
+        """Returns a batch of random tokens that fills every position, for benchmarks."""
+
+
+def build_objective(config: Config) -> Objective:
+    """Returns the objective that config.objective names."""
+    match config.objective.name:
+        case "pretrain":
+            from hunyuan_jax.train.pretrain import Pretrain
+
+            return Pretrain(config)
+    raise AssertionError(config.objective.name)

@@ -1,0 +1,108 @@
+"""Pre-training: cross entropy of the next token in packed documents.
+
+Letters: B batch, T tokens.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from hunyuan_jax.config import Config
+from hunyuan_jax.data import loader
+from hunyuan_jax.data.stream import Batch, DataStream
+from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.tokenizer import Tokenizer
+from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics
+
+
+class Pretrain:
+    """See `Objective`; the loss is in nats a target."""
+
+    def __init__(self, config: Config):
+        self._config = config
+
+    @property
+    def batch_spec(self) -> BatchSpec:
+        """The [B, T] arrays that data/loader.py describes."""
+        dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32")
+        return {
+            name: self._field(dtype)
+            for name, dtype in (dtypes | {"loss_weights": "float32"}).items()
+        }
+
+    @property
+    def eval_spec(self) -> BatchSpec:
+        """Those of training, and the number of bytes of text behind each target."""
+        return {**self.batch_spec, "target_bytes": self._field("float32")}
+
+    def open_stream(self, tokenizer: Tokenizer) -> DataStream:
+        """Opens the text or the token shards of config.data."""
+        data = self._config.data
+        return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self._config.train)
+
+    def weight(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Returns the number of targets, at least 1."""
+        return jax.numpy.maximum(batch["loss_weights"].sum(), 1.0)
+
+    def loss(
+        self, model: Transformer, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, LossMetrics]:
+        """Returns (cross entropy in nats, summed over the targets; metrics)."""
+        output = model(
+            batch["tokens"], batch["positions"], batch["segment_ids"], key=key, is_training=True
+        )
+        loss_BT = model.token_losses(output.hidden_BTD, batch["targets"])
+        return (loss_BT * batch["loss_weights"]).sum(), LossMetrics({}, output.stats)
+
+    def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the summed cross entropy, the number of targets and that of bytes of text."""
+        output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        loss_BT = model.token_losses(output.hidden_BTD, batch["targets"])
+        return {
+            "nats": (loss_BT * batch["loss_weights"]).sum(),
+            "targets": batch["loss_weights"].sum(),
+            "bytes": batch["target_bytes"].sum(),
+        }
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns loss in nats a target, perplexity and bits per byte.
+
+        Bits per byte are the cross entropy of all targets, those that end a document included, in
+        bits over the bytes of text.  They are left out if no target is text.
+        """
+        loss = sums["nats"] / sums["targets"]
+        bits = (
+            {"validation_bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"]}
+            if sums["bytes"]
+            else {}
+        )
+        return {
+            "validation_loss": loss,
+            "validation_perplexity": math.exp(min(loss, 700.0)),  # about the largest float
+            **bits,
+        }
+
+    def random_batch(self) -> Batch:
+        """Returns random tokens; every sequence is one document."""
+        shape = self._shape
+        tokens = (
+            np.random.default_rng(0)
+            .integers(0, self._config.model.vocab_size, (shape[0], shape[1] + 1))
+            .astype(np.int32)
+        )
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": np.ones(shape, np.int32),
+            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            "loss_weights": np.ones(shape, np.float32),
+        }
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._config.train.batch_size, self._config.train.seq_len
+
+    def _field(self, dtype: str) -> Field:
+        return Field(self._shape, dtype, ("batch", "seq"))
