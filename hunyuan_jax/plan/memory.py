@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from hunyuan_jax.config import Config, MeshConfig, ModelConfig
+from hunyuan_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from hunyuan_jax.layers import embedding, loss
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
@@ -305,9 +305,14 @@ class _State:
 def _state_of(config: Config, num_devices: int) -> _State:
     """Exact, from the shapes and shardings of the train state."""
     # Only what the state depends on, so that a search over other settings traces it once.
-    model = dataclasses.replace(config.model, remat="none")
-    mesh = MeshConfig(**mesh_sizes(config, num_devices))
-    return _trace_state(Config(model, mesh=mesh, optimizer=config.optimizer), num_devices)
+    moe = dataclasses.replace(config.model.moe, group_size=0)
+    relevant = Config(
+        model=dataclasses.replace(config.model, remat="none", moe=moe),
+        mesh=MeshConfig(**mesh_sizes(config, num_devices)),
+        optimizer=config.optimizer,
+        train=TrainConfig(seq_len=1),  # fits every model
+    )
+    return _trace_state(relevant, num_devices)
 
 
 @functools.lru_cache(maxsize=256)

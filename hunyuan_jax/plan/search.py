@@ -128,11 +128,11 @@ def _fit_one(config: Config, generation: str, batch_per_chip: int) -> Iterator[T
     for shape in topology.SLICES[generation]:
         name = f"{generation}:{shape}"
         num_devices = topology.num_devices(name, config.mesh.num_slices)
-        scaled = with_batch(config, num_devices, batch_per_chip)
         try:
+            scaled = with_batch(config, num_devices, batch_per_chip)
             peak = memory.estimate(scaled, num_devices).peak
         except ConfigError as e:
-            yield Trial(name, num_devices, scaled, None, str(e))
+            yield Trial(name, num_devices, config, None, str(e))
             continue
         if peak > _TOLERANCE * topology.chip_of(name).hbm_bytes:
             yield Trial(name, num_devices, scaled, peak, "too little memory, by line item")
@@ -170,11 +170,11 @@ def _candidates(
             )
             model = dataclasses.replace(config.model, remat=remat)
             optimizer = dataclasses.replace(config.optimizer, state_dtype=state_dtype)
-            yield with_batch(
-                dataclasses.replace(config, mesh=mesh, model=model, optimizer=optimizer),
-                num_devices,
-                batch,
-            )
+            candidate = dataclasses.replace(config, mesh=mesh, model=model, optimizer=optimizer)
+            try:
+                yield with_batch(candidate, num_devices, batch)
+            except ConfigError:
+                continue  # this batch does not hold whole routing groups
 
 
 def _exchanged_bytes(config: Config, num_devices: int) -> float:

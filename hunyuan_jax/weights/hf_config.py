@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any
 
-from hunyuan_jax.config import ModelConfig, MoeConfig, validate_model
+from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
@@ -141,33 +141,29 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             f"config.json: eos_token_id = {eos} must be an integer or a list of integers."
         )
     num_heads = hf["num_attention_heads"]
-    return validate_model(
-        ModelConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=num_heads
-            if hf["num_key_value_heads"] is None
-            else hf["num_key_value_heads"],
-            head_dim=_head_dim(hf, kind),
-            max_position=hf["max_position_embeddings"],
-            rms_norm_eps=float(hf["rms_norm_eps"]),
-            rope_theta=float(hf["rope_theta"]),
-            **_rope(hf["rope_scaling"], kind),
-            cla_share_factor=hf["cla_share_factor"] if hf["use_cla"] else 1,
-            use_qk_norm=hf["use_qk_norm"] or kind != LARGE,
-            attention_bias=hf["attention_bias"],
-            tie_embeddings=hf["tie_word_embeddings"],
-            attention_dropout=float(hf["attention_dropout"]),
-            init_std=float(hf["initializer_range"]),
-            pad_token_id=-1 if hf["pad_token_id"] is None else hf["pad_token_id"],
-            bos_token_id=-1 if hf["bos_token_id"] is None else hf["bos_token_id"],
-            eos_token_ids=stop_ids(eos),
-            dtype=hf["torch_dtype"],
-            moe=_moe(hf, kind),
-        )
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
+        head_dim=_head_dim(hf, kind),
+        max_position=hf["max_position_embeddings"],
+        rms_norm_eps=float(hf["rms_norm_eps"]),
+        rope_theta=float(hf["rope_theta"]),
+        **_rope(hf["rope_scaling"], kind),
+        cla_share_factor=hf["cla_share_factor"] if hf["use_cla"] else 1,
+        use_qk_norm=hf["use_qk_norm"] or kind != LARGE,
+        attention_bias=hf["attention_bias"],
+        tie_embeddings=hf["tie_word_embeddings"],
+        attention_dropout=float(hf["attention_dropout"]),
+        init_std=float(hf["initializer_range"]),
+        pad_token_id=-1 if hf["pad_token_id"] is None else hf["pad_token_id"],
+        bos_token_id=-1 if hf["bos_token_id"] is None else hf["bos_token_id"],
+        eos_token_ids=stop_ids(eos),
+        dtype=hf["torch_dtype"],
+        moe=_moe(hf, kind),
     )
 
 

@@ -150,7 +150,7 @@ def test_facts_of_a_run_and_what_may_not_change():
     assert facts["versions"]["jax"] == jax.__version__
     manifest.require_same_run(facts["fixed"], config, "it was")
     longer = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, num_steps=9, log_every=7)
+        config, train=dataclasses.replace(config.train, num_steps=900, log_every=7)
     )
     manifest.require_same_run(facts["fixed"], longer, "it was")
     assert manifest.facts(longer, {}, {}, None)["config_hash"] != facts["config_hash"]

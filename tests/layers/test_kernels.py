@@ -38,7 +38,7 @@ def losses(mesh, **changes):
     config = Config(
         model=dataclasses.replace(MODEL, **changes),
         mesh=MeshConfig(data=-1, expert=mesh.shape["expert"]),
-        train=TrainConfig(num_steps=3, batch_size=4, seq_len=32),
+        train=TrainConfig(num_steps=100, batch_size=4, seq_len=32),
     )
     program = build_program(config, mesh)
     state = init_state(program)

@@ -791,19 +791,10 @@ def test_search_where_nothing_fits(compiled, monkeypatch):
 
 
 def test_search_where_no_mesh_suits(compiled):
-    cfg = config()
-    odd = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(
-            cfg.model, hidden_size=127, num_kv_heads=1, num_heads=1, intermediate_size=191
-        ),
-    )
-    odd = dataclasses.replace(
-        odd,
-        model=dataclasses.replace(
-            odd.model, moe=dataclasses.replace(cfg.model.moe, num_experts=7)
-        ),
-    )
+    cfg = config(MeshConfig(data=-1, expert=1))
+    moe = dataclasses.replace(cfg.model.moe, num_experts=7)
+    sizes = {"hidden_size": 127, "num_kv_heads": 1, "num_heads": 1, "intermediate_size": 191}
+    odd = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe, **sizes))
     with pytest.raises(ConfigError, match="no mesh over the 4 devices of v5e:2x2"):
         search.search(odd, "v5e:2x2", [1], compile_top=1)
 

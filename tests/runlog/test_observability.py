@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 
-from hunyuan_jax.config import validate
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.report import page as report
@@ -163,7 +162,7 @@ DROP = dataclasses.replace(
 
 
 def health(sizes=(1, 1, 1), parts=1, model=DROP):
-    program = build_program(validate(config_for(model, grad_accum_steps=parts)), mesh_of(*sizes))
+    program = build_program(config_for(model, grad_accum_steps=parts), mesh_of(*sizes))
     params = jax.device_put(initial_params(), program.shardings.params)
     placed = step_lib.place_batch(program, batch())
     fn = fast_jit(lambda *a: step_lib.router_metrics(step_lib.gradients(program, *a)[2].router))
@@ -259,7 +258,7 @@ def test_profile_steps_are_checked(steps):
         ConfigError,
         match=rf"config\.train\.profile_steps = '{steps}' must be FIRST:LAST, such as 10:13",
     ):
-        validate(config_for(profile_steps=steps))
+        config_for(profile_steps=steps)
 
 
 def test_a_run_with_a_trace_and_its_report(corpus, tmp_path):

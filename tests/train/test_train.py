@@ -21,6 +21,7 @@ from hunyuan_jax.config import (
     CheckpointConfig,
     Config,
     ScheduleConfig,
+    TrainConfig,
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.runlog import watchdog
@@ -234,7 +235,11 @@ def test_a_row_of_skipped_steps_is_reported_and_stops_the_run(corpus, tmp_path, 
 def test_checkpoints_by_the_clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    config = Config(MODEL, checkpoint=CheckpointConfig(every=0, every_minutes=2.0))
+    config = Config(
+        MODEL,
+        train=TrainConfig(seq_len=MODEL.max_position),
+        checkpoint=CheckpointConfig(every=0, every_minutes=2.0),
+    )
     schedule = loop._Saves(config)
     now[0] = 119.0
     assert not schedule.is_due(100, is_logged=True)

@@ -1,0 +1,63 @@
+"""Run configuration: frozen dataclasses that check themselves when they are built.
+
+A recipe in `configs/` builds a `Config` and returns `to_config_dict(config)`; `from_config_dict`
+turns the ConfigDict, with the command line's overrides, back into the frozen form.  From there on
+each function receives the smallest piece it needs.  Imports no jax, so that a misspelled key is
+answered before anything slow is loaded.
+"""
+
+from hunyuan_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from hunyuan_jax.config.mesh import MeshConfig
+from hunyuan_jax.config.model import (
+    LORA_TARGETS,
+    Dispatch,
+    Dtype,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+    Remat,
+    RopeType,
+)
+from hunyuan_jax.config.optim import OptimizerConfig, ScheduleConfig, ScheduleName, StateDtype
+from hunyuan_jax.config.parse import (
+    field_names,
+    flat_fields,
+    from_config_dict,
+    from_dict,
+    to_config_dict,
+    to_dict,
+    unknown_key_message,
+)
+from hunyuan_jax.config.run import Config
+from hunyuan_jax.config.train import CheckpointConfig, ObjectiveConfig, ObjectiveName, TrainConfig
+
+__all__ = [
+    "LORA_TARGETS",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "Dispatch",
+    "Dtype",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "ObjectiveConfig",
+    "ObjectiveName",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "Remat",
+    "RopeType",
+    "ScheduleConfig",
+    "ScheduleName",
+    "SourceConfig",
+    "StateDtype",
+    "TrainConfig",
+    "field_names",
+    "flat_fields",
+    "from_config_dict",
+    "from_dict",
+    "to_config_dict",
+    "to_dict",
+    "unknown_key_message",
+]

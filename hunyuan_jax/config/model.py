@@ -1,0 +1,263 @@
+"""The architecture and how it is computed."""
+
+import dataclasses
+from typing import Literal
+
+from hunyuan_jax.config.section import Section, divisors, require
+
+Dispatch = Literal["recycle", "drop", "dropless"]
+Remat = Literal["none", "dots", "full"]
+RopeType = Literal["default", "plain", "alpha", "linear"]
+Dtype = Literal["float32", "bfloat16"]
+
+MLP_TARGETS = ("gate", "up", "down")
+EXPERT_TARGETS = ("expert_gate", "expert_up", "expert_down")
+LORA_TARGETS = ("q", "k", "v", "o", *MLP_TARGETS, *EXPERT_TARGETS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig(Section):
+    """Mixture of experts."""
+
+    section = "model.moe"
+
+    num_experts: int = 1
+    """Routed experts per layer; 1 = dense."""
+    top_k: int = 1
+    """Routed experts per token."""
+    norm_topk_prob: bool = False
+    """Renormalise the top-k probabilities to sum to 1."""
+    num_shared_experts: int = 0
+    """Shared experts, fused into one MLP of this many times `intermediate_size`; weight 1."""
+    dispatch: Dispatch = "dropless"
+    """Tokens beyond an expert's capacity: recycle moves them to free slots of other experts, drop
+    drops them; dropless has no capacity."""
+    capacity_factor: float = 1.0
+    """Slots per expert relative to an even share of the group's tokens."""
+    min_capacity: int = 1
+    """Slots per expert and group, at least."""
+    group_size: int = 0
+    """Tokens that share one capacity budget; 0 = one sequence."""
+    aux_loss_weight: float = 0.0
+    """Weight of the load-balancing loss."""
+    z_loss_weight: float = 0.0
+    """Weight of the router z-loss."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        require(
+            self.num_experts >= 1,
+            f"config.model.moe.num_experts = {self.num_experts} must be at least 1 (1 = dense).",
+        )
+        require(
+            1 <= self.top_k <= self.num_experts,
+            f"config.model.moe.top_k = {self.top_k} must be between 1 and num_experts = "
+            f"{self.num_experts}.",
+        )
+        require(
+            self.num_shared_experts >= 0,
+            f"config.model.moe.num_shared_experts = {self.num_shared_experts} must not be "
+            "negative.",
+        )
+        require(
+            self.num_experts > 1 or self.num_shared_experts == 0,
+            f"config.model.moe.num_shared_experts = {self.num_shared_experts} needs num_experts > "
+            "1; the dense model has one MLP.",
+        )
+        require(
+            self.capacity_factor > 0,
+            f"config.model.moe.capacity_factor = {self.capacity_factor} must be positive.",
+        )
+        require(
+            self.min_capacity >= 1,
+            f"config.model.moe.min_capacity = {self.min_capacity} must be at least 1.",
+        )
+        require(
+            self.group_size >= 0,
+            f"config.model.moe.group_size = {self.group_size} must be a token count, or 0 for one "
+            "sequence.",
+        )
+        for name in ("aux_loss_weight", "z_loss_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"config.model.moe.{name} = {value} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(Section):
+    """Fine-tuning with low-rank adapters on some projections; everything else is frozen."""
+
+    section = "model.lora"
+
+    rank: int = 0
+    """Rank of the adapters; 0 = off: all parameters are trained."""
+    alpha: float = 16.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
+    """Projections with an adapter: q k v o; gate up down (dense layer or shared expert);
+    expert_gate expert_up expert_down (routed experts)."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        require(
+            self.rank >= 0,
+            f"config.model.lora.rank = {self.rank} must not be negative; 0 trains all parameters.",
+        )
+        require(self.alpha > 0, f"config.model.lora.alpha = {self.alpha} must be positive.")
+        targets = set(self.targets)
+        require(
+            0 < len(self.targets) == len(targets) and targets <= set(LORA_TARGETS),
+            f"config.model.lora.targets = {self.targets} must name projections, each once: "
+            f"{', '.join(LORA_TARGETS)}.",
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor on an adapter's output."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """Architecture and how it is computed. presets.py has the numbers of released models."""
+
+    section = "model"
+
+    vocab_size: int
+    """Rows of the embedding table."""
+    hidden_size: int
+    """Width of the model."""
+    intermediate_size: int
+    """Width of an MLP, and of each expert."""
+    num_layers: int
+    """Number of layers."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Entries of a head."""
+    max_position: int
+    """Longest sequence, in tokens."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_type: RopeType = "alpha"
+    """Rotary frequencies: default (exact), plain and linear (bfloat16, as in Hunyuan-Large's
+    code), or alpha (scaled base)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_alpha: float = 1_000.0
+    """rope_type alpha: the base is multiplied by alpha^(d / (d - 2)), d = head_dim."""
+    rope_factor: float = 1.0
+    """rope_type linear: positions are divided by it."""
+    cla_share_factor: int = 1
+    """Neighbouring layers that share keys and values; 1 = no cross-layer attention."""
+    use_qk_norm: bool = True
+    """RMSNorm on queries and keys."""
+    attention_bias: bool = False
+    """Biases on the attention projections."""
+    tie_embeddings: bool = True
+    """Use the embedding table as the output projection."""
+    attention_dropout: float = 0.0
+    """Dropout rate of attention weights."""
+    hidden_dropout: float = 0.0
+    """Dropout rate of what attention and MLP add to the stream."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    pad_token_id: int = -1
+    """Padding token; its embedding gets no gradient from the lookup; -1 = none."""
+    bos_token_id: int = -1
+    """Token at the beginning of a text; -1 = none."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    dtype: Dtype = "float32"
+    """Dtype of activations and matmuls; parameters have float32 masters."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but matmuls (dots), or every layer."""
+    kernels: str = "auto"
+    """auto, or kernel implementations in order of preference: pallas_tpu, pallas_gpu,xla, ..."""
+    moe: MoeConfig = MoeConfig()
+    """Mixture of experts."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+            "cla_share_factor",
+        ):
+            value = getattr(self, name)
+            require(value >= 1, f"config.model.{name} = {value} must be at least 1.")
+        self._check_attention()
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"config.model.{name} = {value} must be in [0, 1).")
+        require(
+            -1 <= self.pad_token_id < self.vocab_size,
+            f"config.model.pad_token_id = {self.pad_token_id} is outside the vocabulary of "
+            f"{self.vocab_size}.",
+        )
+        self._check_lora()
+
+    def _check_attention(self) -> None:
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"config.model.num_heads = {self.num_heads} is not divisible by num_kv_heads = "
+            f"{self.num_kv_heads}; each K/V head serves an equal share of the query heads. Use "
+            f"num_kv_heads from {divisors(self.num_heads)}.",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"config.model.head_dim = {self.head_dim} must be even: RoPE rotates it in halves.",
+        )
+        require(
+            self.num_layers % self.cla_share_factor == 0,
+            f"config.model.num_layers = {self.num_layers} is not divisible by cla_share_factor = "
+            f"{self.cla_share_factor}; layers share K/V in whole groups. Use a share factor from "
+            f"{divisors(self.num_layers)}.",
+        )
+        if self.rope_type == "alpha":
+            require(
+                self.rope_alpha > 0,
+                f"config.model.rope_alpha = {self.rope_alpha} must be positive (1.0 leaves the "
+                "base as it is).",
+            )
+            require(
+                self.head_dim > 2,
+                f"config.model.head_dim = {self.head_dim} must be above 2 for rope_type 'alpha'.",
+            )
+        if self.rope_type == "linear":
+            require(
+                self.rope_factor > 0,
+                f"config.model.rope_factor = {self.rope_factor} must be positive.",
+            )
+
+    def _check_lora(self) -> None:
+        has_mlp = not self.is_moe or self.moe.num_shared_experts > 0
+        for targets, is_there, module in (
+            (MLP_TARGETS, has_mlp, "shared expert"),
+            (EXPERT_TARGETS, self.is_moe, "routed experts"),
+        ):
+            wrong = [target for target in self.lora.targets if target in targets]
+            require(
+                is_there or not wrong,
+                f"config.model.lora.targets names {', '.join(wrong)}, but the model has no "
+                f"{module}; leave it out.",
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers hold routed experts."""
+        return self.moe.num_experts > 1
+
+    @property
+    def num_groups(self) -> int:
+        """Number of CLA groups: the scan length and the number of KV cache entries."""
+        return self.num_layers // self.cla_share_factor

@@ -1,0 +1,90 @@
+"""Config to and from plain dicts and the ConfigDict of a recipe; ml_collections ends here."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hunyuan_jax.config.run import Config
+from hunyuan_jax.config.section import as_type, field_types
+from hunyuan_jax.errors import ConfigError
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """The locked ConfigDict of a recipe; every field can be overridden, none can be added."""
+    return ConfigDict(to_dict(config)).lock()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of any config dataclass, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """The frozen Config of a recipe's ConfigDict or of a plain dict.
+
+    Raises:
+      ConfigError: unknown key (naming the nearest), wrong type, or a broken rule.
+    """
+    return from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else config)
+
+
+def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Builds the config dataclass `cls` from a nested mapping.
+
+    Args:
+      prefix: what stands before a field's name in messages, such as "model.moe.".
+
+    Raises:
+      ConfigError: unknown key, missing field, wrong type, or a broken rule.
+    """
+    types = field_types(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in types:
+            known = [prefix + name for name in types]
+            raise ConfigError(unknown_key_message(prefix + key, known))
+        kwargs[key] = _read(prefix + key, value, types[key])
+    for field in dataclasses.fields(cls):
+        if field.name not in kwargs and field.default is dataclasses.MISSING:
+            raise ConfigError(
+                f"config.{prefix}{field.name} is missing; it has no default. Set it in the recipe."
+            )
+    return cls(**kwargs)
+
+
+def _read(name: str, value: Any, hint: Any) -> Any:
+    """A field's value, with mappings turned into sections; `name` counts items of lists."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value, f"{name}.")
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
+        item = typing.get_args(hint)[0]
+        return tuple(_read(f"{name}[{i}]", v, item) for i, v in enumerate(value))
+    return as_type(name, value, hint)
+
+
+def unknown_key_message(key: str, known: list[str]) -> str:
+    """One line for an unknown config key, with the nearest known one."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"config.{key} does not exist. Did you mean config.{nearest[0]}?"
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """All leaf field paths, such as 'model.moe.top_k'."""
+    names = []
+    for name, hint in field_types(cls).items():
+        is_section = dataclasses.is_dataclass(hint)
+        names += field_names(hint, f"{prefix}{name}.") if is_section else [prefix + name]
+    return names
+
+
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of a nested dict, such as that of `to_dict`."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,63 @@
+"""The config of a whole run."""
+
+import dataclasses
+
+from hunyuan_jax.config.data import DataConfig
+from hunyuan_jax.config.mesh import MeshConfig
+from hunyuan_jax.config.model import ModelConfig
+from hunyuan_jax.config.optim import OptimizerConfig, ScheduleConfig
+from hunyuan_jax.config.section import Section, divisors, require
+from hunyuan_jax.config.train import CheckpointConfig, ObjectiveConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+    """A whole run. Its own rules are those that span sections."""
+
+    section = ""
+
+    model: ModelConfig
+    """Architecture and how it is computed."""
+    mesh: MeshConfig = MeshConfig()
+    """Sizes of the mesh axes."""
+    data: DataConfig = DataConfig()
+    """Training text and tokenizer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW with parameter groups."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the run."""
+    train: TrainConfig = TrainConfig()
+    """The training loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save and what to keep."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the run minimises."""
+
+    def check(self) -> None:
+        """Raises ConfigError if two sections do not fit each other."""
+        moe, train = self.model.moe, self.train
+        require(
+            self.mesh.expert == -1 or moe.num_experts % self.mesh.expert == 0,
+            f"config.model.moe.num_experts = {moe.num_experts} does not divide over "
+            f"config.mesh.expert = {self.mesh.expert}; each shard holds an equal share. Use a "
+            f"mesh.expert from {divisors(moe.num_experts)}.",
+        )
+        require(
+            train.seq_len <= self.model.max_position,
+            f"config.train.seq_len = {train.seq_len} is above config.model.max_position = "
+            f"{self.model.max_position}.",
+        )
+        require(
+            self.schedule.warmup_steps <= train.num_steps,
+            f"config.schedule.warmup_steps = {self.schedule.warmup_steps} must be at most "
+            f"config.train.num_steps = {train.num_steps}.",
+        )
+        if self.model.is_moe and moe.group_size:
+            tokens = train.batch_size // train.grad_accum_steps * train.seq_len
+            require(
+                train.seq_len % moe.group_size == 0
+                or (moe.group_size % train.seq_len == 0 and tokens % moe.group_size == 0),
+                f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len "
+                f"= {train.seq_len}, or be a multiple of it that divides the {tokens} tokens of a "
+                "batch (of a micro-batch, with grad_accum_steps).",
+            )
