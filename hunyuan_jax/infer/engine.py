@@ -24,6 +24,7 @@ from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.params import declare as params_lib
+from hunyuan_jax.params.abstract import abstract_module
 
 # Lengths are rounded up to multiples of these, and to no more than four lengths an octave: few
 # programs, and at most a quarter wasted.
@@ -77,6 +78,7 @@ class Engine:
         self.params = params
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
+        self._specs = abstract_module(lambda: model, self._mesh)[1]
         self._decode_params = None
         self.prefill = jax.jit(
             functools.partial(_prefill, graph_def),
@@ -128,7 +130,7 @@ class Engine:
         options = {"top_k": sampling.top_k}
         if self._decode_params is None:
             self._decode_params = (
-                taken_apart(self.params) if _is_one_cpu(self._mesh) else self.params
+                taken_apart(self.params, self._specs) if _is_one_cpu(self._mesh) else self.params
             )
         prefill = functools.partial(
             self.prefill,
@@ -178,9 +180,9 @@ def bucket(length: int, multiple: int) -> int:
     return -(-length // step) * step
 
 
-def taken_apart(params: dict[str, Any]) -> dict[str, Any]:
+def taken_apart(params: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
     """The parameters with every CLA group and expert apart, for `_decode`; on a CPU they share the
-    memory of `params`.
+    memory of `params`.  `specs`: their `ParamSpec`s.
     """
 
     def parts(array, num_dims):
@@ -188,11 +190,10 @@ def taken_apart(params: dict[str, Any]) -> dict[str, Any]:
             return jax.device_put(array, may_alias=True)
         return params_lib.Apart(tuple(parts(part, num_dims - 1) for part in array))
 
-    def apart(path, array):
-        is_expert = "experts" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return parts(np.asarray(array), 2 if is_expert else 1)
+    def apart(array, spec):
+        return parts(np.asarray(array), spec.num_stacked)
 
-    return params | {"groups": jax.tree.map_with_path(apart, params["groups"])}
+    return params | {"groups": jax.tree.map(apart, params["groups"], specs["groups"])}
 
 
 def _is_one_cpu(mesh: Any) -> bool:

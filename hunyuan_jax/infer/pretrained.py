@@ -21,6 +21,7 @@ from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import peft as peft_io
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights import torch_io
@@ -45,8 +46,8 @@ class Pretrained:
         self.config = dropless(config)
         self._source = source
         self._mesh = single_device_mesh() if mesh is None else mesh
-        graph_def, _, shardings = abstract_model(self.config, self._mesh)
-        self.params = jax.device_put(params, shardings)
+        graph_def, specs = abstract_model(self.config, self._mesh)
+        self.params = jax.device_put(params, abstract.shardings(specs))
         self._engine = Engine(graph_def, self.params)
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
         self._loss = jax.jit(
@@ -232,7 +233,7 @@ def _read_run(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     run = Run(workdir)
     cfg = dataclasses.replace(run.cfg, dtype=dtype or run.cfg.dtype)
-    return cfg, run.read(cfg.dtype, abstract_model(cfg, mesh)[2])
+    return cfg, run.read(cfg.dtype, abstract.shardings(abstract_model(cfg, mesh)[1]))
 
 
 def _with_adapter(

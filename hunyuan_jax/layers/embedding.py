@@ -24,14 +24,14 @@ class Embedding(nnx.Module):
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         self.pad_token_id = cfg.pad_token_id
         self.mesh = mesh
-        self.embedding_VD = _new_table(cfg, mesh, key)
+        self.embedding_VD = _new_table(cfg, mesh, key, params.Role.EMBEDDING)
         if cfg.pad_token_id >= 0:
             self.embedding_VD[...] = self.embedding_VD[...].at[cfg.pad_token_id].set(0.0)
 
     def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """[B, T, D] in dtype."""
 
-        logical = self.embedding_VD.get_metadata("logical")
+        logical = self.embedding_VD.get_metadata("dims")
 
         def fn(w_VD, tokens_BT):
             return lookup(w_VD, tokens_BT, dtype, logical)
@@ -47,17 +47,13 @@ class Head(nnx.Module):
     """The output projection of an untied model."""
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
-        self.w_VD = _new_table(cfg, mesh, key)
+        self.w_VD = _new_table(cfg, mesh, key, params.Role.MATRIX)
 
 
-def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> nnx.Param:
+def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array, role: params.Role) -> nnx.Param:
     shape = (cfg.vocab_size, cfg.hidden_size)
-    return params.normal(
-        key,
-        shape,
-        rules.first_that_divides(mesh, shape, TABLES, "the table of tokens"),
-        cfg.init_std,
-    )
+    dims = rules.first_that_divides(mesh, shape, TABLES, "the table of tokens")
+    return params.param(shape, dims, params.normal(key, cfg.init_std), role)
 
 
 def lookup(
@@ -86,7 +82,7 @@ def lookup(
 
 def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
     """float32 [B, T, V]: for generation; the training loss never makes them whole."""
-    logical = table_VD.get_metadata("logical")
+    logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD):
         hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])

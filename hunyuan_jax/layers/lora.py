@@ -21,8 +21,7 @@ from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.parallel import island
 from hunyuan_jax.params import declare as params
 
-# Of each target: what the name of its W begins with, its leading dims, those that it reads, those
-# that it writes.
+# target -> (parameter stem, batch dims, input dims, output dims)
 _DIMS = {
     "q": ("wq", "", "D", "NH"),
     "k": ("wk", "", "D", "KH"),
@@ -73,12 +72,13 @@ def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
 
         (a_shape, b_shape), (a_dims, b_dims) = (
             with_rank(w[...].shape, cfg.lora.rank),
-            with_rank(w.get_metadata("logical"), "rank"),
+            with_rank(w.get_metadata("dims"), "rank"),
         )
         # The spread of the usual initialisation, uniform in +-1 / sqrt(entries of the input).
         std = 1 / math.sqrt(3 * math.prod(a_shape[first:last]))
-        setattr(module, a_name, params.normal(target_key, a_shape, a_dims, std))
-        setattr(module, b_name, params.zeros(b_shape, b_dims))
+        init = params.normal(target_key, std)
+        setattr(module, a_name, params.param(a_shape, a_dims, init, params.Role.ADAPTER))
+        setattr(module, b_name, params.param(b_shape, b_dims, params.zeros, params.Role.ADAPTER))
 
 
 def added(
@@ -108,25 +108,28 @@ def adapted(
     return Adapted(w, whole(a_name), whole(b_name), cfg.scale) if a_name in weights else Adapted(w)
 
 
-def split(tree: dict[str, Any], cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(tree: dict[str, Any], specs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is trained, what is frozen) of a nested dict of parameters: the adapters and the rest,
     or all and {} without adapters.
+
+    Args:
+      tree: nested dict of parameters.
+      specs: the same of their `ParamSpec`s.
     """
-    if not cfg.lora.rank:
+    if not any(spec.role == params.Role.ADAPTER for spec in jax.tree.leaves(specs)):
         return tree, {}
-    trained, frozen = {}, {}
+    return _select(tree, specs, is_adapter=True), _select(tree, specs, is_adapter=False)
+
+
+def _select(tree: dict[str, Any], specs: dict[str, Any], *, is_adapter: bool) -> dict[str, Any]:
+    found = {}
     for name, value in tree.items():
-        parts = (
-            split(value, cfg)
-            if isinstance(value, dict)
-            else (value, {})
-            if "_lora_" in name
-            else ({}, value)
-        )
-        for part, whole in zip(parts, (trained, frozen), strict=True):
-            if not isinstance(part, dict) or part:
-                whole[name] = part
-    return trained, frozen
+        if isinstance(specs[name], dict):
+            if part := _select(value, specs[name], is_adapter=is_adapter):
+                found[name] = part
+        elif (specs[name].role == params.Role.ADAPTER) == is_adapter:
+            found[name] = value
+    return found
 
 
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +149,11 @@ def merge(cfg: ModelConfig, tree: dict[str, Any]) -> tuple[ModelConfig, dict[str
 
 
 def _merged(tree: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
+    adapters = {name for target in cfg.targets for name in names(target)[1:]}
     plain = {
         name: _merged(value, cfg) if isinstance(value, dict) else value
         for name, value in tree.items()
-        if "_lora_" not in name
+        if name not in adapters
     }
     for target in cfg.targets:
         w_name, a_name, b_name = names(target)

@@ -38,7 +38,7 @@ def token_losses(
       targets_BT: int32 in [0, V).
       mesh: where the arrays lie.
     """
-    logical = table_VD.get_metadata("logical")
+    logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD, targets_BT):
         loss_M = _losses_of_shard(

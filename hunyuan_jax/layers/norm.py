@@ -19,7 +19,7 @@ class RmsNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, eps: float):
-        self.scale_D = params.ones((dim,), ("norm",))
+        self.scale_D = params.param((dim,), ("norm",), params.ones, params.Role.NORM)
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

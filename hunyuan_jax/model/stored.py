@@ -8,35 +8,48 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig, StateDtype
 from hunyuan_jax.layers import lora
-from hunyuan_jax.model.abstract import abstract_model, dtype_in_use, path_of
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
+from hunyuan_jax.params.abstract import structs
 from hunyuan_jax.quant.scaled import Scaled, is_scaled, store_params
 
 
 def stored_params(
-    params: dict[str, Any], cfg: ModelConfig, state_dtype: StateDtype
+    params: dict[str, Any], specs: dict[str, Any], compute_dtype: str, state_dtype: StateDtype
 ) -> dict[str, Any]:
     """Master weights of what is trained, in `state_dtype`; what LoRA freezes in the dtype in which
     the model uses it.
+
+    Args:
+      params: nested dict of arrays.
+      specs: the same of their `ParamSpec`s.
+      compute_dtype: the model's.
+      state_dtype: the optimizer's.
     """
-    trained, frozen = lora.split(params, cfg)
-    trained = store_params(jax.tree.map(lambda a: a.astype(jnp.float32), trained), state_dtype)
-    frozen = jax.tree.map_with_path(
-        lambda path, a: a.astype(dtype_in_use(path_of(path), cfg)), frozen
+    (trained, frozen), (trained_specs, frozen_specs) = (
+        lora.split(tree, specs) for tree in (params, specs)
     )
-    return lora.join(frozen, trained)
+    trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
+    frozen = jax.tree.map(
+        lambda a, spec: a.astype(spec.dtype_in_use(compute_dtype)), frozen, frozen_specs
+    )
+    return lora.join(frozen, store_params(trained, trained_specs, state_dtype))
 
 
 def abstract_stored_params(
     cfg: ModelConfig, mesh: Mesh, state_dtype: StateDtype
 ) -> dict[str, Any]:
     """Shapes, dtypes and shardings of `stored_params`: the target of a restore."""
-    _, shapes, shardings = abstract_model(cfg, mesh)
-    stored = jax.eval_shape(lambda params: stored_params(params, cfg, state_dtype), shapes)
+    _, specs = abstract_model(cfg, mesh)
+    stored = jax.eval_shape(
+        lambda params: stored_params(params, specs, cfg.dtype, state_dtype), structs(specs)
+    )
 
     def place(leaf, sharding):
         if not is_scaled(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return Scaled(place(leaf.value, sharding), place(leaf.inv_scale, rules.sharding(mesh, ())))
 
-    return jax.tree.map(place, stored, shardings, is_leaf=is_scaled)
+    return jax.tree.map(
+        lambda leaf, spec: place(leaf, spec.sharding), stored, specs, is_leaf=is_scaled
+    )

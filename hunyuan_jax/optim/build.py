@@ -48,7 +48,7 @@ class QuantizedState(NamedTuple):
 def build_optimizer(
     cfg: OptimizerConfig,
     schedule: optax.Schedule,
-    params_or_shapes: Any,
+    specs: Any,
     *,
     is_moe: bool,
     is_lora: bool = False,
@@ -80,8 +80,7 @@ def build_optimizer(
     Args:
       cfg: the optimizer section.
       schedule: step -> learning rate, as `build_schedule` returns it.
-      params_or_shapes: nested dict of the parameters (plain arrays) or their shape structs; only
-        the paths are used.
+      specs: nested dict of the parameters' `ParamSpec`s; only their roles are used.
       is_moe: whether the model has routed experts (`ModelConfig.is_moe`).
       is_lora: whether the parameters are LoRA adapters.
 
@@ -90,7 +89,7 @@ def build_optimizer(
         decays too slowly for its dtype.
     """
     by_name = {group.name: group for group in default_groups(cfg, is_moe=is_moe, is_lora=is_lora)}
-    names = assign_groups(params_or_shapes, tuple(by_name.values()))
+    names = assign_groups(specs, tuple(by_name.values()))
     groups = jax.tree.map(lambda name: by_name[name], names)
     if cfg.state_dtype == "fp8_lm":
         return _quantized(cfg, schedule, groups)

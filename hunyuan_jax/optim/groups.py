@@ -1,29 +1,29 @@
 """Parameter groups: which learning-rate ratio and weight decay each parameter gets, decided by its
-path alone.
+role alone.
 
-Paths, not ranks: the layers are stacked, so a norm scale is two-dimensional.  Every parameter
-belongs to the first group whose pattern matches it; a parameter without a group, or a pattern
-without a parameter, is an error and never a silent default.
+Every role belongs to one group; a parameter without a group, or a group without a parameter, is an
+error and never a silent default.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
 
 from hunyuan_jax.config import OptimizerConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.tree import path_of
 
 _NUM_PATHS_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamGroup:
-    """Settings of the parameters whose whole '/'-joined path matches `pattern` (re.fullmatch)."""
+    """Settings of the parameters that have one of `roles`."""
 
     name: str
-    pattern: str
+    roles: tuple[Role, ...]
     lr_ratio: float  # multiplies the learning rate of the schedule
     weight_decay: float
 
@@ -31,10 +31,9 @@ class ParamGroup:
 def default_groups(
     cfg: OptimizerConfig, *, is_moe: bool, is_lora: bool = False
 ) -> tuple[ParamGroup, ...]:
-    """The groups of a model, in order; the first match wins.  With LoRA there is one, of the
-    adapters, which are matrices.
+    """The groups of a model.  With LoRA there is one, of the adapters, which are matrices.
 
-    Groups that only a mixture of experts has are left out for a dense model, so that a pattern
+    Groups that only a mixture of experts has are left out for a dense model, so that a group
     without a parameter is always a mistake.
 
     * experts: the routed (specialised) experts, at `expert_lr_ratio` of the learning rate
@@ -48,50 +47,40 @@ def default_groups(
       gradient at each step, and decay keeps the logits from growing.
     """
     if is_lora:
-        return (ParamGroup("adapters", r"groups/.*/w\w+_lora_\w+", 1.0, cfg.weight_decay),)
-    experts = ParamGroup(
-        "experts", r"groups/.*/moe/experts/w_\w+", cfg.expert_lr_ratio, cfg.weight_decay
+        return (ParamGroup("adapters", (Role.ADAPTER,), 1.0, cfg.weight_decay),)
+    mixture = (
+        ParamGroup("experts", (Role.EXPERT,), cfg.expert_lr_ratio, cfg.weight_decay),
+        ParamGroup("router", (Role.ROUTER,), 1.0, cfg.weight_decay),
     )
-    router = ParamGroup("router", r"groups/.*/moe/router_DE", 1.0, cfg.weight_decay)
     everywhere = (
-        ParamGroup("norms_and_biases", r".*/(scale_D|[qk]_norm_H|b[qkvo]_\w+)", 1.0, 0.0),
-        ParamGroup("embedding", r"embed/embedding_VD", 1.0, 0.0),
-        # Not '.*': a parameter that is new to this table must be refused, not silently decayed.
-        ParamGroup(
-            "matrices", r"(groups/.*/(attn|mlp|moe/shared)|lm_head)/w\w+", 1.0, cfg.weight_decay
-        ),
+        ParamGroup("norms_and_biases", (Role.NORM, Role.BIAS), 1.0, 0.0),
+        ParamGroup("embedding", (Role.EMBEDDING,), 1.0, 0.0),
+        ParamGroup("matrices", (Role.MATRIX,), 1.0, cfg.weight_decay),
     )
-    return (experts, router, *everywhere) if is_moe else everywhere
+    return (*mixture, *everywhere) if is_moe else everywhere
 
 
-def assign_groups(params_or_shapes: Any, groups: tuple[ParamGroup, ...]) -> Any:
-    """The tree of `params_or_shapes` (nested dict of arrays or shape structs) with the name of its
-    group at each leaf.
+def assign_groups(specs: Any, groups: tuple[ParamGroup, ...]) -> Any:
+    """The tree of `specs` (nested dict of `ParamSpec`s) with the name of its group at each leaf.
 
     Raises:
-      ConfigError: a parameter that no pattern matches, or a pattern that matches no parameter.
+      ConfigError: a parameter whose role no group has, or a group without a parameter.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params_or_shapes)
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths_and_leaves
-    ]
+    roles = {path_of(path): spec.role for path, spec in jax.tree.leaves_with_path(specs)}
     for group in groups:
-        if not any(re.fullmatch(group.pattern, path) for path in paths):
+        if not set(group.roles) & set(roles.values()):
             raise ConfigError(
-                f"The pattern '{group.pattern}' of optimizer group '{group.name}' matches none of "
-                f"the {len(paths)} parameters, "
-                f"for example {', '.join(paths[:_NUM_PATHS_SHOWN])}. Correct the pattern or "
-                "remove the group."
+                f"The optimizer group '{group.name}' (role {' or '.join(group.roles)}) has none "
+                f"of the {len(roles)} parameters, for example "
+                f"{', '.join(list(roles)[:_NUM_PATHS_SHOWN])}. Correct its roles or remove it."
             )
-    return jax.tree.unflatten(treedef, [_owner(path, groups) for path in paths])
-
-
-def _owner(path: str, groups: tuple[ParamGroup, ...]) -> str:
-    for group in groups:
-        if re.fullmatch(group.pattern, path):
-            return group.name
-    raise ConfigError(
-        f"The parameter {path} is in no optimizer group; the groups are "
-        f"{', '.join(f'{group.name} ({group.pattern})' for group in groups)}. Give it to one of "
-        "them, or add a group, in optim/groups.py."
-    )
+    by_role = {role: group.name for group in groups for role in group.roles}
+    for path, role in roles.items():
+        if role not in by_role:
+            known = ", ".join(f"{group.name} ({' and '.join(group.roles)})" for group in groups)
+            raise ConfigError(
+                f"The parameter {path} has the role {role}, which is in no optimizer group; the "
+                f"groups are {known}. "
+                "Add the role to one of them, or add a group, in optim/groups.py."
+            )
+    return jax.tree.map(lambda spec: by_role[spec.role], specs)

@@ -12,16 +12,16 @@ from hunyuan_jax.quant.scaled import is_scaled, load_params, quantize, store_par
 
 
 def convert_state(
-    params: Any, opt_state: Any, state_dtype: StateDtype, optimizer: Optimizer
+    params: Any, specs: Any, opt_state: Any, state_dtype: StateDtype, optimizer: Optimizer
 ) -> tuple[Any, Any]:
     """(params, opt_state), made by any optimizer of `build_optimizer`, in the layout of
-    `optimizer`, whose dtype is `state_dtype`.
+    `optimizer`, whose dtype is `state_dtype`; `specs` are the parameters' `ParamSpec`s.
 
     Each number is rounded once, as if it had just been computed: to a wider dtype and back is the
     identity, but that float8 chooses its scales anew.
     """
     count, mu, nu = _moments(opt_state)
-    params = store_params(load_params(params), state_dtype)
+    params = store_params(load_params(params), specs, state_dtype)
     fresh = optimizer.init(params)
     if isinstance(fresh, QuantizedState):
         return params, QuantizedState(

@@ -1,8 +1,13 @@
-"""How a parameter is declared: shape, initialiser and the logical name of each dim (mapped to mesh
-axes by parallel/rules.py).
+"""How a parameter is declared: its shape, the name of each dim (mapped to mesh axes by
+parallel/rules.py), its initialiser and its role.
+
+The role says what a parameter is for.  Optimizer groups, the dtype in which it is used, which
+parameters can be quantised and which are adapters follow from it, never from a name.
 """
 
 import dataclasses
+import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,38 +17,64 @@ from flax import nnx
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled
 
 
-def normal(
-    key: jax.Array, shape: tuple[int, ...], logical: tuple[str, ...], std: float
+class Role(enum.StrEnum):
+    """What a parameter is for."""
+
+    MATRIX = enum.auto()  # a projection that every token meets; an untied head is one
+    EXPERT = enum.auto()  # a projection of the routed experts
+    EMBEDDING = enum.auto()  # the table that tokens are looked up in
+    NORM = enum.auto()  # a scale
+    BIAS = enum.auto()
+    ROUTER = enum.auto()  # the matrix that chooses experts
+    ADAPTER = enum.auto()  # one of the two matrices of a LoRA adapter
+
+
+# Used in the model's dtype, and quantisable.  The others stay float32: they are few, and the
+# router decides between near-equal numbers.
+LOW_PRECISION_ROLES = (Role.MATRIX, Role.EXPERT, Role.EMBEDDING, Role.ADAPTER)
+
+
+def param(
+    shape: tuple[int, ...],
+    dims: tuple[str, ...],
+    init: Callable[[tuple[int, ...]], jax.Array],
+    role: Role,
 ) -> nnx.Param:
-    """A float32 matrix drawn from N(0, std), as the official initialisation does for Linear and
-    Embedding.
+    """An nnx.Param that carries `dims` and `role` as metadata.
+
+    Args:
+      shape: one size for each of `dims`.
+      dims: logical names of the dims, keys of `parallel.rules.RULES`.
+      init: shape -> float32 array.
+      role: see `Role`.
     """
-    assert len(shape) == len(logical), (shape, logical)
-    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std, logical=logical)
+    assert len(shape) == len(dims), (shape, dims)
+    return nnx.Param(init(shape), dims=dims, role=role)
 
 
-def ones(shape: tuple[int, ...], logical: tuple[str, ...]) -> nnx.Param:
-    """A float32 norm scale."""
-    assert len(shape) == len(logical), (shape, logical)
-    return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+def normal(key: jax.Array, std: float) -> Callable[[tuple[int, ...]], jax.Array]:
+    """Draws from N(0, std), as the official initialisation does for Linear and Embedding."""
+    return lambda shape: jax.random.normal(key, shape, jnp.float32) * std
 
 
-def zeros(shape: tuple[int, ...], logical: tuple[str, ...]) -> nnx.Param:
-    """A float32 bias."""
-    assert len(shape) == len(logical), (shape, logical)
-    return nnx.Param(jnp.zeros(shape, jnp.float32), logical=logical)
+def ones(shape: tuple[int, ...]) -> jax.Array:
+    """The initial norm scale."""
+    return jnp.ones(shape, jnp.float32)
+
+
+def zeros(shape: tuple[int, ...]) -> jax.Array:
+    """The initial bias."""
+    return jnp.zeros(shape, jnp.float32)
 
 
 _MAX_GROUPS = 2**30
 
 
 class Declared(NamedTuple):
-    """A module's own parameters by attribute name: their arrays, and the logical names of their
-    dims.
-    """
+    """A module's own parameters by attribute name: their arrays, and the names of their dims."""
 
     arrays: dict[str, jax.Array]
-    logical: dict[str, tuple[str, ...]]
+    dims: dict[str, tuple[str, ...]]
 
 
 def declared(module: nnx.Module) -> Declared:
@@ -55,12 +86,12 @@ def declared(module: nnx.Module) -> Declared:
     """
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
     arrays = {name: param[...] for name, param in own.items()}
-    logical = {name: param.get_metadata("logical") for name, param in own.items()}
+    dims = {name: param.get_metadata("dims") for name, param in own.items()}
     return Declared(
         arrays,
         {
             name: names[1:] if isinstance(arrays[name], tuple) else names
-            for name, names in logical.items()
+            for name, names in dims.items()
         },
     )
 

@@ -13,7 +13,6 @@ comparable; gradients are not float8 here, and a maximum over a sharded tensor u
 over all shards (XLA adds the all-reduce), so each has the same scale.
 """
 
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +20,6 @@ import jax.numpy as jnp
 
 from hunyuan_jax.config import StateDtype
 
-# Matrices by name.  Norms, biases and the router stay float32: they are few, and the router
-# decides between near-equal numbers.
-_MATRIX = re.compile(r"(.*/)?(w\w+|embedding_VD)")
 _MAX_EXPONENT = 126  # 2**126 and its inverse are both normal float32 numbers
 
 
@@ -68,22 +64,27 @@ def dequantize(scaled: Scaled, dtype: jax.typing.DTypeLike = jnp.float32) -> jax
     return x.astype(dtype)
 
 
-def store_params(params: dict[str, Any], state_dtype: StateDtype) -> dict[str, Any]:
+def store_params(
+    params: dict[str, Any], specs: dict[str, Any], state_dtype: StateDtype
+) -> dict[str, Any]:
     """Fresh float32 parameters as the train state keeps them: in "fp8_lm" each matrix is a Scaled
     float16, otherwise unchanged.
+
+    Args:
+      params: nested dict of arrays.
+      specs: the same of their `ParamSpec`s, whose `num_scale_dims` decide.
+      state_dtype: of the train state.
     """
     if state_dtype != "fp8_lm":
         return params
 
-    def store(path, param):
-        num_scale_dims = _num_scale_dims(jax.tree_util.keystr(path, simple=True, separator="/"))
-        return (
-            param
-            if num_scale_dims is None
-            else quantize(param, jnp.float16, jnp.ones(param.shape[:num_scale_dims], jnp.float32))
-        )
+    def store(param, spec):
+        if spec.num_scale_dims is None:
+            return param
+        old_inv_scale = jnp.ones(param.shape[: spec.num_scale_dims], jnp.float32)
+        return quantize(param, jnp.float16, old_inv_scale)
 
-    return jax.tree.map_with_path(store, params)
+    return jax.tree.map(store, params, specs)
 
 
 def load_params(
@@ -105,15 +106,6 @@ def load_params(
 def is_scaled(leaf: Any) -> bool:
     """For `is_leaf` of jax.tree functions."""
     return isinstance(leaf, Scaled)
-
-
-def _num_scale_dims(path: str) -> int | None:
-    """How many leading dims of the parameter have a scale each; None = it stays float32."""
-    if not _MATRIX.fullmatch(path):
-        return None
-    if not path.startswith("groups/"):
-        return 0
-    return 2 if "/moe/experts/" in path else 1
 
 
 def _inverse_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import stream as scale
 from hunyuan_jax.weights import torch_io
 from hunyuan_jax.weights.run import Run
@@ -53,7 +54,7 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         run = Run(path)
         require_same_model(path, run.cfg, cfg)
         plain = dataclasses.replace(cfg, lora=LoraConfig())
-        return run.read(dtype, abstract_model(plain, mesh)[2])
+        return run.read(dtype, abstract.shardings(abstract_model(plain, mesh)[1]))
     if scale.is_converted(path):
         theirs, params, _ = scale.read_params(path, dtype)
     else:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, OptimizerConfig, StateDtype
 from hunyuan_jax.layers import lora
-from hunyuan_jax.model.abstract import abstract_model, dtype_in_use, path_of
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import stored_params
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import Optimizer, build_optimizer
@@ -19,6 +19,8 @@ from hunyuan_jax.optim.guard import Guard, new_guard
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
+from hunyuan_jax.params import abstract
+from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.train.objective import Objective, build_objective
 
 
@@ -37,8 +39,8 @@ class TrainState(NamedTuple):
 class Program(NamedTuple):
     """What a run's functions are made from.
 
-    graph_def: `nnx.merge(graph_def, params)` is the Transformer; tx: the optimizer; schedule: step
-    -> learning rate; objective: what is minimised;
+    graph_def: `nnx.merge(graph_def, params)` is the Transformer; specs: a ParamSpec for every
+    parameter; tx: the optimizer; schedule: step -> learning rate; objective: what is minimised;
     shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of
     the gradient of every parameter that is trained.
     """
@@ -46,6 +48,7 @@ class Program(NamedTuple):
     config: Config
     mesh: Mesh
     graph_def: nnx.GraphDef
+    specs: dict[str, Any]
     tx: Optimizer
     schedule: optax.Schedule
     objective: Objective
@@ -60,9 +63,9 @@ def build_program(config: Config, mesh: Mesh) -> Program:
       ConfigError: a dim that does not divide over the mesh, or parameter groups that do not fit
         the model.
     """
-    graph_def, shapes, param_shardings = abstract_model(config.model, mesh)
+    graph_def, specs = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
-    trained, _ = lora.split(shapes, config.model)
+    trained, _ = lora.split(specs, specs)
     tx = build_optimizer(
         config.optimizer,
         schedule,
@@ -70,7 +73,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         is_moe=config.model.is_moe,
         is_lora=config.model.lora.rank > 0,
     )
-    by_path = {path_of(path): s for path, s in jax.tree.leaves_with_path(param_shardings)}
+    by_path = {path_of(path): spec.sharding for path, spec in jax.tree.leaves_with_path(specs)}
 
     def sharding(path, _):
         # A path ends in its parameter's, a moment's too; counts and scales stand alone.
@@ -81,15 +84,10 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         ]
         return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
-    shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, shapes))
-    taps = jax.tree.map_with_path(
-        lambda path, shape, s: jax.ShapeDtypeStruct(
-            shape.shape, dtype_in_use(path_of(path), config.model), sharding=s
-        ),
-        trained,
-        lora.split(param_shardings, config.model)[0],
-    )
-    return Program(config, mesh, graph_def, tx, schedule, build_objective(config), shardings, taps)
+    shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, specs))
+    taps = jax.tree.map(lambda spec: spec.struct(spec.dtype_in_use(config.model.dtype)), trained)
+    objective = build_objective(config)
+    return Program(config, mesh, graph_def, specs, tx, schedule, objective, shardings, taps)
 
 
 def init_state(program: Program, weights: dict[str, Any] | None = None) -> TrainState:
@@ -103,7 +101,8 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
     def init(key, weights):
         drawn = nnx.to_pure_dict(nnx.split(Transformer(cfg, mesh, key))[1])
-        return _new_state(program.config, program.tx, lora.join(drawn, weights))
+        params = lora.join(drawn, weights)
+        return _new_state(program.config, program.tx, program.specs, params)
 
     def place(path, array):
         if isinstance(array, jax.Array):
@@ -114,7 +113,7 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
         )
 
     shardings = {
-        path_of(path): s for path, s in jax.tree.leaves_with_path(abstract_model(cfg, mesh)[2])
+        path_of(path): spec.sharding for path, spec in jax.tree.leaves_with_path(program.specs)
     }
     placed = jax.tree.map_with_path(place, weights or {})
     # Runs once: on a CPU, LLVM would spend seconds on optimising what takes 0.05 s.
@@ -127,8 +126,7 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
 def abstract_state(program: Program) -> TrainState:
     """Shapes, dtypes and shardings of the state: the target of a restore."""
-    _, shapes, _ = abstract_model(program.config.model, program.mesh)
-    state = _state_shapes(program.config, program.tx, shapes)
+    state = _state_shapes(program.config, program.tx, program.specs)
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings
     )
@@ -161,20 +159,28 @@ def convert(program: Program, state: TrainState) -> TrainState:
     """A state of any state_dtype in that of `program`; while it runs, both are in memory."""
 
     def run(state):
-        trained, frozen = lora.split(state.params, program.config.model)
+        trained, frozen = lora.split(state.params, program.specs)
         trained, opt_state = convert_state(
-            trained, state.opt_state, program.config.optimizer.state_dtype, program.tx
+            trained,
+            lora.split(program.specs, program.specs)[0],
+            state.opt_state,
+            program.config.optimizer.state_dtype,
+            program.tx,
         )
         return state._replace(params=lora.join(frozen, trained), opt_state=opt_state)
 
     return jax.jit(run, out_shardings=program.shardings)(state)
 
 
-def _new_state(config: Config, tx: Optimizer, params: dict[str, Any]) -> TrainState:
-    params = stored_params(params, config.model, config.optimizer.state_dtype)
-    trained, _ = lora.split(params, config.model)
+def _new_state(
+    config: Config, tx: Optimizer, specs: dict[str, Any], params: dict[str, Any]
+) -> TrainState:
+    params = stored_params(params, specs, config.model.dtype, config.optimizer.state_dtype)
+    trained, _ = lora.split(params, specs)
     return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 
-def _state_shapes(config: Config, tx: Optimizer, shapes: dict[str, Any]) -> TrainState:
-    return jax.eval_shape(lambda params: _new_state(config, tx, params), shapes)
+def _state_shapes(config: Config, tx: Optimizer, specs: dict[str, Any]) -> TrainState:
+    return jax.eval_shape(
+        lambda params: _new_state(config, tx, specs, params), abstract.structs(specs)
+    )

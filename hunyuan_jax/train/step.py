@@ -76,7 +76,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         # them.
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grads, loss, measured = gradients(program, state.params, batch, key)
-        trained, frozen = lora.split(state.params, config.model)
+        trained, frozen = lora.split(state.params, program.specs)
         accept = functools.partial(guard_lib.accepts, config.optimizer, state.guard, loss)
         trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained, accept)
         guard = guard_lib.after_step(state.guard, grad_norm, accept(grad_norm))
@@ -184,7 +184,7 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     """The parameters for the model: those of the layers become arrays layer by layer, the others
     at once; frozen ones already are.
     """
-    trained, frozen = lora.split(params, program.config.model)
+    trained, frozen = lora.split(params, program.specs)
     weights = lora.join(
         frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained)
     )

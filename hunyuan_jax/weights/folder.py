@@ -13,6 +13,7 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
+from hunyuan_jax.params.declare import Role
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
@@ -310,11 +311,7 @@ def plan(weights: Weights, dtype: str | None) -> Plan:
     if problems:
         raise ConfigError(f"{weights.place}: " + "; ".join(problems) + ".")
     target = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[cfg.dtype]]
-    other = [
-        e.name
-        for e, s in tensors.items()
-        if s.dtype != target and not e.path.endswith("router_DE")
-    ]
+    other = [e.name for e, s in tensors.items() if s.dtype != target and e.role != Role.ROUTER]
     if other and dtype is None and not quantization:
         raise ConfigError(
             f"{weights.place}: config.json says torch_dtype {cfg.dtype}, but other dtypes are "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.params.declare import Role
 
 
 class Entry(NamedTuple):
@@ -19,7 +20,8 @@ class Entry(NamedTuple):
     name, shape: as in the checkpoint.
     path: '/'-joined path of our parameter; index: position of the tensor in its leading (stacked)
     dims.
-    is_transposed: whether ours is [in, out] (with `in` or `out` split into heads).
+    is_transposed: whether ours is [in, out] (with `in` or `out` split into heads); role: that of
+    our parameter.
     """
 
     name: str
@@ -27,17 +29,20 @@ class Entry(NamedTuple):
     path: str
     index: tuple[int, ...]
     is_transposed: bool
+    role: Role
 
 
 def entries(cfg: ModelConfig) -> list[Entry]:
     """Every tensor of the official checkpoint, in the order the official module declares them."""
     D, V = cfg.hidden_size, cfg.vocab_size
-    table = [Entry("model.embed_tokens.weight", (V, D), "embed/embedding_VD", (), False)]
+    table = [
+        Entry("model.embed_tokens.weight", (V, D), "embed/embedding_VD", (), False, Role.EMBEDDING)
+    ]
     for layer in range(cfg.num_layers):
         table += _layer(cfg, layer)
-    table.append(Entry("model.norm.weight", (D,), "final_norm/scale_D", (), False))
+    table.append(Entry("model.norm.weight", (D,), "final_norm/scale_D", (), False, Role.NORM))
     if not cfg.tie_embeddings:
-        table.append(Entry("lm_head.weight", (V, D), "lm_head/w_VD", (), False))
+        table.append(Entry("lm_head.weight", (V, D), "lm_head/w_VD", (), False, Role.MATRIX))
     return table
 
 
@@ -108,8 +113,9 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
     official, ours = f"model.layers.{layer}.", f"groups/layer_{i}/"
     table = []
 
-    def add(name, shape, path, index=(), *, is_transposed=False):
-        table.append(Entry(official + name, shape, ours + path, (group, *index), is_transposed))
+    def add(name, shape, path, role, index=(), *, is_transposed=False):
+        entry = Entry(official + name, shape, ours + path, (group, *index), is_transposed, role)
+        table.append(entry)
 
     projections = [("q", N * H, D), ("k", K * H, D), ("v", K * H, D), ("o", D, N * H)]
     our_weights = {"q": "wq_DNH", "k": "wk_DKH", "v": "wv_DKH", "o": "wo_NHD"}
@@ -121,13 +127,19 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
             f"self_attn.{letter}_proj.weight",
             (num_out, num_in),
             f"attn/{our_weights[letter]}",
+            Role.MATRIX,
             is_transposed=True,
         )
         if cfg.attention_bias:
-            add(f"self_attn.{letter}_proj.bias", (num_out,), f"attn/{our_biases[letter]}")
+            add(
+                f"self_attn.{letter}_proj.bias",
+                (num_out,),
+                f"attn/{our_biases[letter]}",
+                Role.BIAS,
+            )
     if cfg.use_qk_norm:
-        add("self_attn.query_layernorm.weight", (H,), "attn/q_norm_H")
-        add("self_attn.key_layernorm.weight", (H,), "attn/k_norm_H")
+        add("self_attn.query_layernorm.weight", (H,), "attn/q_norm_H", Role.NORM)
+        add("self_attn.key_layernorm.weight", (H,), "attn/k_norm_H", Role.NORM)
 
     def add_mlp(name, path, suffix, width, index=()):
         for projection, shape, letters in (
@@ -139,6 +151,7 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
                 f"{name}{projection}_proj.weight",
                 shape,
                 f"{path}w_{projection}_{suffix}{letters}",
+                Role.EXPERT if index else Role.MATRIX,
                 index,
                 is_transposed=True,
             )
@@ -151,13 +164,14 @@ def _layer(cfg: ModelConfig, layer: int) -> list[Entry]:
                 "",
                 cfg.intermediate_size * cfg.moe.num_shared_experts,
             )
-        add("mlp.gate.wg.weight", (cfg.moe.num_experts, D), "moe/router_DE", is_transposed=True)
+        router_shape = (cfg.moe.num_experts, D)
+        add("mlp.gate.wg.weight", router_shape, "moe/router_DE", Role.ROUTER, is_transposed=True)
         for expert in range(cfg.moe.num_experts):
             add_mlp(
                 f"mlp.experts.{expert}.", "moe/experts/", "E", cfg.intermediate_size, (expert,)
             )
     else:
         add_mlp("mlp.", "mlp/", "", cfg.intermediate_size)
-    add("input_layernorm.weight", (D,), "attn_norm/scale_D")
-    add("post_attention_layernorm.weight", (D,), "mlp_norm/scale_D")
+    add("input_layernorm.weight", (D,), "attn_norm/scale_D", Role.NORM)
+    add("post_attention_layernorm.weight", (D,), "mlp_norm/scale_D", Role.NORM)
     return table

@@ -14,9 +14,11 @@ from hunyuan_jax.checkpoint.store import Store, read_config
 from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora
-from hunyuan_jax.model.abstract import path_of
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import abstract_stored_params
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params.abstract import ParamSpec
+from hunyuan_jax.params.declare import Role
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
 
 
@@ -40,13 +42,13 @@ class Run:
         float32, all others in `dtype`.
         """
         adapted, mesh = self.config.model, jax.tree.leaves(shardings)[0].mesh
-        target = self._target(adapted, mesh)
+        target, specs = self._target(adapted, mesh), abstract_model(self.cfg, mesh)[1]
         if not adapted.lora.rank:
             # Cast as it is read: no float32 copy.
-            target = _with_dtypes(target, dtype)
-            return _plain(self._restore(target), dtype)
+            target = _with_dtypes(target, specs, dtype)
+            return _plain(self._restore(target), specs, dtype)
         _, merged = lora.merge(adapted, load_params(self._restore(target)))
-        return jax.device_put(_plain(merged, dtype), shardings)
+        return jax.device_put(_plain(merged, specs, dtype), shardings)
 
     def read_adapters(self) -> tuple[ModelConfig, dict[str, Any]]:
         """(model config with its lora section, the adapters alone as float32 numpy arrays).
@@ -60,7 +62,8 @@ class Run:
                 f"{self._workdir} has trained all parameters (config.model.lora.rank = 0); it has "
                 "no adapter. Export the whole model."
             )
-        adapters, _ = lora.split(self._target(cfg, single_device_mesh()), cfg)
+        mesh = single_device_mesh()
+        adapters, _ = lora.split(self._target(cfg, mesh), abstract_model(cfg, mesh)[1])
         return cfg, jax.tree.map(np.asarray, load_params(self._restore(adapters)))
 
     def _target(self, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -79,28 +82,28 @@ class Run:
             yield store
 
 
-def _with_dtypes(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtypes(target: dict[str, Any], specs: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Shapes and shardings with the dtypes in which `Run.read` gives them, but for quantised
     matrices.
     """
 
-    def cast(path, leaf):
+    def cast(leaf, spec):
         if is_scaled(leaf):
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, _dtype_of(path, dtype), sharding=leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, _dtype_of(spec, dtype), sharding=leaf.sharding)
 
-    return jax.tree.map_with_path(cast, target, is_leaf=is_scaled)
+    return jax.tree.map(cast, target, specs, is_leaf=is_scaled)
 
 
-def _plain(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _plain(params: dict[str, Any], specs: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Arrays in the dtypes in which `Run.read` gives them."""
 
-    def cast(path, leaf):
-        kept = _dtype_of(path, dtype)
+    def cast(leaf, spec):
+        kept = _dtype_of(spec, dtype)
         return dequantize(leaf, kept) if is_scaled(leaf) else leaf.astype(kept)
 
-    return jax.tree.map_with_path(cast, params, is_leaf=is_scaled)
+    return jax.tree.map(cast, params, specs, is_leaf=is_scaled)
 
 
-def _dtype_of(path: tuple, dtype: str) -> str:
-    return "float32" if path_of(path).endswith("router_DE") else dtype
+def _dtype_of(spec: ParamSpec, dtype: str) -> str:
+    return "float32" if spec.role == Role.ROUTER else dtype

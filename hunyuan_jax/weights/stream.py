@@ -18,6 +18,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.params.declare import Role
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, torch_io
 from hunyuan_jax.weights import folder as weights
@@ -67,7 +68,7 @@ def import_model(
         "dtype": plan.cfg.dtype,
         "is_exact": plan.is_exact,
         "router_dtype": next(
-            (s.dtype.name for e, s in plan.tensors.items() if e.path.endswith("router_DE")), ""
+            (s.dtype.name for e, s in plan.tensors.items() if e.role == Role.ROUTER), ""
         ),
         "index_name": opened.index_name,
         "shards": list(opened.headers),
@@ -247,12 +248,13 @@ def read_params(
 
     converted = open_converted(folder)
     abstract: dict[str, Any] = {}
+    routers = {entry.path for entry in table.entries(converted.cfg) if entry.role == Role.ROUTER}
     for path, param in converted.params.items():
         *parents, leaf = path.split("/")
         node = abstract
         for parent in parents:
             node = node.setdefault(parent, {})
-        kept = param.dtype if dtype is None or leaf == "router_DE" else dtype
+        kept = param.dtype if dtype is None or path in routers else dtype
         node[leaf] = jax.ShapeDtypeStruct((*param.stacked, *param.piece), kept)
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(os.path.abspath(converted.place.path("params")), abstract)
@@ -339,7 +341,7 @@ def _new_headers(
     router = np.dtype(converted.about["router_dtype"] or np.float32)
 
     def dtype(entry: table.Entry) -> np.dtype:
-        return router if entry.path.endswith("router_DE") else converted.params[entry.path].dtype
+        return router if entry.role == Role.ROUTER else converted.params[entry.path].dtype
 
     files = torch_io.shards(entries, dtype)
     by_file: dict[str, list] = {}

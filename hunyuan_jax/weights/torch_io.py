@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.params.declare import Role
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
 
@@ -116,7 +117,7 @@ def read_model(
                 f"{entry.shape}."
             )
         files[name] = file
-        if entry.path.endswith("router_DE"):
+        if entry.role == Role.ROUTER:
             router_dtype = str(tensor.dtype)
         _store(params, entry, tensor, cfg)
     if wanted:
@@ -158,7 +159,7 @@ def write_model(
     is_same_dtype = source is not None and hf_config.dtype_of(source.config) == cfg.dtype
 
     def tensor_dtype(entry):
-        if not entry.path.endswith("router_DE"):
+        if entry.role != Role.ROUTER:
             return _NUMPY_DTYPES[cfg.dtype]
         return np.dtype(source.router_dtype) if is_same_dtype else np.dtype(np.float32)
 
@@ -289,7 +290,7 @@ def _store(
         node = node.setdefault(parent, {})
     stacked, shape = table.stacked_shape(entry, cfg), table.our_shape(entry, cfg)
     if leaf not in node:
-        dtype = np.dtype(np.float32) if leaf == "router_DE" else _NUMPY_DTYPES[cfg.dtype]
+        dtype = np.dtype(np.float32) if entry.role == Role.ROUTER else _NUMPY_DTYPES[cfg.dtype]
         node[leaf] = np.empty((*stacked, *shape), dtype)
     node[leaf][entry.index] = table.to_ours(tensor, entry, shape)
 

@@ -171,7 +171,7 @@ class _Ours:
             lambda: embedding.Embedding(self._cfg, self._mesh, jax.random.key(0))
         )
         rows_TD = self._read("embed/embedding_VD", ())[ids_T]
-        module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), logical=embedding.TABLES[0])
+        module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), dims=embedding.TABLES[0])
         return np.asarray(module(jnp.arange(len(ids_T))[None], "float32"))[0]
 
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ class _Ours:
         blocks = (
             w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK)
         )
-        tables = (nnx.Param(jnp.asarray(block), logical=embedding.TABLES[0]) for block in blocks)
+        tables = (nnx.Param(jnp.asarray(block), dims=embedding.TABLES[0]) for block in blocks)
         return np.concatenate(
             [embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1
         )
@@ -281,7 +281,11 @@ def _run_expert(
     )
     mesh = single_device_mesh()
     fn = functools.partial(
-        moe.serve, cfg=cfg.moe, kernels=kernel_options(cfg, mesh), lora_cfg=cfg.lora
+        moe.serve,
+        dims=moe.EXPERT_DIMS,
+        cfg=cfg.moe,
+        kernels=kernel_options(cfg, mesh),
+        lora_cfg=cfg.lora,
     )
     return island.island(fn, mesh, moe.EXPERT_DIMS, ((), ()), ())(weights, y_gTD, here)
 

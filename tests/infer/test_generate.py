@@ -21,6 +21,8 @@ from hunyuan_jax.infer import text
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
 from support.folders import random_params, small
 from support.models import mesh_of
@@ -184,7 +186,8 @@ def test_stream_yields_the_tokens_of_generate_and_stops_with_the_last_row(model)
 
 
 def test_matrices_apart_share_the_memory_of_the_model(model):
-    apart = engine_lib.taken_apart(model.params)
+    specs = abstract_model(model.config, single_device_mesh())[1]
+    apart = engine_lib.taken_apart(model.params, specs)
     w_EDF = model.params["groups"]["layer_1"]["moe"]["experts"]["w_up_EDF"]
     part = apart["groups"]["layer_1"]["moe"]["experts"]["w_up_EDF"][1][2]
     np.testing.assert_array_equal(part, w_EDF[1, 2])

@@ -30,6 +30,7 @@ from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn.moe import experts
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train import loop
 from hunyuan_jax.train.state import (
     abstract_model,
@@ -113,8 +114,13 @@ def random_params(cfg):
     return random_like(abstract_model(cfg, single_device_mesh())[1])
 
 
+def split(params, cfg):
+    """(adapters, the rest)"""
+    return lora.split(params, abstract_model(cfg, single_device_mesh())[1])
+
+
 def with_random_adapters(params, cfg, seed=0):
-    adapters = random_like(lora.split(params, cfg)[0], seed)
+    adapters = random_like(split(params, cfg)[0], seed)
     return lora.join(params, adapters)
 
 
@@ -148,7 +154,7 @@ def test_only_producers_have_adapters_of_keys_and_values(adapted):
     cfg, params = adapted
     found = {
         re.sub(r"groups/layer_(\d)/attn/w(\w)_lora_([ab])_\w+", r"\1\2\3", path)
-        for path in flat(lora.split(params, cfg)[0])
+        for path in flat(split(params, cfg)[0])
     }
     assert found == {
         layer + target + ab
@@ -163,7 +169,7 @@ def test_training_begins_at_the_base_model_and_moves_the_adapters_alone():
     program = build_program(config(cfg), single_device_mesh())
     state = init_state(program)
     before = jax.tree.map(np.asarray, state.params)
-    plain_cfg, plain = dataclasses.replace(cfg, lora=LoraConfig()), lora.split(before, cfg)[1]
+    plain_cfg, plain = dataclasses.replace(cfg, lora=LoraConfig()), split(before, cfg)[1]
     np.testing.assert_array_equal(logits_of(cfg, before), logits_of(plain_cfg, plain))
 
     # The optimizer knows nothing but the adapters.
@@ -173,7 +179,7 @@ def test_training_begins_at_the_base_model_and_moves_the_adapters_alone():
         if "groups" in path or "embed" in path
     }
     assert names and all("_lora_" in path for path in names)
-    assert flat(program.taps).keys() == flat(lora.split(before, cfg)[0]).keys()
+    assert flat(program.taps).keys() == flat(split(before, cfg)[0]).keys()
 
     step, first_losses = make_train_step(program), []
     for _ in range(6):
@@ -232,7 +238,7 @@ def test_all_projections_of_experts_have_adapters(adapted_experts):
     cfg, params = adapted_experts
     names = {name for target in EXPERTS for name in lora.names(target)[1:]}
     for layer in ("layer_0", "layer_1"):
-        moe = lora.split(params, cfg)[0]["groups"][layer]["moe"]
+        moe = split(params, cfg)[0]["groups"][layer]["moe"]
         assert moe["experts"].keys() == names and moe["shared"].keys() == {
             name for target in MLP for name in lora.names(target)[1:]
         }
@@ -268,14 +274,14 @@ def test_experts_with_adapters_are_the_merged_experts_on_every_mesh(
     plain_cfg, merged = lora.merge(cfg, params)
 
     def gradient(cfg, params, mesh):
-        graph_def, _, shardings = abstract_model(cfg, mesh)
+        graph_def, specs = abstract_model(cfg, mesh)
 
         def loss(params):
             model, b = nnx.merge(graph_def, params), batch()
             output = model(b["tokens"], b["positions"], b["segment_ids"], key=jax.random.key(0))
             return model.token_losses(output.hidden_BTD, b["targets"]).mean()
 
-        return fast_jit(jax.value_and_grad(loss))(jax.device_put(params, shardings))
+        return fast_jit(jax.value_and_grad(loss))(jax.device_put(params, shardings(specs)))
 
     expected, plain = gradient(plain_cfg, merged, single_device_mesh())
     found, gradients = gradient(cfg, params, mesh_of(**mesh))
@@ -398,9 +404,7 @@ def test_merging_changes_no_logit(adapted):
     )
     assert_close(logits_of(plain_cfg, merged), logits_of(cfg, params), 1e-5)
     assert (
-        np.abs(
-            logits_of(plain_cfg, merged) - logits_of(plain_cfg, lora.split(params, cfg)[1])
-        ).max()
+        np.abs(logits_of(plain_cfg, merged) - logits_of(plain_cfg, split(params, cfg)[1])).max()
         > 0.1
     )
 
@@ -425,7 +429,7 @@ def rewrite(folder, change):
 def assert_reads_back(folder, cfg, params):
     read_cfg, adapters = peft_io.read_adapter(folder, dataclasses.replace(cfg, lora=LoraConfig()))
     assert read_cfg == cfg
-    ours = flat(lora.split(params, cfg)[0])
+    ours = flat(split(params, cfg)[0])
     assert flat(adapters).keys() == ours.keys()
     for path, array in flat(adapters).items():
         np.testing.assert_array_equal(array, ours[path])
@@ -582,9 +586,9 @@ def test_peft_on_transformers_has_our_logits(moe, tmp_path):
     )
     params = random_params(cfg)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    Pretrained(
-        dataclasses.replace(cfg, lora=LoraConfig()), lora.split(params, cfg)[1]
-    ).save_pretrained(base)
+    Pretrained(dataclasses.replace(cfg, lora=LoraConfig()), split(params, cfg)[1]).save_pretrained(
+        base
+    )
     peft_io.write_adapter(adapter, cfg, params, str(base))
 
     ids = batch()["tokens"]

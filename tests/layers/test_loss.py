@@ -40,7 +40,7 @@ def limit_for(num_parts, mesh, vocab, num_tokens=BATCH * LENGTH):
 
 
 def losses(w_VD, hidden_BTD, targets_BT, mesh):
-    table_VD = nnx.Param(w_VD, logical=table_layout(mesh, w_VD.shape[0]))
+    table_VD = nnx.Param(w_VD, dims=table_layout(mesh, w_VD.shape[0]))
     return loss.token_losses(table_VD, hidden_BTD, targets_BT, mesh)
 
 

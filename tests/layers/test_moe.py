@@ -25,6 +25,7 @@ from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train.state import abstract_model
 from hunyuan_jax.train.step import router_metrics
 from pallas_kernels import expert_matmul
@@ -86,8 +87,8 @@ def train_step(cfg, mesh):
     """(loss, figures, gradients) of one step with parameters and batch laid out by the rules
     table.
     """
-    graph_def, _, shardings = abstract_model(cfg, mesh)
-    params = jax.device_put(initial_params(), shardings)
+    graph_def, specs = abstract_model(cfg, mesh)
+    params = jax.device_put(initial_params(), shardings(specs))
     data = [jax.device_put(a, rules.sharding(mesh, ("batch", "seq"), a.shape)) for a in batch()]
 
     def loss_fn(params, tokens_BT, positions_BT, segments_BT, targets_BT, key):
@@ -161,6 +162,8 @@ def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
     """
     seen = {}
 
+    stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}
+
     def body(weights, x_BTD, is_valid_BT, key_data):
         def spy(weights, x_gTD, assignment, **how):
             seen["assignment"] = assignment
@@ -173,6 +176,7 @@ def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
                 x_BTD,
                 is_valid_BT,
                 key_data,
+                dims=stored,
                 cfg=cfg,
                 group_size=group_size,
                 kernels={},
@@ -180,7 +184,6 @@ def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
             )
         return seen["assignment"]
 
-    stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}
     fn = island.island(
         body,
         mesh,

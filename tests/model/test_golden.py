@@ -23,9 +23,11 @@ from hunyuan_jax.infer import sampling
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.ffn.moe.layer import router_logits
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
+from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.weights import torch_io
 from support import goldens
 from support.goldens import FORWARD_CASES, PADDED_CASES, ROPE_CASES
@@ -443,6 +445,7 @@ def test_padding_row_gets_no_gradient_from_the_lookup():
 def test_ten_training_steps():
     golden = goldens.load("train_steps")
     cfg, params = read("train_steps")
+    specs = abstract_model(cfg, single_device_mesh())[1]
     optimizer_cfg = OptimizerConfig(
         b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, expert_lr_ratio=1.0
     )
@@ -450,7 +453,7 @@ def test_ten_training_steps():
         ScheduleConfig(name="cosine_with_min_lr", peak_lr=4e-3, min_lr=4e-4, warmup_steps=1),
         num_steps=10,
     )
-    optimizer = build_optimizer(optimizer_cfg, schedule, params, is_moe=True)
+    optimizer = build_optimizer(optimizer_cfg, schedule, specs, is_moe=True)
     loss_and_gradient = jax.value_and_grad(functools.partial(loss_of, graph_def(cfg)))
 
     @jax.jit

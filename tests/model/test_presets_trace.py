@@ -5,7 +5,6 @@ traced, nothing is allocated.
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,8 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import mesh as mesh_lib
+from hunyuan_jax.params.abstract import structs
+from hunyuan_jax.params.declare import LOW_PRECISION_ROLES
 from hunyuan_jax.train.state import abstract_model, abstract_state, build_program
 from hunyuan_jax.train.step import abstract_batch, make_train_step
 
@@ -87,7 +88,7 @@ def test_train_step_at_full_size_and_context(name, dispatch):
 @pytest.mark.parametrize("name", RELEASED)
 def test_decoding_step_with_a_full_cache(name):
     cfg = dataclasses.replace(preset(name, "dropless"), remat="none")
-    graph_def, params, _ = abstract_model(cfg, mesh_lib.single_device_mesh())
+    graph_def, specs = abstract_model(cfg, mesh_lib.single_device_mesh())
 
     def step(params, cache, token_B1):
         model = nnx.merge(graph_def, params)
@@ -97,7 +98,7 @@ def test_decoding_step_with_a_full_cache(name):
 
     cache = jax.eval_shape(lambda: empty_cache(cfg, 2, cfg.max_position))
     logits_BTV, new_cache = jax.eval_shape(
-        step, params, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        step, structs(specs), cache, jax.ShapeDtypeStruct((2, 1), jnp.int32)
     )
     assert (logits_BTV.shape, logits_BTV.dtype) == ((2, 1, cfg.vocab_size), jnp.float32)
     assert shapes(new_cache) == shapes(cache)
@@ -168,11 +169,8 @@ def test_no_leaf_of_the_state_above_one_mebibyte_is_replicated(state_dtype):
                 jax.tree_util.keystr(path)
             )
             num_large += 1
-    matrices = [
-        name
-        for name in by_path(recipe_state(1, 32, state_dtype).params)
-        if re.search(r"/(w|embedding)\w+(/value)?$", name)
-    ]
+    specs = abstract_model(presets.a52b(), mesh_lib.single_device_mesh())[1]
+    matrices = [spec for spec in jax.tree.leaves(specs) if spec.role in LOW_PRECISION_ROLES]
     assert num_large >= 3 * len(matrices) > 3 * 15
 
 

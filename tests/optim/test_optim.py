@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim.build import build_optimizer
-from hunyuan_jax.optim.groups import ParamGroup, assign_groups, default_groups
+from hunyuan_jax.optim.groups import assign_groups, default_groups
 from hunyuan_jax.optim.schedule import (
     build_schedule,
     expert_lr_ratio,
@@ -24,6 +24,7 @@ from hunyuan_jax.optim.schedule import (
     optimal_lr,
 )
 from support.adamw import CFG, SETTINGS, nest, numpy_adamw, on_device
+from support.specs import specs_like
 
 LAYER = {
     "attn_norm/scale_D": "norms_and_biases",
@@ -201,39 +202,32 @@ def test_noise_batch_round_trip(x, batch, num_experts, top_k):
 @pytest.mark.parametrize(("feed_forward", "is_moe"), [(MOE, True), (MLP, False)])
 def test_every_parameter_has_the_expected_group(feed_forward, is_moe):
     expected = model_groups(feed_forward)
-    shapes = nest({path: jax.ShapeDtypeStruct((2, 4), jnp.float32) for path in expected})
     groups = default_groups(OptimizerConfig(), is_moe=is_moe)
-    assert assign_groups(shapes, groups) == nest(expected)
-    # The patterns do not overlap, so the order decides nothing today.
-    assert assign_groups(shapes, groups[::-1]) == nest(expected)
+    assert assign_groups(specs_like(nest(expected)), groups) == nest(expected)
+    # Every role is in one group.
+    roles = [role for group in groups for role in group.roles]
+    assert len(roles) == len(set(roles))
 
 
-def test_first_match_wins():
-    specific, general = ParamGroup("b", "a/b", 1.0, 0.0), ParamGroup("all", ".*", 1.0, 0.0)
-    assert assign_groups({"a": {"b": 1, "bc": 2}}, (specific, general)) == {
-        "a": {"b": "b", "bc": "all"}
-    }
-
-
-def test_pattern_or_parameter_left_over_is_an_error():
-    dense = nest(dict.fromkeys(model_groups(MLP), 0))
-    moe = nest(dict.fromkeys(model_groups(MOE), 0))
+def test_group_or_parameter_left_over_is_an_error():
+    dense = specs_like(nest(dict.fromkeys(model_groups(MLP), 0)))
+    moe = specs_like(nest(dict.fromkeys(model_groups(MOE), 0)))
     cfg = OptimizerConfig()
     with pytest.raises(
         ConfigError,
-        match=r"moe/experts/.*'experts' matches none of the 29 parameters, for example "
+        match=r"'experts' \(role expert\) has none of the 29 parameters, for example "
         r"embed/embedding_VD",
     ):
         assign_groups(dense, default_groups(cfg, is_moe=True))
     with pytest.raises(
-        ConfigError, match=r"groups/layer_0/moe/experts/w_down_EFD is in no optimizer group"
+        ConfigError,
+        match=r"groups/layer_0/moe/experts/w_down_EFD has the role expert, which is in no "
+        r"optimizer group; the groups are norms_and_biases \(norm and bias\)",
     ):
         build_optimizer(cfg, optax.constant_schedule(1.0), moe, is_moe=False)
-    with pytest.raises(ConfigError, match=r"groups/layer_0/attn/gate_D is in no optimizer group"):
-        assign_groups(
-            dense | {"groups": {"layer_0": {"attn": {"gate_D": 0}}}},
-            default_groups(cfg, is_moe=False),
-        )
+    no_matrices = tuple(g for g in default_groups(cfg, is_moe=False) if g.name != "matrices")
+    with pytest.raises(ConfigError, match=r"attn/w\w+ has the role matrix, which is in no"):
+        assign_groups(dense, no_matrices)
 
 
 def random_tree(rng, scale=1.0, shape=(2, 8)):
@@ -244,7 +238,7 @@ def run_optimizer(cfg, schedule, params, grads_per_step):
     """The flat parameters after one update per tree of gradients, through the jitted production
     chain.
     """
-    optimizer = build_optimizer(cfg, schedule, nest(params), is_moe=True)
+    optimizer = build_optimizer(cfg, schedule, specs_like(nest(params)), is_moe=True)
 
     tree = on_device(params)
     with jax.numpy_dtype_promotion("strict"):
@@ -301,7 +295,9 @@ def test_expert_ratio_scales_the_experts_update_and_no_other():
 
     def first_update(ratio):
         cfg = dataclasses.replace(CFG, expert_lr_ratio=ratio)
-        optimizer = build_optimizer(cfg, optax.constant_schedule(0.01), params, is_moe=True)
+        optimizer = build_optimizer(
+            cfg, optax.constant_schedule(0.01), specs_like(params), is_moe=True
+        )
         return optimizer.step(grads, optimizer.init(params), params)[0]
 
     full, quarter = first_update(1.0), first_update(0.25)
@@ -313,7 +309,9 @@ def test_expert_ratio_scales_the_experts_update_and_no_other():
 
 def test_state_is_arrays_that_mirror_the_parameters():
     shapes = nest({path: jax.ShapeDtypeStruct((2, 8), jnp.float32) for path in SETTINGS})
-    optimizer = build_optimizer(CFG, optax.constant_schedule(0.01), shapes, is_moe=True)
+    optimizer = build_optimizer(
+        CFG, optax.constant_schedule(0.01), specs_like(shapes), is_moe=True
+    )
     state = jax.eval_shape(optimizer.init, shapes)
     assert optax.tree.get(state, "mu") == shapes and optax.tree.get(state, "nu") == shapes
     counts = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == ()]
@@ -329,7 +327,9 @@ def test_sharded_parameters_keep_their_sharding_and_values():
     rng = np.random.default_rng(2)
     flat = {name: random_tree(rng, shape=(2, 8 * num_devices)) for name in ("params", "grads")}
     params, grads = (on_device(tree) for tree in flat.values())
-    optimizer = build_optimizer(CFG, optax.constant_schedule(0.01), params, is_moe=True)
+    optimizer = build_optimizer(
+        CFG, optax.constant_schedule(0.01), specs_like(params), is_moe=True
+    )
     expected = jax.jit(optimizer.step)(grads, optimizer.init(params), params)[0]
     with jax.set_mesh(mesh):
         sharded_params, sharded_grads = jax.device_put((params, grads), sharding)

@@ -19,13 +19,16 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import loss as loss_lib
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params.abstract import structs
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params, quantize, store_params
 from support.adamw import CFG, SETTINGS, nest, numpy_adamw, on_device
 from support.models import assert_close, mesh_of
+from support.specs import specs_like
 
 MODES = ("float32", "bfloat16", "fp8_lm")
 DTYPES = (jnp.float8_e4m3fn, jnp.float16)
@@ -63,22 +66,18 @@ def flat(tree):
 
 def stored_model(cfg, state_dtype):
     """Shapes of the parameters as stored and of the optimizer state, and the number of parameters."""
-    shapes = nnx.to_pure_dict(
-        nnx.split(
-            nnx.eval_shape(lambda: Transformer(cfg, single_device_mesh(), jax.random.key(0)))
-        )[1]
-    )
+    specs = abstract_model(cfg, single_device_mesh())[1]
     optimizer = build_optimizer(
         OptimizerConfig(state_dtype=state_dtype),
         optax.constant_schedule(0.01),
-        shapes,
+        specs,
         is_moe=cfg.is_moe,
     )
-    params = jax.eval_shape(functools.partial(store_params, state_dtype=state_dtype), shapes)
+    params = jax.eval_shape(lambda p: store_params(p, specs, state_dtype), structs(specs))
     return (
         params,
         jax.eval_shape(optimizer.init, params),
-        sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs)),
     )
 
 
@@ -177,9 +176,12 @@ def test_a_decaying_moment_reaches_zero(decay):
 
 def test_which_parameters_are_scaled_and_by_how_many_scales():
     params = on_device(random_tree(np.random.default_rng(0)))
+    specs = specs_like(params)
     for mode in ("float32", "bfloat16"):
-        assert store_params(params, mode) is params
-    leaves = jax.tree_util.tree_leaves_with_path(store_params(params, "fp8_lm"), is_leaf=is_scaled)
+        assert store_params(params, specs, mode) is params
+    leaves = jax.tree_util.tree_leaves_with_path(
+        store_params(params, specs, "fp8_lm"), is_leaf=is_scaled
+    )
     stored = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves
     }
@@ -192,7 +194,7 @@ def test_which_parameters_are_scaled_and_by_how_many_scales():
         "groups/layer_0/moe/shared/w_up_DF": (2,),
         "groups/layer_0/moe/experts/w_up_EDF": (2, 3),
     }
-    loaded = load_params(store_params(params, "fp8_lm"), jnp.bfloat16)
+    loaded = load_params(store_params(params, specs, "fp8_lm"), jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
     assert loaded["groups"]["layer_0"]["moe"]["router_DE"].dtype == jnp.float32
 
@@ -244,8 +246,9 @@ def run_steps(cfg, lr, params, grads_per_step):
     """(stored parameters at the start, and at the end, state) of the production step under strict
     promotion.
     """
-    optimizer = build_optimizer(cfg, optax.constant_schedule(lr), params, is_moe=True)
-    start = store_params(params, cfg.state_dtype)
+    specs = specs_like(params)
+    optimizer = build_optimizer(cfg, optax.constant_schedule(lr), specs, is_moe=True)
+    start = store_params(params, specs, cfg.state_dtype)
     tree, state, step = start, optimizer.init(start), jax.jit(optimizer.step)
     for grads in grads_per_step:
         tree, state, grad_norm = step(grads, state, tree)
@@ -347,11 +350,9 @@ def test_expert_ratio_and_decay_groups_act(mode):
 )
 def test_decays_that_rounding_would_undo_are_refused(mode, b1, b2, match):
     cfg = dataclasses.replace(CFG, state_dtype=mode, b1=b1, b2=b2)
+    specs = specs_like(nest(dict.fromkeys(SHAPES, 0)))
     with pytest.raises(ConfigError, match=match):
-        build_optimizer(cfg, optax.constant_schedule(1.0), nest(SHAPES_AS_LEAVES), is_moe=True)
-
-
-SHAPES_AS_LEAVES = dict.fromkeys(SHAPES, 0)
+        build_optimizer(cfg, optax.constant_schedule(1.0), specs, is_moe=True)
 
 
 def test_small_gradients_beside_large_ones_neither_jump_nor_drift():
@@ -392,7 +393,9 @@ def test_small_gradients_beside_large_ones_neither_jump_nor_drift():
         """[steps, 8] where each entry is after each step, in units of the learning rate."""
         lr = 2.0**-10
         mode_cfg = dataclasses.replace(cfg, state_dtype=state_dtype)
-        optimizer = build_optimizer(mode_cfg, optax.constant_schedule(lr), zeros, is_moe=False)
+        optimizer = build_optimizer(
+            mode_cfg, optax.constant_schedule(lr), specs_like(zeros), is_moe=False
+        )
 
         def step(carry, index):
             params, state = carry
@@ -405,7 +408,7 @@ def test_small_gradients_beside_large_ones_neither_jump_nor_drift():
             )
             return (params, state), load_params(params)["lm_head"]["w_VD"][0] / lr
 
-        stored = store_params(zeros, state_dtype)
+        stored = store_params(zeros, specs_like(zeros), state_dtype)
         return np.asarray(
             jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(900)))(
                 (stored, optimizer.init(stored))
@@ -433,8 +436,9 @@ def test_a_lost_second_moment_makes_no_step():
         "lm_head": {"w_VD": jnp.zeros((1, 3))},
     }
     cfg = OptimizerConfig(state_dtype="fp8_lm", weight_decay=0.0)
-    optimizer = build_optimizer(cfg, optax.constant_schedule(1.0), shapes, is_moe=False)
-    params = store_params(shapes, "fp8_lm")
+    specs = specs_like(shapes)
+    optimizer = build_optimizer(cfg, optax.constant_schedule(1.0), specs, is_moe=False)
+    params = store_params(shapes, specs, "fp8_lm")
     state = optimizer.init(params)
 
     def moment(values, dtype):
@@ -468,10 +472,11 @@ def test_a_stacked_parameter_is_updated_in_place_slice_by_slice():
         "final_norm": {"scale_D": jnp.zeros(4)},
         "groups": {"layer_0": {"attn": {"wq_DN": jnp.zeros(shape)}}},
     }
+    specs = specs_like(shapes)
     optimizer = build_optimizer(
-        OptimizerConfig(state_dtype="fp8_lm"), optax.constant_schedule(0.01), shapes, is_moe=False
+        OptimizerConfig(state_dtype="fp8_lm"), optax.constant_schedule(0.01), specs, is_moe=False
     )
-    params = store_params(shapes, "fp8_lm")
+    params = store_params(shapes, specs, "fp8_lm")
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(params_and_state, grads):
@@ -515,10 +520,10 @@ def test_scales_and_update_do_not_depend_on_the_sharding():
     optimizer = build_optimizer(
         dataclasses.replace(CFG, state_dtype="fp8_lm"),
         optax.constant_schedule(0.01),
-        params,
+        specs_like(params),
         is_moe=True,
     )
-    stored = jax.tree.map(jnp.asarray, store_params(params, "fp8_lm"))
+    stored = jax.tree.map(jnp.asarray, store_params(params, specs_like(params), "fp8_lm"))
     state = optimizer.init(stored)
 
     def place(path, leaf):
@@ -574,9 +579,9 @@ def training_losses(mode):
         cfg, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, remat="none"
     )
     graph_def, variables = nnx.split(Transformer(cfg, single_device_mesh(), jax.random.key(0)))
-    params = nnx.to_pure_dict(variables)
+    params, specs = nnx.to_pure_dict(variables), abstract_model(cfg, single_device_mesh())[1]
     schedule = build_schedule(ScheduleConfig(peak_lr=2e-3, warmup_steps=20), NUM_STEPS)
-    optimizer = build_optimizer(OptimizerConfig(state_dtype=mode), schedule, params, is_moe=True)
+    optimizer = build_optimizer(OptimizerConfig(state_dtype=mode), schedule, specs, is_moe=True)
     positions, segments = jnp.broadcast_to(jnp.arange(64), (8, 64)), jnp.ones((8, 64), jnp.int32)
 
     def loss_fn(params, tokens, targets, key):
@@ -596,7 +601,7 @@ def training_losses(mode):
         return params, state, loss
 
     tokens = chain_tokens()
-    params = store_params(params, mode)
+    params = store_params(params, specs, mode)
     state = optimizer.init(params)
     rng, losses = np.random.default_rng(0), []
     for index in range(NUM_STEPS):

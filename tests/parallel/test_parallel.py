@@ -236,18 +236,11 @@ def test_every_matrix_is_split_over_all_chips(sizes):
     # What is left whole on a chip costs its memory: only norms, biases, and the few columns of the
     # router over the tensor axis may be.
     mesh = mesh_of(*sizes)
-    _, shapes, shardings = abstract_model(presets.tiny(), mesh)
-    for (path, leaf), sharding in zip(
-        jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-    ):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        ways = math.prod(leaf.shape) // math.prod(sharding.shard_shape(leaf.shape))
-        if "norm" in name:
-            assert ways == 1, name
-        elif "router" in name:
-            assert ways == math.prod(sizes[:2]), name
-        else:
-            assert ways == math.prod(sizes), name
+    _, specs = abstract_model(presets.tiny(), mesh)
+    for path, spec in jax.tree.leaves_with_path(specs):
+        ways = math.prod(spec.shape) // math.prod(spec.sharding.shard_shape(spec.shape))
+        expected = {"norm": 1, "router": math.prod(sizes[:2])}.get(spec.role, math.prod(sizes))
+        assert ways == expected, path
 
 
 # The island

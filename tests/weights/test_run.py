@@ -24,6 +24,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import abstract
 from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.train.state import abstract_state, build_program, to_items
 from hunyuan_jax.weights.run import Run
@@ -67,7 +68,7 @@ def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_d
     run = Run(tmp_path)
     assert run.cfg == MODEL
     expected = lora.merge(model, load_params(params))[1]
-    shardings = abstract_model(MODEL, mesh_of(data=2, expert=2, tensor=2))[2]
+    shardings = abstract.shardings(abstract_model(MODEL, mesh_of(data=2, expert=2, tensor=2))[1])
     for dtype in ("float32", "bfloat16"):
         read = run.read(dtype, shardings)
         for (path, leaf), want, sharding in zip(
@@ -91,7 +92,9 @@ def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_d
     cfg, adapters = run.read_adapters()
     assert cfg == model
     jax.tree.map(
-        np.testing.assert_array_equal, adapters, load_params(lora.split(params, model)[0])
+        np.testing.assert_array_equal,
+        adapters,
+        load_params(lora.split(params, abstract_model(model, single_device_mesh())[1])[0]),
     )
 
 
@@ -99,6 +102,7 @@ PEAK = """
 import sys
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import abstract
 from hunyuan_jax.weights.run import Run
 
 def status(field):
@@ -106,7 +110,7 @@ def status(field):
     return 1024 * int(line.split()[1])
 
 run = Run(sys.argv[1])
-shardings = abstract_model(run.cfg, single_device_mesh())[2]
+shardings = abstract.shardings(abstract_model(run.cfg, single_device_mesh())[1])
 before = status("VmRSS")
 params = run.read("float32", shardings)
 print("grown by", status("VmHWM") - before)

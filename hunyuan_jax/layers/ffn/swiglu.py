@@ -19,7 +19,6 @@ from hunyuan_jax.params import declare as params
 from pallas_kernels import expert_matmul
 
 _ACTIVATIONS = ("batch", "seq", "embed")
-_LOGICAL = {"D": "embed", "F": "ffn", "r": "rank"}
 _TARGETS = ("gate", "up", "down")
 
 
@@ -32,9 +31,13 @@ class Mlp(nnx.Module):
         gate, up, down = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
-        self.w_gate_DF = params.normal(gate, (D, F), ("embed", "ffn"), std)
-        self.w_up_DF = params.normal(up, (D, F), ("embed", "ffn"), std)
-        self.w_down_FD = params.normal(down, (F, D), ("ffn", "embed"), std)
+
+        def matrix(key, shape, *dims):
+            return params.param(shape, dims, params.normal(key, std), params.Role.MATRIX)
+
+        self.w_gate_DF = matrix(gate, (D, F), "embed", "ffn")
+        self.w_up_DF = matrix(up, (D, F), "embed", "ffn")
+        self.w_down_FD = matrix(down, (F, D), "ffn", "embed")
         lora.declare(self, cfg, jax.random.fold_in(key, 3))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -43,29 +46,32 @@ class Mlp(nnx.Module):
         kernels = kernel_options(self.cfg, self.mesh)
 
         def fn(weights, x_BTD):
-            return island.reduce_sum(serve(weights, x_BTD, kernels, self.cfg.lora), "ffn")
+            return island.reduce_sum(serve(weights, logical, x_BTD, kernels, self.cfg.lora), "ffn")
 
         return island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
 
 
 def serve(
-    weights: dict[str, jax.Array], x_BTD: jax.Array, kernels: dict[str, Any], lora_cfg: LoraConfig
+    weights: dict[str, jax.Array],
+    dims: dict[str, tuple[str, ...]],
+    x_BTD: jax.Array,
+    kernels: dict[str, Any],
+    lora_cfg: LoraConfig,
 ) -> jax.Array:
     """The MLP on one shard's tokens and with its part of F: partial sums [B, T, D].  Runs inside
     an island.
 
     Args:
-      weights: the parameters of `Mlp` by name, as stored.
+      weights, dims: the parameters of `Mlp` by name, as stored, and the names of their dims.
       x_BTD: activations.
       kernels: of `kernel_options`.
       lora_cfg: of the adapters, if there are any.
     """
 
     def whole(name):
-        logical = [_LOGICAL[letter] for letter in name.rsplit("_", 1)[1]]
-        if "ffn" not in logical:
-            return island.whole(weights[name], logical, x_BTD.dtype)
-        return island.whole_in_tiles(weights[name], logical, x_BTD.dtype, tiled="ffn")
+        if "ffn" not in dims[name]:
+            return island.whole(weights[name], dims[name], x_BTD.dtype)
+        return island.whole_in_tiles(weights[name], dims[name], x_BTD.dtype, tiled="ffn")
 
     # Zeros that fill up F give zeros in between, and nothing in the end.  One expert that serves
     # all rows.

@@ -47,20 +47,27 @@ class Attention(nnx.Module):
         self.cfg = cfg
         self.mesh = mesh
         self.is_producer = is_producer
-        self.wq_DNH = params.normal(q_key, (D, N, H), ("embed", "heads", "head_dim"), std)
-        self.wo_NHD = params.normal(o_key, (N, H, D), ("heads", "head_dim", "embed"), std)
+
+        def matrix(key, shape, *dims):
+            return params.param(shape, dims, params.normal(key, std), params.Role.MATRIX)
+
+        def bias(shape, *dims):
+            return params.param(shape, dims, params.zeros, params.Role.BIAS)
+
+        self.wq_DNH = matrix(q_key, (D, N, H), "embed", "heads", "head_dim")
+        self.wo_NHD = matrix(o_key, (N, H, D), "heads", "head_dim", "embed")
         if is_producer:
-            self.wk_DKH = params.normal(k_key, (D, K, H), ("embed", "kv_heads", "head_dim"), std)
-            self.wv_DKH = params.normal(v_key, (D, K, H), ("embed", "kv_heads", "head_dim"), std)
+            self.wk_DKH = matrix(k_key, (D, K, H), "embed", "kv_heads", "head_dim")
+            self.wv_DKH = matrix(v_key, (D, K, H), "embed", "kv_heads", "head_dim")
         if cfg.attention_bias:
-            self.bq_NH = params.zeros((N, H), ("heads", "head_dim"))
-            self.bo_D = params.zeros((D,), ("norm",))
+            self.bq_NH = bias((N, H), "heads", "head_dim")
+            self.bo_D = bias((D,), "norm")
             if is_producer:
-                self.bk_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
-                self.bv_KH = params.zeros((K, H), ("kv_heads", "head_dim"))
+                self.bk_KH = bias((K, H), "kv_heads", "head_dim")
+                self.bv_KH = bias((K, H), "kv_heads", "head_dim")
         if cfg.use_qk_norm:
-            self.q_norm_H = params.ones((H,), ("norm",))
-            self.k_norm_H = params.ones((H,), ("norm",))
+            self.q_norm_H = params.param((H,), ("norm",), params.ones, params.Role.NORM)
+            self.k_norm_H = params.param((H,), ("norm",), params.ones, params.Role.NORM)
         lora.declare(self, cfg, jax.random.fold_in(key, 4))
 
     def keys_values(

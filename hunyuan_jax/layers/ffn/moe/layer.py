@@ -21,17 +21,13 @@ from hunyuan_jax.params import declare as params
 from pallas_kernels import expert_matmul
 
 _ROWS = ("batch", "seq", "embed")
-_LOGICAL = {"E": "experts", "D": "embed", "F": "expert_ffn", "r": "rank"}
 _TARGETS = ("expert_gate", "expert_up", "expert_down")
-
-
-def expert_dims(name: str) -> tuple[str, ...]:
-    """The logical names of the dims of a parameter of `Experts`."""
-    return tuple(_LOGICAL[letter] for letter in name.rsplit("_", 1)[1])
-
-
-# Those that every mixture has.
-EXPERT_DIMS = {name: expert_dims(name) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
+# The parameters of `Experts`, without adapters, and the names of their dims.
+EXPERT_DIMS = {
+    "w_gate_EDF": ("experts", "embed", "expert_ffn"),
+    "w_up_EDF": ("experts", "embed", "expert_ffn"),
+    "w_down_EFD": ("experts", "expert_ffn", "embed"),
+}
 # tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for
 # one and 124 for eight
 _FEW = 4
@@ -43,16 +39,12 @@ class Experts(nnx.Module):
     def __init__(self, cfg: ModelConfig, key: jax.Array):
         E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
         sizes = {"experts": E, "embed": D, "expert_ffn": F}
-        for (name, logical), matrix_key in zip(
+        for (name, dims), matrix_key in zip(
             EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True
         ):
-            setattr(
-                self,
-                name,
-                params.normal(
-                    matrix_key, tuple(sizes[dim] for dim in logical), logical, cfg.init_std
-                ),
-            )
+            shape = tuple(sizes[dim] for dim in dims)
+            init = params.normal(matrix_key, cfg.init_std)
+            setattr(self, name, params.param(shape, dims, init, params.Role.EXPERT))
         lora.declare(self, cfg, jax.random.fold_in(key, 3))
 
 
@@ -63,11 +55,11 @@ class Moe(nnx.Module):
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
-        self.router_DE = params.normal(
-            router_key,
+        self.router_DE = params.param(
             (cfg.hidden_size, cfg.moe.num_experts),
             ("embed", "router_experts"),
-            cfg.init_std,
+            params.normal(router_key, cfg.init_std),
+            params.Role.ROUTER,
         )
         self.experts = Experts(cfg, experts_key)
         if cfg.moe.num_shared_experts:
@@ -101,6 +93,7 @@ class Moe(nnx.Module):
         group_size = routing.group_size(moe, *x_BTD.shape[:2])
         fn = functools.partial(
             route_and_serve,
+            dims=dict(zip(modules, logical, strict=True)),
             cfg=moe,
             group_size=group_size,
             kernels=kernels,
@@ -142,6 +135,7 @@ def route_and_serve(
     is_valid_BT: jax.Array,
     key_data: jax.Array,
     *,
+    dims: dict[str, dict[str, tuple[str, ...]]],
     cfg: MoeConfig,
     group_size: int,
     kernels: dict[str, Any],
@@ -157,6 +151,7 @@ def route_and_serve(
       weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared
         `Mlp`, under "router", "experts", "shared".
       x_BTD, is_valid_BT, key_data: as for `Moe`.
+      dims: the names of the parameters' dims, a tree like `weights`.
       cfg: the mixture.
       group_size: tokens of a routing group.
       kernels: of `kernel_options`.
@@ -172,7 +167,7 @@ def route_and_serve(
         )
     num_groups = B * T // group_size
     router_DE = island.whole(
-        weights["router"]["router_DE"], ("embed", "router_experts"), jnp.float32
+        weights["router"]["router_DE"], dims["router"]["router_DE"], jnp.float32
     )
     logits_BTE = router_logits(x_BTD, router_DE)
     x_gTD, logits_gTE, is_valid_gT = (
@@ -190,12 +185,14 @@ def route_and_serve(
     serve_here = (
         serve_few
         if is_apart
-        else functools.partial(serve, cfg=cfg, kernels=kernels, lora_cfg=lora_cfg)
+        else functools.partial(
+            serve, dims=dims["experts"], cfg=cfg, kernels=kernels, lora_cfg=lora_cfg
+        )
     )
     y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
-        y_BTD = y_BTD + mlp.serve(weights["shared"], x_BTD, kernels, lora_cfg)
+        y_BTD = y_BTD + mlp.serve(weights["shared"], dims["shared"], x_BTD, kernels, lora_cfg)
     # Each tensor shard has summed over its own part of F.
     y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
@@ -254,21 +251,23 @@ def serve(
     weights: dict[str, jax.Array],
     x_gTD: jax.Array,
     assignment: routing.Assignment,
+    *,
+    dims: dict[str, tuple[str, ...]],
     cfg: MoeConfig,
     kernels: dict[str, Any],
     lora_cfg: LoraConfig,
 ) -> jax.Array:
     """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of
-    F.  Runs inside the island.
+    F.  `dims`: the names of the weights' dims.  Runs inside the island.
     """
 
     def whole(name):
-        w, logical = weights[name], expert_dims(name)
+        w = weights[name]
         if w.shape[0] == 1:
             # As a matrix: the TPU compiler then lays its gradient out so that the rows can be
             # reduce-scattered, not all-reduced.
-            return island.whole(w[0], logical[1:], x_gTD.dtype)[None]
-        return island.whole(w, logical, x_gTD.dtype)
+            return island.whole(w[0], dims[name][1:], x_gTD.dtype)[None]
+        return island.whole(w, dims[name], x_gTD.dtype)
 
     projections = tuple(lora.adapted(weights, target, lora_cfg, whole) for target in _TARGETS)
     is_adapted = any(projection.a is not None for projection in projections)
