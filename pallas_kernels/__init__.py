@@ -1,3 +1,4 @@
-"""Pallas kernels for TPUs and GPUs.  A leaf package: it imports jax only; docs/kernels.md tells
-how each kernel works.
+"""Pallas kernels for TPUs and GPUs.
+
+A leaf package that imports only jax and numpy; docs/kernels.md explains how each kernel works.
 """

@@ -1,5 +1,6 @@
-"""What the kernels' benchmarks share: the choice between a GPU's clock and the TPU compiler's
-cycles, rivals kept apart, one table.
+"""Command line, timing and tables shared by the kernels' benchmarks.
+
+With a GPU they measure times; without one they count the TPU compiler's static cycles.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-_MEMORY = 16 * 2**30  # bytes that a compilation may take
+_MEMORY = 16 * 2**30  # bytes a subprocess may use
 
 
 def main(
@@ -24,12 +25,12 @@ def main(
     tpu_rows: Callable[[list[str]], Iterable[dict[str, Any]]],
     gpu_rows: Callable[[], Iterable[dict[str, Any]]],
 ) -> None:
-    """The command line of a benchmark: prints one table, and writes it as JSON if asked to.
+    """Runs a benchmark from the command line: prints one table, and writes it with --json.
 
     Args:
-      description: one line for --help.
-      tpu_rows: (names of chips) -> rows made from static cycles, where there is no GPU.
-      gpu_rows: rows measured on the first GPU.
+      description: one line, for --help.
+      tpu_rows: (names of chips) -> rows of static cycles; used without a GPU.
+      gpu_rows: () -> rows measured on the first GPU.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", help="a file for the same rows")
@@ -47,7 +48,7 @@ def main(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text, a column for each key; what a row lacks is a dash."""
+    """Returns the rows as aligned text, one column per key; "-" for a key a row lacks."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -61,39 +62,39 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def apart(fn: Callable, *args: Any) -> Any:
-    """fn(*args) in a process of its own, or None, with the reason printed, if it raises or libtpu
-    ends the process.
+def in_subprocess(fn: Callable, *args: Any) -> Any:
+    """Returns fn(*args) from a process of its own, or None if it raises or the process crashes.
 
-    What the process writes to standard error, such as the compiler's stack traces, is not shown
-    but for the reason of its end.
+    The reason is printed.  Of the process's standard error (the compiler's stack traces) only the
+    first fatal line is shown.
     """
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.NamedTemporaryFile("r", errors="replace") as log,
-        ProcessPoolExecutor(1, spawn, initializer=_set_apart, initargs=(log.name,)) as pool,
+        ProcessPoolExecutor(1, spawn, initializer=_limit_process, initargs=(log.name,)) as pool,
     ):
         try:
             return pool.submit(fn, *args).result()
         except BrokenProcessPool:
             fatal = (line.partition("] ")[2].strip() for line in log if line.startswith("F"))
-            reason = ": ".join(["the process ended", *itertools.islice(fatal, 1)])
-        # Whatever a rival raises for what it does not support, the other rows are wanted.
+            reason = ": ".join(["the process crashed", *itertools.islice(fatal, 1)])
+        # Rivals raise anything for what they do not support; the other rows are still wanted.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     print(f"{args}: {reason[:300]}")
     return None
 
 
-def _set_apart(log: str) -> None:
+def _limit_process(log: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     with open(log, "w") as file:
         os.dup2(file.fileno(), 2)
 
 
 def median_ms(call: Callable, args: Iterable[Any], num_runs: int = 50) -> float:
-    """The median time of a call on the device, in batches of ten to hide what the host takes to
-    launch one.
+    """Returns the median time of a jitted call in milliseconds.
+
+    Calls are timed in batches of ten, which hides the host's launch overhead.
     """
     import jax
 
@@ -110,7 +111,7 @@ def median_ms(call: Callable, args: Iterable[Any], num_runs: int = 50) -> float:
 
 
 def rival_ms(rival: str, call: Callable, args: Iterable[Any]) -> float | None:
-    """`median_ms`, or None, with the reason printed, for what a rival does not support."""
+    """Returns `median_ms`, or None if the rival raises; the reason is printed."""
     try:
         return median_ms(call, args)
     except Exception as error:

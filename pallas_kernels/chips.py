@@ -1,4 +1,4 @@
-"""What each chip can do: the rooflines that kernels, plans and training runs are measured against."""
+"""What each chip can do: the rooflines of kernels, plans and training runs."""
 
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ class Chip(NamedTuple):
 #   (95.73G)"), libtpu 0.0.50.1.
 # * clock_hz: v4 and v5e are published, 1.75 GHz for v5p is a common estimate.  v6e and tpu7x are
 #   ASSUMED to be the peak over 524288 FLOP a cycle, the smallest power of two above what the
-#   compiler estimates for an 8192^3 matmul (369 000 and 422 000 FLOP a cycle).  The same rule gives
-#   the known clocks of v4 (2 x 131072), v5e and v5p.
+#   compiler estimates for an 8192^3 matmul (369 000 and 422 000 FLOP a cycle).  The same rule
+#   gives the known clocks of v4 (2 x 131072), v5e and v5p.
 CHIPS = {
     chip.name: chip
     for chip in (

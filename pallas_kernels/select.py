@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: by name, by a list of names, or the first that can."""
+"""Chooses the implementation of an operation: by name, from a list, or the first that can."""
 
 import functools
 import logging
@@ -9,16 +9,15 @@ _log = logging.getLogger(__name__)
 
 
 class Unsupported(ValueError):
-    """No implementation of those asked for can serve the problem; the message says why for each."""
+    """No requested implementation can serve the problem; the message says why for each."""
 
 
 class Implementation(NamedTuple):
     """One way to compute an operation.
 
     name: "reference", "xla", "pallas_tpu", "pallas_gpu" (Mosaic GPU) or "pallas_triton".
-    refuse: (device_kind, *shapes and settings of the operation) -> why it cannot serve them, or
-    None if it can.
-    run: what computes it.
+    refuse: (device_kind, *problem) -> None if it can serve the problem, else the reason.
+    run: the function or module that computes it.
     """
 
     name: str
@@ -31,21 +30,21 @@ def choose(
     candidates: Sequence[Implementation],
     implementation: str | Sequence[str] | None,
     device_kind: str,
-    *what: Any,
+    *problem: Any,
 ) -> Implementation:
-    """The implementation that serves `what` on `device_kind`.
+    """Returns the implementation that serves `problem` on `device_kind`, and logs it once.
 
     Args:
-      operation: its name, for messages.
-      candidates: all implementations, the preferred first; the last serves everything.
-      implementation: None takes the first candidate that can.  A name takes that one.  A list is
-        tried in its order.
-      device_kind: what jax calls the device, such as "TPU v5" or "NVIDIA H200"; taken from the
-        mesh, since the process's own backend says nothing when a CPU compiles for a pod.
-      *what: passed on to `refuse`.
+      operation: name of the operation, for messages.
+      candidates: all implementations in order of preference; the last serves everything.
+      implementation: None for the first candidate that can, a name, or a list of names in order
+        of preference.
+      device_kind: jax's name for the device, such as "TPU v5" or "NVIDIA H200".  Take it from the
+        mesh: the process's own backend is wrong when a CPU compiles for a pod.
+      *problem: shapes and settings, passed to `refuse`.
 
     Raises:
-      Unsupported: a name that does not exist, or none of those named can serve this.
+      Unsupported: an unknown name, or no named implementation can serve the problem.
     """
     by_name = {candidate.name: candidate for candidate in candidates}
     names = (
@@ -62,7 +61,7 @@ def choose(
                 f"{operation} has no implementation {name!r}; it has {', '.join(by_name)}, or "
                 "None for the best that can."
             )
-        reason = by_name[name].refuse(device_kind, *what)
+        reason = by_name[name].refuse(device_kind, *problem)
         if reason is None:
             _log_once(operation, name, device_kind)
             return by_name[name]
@@ -79,8 +78,8 @@ def _log_once(operation: str, name: str, device_kind: str) -> None:
     _log.info("%s on %s: %s", operation, device_kind, name)
 
 
-def whole_sublanes(head_dim: int) -> str | None:
-    """Why a head dim is refused that the kernels do not tile, or None."""
+def refuse_head_dim(head_dim: int) -> str | None:
+    """Returns why the kernels cannot tile a head dim, or None if they can."""
     return (
         f"needs a head dim that is a multiple of 8, not {head_dim}; pad heads with zeros and pass "
         "scale"
@@ -90,12 +89,12 @@ def whole_sublanes(head_dim: int) -> str | None:
 
 
 def only_on(family: str, device_kind: str) -> str | None:
-    """Why a device is refused that is not of `family` ("TPU", "NVIDIA"), or None."""
+    """Returns why a device is refused unless it is of `family` ("TPU", "NVIDIA"), or None."""
     return None if device_kind.startswith(family) else f"needs a device of the family {family}"
 
 
 def only_on_hopper(device_kind: str) -> str | None:
-    """Why a device is refused that is no Hopper GPU, or None."""
+    """Returns why a device is refused unless it is a Hopper GPU, or None."""
     if reason := only_on("NVIDIA", device_kind):
         return reason
     is_hopper = any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))

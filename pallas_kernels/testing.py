@@ -1,4 +1,4 @@
-"""Checks that the kernels' tests share: errors, races, compilation for chips that are not there."""
+"""Checks shared by the kernels' tests: errors, races, compilation without the device."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-# The norm-relative errors a kernel may have against a float32 reference, by the dtype of its
-# inputs.
+# Largest norm-relative error against the float32 reference, by the dtype of the inputs.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def fresh_seed() -> int:
-    """Another one each time, so that tests see other data in every run."""
+    """Returns a new seed each time, so that every run of the tests sees other data."""
     return int(np.random.default_rng().integers(2**31))
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """|actual - expected| / |expected| over all elements, in float64; NaN or infinite if `actual`
-    has such elements.
+    """Returns |actual - expected| / |expected| (2-norms over all elements) in float64.
+
+    NaN or infinite if `actual` has such elements.
     """
     actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
@@ -29,8 +29,9 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def assert_close(actual: Any, expected: Any, dtype: Any, what: str = "") -> None:
-    """Every array of the tree `actual` has the shape of its twin in `expected`, and an error
-    within TOLERANCE of `dtype`.
+    """Asserts that two trees of arrays agree within TOLERANCE of `dtype`.
+
+    Shapes must be equal.  `what` begins the message.
     """
     tolerance = TOLERANCE[jnp.dtype(dtype).name]
     for (path, a), e in zip(
@@ -44,11 +45,13 @@ def assert_close(actual: Any, expected: Any, dtype: Any, what: str = "") -> None
 
 @contextlib.contextmanager
 def interpreted_tpu() -> Iterator[Any]:
-    """Parameters that simulate a TPU's memory on the CPU and look for races; raises at the end if
-    one was found.
+    """Yields `interpret` parameters that simulate a TPU's memory on the CPU and detect races.
 
-    Memory that was never written reads as NaN, so a kernel that forgets an output or reads what it
-    did not load is caught.
+    Memory that was never written reads as NaN, which catches a kernel that forgets an output or
+    reads what it did not load.
+
+    Raises:
+      AssertionError: at the end, if a race was found.
     """
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
     from jax.experimental.pallas import tpu as pltpu
@@ -66,8 +69,9 @@ def interpreted_tpu() -> Iterator[Any]:
 def lower_for_gpu(
     fn: Callable, *shapes: Any, device_kind: str = "NVIDIA H200", num_cores: int = 132
 ) -> str:
-    """The text of fn(*shapes) lowered for an NVIDIA GPU that is not there; kernels pass through
-    their own compilers' front ends.
+    """Returns the text of fn(*shapes) lowered for an NVIDIA GPU, without one.
+
+    Kernels pass through the front ends of their own compilers.
     """
     from jax.sharding import AbstractDevice
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels import chips
 
-# libtpu reads these when it is loaded.  They keep it from looking for a TPU, for the TPU's metadata
-# server and for its lock file.
+# libtpu reads these when it is loaded.  They keep it from looking for a TPU, for the TPU's
+# metadata server and for its lock file.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -40,8 +40,9 @@ _SMALLEST = {
 _profiles: list[str] = []
 
 # Exchanges in the background, so that the shared expert is computed meanwhile.  24 MiB of vector
-# memory for one operation instead of 16: matrix products get larger blocks, 0.92 instead of 0.88 of
-# the peak on v5p by the compiler's estimate (32 MiB: 0.95, but a52b compiles 1.4 times as long).
+# memory for one operation instead of 16: matrix products get larger blocks, 0.92 instead of 0.88
+# of the peak on v5p by the compiler's estimate (32 MiB: 0.95, but a52b compiles 1.4 times as
+# long).
 _LARGE_PROGRAM = {
     "xla_tpu_scoped_vmem_limit_kib": str(24 * 1024),
     "xla_tpu_enable_async_all_to_all": "true",
@@ -86,7 +87,7 @@ def profiles_folder() -> str:
 
 
 def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
-    """Returns the devices of `num_slices` slices, which programs can be compiled for and not run on.
+    """Returns the devices of `num_slices` slices, to compile for; they cannot run anything.
 
     Args:
       topology: "GENERATION:SHAPE", such as "v5p:2x2x1".

@@ -1,6 +1,4 @@
-"""Attention of a few new tokens to a long cache: the entry point, and what each implementation
-accepts.  Shape letters: dims.md.
-"""
+"""decode_attention: attention of a few new tokens to a long cache.  Shape letters: dims.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,33 +49,37 @@ def decode_attention(
     implementation: str | Sequence[str] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Attention of the last T tokens of each sequence to its cache, themselves included; [B, T, N,
-    H] in q's dtype.  It has no gradient.
+    """Attends with the last T tokens of each sequence to its cache, which includes them.
 
-    Query head n uses kv head n // (N // K).  Query t sees the slots from start up to its own,
-    length - T + t; one that sees no slot gets zeros.  What the slots outside [start, length) hold
-    does not matter, NaN included; on TPU and GPU, blocks of them are not fetched.
+    Query head n uses kv head n // (N // K).  Query t sees the slots from start up to and including
+    its own, length - T + t; a query that sees no slot returns zeros.  Slots outside [start,
+    length) may hold anything, NaN too; on TPU and GPU, blocks of them are not fetched.  Has no
+    gradient.
 
     On a TPU the kernel reads [B, K, H, S].  XLA stores a [B, S, K, H] array in that order unless H
-    is a multiple of 128, and scales as [B, K, S], so that the transposition is free; with H = 128
-    it copies the cache in every call.  Then let the cache be a [B, K, H, S] array and pass its
-    transpose: XLA drops both transpositions.
+    is a multiple of 128, and scales as [B, K, S], so the transpose is free.  With H = 128 it would
+    copy the cache in every call: keep the cache as [B, K, H, S] then and pass its transpose; XLA
+    drops both transposes.
 
     Args:
       q_BTNH: 1 to 16 new tokens of each sequence, bfloat16 or float32.
-      k_BSKH, v_BSKH: the cache, the new tokens' keys and values included, in q's dtype or int8;
-        the kernels need an H that is a multiple of 8.
-      length_B: int32, filled slots, at most S.
-      device_kind: what jax calls the device this will run on, such as "TPU v5".
-      start_B: int32, the first slot that holds a token, for a cache padded on the left; 0 if None.
-      k_scale_BSK, v_scale_BSK: float32, what the values of an int8 cache are multiplied by.
-      scale: of the scores; H**-0.5 if None.
-      implementation: see `select.choose`: "pallas_tpu", "pallas_triton", "xla" or "reference".
-      interpret: passed on to pallas_call.
+      k_BSKH, v_BSKH: the cache with the new tokens' keys and values, in q's dtype or int8.  The
+        kernels need H to be a multiple of 8.
+      length_B: int32 numbers of filled slots, at most S.
+      device_kind: jax's name of the mesh's devices, such as "TPU v5".
+      start_B: int32 first slots that hold a token, for a cache padded on the left; None for 0.
+      k_scale_BSK, v_scale_BSK: float32 factors of an int8 cache's values.
+      scale: factor of the scores; None for H ** -0.5.
+      implementation: None, a name ("pallas_tpu", "pallas_triton", "xla", "reference") or a list of
+        names in order of preference.
+      interpret: passed to pallas_call; runs a kernel on the CPU.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, or an implementation that cannot serve
-        them.
+      ValueError: shapes or dtypes that do not fit together, or that no named implementation can
+        serve.
     """
     _check(
         q_BTNH,

@@ -1,8 +1,8 @@
-"""Speed of decode attention: python -m pallas_kernels.decode_attention.bench [--json FILE].
+"""Compares decode_attention with rivals: `python -m pallas_kernels.decode_attention.bench`.
 
-On a GPU: the median time of a call, all slots filled, against rivals, and the share of HBM
-bandwidth.  Anywhere else: static estimates for TPUs; they need libtpu and no TPU.  The cycles of
-the kernel know nothing of memory: a call takes the larger of kernel_ms and hbm_ms.
+With a GPU: the median time of a call with all slots filled, and the share of HBM bandwidth.
+Without one, with libtpu: static estimates for TPUs.  The kernel's cycles do not include memory
+stalls: a call takes the larger of kernel_ms and hbm_ms.
 """
 
 import functools
@@ -22,14 +22,15 @@ from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.decode_attention import api, cases, reference, tpu
 
 _NUM_CORES = {"v5p": 2}
-# libtpu 0.0.50.1 ends the process when it profiles the conversion of an int8 block for v5e or v5p;
-# it compiles it.
+# libtpu 0.0.50.1 compiles the conversion of an int8 block for v5e and v5p, and crashes when it
+# profiles it.
 _NO_PROFILE = {("v5e", "T=1 int8"), ("v5p", "T=1 int8")}
 
 
 def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
-    """The kernel's inner step on all blocks of one sequence, and its arguments: no control flow
-    that depends on lengths.
+    """Returns the kernel's inner step on all blocks of one sequence, and its arguments.
+
+    No control flow depends on lengths.
     """
     K, H, R = case.K, case.H, -(-case.N // case.K * case.T // 16) * 16
     state_shapes = [jax.ShapeDtypeStruct((K, R, width), jnp.float32) for width in (H, 1, 1)]
@@ -73,11 +74,12 @@ def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.Sh
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a call for each chip and case: HBM's, the kernel's static cycles, the
-    compiler's estimate of XLA.
+    """Yields milliseconds of a call per chip and case.
+
+    hbm_ms: reading the cache; kernel_ms: static cycles; xla_ms: the compiler's estimate of XLA.
     """
     what = [(chip_name, name) for chip_name in chip_names for name in cases.BENCH]
-    # Of their own process, since libtpu also ends one that profiles some of XLA's own code.
+    # In a process of its own: libtpu crashes when it profiles some of XLA's own code.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         xla_cycles = list(pool.map(estimated_xla_cycles, *zip(*what, strict=True)))
     tpu_compiler.prepare(profiles=True)
@@ -103,9 +105,7 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def estimated_xla_cycles(chip_name: str, name: str) -> int:
-    """The compiler's own estimate of the einsum version; unlike a static profile it counts memory
-    traffic.
-    """
+    """Returns the compiler's estimate of the XLA version; unlike a profile it counts memory."""
     tpu_compiler.prepare()
     case = cases.BENCH[name]
     text = tpu_compiler.compile_for(
@@ -118,9 +118,7 @@ def estimated_xla_cycles(chip_name: str, name: str) -> int:
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
-    """Milliseconds of a call of each implementation, and the share of HBM bandwidth that ours
-    reaches.
-    """
+    """Yields milliseconds of a call per implementation, and our share of HBM bandwidth."""
     device = jax.devices()[0]
     chip = chips.of_device(device.device_kind) or chips.CHIPS["h200"]
     for name, case in cases.BENCH.items():
@@ -150,8 +148,9 @@ def _xla(case, *args):
 
 
 def _rivals() -> dict[str, Callable]:
-    """Those that are installed.  They see all slots with each query: more than ours by up to T - 1
-    slots.
+    """Returns the rivals that are installed.
+
+    Each of their queries sees all slots, up to T - 1 more than ours.
     """
 
     def cudnn(q_BTNH, k_BSKH, v_BSKH, length_B):

@@ -1,4 +1,4 @@
-"""The sizes that tests and benchmark of decode attention share."""
+"""Problems shared by the tests and the benchmark."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,7 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """Sizes by the letters of dims.md; dtype of the queries; is_int8: the cache is int8 with
-    scales.
-    """
+    """Sizes (letters: dims.md), the queries' dtype, and whether the cache is int8 with scales."""
 
     B: int
     S: int
@@ -22,7 +20,7 @@ class Case(NamedTuple):
     is_int8: bool = False
 
     def shapes(self) -> list[jax.ShapeDtypeStruct | None]:
-        """Of the arguments (q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK)."""
+        """Shapes and dtypes of q, k, v, length, start, k_scale and v_scale."""
         cache = jax.ShapeDtypeStruct(
             (self.B, self.S, self.K, self.H), "int8" if self.is_int8 else self.dtype
         )
@@ -39,12 +37,12 @@ class Case(NamedTuple):
         ]
 
     def cache_bytes(self) -> int:
-        """What a call has to read if all slots are filled."""
+        """Bytes a call reads if all slots are filled."""
         return sum(x.size * x.dtype.itemsize for x in self.shapes()[1:] if x is not None)
 
 
-# The model's heads, a batch of 8 sequences of 32 thousand tokens: one token, a draft to verify,
-# and the most that is allowed.
+# Hunyuan-Large's heads, 8 sequences of 32 thousand tokens: one token, a draft to verify, the most
+# tokens allowed.
 BENCH = {
     "T=1": Case(8, 32768, 8, 80, 80, 1),
     "T=4": Case(8, 32768, 8, 80, 80, 4),
@@ -54,7 +52,7 @@ BENCH = {
     "T=1 H=128": Case(8, 32768, 8, 80, 128, 1),
 }
 
-# Small enough for interpreters; S is no multiple of a block.
+# Small enough for interpreters; S is not a multiple of a block.
 SMALL = {
     "one": Case(6, 300, 2, 8, 80, 1),
     "draft": Case(6, 300, 2, 4, 80, 4),
@@ -66,8 +64,9 @@ SMALL = {
 
 
 def inputs(case: Case, seed: int, length_B: Any, start_B: Any) -> list[jax.Array | None]:
-    """Random arguments in the order of `Case.shapes`; NaN, or for int8 -128 with scale NaN, in
-    every slot outside [start, length).
+    """Returns random arguments in the order of `Case.shapes`.
+
+    Slots outside [start, length) hold NaN, or for int8 -128 with scale NaN.
     """
     rng = np.random.default_rng(seed)
     slot_S = np.arange(case.S)

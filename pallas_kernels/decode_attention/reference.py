@@ -1,5 +1,6 @@
-"""What decode attention computes: `reference` in float32, and `xla`, the same in the inputs'
-dtype.  Shape letters: dims.md.
+"""Defines decode attention in float32 (`reference`), and computes it in XLA (`xla`).
+
+Shape letters: dims.md.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 def seen_slots(
     num_tokens: int, num_slots: int, length_B: jax.Array, start_B: jax.Array
 ) -> jax.Array:
-    """Bool [B, T, S]: query token t sees the slots from start up to its own, length - T + t."""
+    """Returns bool [B, T, S]: query t sees the slots from start to its own, length - T + t."""
     slot_S = jnp.arange(num_slots)
     end_BT = length_B[:, None] - num_tokens + 1 + jnp.arange(num_tokens)
     return (slot_S >= start_B[:, None, None]) & (slot_S < end_BT[..., None])
@@ -25,9 +26,7 @@ def reference(
     v_scale_BSK: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Softmax attention over the slots each query sees, float32 throughout; [B, T, N, H] in q's
-    dtype.
-    """
+    """As `api.decode_attention`, float32 throughout."""
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H)
     seen_BTS = seen_slots(T, S, length_B, start_B)
@@ -59,8 +58,9 @@ def xla(
     v_scale_BSK: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """The same with matmuls in q's dtype, softmax in float32; the scales of an int8 cache are
-    applied to scores and probabilities.
+    """As `reference`, with products in q's dtype and a float32 softmax.
+
+    The scales of an int8 cache multiply scores and probabilities.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     precision = "highest" if q_BTNH.dtype == jnp.float32 else None

@@ -1,5 +1,4 @@
-"""How the visible slots of a sequence are cut into ranges that are attended to apart, and how
-these are put together again.
+"""Cuts the visible slots of a sequence into splits, and merges the splits' results.
 
 Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row g * T + t.
 """
@@ -7,22 +6,21 @@ Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row 
 import jax
 import jax.numpy as jnp
 
-# Stands for the maximum of no scores.  Finite, so that the difference of two of them is 0 and not
-# NaN.
+# The maximum of no scores.  Finite, so that the difference of two is 0 and not NaN.
 NO_SCORE = -1e30
-# The kernels take powers of two, not of e: one multiplication less for each score.
+# The kernels use exp2, which saves a multiplication per score.
 LOG2_E = 1.4426950408889634
 
 
 def rows_of_heads(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
-    """The queries of each kv head: [B, K, R, H]."""
+    """Groups the queries by kv head: [B, T, N, H] -> [B, K, R, H]."""
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
     return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H)
 
 
 def heads_of_rows(out_BKRH: jax.Array, num_tokens: int) -> jax.Array:
-    """The inverse of `rows_of_heads`: [B, T, N, H]."""
+    """Undoes `rows_of_heads`: [B, K, R, H] -> [B, T, N, H]."""
     B, K, R, H = out_BKRH.shape
     out_BKGTH = out_BKRH.reshape(B, K, R // num_tokens, num_tokens, H)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, num_tokens, -1, H)
@@ -31,11 +29,12 @@ def heads_of_rows(out_BKRH: jax.Array, num_tokens: int) -> jax.Array:
 def blocks_of_split(
     split: jax.Array, start: jax.Array, length: jax.Array, block_slots: int, num_splits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(first, end): the blocks of slots a split attends to, none if end <= first.  Splits share
-    the blocks of [start, length) evenly.
+    """Returns (first, end) of the blocks of slots a split attends to; none if end <= first.
+
+    The splits share the blocks of [start, length) evenly.
     """
-    # Not //: its rounding of negative numbers takes more instructions, and a device that Mosaic
-    # knows when it lowers.
+    # Not //: rounding negative numbers takes more instructions, and on traced numbers it asks jax
+    # for the device.
     first, end = (
         jax.lax.div(start, block_slots),
         jax.lax.div(length + block_slots - 1, block_slots),
@@ -45,11 +44,11 @@ def blocks_of_split(
 
 
 def merge(acc_iBKRH: jax.Array, max_iBKR: jax.Array, sum_iBKR: jax.Array) -> jax.Array:
-    """softmax(scores) @ v over all splits, float32 [B, K, R, H]; zero for a row that saw no slot.
+    """Returns softmax(scores) @ v over all splits, float32 [B, K, R, H]; 0 if no slot is seen.
 
     Args:
-      acc_iBKRH: sum over a split's slots of 2^(score - max) v, float32; scores in units of log 2.
-      max_iBKR: the largest score of the split, NO_SCORE if the row saw none of its slots.
+      acc_iBKRH: sum over a split's slots of 2^(score - max) v, float32; scores are to base 2.
+      max_iBKR: largest score of the split, NO_SCORE if the row sees none of its slots.
       sum_iBKR: sum over a split's slots of 2^(score - max).
     """
     weight_iBKR = jnp.exp2(max_iBKR - max_iBKR.max(0))

@@ -3,9 +3,9 @@
 Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv
 head, padded to whole tiles.
 
-The kernel reads the cache as [B, K, H, S], slots along the lanes.  That is how XLA stores a [B, S,
-K, 80] array on a TPU, since nothing is padded then; with the 80 of a head along the lanes, HBM
-traffic would be 1.6 times as large.
+The kernel reads the cache as [B, K, H, S], slots along the lanes, as XLA stores a [B, S, K, 80]
+array on a TPU: nothing is padded.  With the 80 of a head along the lanes, HBM traffic would be 1.6
+times as large.
 """
 
 import dataclasses
@@ -26,8 +26,10 @@ VMEM_LIMIT_BYTES = 32 * _MIB
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """block_slots: slots of the cache a grid step attends to; num_splits: ranges of slots that
-    cores can attend to at the same time.
+    """Sizes of the kernel.
+
+    block_slots: slots of the cache of one grid step.
+    num_splits: ranges of slots that cores can attend to at the same time.
     """
 
     block_slots: int
@@ -37,11 +39,10 @@ class Config:
 def config(
     device_kind: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], cache_dtype: Any
 ) -> Config:
-    """Two splits for the two cores of v4 and v5p, whatever the lengths; blocks of 2048 slots if
-    they and the scores fit in VMEM.
+    """Returns two splits for the two cores of v4 and v5p, and blocks of up to 2048 slots.
 
-    Static cycles of a block on v6e, libtpu 0.0.50.1, K = 8, G = 10, H = 80, bfloat16; HBM needs
-    2.73 a slot.
+    Blocks are smaller if they and their scores do not fit in VMEM.  Static cycles per slot on v6e,
+    libtpu 0.0.50.1, K = 8, G = 10, H = 80, bfloat16; HBM needs 2.73.
 
     | slots of a block | 256 | 512 | 1024 | 2048 | 4096 |
     |---|---|---|---|---|---|
@@ -66,8 +67,8 @@ def config(
 
 
 def refuse(device_kind: str, head_dim: int) -> str | None:
-    """Why the kernel cannot run, or None."""
-    return select.only_on("TPU", device_kind) or select.whole_sublanes(head_dim)
+    """Returns why the kernel cannot run, or None."""
+    return select.only_on("TPU", device_kind) or select.refuse_head_dim(head_dim)
 
 
 def attend(
@@ -79,13 +80,13 @@ def attend(
     seen: tuple[jax.Array, jax.Array] | None,
     scale: float,
 ) -> tuple[jax.Array, ...]:
-    """The state of the online softmax after one more block of the cache.
+    """Returns the state of the online softmax after one more block of the cache.
 
     Args:
       scales: (k_scale_K1b, v_scale_K1b) of an int8 cache, else ().
       state: (acc_KRH, max_KR1, sum_KR1) of `splits.merge`, float32.
-      seen: (seen_1Rb, seen_11b), the slots that each row sees, and that hold anything; None if
-        every row sees them all.
+      seen: (slots seen by each row [1, R, b], slots that are filled [1, 1, b]), or None if every
+        row sees every slot.
     """
     acc_KRH, max_KR1, sum_KR1 = state
     precision = jax.lax.Precision.HIGHEST if q_KRH.dtype == jnp.float32 else None
@@ -98,15 +99,15 @@ def attend(
     new_max_KR1 = jnp.maximum(max_KR1, score_KRb.max(2, keepdims=True))
     p_KRb = jnp.exp2(score_KRb - new_max_KR1)
     if seen is not None:
-        p_KRb = jnp.where(seen[0], p_KRb, 0)  # a row that sees nothing yet has score - max = 0
+        p_KRb = jnp.where(seen[0], p_KRb, 0)  # before its first slot a row has score - max = 0
     shrink_KR1 = jnp.exp2(max_KR1 - new_max_KR1)
     sum_KR1 = shrink_KR1 * sum_KR1 + p_KRb.sum(2, keepdims=True)
     if scales:
         p_KRb *= scales[1] if seen is None else jnp.where(seen[1], scales[1], 0)
     if seen is not None:
         v_KHb = jnp.where(seen[1], v_KHb, jnp.zeros_like(v_KHb))  # 0 * NaN is NaN
-    # One head after the other, since libtpu cannot write the static profile of the batched product
-    # for v5e and v5p; it costs the same.
+    # One head after another: libtpu 0.0.50.1 cannot profile the batched product for v5e and v5p.
+    # The cost is the same.
     out_KRH = jnp.stack(
         [
             dot("Rb,Hb->RH", p.astype(q_KRH.dtype), v.astype(q_KRH.dtype))
@@ -119,9 +120,7 @@ def attend(
 def _kernel(
     length_ref, start_ref, q_ref, k_ref, v_ref, *rest, cfg: Config, num_tokens: int, scale: float
 ):
-    """Grid (splits, sequences, blocks of the split); the output's block stays in VMEM for all
-    blocks of the split.
-    """
+    """Grid: (splits, sequences, blocks of a split); the state stays in VMEM during a split."""
     scale_refs, state_refs = rest[:-3], rest[-3:]
     split, row, step = (pl.program_id(axis) for axis in range(3))
     length, start = length_ref[row], start_ref[row]
@@ -178,7 +177,7 @@ def run(
     (B, T, _, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BKRH = splits.rows_of_heads(q_BTNH, K)
     num_rows = q_BKRH.shape[2]
-    # Rows in whole tiles of 16; those added see slots like any other, and are dropped.
+    # Rows are padded to tiles of 16; the padding sees slots like other rows and is dropped.
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, -num_rows % 16), (0, 0)))
     R = q_BKRH.shape[2]
     caches = [x_BSKH.transpose(0, 2, 3, 1) for x_BSKH in (k_BSKH, v_BSKH)]
@@ -189,7 +188,7 @@ def run(
     )
 
     def visible_block(i, b, step, length_ref, start_ref):
-        """Steps without a block of their own stay at the last one, which is not fetched again."""
+        """Steps after the last block stay at it, so that nothing is fetched."""
         first, end = splits.blocks_of_split(
             i, start_ref[b], length_ref[b], cfg.block_slots, cfg.num_splits
         )

@@ -1,8 +1,7 @@
-"""Decode attention on an NVIDIA GPU, in Triton: splits of the keys are programs of their own, XLA
-merges them.
+"""Decode attention on NVIDIA GPUs in Pallas Triton: programs compute splits, XLA merges them.
 
-Shape letters: dims.md; i splits, b the slots of one block, R = G * T: the query rows of one kv
-head.  Never ran on a GPU: the Config is a guess from the sizes of shared memory and of a wave.
+Shape letters: dims.md; i splits, b slots of a block, R = G * T: query rows of a kv head.  Never
+ran on a GPU: the Config is a guess from the sizes of shared memory and of a wave.
 """
 
 import dataclasses
@@ -20,10 +19,12 @@ from pallas_kernels.decode_attention import splits
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """block_rows: query rows of a program; block_slots: slots of the cache in one step of it;
-    num_splits: ranges of the slots.
+    """Sizes of the kernel.
 
-    num_warps, num_stages: of the program; stages are blocks of the cache in flight.
+    block_rows: query rows of a program.
+    block_slots: slots of the cache of one step.
+    num_splits: ranges of slots, each a program of its own.
+    num_warps, num_stages: warps of a program, and blocks of the cache in flight.
     """
 
     block_rows: int
@@ -34,8 +35,9 @@ class Config:
 
 
 def config(q_shape: tuple[int, ...], k_shape: tuple[int, ...], num_cores: int = 132) -> Config:
-    """Eight programs for each of the GPU's num_cores multiprocessors (about two fit at a time), of
-    at least four blocks each.
+    """Returns a Config with eight programs per multiprocessor, of at least four blocks each.
+
+    About two programs fit on a multiprocessor at a time; num_cores: number of multiprocessors.
     """
     (B, num_tokens, num_heads, _), (_, num_slots, num_kv_heads, head_dim) = q_shape, k_shape
     num_rows = num_heads // num_kv_heads * num_tokens
@@ -47,8 +49,8 @@ def config(q_shape: tuple[int, ...], k_shape: tuple[int, ...], num_cores: int = 
 
 
 def refuse(device_kind: str, head_dim: int) -> str | None:
-    """Why the kernel cannot run, or None."""
-    return select.only_on("NVIDIA", device_kind) or select.whole_sublanes(head_dim)
+    """Returns why the kernel cannot run, or None."""
+    return select.only_on("NVIDIA", device_kind) or select.refuse_head_dim(head_dim)
 
 
 def _kernel(
@@ -65,8 +67,9 @@ def _kernel(
     head_dim: int,
     scale,
 ):
-    """Grid (row blocks x kv heads, splits, sequences): programs next to each other read
-    neighbouring heads of the same slots.
+    """Grid: (row blocks x kv heads, splits, sequences).
+
+    Neighbouring programs read neighbouring heads of the same slots.
     """
     scale_refs, (acc_ref, max_ref, sum_ref) = rest[:-3], rest[-3:]
     row_R = jax.lax.div(pl.program_id(0), num_kv_heads) * cfg.block_rows + jnp.arange(
@@ -89,8 +92,7 @@ def _kernel(
         slots = pl.ds(block * cfg.block_slots, cfg.block_slots)
         slot_b = block * cfg.block_slots + jnp.arange(cfg.block_slots)
         is_filled_b = (slot_b >= start) & (slot_b < length)
-        # Nothing is read from other slots, nor from the dims that pad a head to a power of two:
-        # this is not traffic.
+        # The mask keeps unfilled slots and the padding of a head from being read at all.
         k_bH, v_bH = (
             plgpu.load(ref.at[slots, :], mask=is_filled_b[:, None] & is_dim_1H, other=0).astype(
                 dtype

@@ -1,8 +1,7 @@
-"""SwiGLU of experts on rows that are sorted by expert, forward and backward, by the implementation
-that suits the device.
+"""swiglu: SwiGLU of experts on rows sorted by expert, forward and backward.
 
-Letters: e experts on this shard, C rows of an expert's buffer, s source blocks (one for each shard
-that sends rows), D model, F ffn.
+Letters: e experts on this shard, C rows of an expert's buffer, s source blocks (one per shard that
+sends rows), D model, F ffn.
 """
 
 import functools
@@ -35,33 +34,35 @@ def swiglu(
     implementation: str | Sequence[str] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """(row_weight * silu(x @ w_gate) * (x @ w_up)) @ w_down of every expert on its rows: [e, C, D]
-    in x's dtype.
+    """Computes (row_weight * silu(x @ w_gate) * (x @ w_up)) @ w_down of each expert on its rows.
 
-    Products accumulate in float32.  Differentiable in x, row_weight and the weights, which then
-    get gradients in their own dtype; what is kept for that has the checkpoint name "product", and
-    a remat policy may have it computed again.
+    Products accumulate in float32.  Differentiable in x, row_weight and the weights; gradients
+    have the dtype of their argument.  The residuals have the checkpoint name "product", so that a
+    remat policy can recompute them.
 
     Args:
-      x_eCD: float32 or bfloat16.
+      x_eCD: rows, float32 or bfloat16.
       row_weight_eC: float32 factor of each row, or None for 1.
-      count_es: int32; the rows of an expert's buffer come in s equal blocks, and of block i the
-        first count_es[e, i] are valid.  The others may hold anything, NaN too: they come back as
-        zeros.  None: all rows are valid.
-      w_gate_eDF, w_up_eDF, w_down_eFD: arrays in x's dtype, or `Quantized` (no gradients then).
-      device_kind: what jax calls the device that this is for, such as "TPU v5" or "cpu".
-      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference", a list of these, or None for
-        the first that can.
+      count_es: int32 numbers of valid rows, or None if all rows are valid.  An expert's buffer
+        consists of s equal blocks; the first count_es[e, i] rows of block i are valid.  The others
+        may hold anything, NaN too, and return zeros.
+      w_gate_eDF, w_up_eDF, w_down_eFD: arrays in x's dtype, or `Quantized` (without gradients).
+      device_kind: jax's name of the mesh's devices, such as "TPU v5" or "cpu".
+      implementation: None, a name ("pallas_tpu", "pallas_gpu", "xla", "reference") or a list of
+        names in order of preference.
       interpret: parameters of Pallas' interpreters, for tests.
 
+    Returns:
+      [e, C, D] in x's dtype.
+
     Raises:
-      ValueError: shapes or dtypes that do not fit together; a named implementation cannot serve
-        them.
+      ValueError: shapes or dtypes that do not fit together, or that no named implementation can
+        serve.
     """
     _check(x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD)
     is_quantized = isinstance(w_gate_eDF, Quantized)
-    what = (x_eCD.shape, w_gate_eDF.shape, x_eCD.dtype, is_quantized)
-    module = choose("expert_matmul", _CANDIDATES, implementation, device_kind, *what).run
+    problem = (x_eCD.shape, w_gate_eDF.shape, x_eCD.dtype, is_quantized)
+    module = choose("expert_matmul", _CANDIDATES, implementation, device_kind, *problem).run
     ops = _Ops(module, device_kind, interpret)
     if row_weight_eC is None:
         row_weight_eC = jnp.ones(x_eCD.shape[:2], jnp.float32)
@@ -74,7 +75,7 @@ def swiglu(
 
 
 class _Ops(NamedTuple):
-    """The module that computes, and what its functions want to know besides."""
+    """The module that computes, and the options of its functions."""
 
     module: types.ModuleType
     device_kind: str
@@ -113,7 +114,7 @@ def _swiglu_fwd(ops, x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_dow
 
 def _swiglu_bwd(ops, residuals, dy_eCD):
     x_eCD, row_weight_eC, count_es, w_gate_eDF, w_up_eDF, w_down_eFD, gate_eCF, up_eCF = residuals
-    # h is computed again: it is cheaper than to keep it.
+    # h is recomputed, which is cheaper than keeping it.
     h_eCF, dgate_eCF, dup_eCF, drow_weight_eC = ops.module.gated_gradient(
         dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, **ops.options
     )
@@ -124,9 +125,8 @@ def _swiglu_bwd(ops, residuals, dy_eCD):
         x_eCD, dgate_eCF, count_es, w_gate_eDF.dtype, **ops.options
     )
     dw_up_eDF = ops.module.weight_gradient(x_eCD, dup_eCF, count_es, w_up_eDF.dtype, **ops.options)
-    # Computed as [D, F]: a kernel's result lies row by row in memory, and reducing and scattering
-    # it over a mesh by D (FSDP) is possible for whole rows only; the TPU compiler would sum all of
-    # it everywhere.
+    # Computed as [D, F].  A kernel's result lies row by row in memory, and FSDP reduce-scatters it
+    # by D, which needs whole rows: of [F, D] the TPU compiler would make an all-reduce.
     dw_down_eFD = ops.module.weight_gradient(
         dy_eCD, h_eCF, count_es, w_down_eFD.dtype, **ops.options
     ).swapaxes(1, 2)

@@ -1,11 +1,9 @@
-"""Speed of the expert matmuls: python -m pallas_kernels.expert_matmul.bench [--json FILE] [--chips
-v5p].
+"""Compares expert matmuls with rivals: `python -m pallas_kernels.expert_matmul.bench`.
 
-One expert of A52B on a chip, 16 sources of 256 rows.  On a GPU: TFLOP/s by the median of many
-runs, of ours and of its rivals. Anywhere else: what share of a TPU's peak the static cycles of
-libtpu come to; needs libtpu, and no TPU.  Columns of a product are alike, so cycles are counted at
-two widths and continued to the whole; control flow that depends on data is cut out of the count
-(all slots full, or half of them by a fixed number of trips).
+One expert of A52B on a chip, 16 sources of 256 rows.  With a GPU: TFLOP/s by the median.  Without
+one, with libtpu: the share of a TPU's peak by static cycles.  Cycles are counted at two widths and
+extrapolated, since all columns of a product cost the same.  Control flow that depends on data is
+left out: all slots are full, or half of them by a fixed number of trips.
 """
 
 import functools
@@ -35,8 +33,8 @@ _ROW_WEIGHT, _COUNT = _S(_C, dtype=jnp.float32), _S(_CASE.sources, dtype=jnp.int
 def _operations(
     ops: Any, N: int, options: dict[str, Any]
 ) -> dict[str, tuple[Callable, list, int, int]]:
-    """Name -> function of (arrays, row weights, counts), shapes with N of its columns, contraction
-    length, all columns.
+    """Returns {name: (function of (arrays, row weights, counts), their shapes with N columns,
+    contraction length, number of all columns)}.
     """
 
     def as_stored(w):
@@ -79,15 +77,19 @@ def _operations(
 
 
 def _with_trips(name: str, N: int, device_kind: str) -> tuple[Callable, list]:
-    """A product with half of the slots empty: half of the trips, as a fixed number, through the
-    loop that gathers rows.
+    """Returns a product with half of its slots empty, and its shapes.
+
+    The loop that gathers rows makes half of its trips, as a fixed number.
     """
     cfg = tpu.config_of(device_kind)
     trips = cfg.block_rows[name.startswith("down")] // cfg.group_rows // 2
     options = {"device_kind": device_kind, "trips": trips}
     if name.startswith("gate_up"):
-        fn = lambda x, g, u, r, c: tpu.gate_up(x, g, u, r, c, save=False, **options)[0]  # noqa: E731
-        return fn, [_S(_C, _D), *[_S(_D, N)] * 2, _ROW_WEIGHT, _COUNT]
+
+        def gate_up(x, g, u, r, c):
+            return tpu.gate_up(x, g, u, r, c, save=False, **options)[0]
+
+        return gate_up, [_S(_C, _D), *[_S(_D, N)] * 2, _ROW_WEIGHT, _COUNT]
     return lambda h, w, c: tpu.matmul(h, w.swapaxes(1, 2), c, **options), [
         _S(_C, _F),
         _S(N, _F),
@@ -156,7 +158,7 @@ _RIVALS = {
 
 
 def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
-    """Runs in a process of its own."""
+    """Returns the cycles of an operation with N columns; runs in a process of its own."""
     tpu_compiler.prepare(profiles=True)
     if who in _RIVALS:
         fn, shapes = _RIVALS[who](name, N)
@@ -165,15 +167,15 @@ def _static_cycles(chip_name: str, who: str, name: str, N: int) -> int:
     if name.endswith(_HALF):
         fn, shapes = _with_trips(name, N, device_kind)
     else:
-        # All rows valid, and known to be: no loop whose length depends on data.
+        # Without counts all rows are valid: no loop depends on data.
         with_counts, shapes, _, _ = _operations(tpu, N, {"device_kind": device_kind})[name]
         fn, shapes = (lambda *args: with_counts(*args, None)), shapes[:-1]
-    # Without what lists the rows and prepares their weights, which is small, and takes place once.
+    # Listing the rows and preparing their weights is left out: it is small and happens once.
     return cycles.kernels_alone(chip_name, fn, *shapes)
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each chip and operation: share of peak, ours and the rivals'."""
+    """Yields a row per chip and operation: share of peak, ours and the rivals'."""
     for chip_name in chip_names:
         chip = chips.CHIPS[chip_name]
         cfg = tpu.config_of(chip.device_kinds[0])
@@ -192,7 +194,7 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
             row = {"chip": chip_name, "operation": name, "ideal_ms": 1e3 * ideal / chip.clock_hz}
             for who in ("ours", *_rivals_of(name)):
                 counted = [
-                    benchmark.apart(_static_cycles, chip_name, who, name, num * block)
+                    benchmark.in_subprocess(_static_cycles, chip_name, who, name, num * block)
                     for num in (2, 4)
                 ]
                 if None in counted:
@@ -214,7 +216,7 @@ def _rivals_of(name: str) -> list[str]:
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
-    """A row for each operation: TFLOP/s, ours and the rivals', in this run."""
+    """Yields a row per operation: TFLOP/s, ours and the rivals'."""
     kind = jax.devices()[0].device_kind
     key = jax.random.key(0)
     widths = {name: width for name, (_, _, _, width) in _operations(gpu, 1, {}).items()}

@@ -1,4 +1,4 @@
-"""The problems that tests and the benchmark share."""
+"""Problems shared by the tests and the benchmark."""
 
 import dataclasses
 from typing import Any
@@ -12,10 +12,10 @@ from pallas_kernels.expert_matmul.quantized import is_valid
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One SwiGLU of experts.
+    """Sizes of one call of swiglu.
 
-    fill: share of each source block's rows that is valid, 1.0 for all; "random" draws the counts,
-    "none" passes no counts.
+    fill: share of each source block's rows that are valid; "random" draws the counts, "none"
+    passes no counts.
     """
 
     name: str
@@ -34,11 +34,11 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of one product over all rows."""
+        """FLOP of one product over all rows."""
         return 2 * self.e * self.C * self.D * self.F
 
     def counts(self, seed: int = 0) -> jax.Array | None:
-        """count_es."""
+        """The argument count_es."""
         if self.fill == "none":
             return None
         shape = (self.e, self.sources)
@@ -49,7 +49,7 @@ class Case:
         return jnp.full(shape, int(self.fill * self.rows_per_source), jnp.int32)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of swiglu's arrays."""
+        """Shapes and dtypes of swiglu's arrays."""
         e, C, D, F = self.e, self.C, self.D, self.F
         S = jax.ShapeDtypeStruct
         weights = {"w_gate_eDF": (e, D, F), "w_up_eDF": (e, D, F), "w_down_eFD": (e, F, D)}
@@ -61,7 +61,7 @@ class Case:
         }
 
     def arrays(self, seed: int, unused: float = np.nan) -> dict[str, Any]:
-        """Fresh random arrays; rows without data hold `unused`."""
+        """Random arrays; invalid rows hold `unused`."""
         rng = np.random.default_rng(seed)
         arrays: dict[str, Any] = {}
         for name, like in self.shapes().items():
@@ -75,12 +75,12 @@ class Case:
         return arrays
 
 
-# One expert of A52B on a chip of 16, 4096 tokens a chip: the size that the kernels are made for.
+# One expert of A52B on each of 16 chips, 4096 tokens a chip: the size the kernels are made for.
 A52B = Case("a52b", e=1, sources=16, rows_per_source=256, D=6400, F=18304)
 A52B_HALF = dataclasses.replace(A52B, name="a52b_half", fill=0.5)
 A52B_DENSE = dataclasses.replace(A52B, name="a52b_dense", fill="none")
 
-# Small ones, in which every edge is met: odd sizes, rows that are no whole granule, empty experts,
+# Small ones that meet every edge: odd sizes, rows that do not fill a granule, empty experts,
 # several blocks of everything.
 SMALL = [
     Case("one_block", e=1, sources=4, rows_per_source=32, D=128, F=256),

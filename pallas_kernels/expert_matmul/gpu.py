@@ -1,26 +1,26 @@
-"""Expert matmuls on Hopper GPUs in Pallas Mosaic GPU: warp-group matmuls fed by the bulk copy
-engine; never ran on a GPU.
+"""Expert matmuls on Hopper GPUs in Pallas Mosaic GPU; never ran on a GPU.
 
 Shape letters: e experts, C rows of an expert's buffer, s source blocks of C/s rows, D model, F
 ffn, I and O any two dims of a matmul.
 
 One kernel structure serves all five operations (`_persistent`).  A block of three warp-groups owns
-tiles of 128 x 256 outputs: one warp-group only issues copies into a ring of stages, 64 deep along
-the contraction; the two others hold 64 x 256 float32 sums each in registers and multiply, one
-matmul in flight while the next is issued.  Blocks come in clusters of two that lie below each
-other: they share the right operand, of which each fetches one half for both, since the L2 cache
-cannot feed 132 multiprocessors with 48 bytes a cycle each.  The kernel runs one block per
-multiprocessor and walks over tiles in an order that keeps a wave's operands in L2; copies run
-ahead into the next tile while the last one is being written.
+tiles of 128 x 256 outputs.  One warp-group only issues copies into a ring of stages, 64 deep along
+the contraction.  The two others hold 64 x 256 float32 sums each in registers and multiply; one
+matmul is in flight while the next is issued.
 
-Rows: the tiles of 128 rows that have a valid row are listed first (`_row_tiles`), so clusters pair
-them freely, and tiles without one do no steps and write zeros.  A sum over rows
-(`weight_gradient`) lists blocks of 64 rows: full ones, then partial ones, which are cleaned in
-shared memory before they are multiplied.  Rows that are not valid may hold anything.
+Two blocks, one tile below the other, form a cluster and share the right operand: each fetches one
+half for both, since the L2 cache cannot feed 132 multiprocessors with 48 bytes a cycle each.  The
+kernel runs one block per multiprocessor.  The order of tiles keeps a wave's operands in L2, and
+copies run ahead into the next tile while the last one is written.
 
-All functions: x and weights bfloat16 [e, ., .], row_weight any float [e, C], count int32 [e, s] or
-None (all rows valid); shapes that `refuse` accepts.  device_kind is not used: all Hopper GPUs
-share one configuration.
+Tiles of 128 rows with a valid row are listed first (`_row_tiles`), so that clusters can pair any
+two of them; tiles without one do no steps and write zeros.  The sum over rows in `weight_gradient`
+lists blocks of 64 rows: full ones, then partial ones, which are cleaned in shared memory before
+they are multiplied.  Invalid rows may hold anything.
+
+Arguments of all functions: x and weights bfloat16 [e, ., .], row_weight any float [e, C], count
+int32 [e, s] or None (all rows valid), in shapes that `refuse` accepts.  device_kind is not used:
+all Hopper GPUs share one configuration.
 """
 
 import dataclasses
@@ -47,13 +47,13 @@ _SHARED_BYTES = 224 * 2**10  # for operands and staging, of 227 KiB
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernels use the chip.  Chosen from what is known of Hopper (2026-11), not measured;
-    ptxas 12.9 compiles them for sm_90a.
+    """How the kernels use the chip; chosen 2026-11 from published facts, not measured.
 
+    ptxas 12.9 compiles them for sm_90a.
     cluster: blocks that share the right operand.
-    clusters: how many run at once; cluster * clusters is the number of multiprocessors.
-    group: row tiles (times cluster) of a wave: a wave of 66 clusters reads 8 x 256 rows and about
-    8 x 256 columns.
+    clusters: clusters that run at once; cluster * clusters is the number of multiprocessors.
+    group: row tiles (times cluster) of a wave: 66 clusters read 8 x 256 rows and about 8 x 256
+      columns.
     """
 
     cluster: int = 2
@@ -71,7 +71,7 @@ def refuse(
     dtype: Any,
     is_quantized: bool,
 ) -> str | None:
-    """Why these kernels cannot serve x [e, C, D] with w_gate [e, D, F] on a device, or None."""
+    """Returns why these kernels cannot serve x [e, C, D] with w_gate [e, D, F], or None."""
     if reason := select.only_on_hopper(device_kind):
         return reason
     if is_quantized:
@@ -83,7 +83,10 @@ def refuse(
         return f"needs rows that are a multiple of {_ROWS * HOPPER.cluster}, not {rows}"
     for size in (dim, ffn):
         if size % _DEPTH or size < _ROWS * HOPPER.cluster:
-            return f"needs model and ffn dims that are multiples of {_DEPTH} and at least {_ROWS * HOPPER.cluster}, not {size}"
+            return (
+                f"needs model and ffn dims that are multiples of {_DEPTH} and at least "
+                f"{_ROWS * HOPPER.cluster}, not {size}"
+            )
     return None
 
 
@@ -98,9 +101,7 @@ def gate_up(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """h = row_weight * silu(x @ w_gate) * (x @ w_up) [e, C, F], and with `save` both products too
-    (else None); zero in rows not valid.
-    """
+    """As `reference.gate_up`; zero in invalid rows."""
     del device_kind
 
     def finish(tile: "_Tile", products: list[jax.Array], refs: Any, staging: "_Staging") -> None:
@@ -136,7 +137,7 @@ def matmul(
     device_kind: str,
     interpret: Any = False,
 ) -> jax.Array:
-    """x @ w [e, C, O]; zero in rows not valid."""
+    """As `reference.matmul`; zero in invalid rows."""
     del device_kind
     out = jax.ShapeDtypeStruct((*x_eCI.shape[:2], w_eIO.shape[-1]), x_eCI.dtype)
     (y_eCO,) = _by_rows(
@@ -162,7 +163,7 @@ def input_gradient(
     device_kind: str,
     interpret: Any = False,
 ) -> jax.Array:
-    """dgate @ w_gate^T + dup @ w_up^T [e, C, D], summed in float32; zero in rows not valid."""
+    """As `reference.input_gradient`, summed in float32; zero in invalid rows."""
     del device_kind
     out = jax.ShapeDtypeStruct((*dgate_eCF.shape[:2], w_gate_eDF.shape[1]), dgate_eCF.dtype)
     terms = [(dgate_eCF, [w_gate_eDF]), (dup_eCF, [w_up_eDF])]
@@ -183,9 +184,7 @@ def gated_gradient(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(h, dgate, dup [e, C, F], drow_weight [e, C] float32): h = row_weight * silu(gate) * up and
-    its pullback at dy @ w_down^T.
-    """
+    """As `reference.gated_gradient`; zero in invalid rows."""
     del device_kind
 
     def finish(tile: "_Tile", products: list[jax.Array], refs: Any, staging: "_Staging") -> None:
@@ -242,7 +241,7 @@ def weight_gradient(
     device_kind: str,
     interpret: Any = False,
 ) -> jax.Array:
-    """x^T @ dy over the valid rows [e, I, O], summed in float32, in `dtype`."""
+    """As `reference.weight_gradient`, summed in float32."""
     del device_kind
     config, (experts, num_rows, left), right = HOPPER, x_eCI.shape, dy_eCO.shape[-1]
     is_valid_eC = is_valid(count_es, (experts, num_rows)).astype(jnp.float32)
@@ -326,14 +325,15 @@ def _by_rows(
     transposed: bool,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Sums over terms of left @ right for the valid rows, one sum for each right operand of a
-    term, and `finish`, which writes outputs.
+    """Sums left @ right over terms for the valid rows; `finish` writes outputs from the sums.
+
+    There is one sum per right operand of a term.
 
     Args:
-      terms: (left [e, C, K], rights [e, K, N], or [e, N, K] if `transposed`), alike in all terms.
-      row_weight_eC: a factor per row, for `finish`.
-      extra: arrays [e, C, N] that `finish` reads, of which the first chunks are fetched before the
-        sums are ready.
+      terms: (left [e, C, K], rights [e, K, N], or [e, N, K] if `transposed`), with equal shapes.
+      row_weight_eC: factor of each row, for `finish`.
+      extra: arrays [e, C, N] that `finish` reads; their first chunks are fetched before the sums
+        are ready.
       finish: (tile, sums, refs, staging) -> None.
     """
     config, num_terms, num_rights = HOPPER, len(terms), len(terms[0][1])
@@ -443,11 +443,10 @@ def _store_valid(
 
 
 class _Tile(NamedTuple):
-    """Where a block's tile of outputs begins, how many steps of the contraction it takes, and from
-    where on it is the one that writes.
+    """A block's tile of outputs: where it begins, its contraction steps, and what it owns.
 
-    The last tiles of a dim are moved back inside it, where they compute again what a neighbour
-    writes.
+    The last tile of a dim is moved back inside it, where it recomputes what a neighbour writes.
+    It writes only from `owned_row` and `owned_column` on.
     """
 
     expert: jax.Array
@@ -459,17 +458,17 @@ class _Tile(NamedTuple):
 
     @property
     def rows(self) -> Any:
-        """The rows of this consumer."""
+        """Rows of this consumer."""
         return pl.ds(
             self.row + lax.axis_index("warpgroup") * (_ROWS // _CONSUMERS), _ROWS // _CONSUMERS
         )
 
     def columns(self, chunk: int, width: int) -> Any:
-        """The columns of a chunk."""
+        """Returns the columns of a chunk."""
         return pl.ds(self.column + chunk * width, width)
 
     def is_owned(self, chunk: int, width: int) -> jax.Array:
-        """Whether this consumer is the one that writes a chunk."""
+        """Returns whether this consumer writes a chunk."""
         return (self.rows.start >= self.owned_row) & (
             self.columns(chunk, width).start >= self.owned_column
         )
@@ -492,17 +491,17 @@ def _persistent(
     finish: Callable,
     begin: Callable = lambda tile: None,
 ) -> None:
-    """One block's whole work, by its three warp-groups.
+    """Runs the three warp-groups of one block over all of its tiles.
 
     Args:
-      num_tiles: of a cluster (its blocks take one each of their own); cluster i takes tiles i, i +
-        clusters, ...
-      locate: the tile of an index.
+      num_tiles: tiles of all clusters; cluster i takes tiles i, i + clusters, ..., and each of its
+        blocks one tile of its own.
+      locate: index -> tile.
       fetch: (tile, step, slot) -> None, starts the copies of a step into the ring.
-      phases: (end(tile), multiply(tile, step, slot, sums)): `multiply` serves the steps up to
-        `end`, from where the last phase ended.
+      phases: (end(tile), multiply(tile, step, slot, sums)); `multiply` serves the steps from the
+        end of the last phase up to its own.
       finish: (tile, sums) -> None, writes the tile.
-      begin: (tile) -> None, starts what `finish` will need.
+      begin: (tile) -> None, starts to load what `finish` needs.
     """
     first = lax.axis_index("cluster")
     num_mine = lax.div(num_tiles - first + (config.clusters - 1), config.clusters)
@@ -522,7 +521,7 @@ def _persistent(
             return lax.fori_loop(0, tile.steps, step, done)
 
         done = lax.fori_loop(0, num_mine, produce, jnp.int32(0))
-        # The other block may still read or signal this one's memory: leave when all slots are
+        # The other block may still read or signal this one's memory: wait until all slots are
         # free.
         lax.fori_loop(lax.max(done - ring.stages, 0), done, lambda i, _: ring.wait_free(i), None)
 
@@ -553,9 +552,8 @@ def _persistent(
             ) -> jax.Array:
                 ring.wait_full(done)
                 multiply(tile, k, ring.slot(done), sums)
-                plgpu.wgmma_wait(
-                    len(sums)
-                )  # All but this step's are complete, so the slot before is free.
+                # All but this step's products are complete, so the slot before is free.
+                plgpu.wgmma_wait(len(sums))
                 pl.when(k > 0)(lambda: ring.release(done - 1))
                 return done + 1
 
@@ -566,9 +564,7 @@ def _persistent(
 
 
 class _Ring:
-    """The stages through which operands come in: shared memory, and barriers that say when a slot
-    is full and when free.
-    """
+    """Stages of operands in shared memory, with barriers for full and free slots."""
 
     def __init__(self, config: Config, left: Any, rights: Sequence[Any], full: Any, free: Any):
         self.left, self.rights, self._full, self._free = left, rights, full, free
@@ -599,7 +595,7 @@ class _Ring:
         )
 
     def sums(self) -> list[Any]:
-        """One accumulator for each right operand."""
+        """Returns one accumulator per right operand."""
         return [plgpu.ACC((_ROWS // _CONSUMERS, _COLUMNS // len(self.rights)), jnp.float32)] * len(
             self.rights
         )
@@ -626,9 +622,7 @@ class _Ring:
 
 
 class _Staging:
-    """Shared memory through which a consumer's results go out, and with `loaded` also what its
-    epilogue reads comes in, in chunks.
-    """
+    """Shared memory through which a consumer stores results and, with `loaded`, loads extras."""
 
     def __init__(self, buffer: Any, loaded: Any = None):
         self._buffer, self._loaded, self._num_stores = buffer, loaded, 0
@@ -636,7 +630,7 @@ class _Staging:
 
     @staticmethod
     def scratch(slots: int, dtype: Any) -> tuple[Any, ...]:
-        """Two slots take outputs in turn; five are two for each of two inputs, and one."""
+        """Two slots take outputs in turn; five are two for each of two inputs, and one more."""
         width = _SWIZZLE // jnp.dtype(dtype).itemsize
         buffer = hopper.tiled_smem(
             (_CONSUMERS, slots, _ROWS // _CONSUMERS, width), dtype, _SWIZZLE
@@ -648,13 +642,13 @@ class _Staging:
         )
 
     def store(self, out_ref: Any, tile: _Tile, chunk: int, value: jax.Array) -> None:
-        """Writes a chunk of columns of a tile, when the slot's last store has left it."""
+        """Writes a chunk of columns of a tile, once the slot's last store has left it."""
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         self._store([self._num_stores % 2], [out_ref], tile, chunk, [value])
         self._num_stores += 1
 
     def fetch(self, sources: Sequence[Any], tile: _Tile, chunk: int) -> None:
-        """Starts to load a chunk of two arrays, when all stores have left the slots."""
+        """Starts to load a chunk of two arrays, once all stores have left the slots."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, source in enumerate(sources):
             target = self._buffer.at[lax.axis_index("warpgroup"), chunk % 2 * 2 + i]
@@ -665,7 +659,7 @@ class _Staging:
             )
 
     def fetched(self, chunk: int) -> list[jax.Array]:
-        """The chunk of the two arrays, in float32."""
+        """Returns the chunk of the two arrays, in float32."""
         plgpu.barrier_wait(self._barrier(chunk))
         return [
             self._buffer[lax.axis_index("warpgroup"), chunk % 2 * 2 + i].astype(jnp.float32)
@@ -675,9 +669,7 @@ class _Staging:
     def store_in_place(
         self, out_refs: Sequence[Any], tile: _Tile, chunk: int, values: Sequence[jax.Array]
     ) -> None:
-        """Writes a chunk of three arrays: two through the slots whence the chunk was fetched, one
-        through the last slot.
-        """
+        """Writes a chunk of three arrays: two through its own slots, one through the last."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self._store([chunk % 2 * 2, chunk % 2 * 2 + 1, 4], out_refs, tile, chunk, values)
 
@@ -725,11 +717,11 @@ def _launch(
     )
 
 
-# Small things inside kernels.
+# Helpers inside kernels.
 
 
 def _half() -> Any:
-    """The rows of a tile that this consumer multiplies."""
+    """Returns the rows of a tile that this consumer multiplies."""
     return pl.ds(lax.axis_index("warpgroup") * (_ROWS // _CONSUMERS), _ROWS // _CONSUMERS)
 
 
@@ -738,14 +730,14 @@ def _columns(value: jax.Array, chunk: int, width: int = _CHUNK) -> jax.Array:
 
 
 def _spread(ref: Any, width: int = _CHUNK) -> jax.Array:
-    """One number per row, in global memory, as columns that are all alike."""
+    """Broadcasts one number per row, in global memory, to `width` columns."""
     return lax.broadcast_in_dim(
         hopper.load(ref, plgpu.Layout.WGMMA.reduce(1)), (*ref.shape, width), [0]
     )
 
 
 def _zero_rows(ref: Any, is_kept: jax.Array) -> None:
-    """Zeroes rows in shared memory, which may hold NaN."""
+    """Zeroes rows in shared memory that are not kept; they may hold NaN."""
     for chunk in range(ref.shape[1] // _CHUNK):
         part = ref.at[:, pl.ds(chunk * _CHUNK, _CHUNK)]
         part[...] = jnp.where(is_kept, part[...].astype(jnp.float32), 0.0).astype(ref.dtype)
@@ -753,28 +745,27 @@ def _zero_rows(ref: Any, is_kept: jax.Array) -> None:
 
 
 def _inside(index: jax.Array, size: int, limit: int) -> jax.Array:
-    """Where the index-th piece of `size` begins; the last one is moved back inside `limit`, and
-    repeats a part of its neighbour.
-    """
+    """Returns where the index-th piece of `size` begins; the last is moved back inside `limit`."""
     return lax.min(index * (size // _DEPTH), (limit - size) // _DEPTH) * _DEPTH
 
 
 def _grouped(
     index: jax.Array, num_rows: jax.Array, num_columns: int, group: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(row, column) of the index-th tile: strips of `group` rows, in a strip column after column."""
+    """Returns (row, column) of the index-th tile: strips of `group` rows, column by column."""
     strip = lax.div(index, group * num_columns)
     index = lax.rem(index, group * num_columns)
     height = lax.min(num_rows - strip * group, group)
     return strip * group + lax.rem(index, height), lax.div(index, height)
 
 
-# In what order rows are taken.
+# The order of rows.
 
 
 def _row_tiles(is_valid_eC: jax.Array, cluster: int) -> tuple[jax.Array, jax.Array]:
-    """All tiles of rows as int32 [tiles], those of a cluster one after another, clusters with a
-    valid row first; and their number [1].
+    """Returns the tiles of rows, int32 [tiles], and the number of clusters with a valid row, [1].
+
+    The tiles of a cluster follow one another; clusters with a valid row come first.
     """
     experts = is_valid_eC.shape[0]
     is_empty_en = is_valid_eC.reshape(experts, -1, _ROWS).max(-1) == 0
@@ -788,8 +779,9 @@ def _row_tiles(is_valid_eC: jax.Array, cluster: int) -> tuple[jax.Array, jax.Arr
 
 
 def _row_blocks(is_valid_eC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Blocks of 64 rows by expert as int32 [e, n]: full ones, partial ones, empty ones; how many
-    are full, and how many not empty [e].
+    """Returns each expert's blocks of 64 rows, int32 [e, n], and how many are full and not empty.
+
+    Full blocks come first, then partial ones, then empty ones; the counts are int32 [e].
     """
     valid_en = is_valid_eC.reshape(is_valid_eC.shape[0], -1, _DEPTH).sum(-1)
     is_full_en, is_some_en = valid_en == _DEPTH, valid_en > 0

@@ -1,5 +1,4 @@
-"""Which rows of an expert's buffer hold data, and quantised weights: what all implementations are
-told.
+"""Quantised weights, and which rows of an expert's buffer are valid.
 
 Letters: e experts, C rows of an expert's buffer, s source blocks of C / s rows each, I rows and O
 columns of a weight, G groups of its rows.
@@ -23,7 +22,7 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[e, I, O]."""
+        """The shape of the weight, (e, I, O)."""
         return self.values_eIO.shape
 
 
@@ -31,7 +30,7 @@ Weights = jax.Array | Quantized
 
 
 def dequantized(w: Weights, dtype: Any) -> jax.Array:
-    """w [e, I, O] in dtype, multiplied out in float32."""
+    """Returns a weight as an array [e, I, O] in `dtype`; values * scale is computed in float32."""
     if not isinstance(w, Quantized):
         return w.astype(dtype)
     e, num_in, num_out = w.shape
@@ -40,7 +39,7 @@ def dequantized(w: Weights, dtype: Any) -> jax.Array:
 
 
 def is_valid(count_es: jax.Array | None, shape_eC: tuple[int, int]) -> jax.Array:
-    """bool [e, C]: the first count_es[e, i] rows of source block i; all rows if count_es is None."""
+    """Returns bool [e, C]: the first count_es[e, i] rows of block i, or all if it is None."""
     if count_es is None:
         return jnp.ones(shape_eC, bool)
     e, num_rows = shape_eC

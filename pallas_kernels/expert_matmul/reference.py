@@ -1,6 +1,6 @@
-"""The definition of correct: every operation in float32, one line each.  Letters as in api.py.
+"""Defines the operations of swiglu: float32, one line each.
 
-The options (device_kind, interpret) concern kernels only.
+Letters as in api.py.  The options (device_kind, interpret) concern kernels only.
 """
 
 import jax
@@ -17,7 +17,7 @@ def refuse(device_kind, x_shape, w_shape, dtype, is_quantized):
 
 
 def _rows(x_eCI, count_es):
-    """x in float32 with zeros in the rows that hold nothing."""
+    """Returns x in float32 with zeros in invalid rows."""
     return jnp.where(is_valid(count_es, x_eCI.shape[:2])[..., None], x_eCI.astype(_F32), 0.0)
 
 
@@ -30,7 +30,7 @@ def _gated(gate_eCF, up_eCF, row_weight_eC):
 
 
 def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, **options):
-    """h, and gate and up if `save`."""
+    """Returns (h, gate, up), the latter two None without `save`; [e, C, F] in x's dtype."""
     del options
     x, row_weight = (
         _rows(x_eCD, count_es),
@@ -42,7 +42,7 @@ def gate_up(x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, **options):
 
 
 def matmul(x_eCI, w, count_es, **options):
-    """x @ w."""
+    """Returns x @ w, [e, C, O] in x's dtype."""
     del options
     return _product("eCI,eIO->eCO", _rows(x_eCI, count_es), dequantized(w, _F32)).astype(
         x_eCI.dtype
@@ -50,7 +50,7 @@ def matmul(x_eCI, w, count_es, **options):
 
 
 def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, **options):
-    """h, and the gradients of gate, up and row_weight."""
+    """Returns h and the gradients of gate, up [e, C, F] and row_weight (float32 [e, C])."""
     del options
     dh = _product("eCD,eFD->eCF", _rows(dy_eCD, count_es), w_down_eFD.astype(_F32))
     row_weight = jnp.where(
@@ -62,7 +62,7 @@ def gated_gradient(dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es
 
 
 def input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **options):
-    """dgate @ w_gate^T + dup @ w_up^T."""
+    """Returns dgate @ w_gate^T + dup @ w_up^T, [e, C, D] in their dtype."""
     del options
     pairs = ((dgate_eCF, w_gate_eDF), (dup_eCF, w_up_eDF))
     return sum(
@@ -71,6 +71,6 @@ def input_gradient(dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, **options
 
 
 def weight_gradient(x_eCI, dy_eCO, count_es, dtype, **options):
-    """x^T @ dy."""
+    """Returns x^T @ dy, [e, I, O] in `dtype`."""
     del options
     return _product("eCI,eCO->eIO", _rows(x_eCI, count_es), _rows(dy_eCO, count_es)).astype(dtype)

@@ -37,17 +37,17 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Block sizes on one generation of chips.
+    """Block sizes of one TPU generation.
 
     group_rows: rows of one product, a multiple of the granule.
-    block_rows, block_cols: of a program step, for K up to 8192 and above, by 2-byte elements; less
-    where they do not fit.
-    whole_blocks: a block of which more than one group of rows is in use is one product, for matrix
-    units that longer ones suit better.
-    contraction_part: a product over more than this is written as a sum: its gathered rows would
-    not fit otherwise.
+    block_rows, block_cols: rows and columns of a grid step's block, for contractions up to 8192
+      and above; smaller where they do not fit.
+    whole_blocks: whether a block with more than one group of rows in use is one product, which
+      suits larger matrix units.
+    contraction_part: longest contraction of one product; a longer one becomes a sum of products,
+      because its gathered rows would not fit.
     gradient_rows, gradient_in, gradient_out: rows, inputs and outputs of a block of the weight
-    gradient.
+      gradient.
     vmem_bytes: vector memory that a kernel may take.
     """
 
@@ -83,7 +83,7 @@ CONFIGS = {
 
 
 def config_of(device_kind: str) -> Config:
-    """The block sizes for a jax device_kind; those of v5p for a TPU that is not in the table."""
+    """Returns the block sizes of a jax device_kind; v5p's for a TPU that is not in the table."""
     chip = chips.of_device(device_kind)
     return CONFIGS.get(chip.name if chip else "v5p", CONFIGS["v5p"])
 
@@ -95,8 +95,8 @@ def refuse(
     dtype: Any,
     is_quantized: bool,
 ) -> str | None:
-    """Why these sizes cannot be served, or None."""
-    del is_quantized  # a quantised weight only takes less room
+    """Returns why these sizes cannot be served, or None."""
+    del is_quantized  # quantised weights take less room
     if reason := only_on("TPU", device_kind):
         return reason
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -104,14 +104,15 @@ def refuse(
     cfg, longest = config_of(device_kind), max(x_shape[2], w_shape[2])
     # The narrowest blocks: 128 rows, and 128 columns of gate, up or the two incoming gradients.
     if 2 * longest * jnp.dtype(dtype).itemsize * (128 + 2 * 128) > cfg.vmem_bytes:
-        return f"a contraction over {longest} does not fit the vector memory ({cfg.vmem_bytes // _MIB} MiB)"
+        room = cfg.vmem_bytes // _MIB
+        return f"a contraction over {longest} does not fit the vector memory ({room} MiB)"
     return None
 
 
 def gate_up(
     x_eCD, w_gate, w_up, row_weight_eC, count_es, *, save, device_kind, interpret=False, trips=None
 ):
-    """h, and gate and up if `save`; one pass over x for both weights.  trips: see `_multiply`."""
+    """As `reference.gate_up`, in one pass over x for both weights; trips: see `_multiply`."""
 
     def epilogue(products, tiles, weight_R1):
         del tiles
@@ -131,7 +132,7 @@ def gate_up(
 
 
 def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
-    """x @ w.  trips: see `_multiply`."""
+    """As `reference.matmul`; trips: see `_multiply`."""
     options = {
         "name": "expert_matmul",
         "device_kind": device_kind,
@@ -139,7 +140,7 @@ def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
         "trips": trips,
     }
     if not isinstance(w, Quantized):
-        # Read as [O, I]: w_down was gathered over its O = D, so that is how it lies in memory
+        # Read as [O, I]: w_down was gathered over its O = D, so it lies in memory like this
         # without a copy; see api.py.
         options["transposed"], w = True, w.swapaxes(1, 2)
     (y_eCO,), _ = _multiply(
@@ -151,7 +152,7 @@ def matmul(x_eCI, w, count_es, *, device_kind, interpret=False, trips=None):
 def gated_gradient(
     dy_eCD, w_down_eFD, gate_eCF, up_eCF, row_weight_eC, count_es, *, device_kind, interpret=False
 ):
-    """h, and the gradients of gate, up and row_weight, in one pass over dy."""
+    """As `reference.gated_gradient`, in one pass over dy."""
 
     def epilogue(products, tiles, weight_R1):
         (dh,), (gate, up) = products, tiles
@@ -184,8 +185,9 @@ def gated_gradient(
 def input_gradient(
     dgate_eCF, w_gate_eDF, dup_eCF, w_up_eDF, count_es, *, device_kind, interpret=False
 ):
-    """dgate @ w_gate^T + dup @ w_up^T, in two steps: the operands of both do not fit the vector
-    memory.  In between it is float32.
+    """As `reference.input_gradient`, in two calls with a float32 sum between them.
+
+    The operands of both products do not fit the vector memory together.
     """
     options = {
         "name": "expert_input_gradient",
@@ -216,13 +218,14 @@ def input_gradient(
 
 
 class _Granules:
-    """Which granules of each block of rows hold a valid row, as arrays for scalar prefetch.
+    """The granules of each block of rows that hold a valid row, int32, for scalar prefetch.
 
-    num: [e * b] int32, how many granules of a block do.
-    offset: [e * b * granules of a block], their first rows within the block, in order; filled up
-    with the last one.
-    source: [e * b], the block to fetch: itself, or if it is empty the last one before it that is
-    not, or the first one.
+    num: [e * b], number of such granules in a block.
+    offset: [e * b * granules of a block], their first rows within the block in order, padded with
+      the last one.
+    source: [e * b], the block to fetch: the block itself; if it is empty, the last block before it
+      that is not; if there is none, the first that is not.
+    is_full: [e * b], 1 if every row of the block is valid and within the buffer.
     """
 
     def __init__(self, count_es: jax.Array, num_experts: int, num_rows: int, block_rows: int):
@@ -241,20 +244,17 @@ class _Granules:
             last_used_b < 0, jnp.argmax(num_b > 0).astype(jnp.int32), last_used_b
         )
         self.num, self.offset = num_b, (order_bg * _GRANULE).reshape(-1)
-        # Blocks in which every row holds something, and lies within the buffer.
         self.is_full = (
             padded_eC.reshape(num_experts * num_blocks, block_rows).all(-1).astype(jnp.int32)
         )
 
     def arrays(self) -> tuple[jax.Array, ...]:
-        """For scalar prefetch."""
+        """Returns the arrays in the order in which kernels read them."""
         return self.num, self.offset, self.source, self.is_full
 
 
 def _pick(ref, block_offset: Callable | None, group, group_rows: int, cols=slice(None)):
-    """The rows [R, cols] of a group: R rows that follow one another, or those of the granules that
-    `block_offset` lists.
-    """
+    """Returns a group's rows [R, cols]: consecutive ones, or the granules of `block_offset`."""
     if block_offset is None:
         return ref[pl.ds(pl.multiple_of(group * group_rows, group_rows), group_rows), cols]
     granules = range(group_rows // _GRANULE)
@@ -292,21 +292,24 @@ def _multiply(
     name: str,
     trips: int | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """epilogue([x @ w for w in weights], tiles, row_weight) on every block: `num_out` arrays [e,
-    C, O].
+    """Computes epilogue([x @ w for w in weights], tiles, row_weight) for every block.
 
     Args:
-      x_eCI, weights: [e, I, O], or [e, O, I] if transposed, of one kind: arrays or Quantized.
-      tiles_eCO: arrays that the epilogue sees the same rows and columns of.
+      x_eCI: rows.
+      weights: [e, I, O], or [e, O, I] if transposed; all arrays or all Quantized.
+      tiles_eCO: further inputs, of which the epilogue gets the same rows and columns.
       row_weight_eC, count_es: as in api.py.
-      epilogue: (products, tiles, row_weight [R, 1]), all float32 -> the outputs' rows in float32;
-        rows without data are zeroed later.
-      out_dtype: of the outputs, x's by default.
-      has_row_sum: the epilogue returns one more array; its sum over all columns is the second
-        result, float32 [e, C].
-      name: by which profiles and compiled programs call it.
-      trips: for counting static cycles only: as many groups of rows a block instead of those that
-        hold data.
+      epilogue: (products, tiles, row_weight [R, 1]) -> rows of the outputs, all float32.  Invalid
+        rows are zeroed afterwards.
+      num_out: number of outputs.
+      out_dtype: dtype of the outputs; x's if None.
+      has_row_sum: whether the epilogue returns one more array, to be summed over all columns.
+      name: name of the kernel in profiles and compiled programs.
+      trips: groups of rows of each block instead of those that hold data; only for counting static
+        cycles.
+
+    Returns:
+      (outputs [e, C, O], row sums float32 [e, C] or None).
     """
     e, num_rows, K = x_eCI.shape
     N = weights[0].shape[1 if transposed else 2]
@@ -440,8 +443,8 @@ def _multiply(
         num_ref, _, source_ref, _ = lists
         own = expert * num_blocks + block
         src = source_ref[own]
-        # What an empty block would fetch is what the used one before it fetched last, or what the
-        # used one after it will fetch first.
+        # An empty block names the last fetch of the used block before it, or the first fetch of
+        # the used block after it, so that nothing is fetched for it.
         col = jnp.where(num_ref[own] > 0, col, jnp.where(src < own, num_cols - 1, 0))
         return jax.lax.div(src, num_blocks), jax.lax.rem(src, num_blocks), col
 
@@ -494,8 +497,8 @@ def _multiply(
 
 
 def _cdiv(a, b: int):
-    # Not // and %: for numbers known only on the device they ask jax which device that is, and a
-    # CPU that compiles for a pod is none.
+    # Not // and %: on traced numbers they ask jax for the device, which is wrong when a CPU
+    # compiles for a pod.
     return jax.lax.div(a + b - 1, b)
 
 
@@ -513,9 +516,7 @@ def _dot(x_RI, w, transposed: bool):
 
 
 def _parts(K: int, num_groups: int, longest: int) -> list[slice]:
-    """The contraction cut into parts of at most `longest`, none of them with rows of two groups of
-    scales.
-    """
+    """Cuts the contraction into parts of at most `longest`, each within one group of scales."""
     group = K // num_groups
     starts = [
         start for first in range(0, K, group) for start in range(first, first + group, longest)
@@ -540,7 +541,7 @@ def _add_row_sums(ref, sums_R1, block_offset: Callable | None, group, num_granul
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """`Config` for one problem: sizes that divide it, or are cut off at its edge, and fit."""
+    """Sizes of `Config` cut down to one problem and to the vector memory."""
 
     group_rows: int
     rows: int
@@ -588,8 +589,9 @@ def _fit(
 
 
 def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=False):
-    """x^T @ dy over the valid rows, added up in float32; all rows of a block at once if they are
-    full, else in groups.
+    """As `reference.weight_gradient`, summed in float32.
+
+    A full block is one product; of other blocks the valid granules are multiplied in groups.
     """
     cfg = config_of(device_kind)
     e, num_rows, num_in = x_eCI.shape
@@ -604,7 +606,7 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
     )
     num_blocks, per_block, per_group = pl.cdiv(C, rows), rows // _GRANULE, R // _GRANULE
     valid_eC = jnp.pad(is_valid(count_es, (e, num_rows)), padding[:2])
-    # With rows missing in the last block, what lies beyond the array has to be left out.
+    # If the last block reaches beyond the array, its rows there have to be left out.
     is_dense = count_es is None and C % rows == 0
     listed = () if is_dense else _Granules(valid_eC.astype(jnp.int32), e, C, rows).arrays()
     info_eC1 = valid_eC[..., None].astype(jnp.float32)
@@ -620,8 +622,8 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
         block = pl.program_id(0) * num_blocks + pl.program_id(3)
 
         def whole_block(put):
-            """put(inputs, product) for a few inputs at a time: a loop, since all of them unrolled
-            take long to compile.
+            """Calls put(inputs, product) for `width` inputs at a time, in a loop: unrolled
+            it takes long to compile.
             """
 
             def some_inputs(part, carry):
@@ -663,7 +665,7 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
 
             def one_group(group, carry):
                 pick = functools.partial(_pick, block_offset=offset, group=group, group_rows=R)
-                # The granules that fill up the last group repeat one that was counted already.
+                # The granules that pad the last group repeat one that is counted already.
                 position_R1 = group * R + jax.lax.broadcasted_iota(jnp.int32, (R, 1), 0)
                 is_valid_R1 = (pick(info_ref) > 0.0) & (position_R1 < num_ref[block] * _GRANULE)
                 x_RI, dy_RO = (jnp.where(is_valid_R1, pick(ref), 0) for ref in (x_ref, dy_ref))
@@ -727,7 +729,7 @@ def weight_gradient(x_eCI, dy_eCO, count_es, dtype, *, device_kind, interpret=Fa
 def _fit_gradient(
     cfg: Config, C: int, num_in: int, num_out: int, itemsize: int
 ) -> tuple[int, int, int]:
-    """Rows, inputs and outputs of a block of the weight gradient."""
+    """Returns (rows, inputs, outputs) of a block of the weight gradient."""
     group = min(cfg.group_rows, C)
     rows, block_in, block_out = (
         min(cfg.gradient_rows, C) // group * group,

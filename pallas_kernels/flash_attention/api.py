@@ -1,4 +1,4 @@
-"""flash_attention: attention over packed sequences, by the best implementation for the device.
+"""flash_attention: attention over packed sequences.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
@@ -13,8 +13,8 @@ from pallas_kernels import select
 from pallas_kernels.flash_attention import dropout, gpu, reference, tpu, triton, xla
 from pallas_kernels.flash_attention.reference import Settings
 
-# The preferred first.  run(q, k, v, query_segment, key_segment, seed_BN, settings, device_kind=,
-# interpret=) -> (out_BTNH, lse_BNT) is differentiable in q, k, v, through both results.
+# In order of preference.  run(q, k, v, query_segment, key_segment, seed_BN, settings,
+# device_kind=, interpret=) -> (out_BTNH, lse_BNT), differentiable in q, k and v through both.
 _CANDIDATES = (
     select.Implementation("pallas_tpu", tpu.refuse, tpu.attention),
     select.Implementation("pallas_gpu", gpu.refuse, gpu.attention),
@@ -46,38 +46,35 @@ def flash_attention(
     implementation: str | Sequence[str] | None = None,
     interpret: bool | object = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(scale q k) v over the keys that each query sees; float32 softmax, differentiable in
-    q, k and v.
+    """Computes softmax(scale q k^T) v over the keys that each query sees.
 
-    The query t sees the key s if they are of the same segment and, if causal, s <= t + S - T.  A
-    query that sees no key returns 0, with log-sum-exp -inf and no gradient.  Memory is linear in T
-    and S, except for "reference".
+    Query t sees key s if both have the same segment and, if causal, s <= t + S - T.  A query that
+    sees no key returns 0, log-sum-exp -inf and no gradient.  The softmax is float32.
+    Differentiable in q, k and v.  Memory is linear in T and S, except for "reference".
 
     Args:
-      q_BTNH: queries, bfloat16 or float32; the query head n uses the kv head n // (N // K).
-      k_BSKH, v_BSKH: keys and values of q's dtype; the kernels need an H that is a multiple of 8.
-      query_segment_BT, key_segment_BS: int32 document numbers; 0 is padding, which sees nothing,
-        is seen by nothing, and may hold NaN.
-      device_kind: what jax calls the device that this runs on ("TPU v5", "NVIDIA H200", "cpu");
-        from the mesh.
-      causal: whether a query sees no later key.
-      scale: factor of the scores, > 0; None is H ** -0.5.
-      dropout_rate: share of the weights that become 0 after the softmax; the others are divided by
+      q_BTNH: queries, bfloat16 or float32.  Query head n uses kv head n // (N // K).
+      k_BSKH, v_BSKH: keys and values in q's dtype.  The kernels need H to be a multiple of 8.
+      query_segment_BT, key_segment_BS: int32 document numbers.  0 is padding, which sees nothing,
+        is seen by nothing and may hold NaN.
+      device_kind: jax's name of the mesh's devices ("TPU v5", "NVIDIA H200", "cpu").
+      causal: whether queries see no later keys.
+      scale: factor of the scores, > 0; None for H ** -0.5.
+      dropout_rate: share of the weights set to 0 after the softmax; the others are divided by
         1 - dropout_rate.
-      dropout_seed: int32 or uint32 of shape [] or [2]; or [B, N], one per sequence and head, for a
-        caller that shards these and has `dropout.head_seeds` of the global ones.  The same seed
-        drops the same weights in every implementation.
-      with_lse: whether to return the log-sum-exp of the scaled scores too; it is differentiable.
+      dropout_seed: int32 or uint32 of shape [] or [2], or uint32 [B, N] from `dropout.head_seeds`
+        for a caller that shards sequences or heads.  All implementations drop the same weights
+        for the same seed.
+      with_lse: whether to return the log-sum-exp of the scaled scores too (differentiable).
       implementation: None, a name ("pallas_tpu", "pallas_gpu", "pallas_triton", "xla",
         "reference") or a list of names in order of preference.
-      interpret: passed to pallas_call, to run a kernel on the CPU.
+      interpret: passed to pallas_call; runs a kernel on the CPU.
 
     Returns:
-      out_BTNH in q's dtype; with_lse: (out_BTNH, lse_BNT float32).
+      out_BTNH in q's dtype, or (out_BTNH, lse_BNT float32) with `with_lse`.
 
     Raises:
-      ValueError: arguments that do not fit together, or no implementation of those named can serve
-        them.
+      ValueError: arguments that do not fit together, or that no named implementation can serve.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
     B, _, N, H = q_BTNH.shape
@@ -97,11 +94,11 @@ def flash_attention(
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
-    """The arrays fit together."""
+    """Raises ValueError unless the arrays fit together."""
     if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
         raise ValueError(
-            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: need [B, T, N, H] and twice "
-            "the same [B, S, K, H]."
+            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: need [B, T, N, H] and "
+            "[B, S, K, H] twice."
         )
     (B, T, N, H), (B_k, S, K, H_k) = q_BTNH.shape, k_BSKH.shape
     if (B_k, H_k) != (B, H) or N % K:
@@ -128,7 +125,7 @@ def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
 
 
 def _check_settings(settings: Settings):
-    """The numbers are in their ranges."""
+    """Raises ValueError unless the numbers are in their ranges."""
     if settings.scale <= 0:
         raise ValueError(f"scale = {settings.scale!r} must be positive; negate q instead.")
     if not 0 <= settings.dropout_rate < 1:
@@ -136,7 +133,7 @@ def _check_settings(settings: Settings):
 
 
 def _seeds(dropout_seed, dropout_rate, B, N):
-    """uint32 [B, N]; zeros if nothing is dropped."""
+    """Returns uint32 [B, N], zeros without dropout."""
     if not dropout_rate:
         return jnp.zeros((B, N), jnp.uint32)
     if dropout_seed is None:

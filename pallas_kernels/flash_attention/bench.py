@@ -1,11 +1,9 @@
-"""`python -m pallas_kernels.flash_attention.bench [--json FILE]`: flash_attention against rivals,
-on a GPU or in static cycles.
+"""Compares flash_attention with rivals: `python -m pallas_kernels.flash_attention.bench`.
 
-Where jax has a GPU: times and TFLOP/s by the median of many runs.  Elsewhere, with libtpu
-installed: the TPU compiler's cycles, for dense attention (no mask, one group of query heads),
-since they mean nothing where data decides what runs.  Ours are those of the kernels' steps over a
-static grid, without the skipping, the masks and the transposes around them; a rival's are those of
-its whole program.
+With a GPU: median times and TFLOP/s.  Without one, with libtpu: the TPU compiler's static cycles
+of dense attention (no mask, one group of query heads), since static cycles mean nothing where data
+decides what runs.  Ours are the cycles of the kernels' steps over a static grid, without skipping,
+masks and the transposes around them; a rival's are those of its whole program.
 """
 
 import functools
@@ -28,8 +26,9 @@ _GROUP, _LENGTH = 8, 4096  # query heads of one kv head; T = S
 
 
 def measure_static(chip_names: list[str]) -> list[dict]:
-    """One row for each chip, head dim, pass and implementation; each in a process of its own,
-    which libtpu may end.
+    """Returns one row per chip, head dim, pass and implementation.
+
+    Each is compiled in a process of its own, because libtpu may crash it.
     """
     rows = []
     for chip, H, backward in itertools.product(chip_names, (80, 128), (False, True)):
@@ -38,7 +37,7 @@ def measure_static(chip_names: list[str]) -> list[dict]:
             / chips.CHIPS[chip].peak_flops
         )
         for name in ("ours", "splash", "xla"):
-            num_cycles = benchmark.apart(static_cycles, chip, H, backward, name)
+            num_cycles = benchmark.in_subprocess(static_cycles, chip, H, backward, name)
             row = {
                 "chip": chip,
                 "head_dim": H,
@@ -56,7 +55,7 @@ def measure_static(chip_names: list[str]) -> list[dict]:
 
 
 def static_cycles(chip: str, H: int, backward: bool, name: str) -> int:
-    """Cycles of dense attention of [_LENGTH, _GROUP, H]; of the backward pass alone, if so."""
+    """Returns the cycles of one pass of dense attention over [_LENGTH, _GROUP, H]."""
     tpu_compiler.prepare(profiles=True)
     if name == "ours":
         return _cycles(chip, *(_our_backward if backward else _our_forward)(chip, H))
@@ -196,13 +195,13 @@ def _splash(q_GTH, k_1SH, v_1SH):
 
 
 def _plain(q_GTH, k_1SH, v_1SH):
-    """XLA's own, which holds all scores."""
+    """XLA's attention, which holds all scores."""
     q_TGH, k_SKH, v_SKH = (x.swapaxes(0, 1) for x in (q_GTH, k_1SH, v_1SH))
     return jax.nn.dot_product_attention(q_TGH, k_SKH, v_SKH, implementation="xla").swapaxes(0, 1)
 
 
 def measure_gpu() -> list[dict]:
-    """One row for each case, pass and implementation, all in this process."""
+    """Returns one row per case, pass and implementation, measured in this process."""
     device_kind, rows = jax.devices()[0].device_kind, []
     for case in cases.TIMED:
         arrays = [jnp.nan_to_num(x) for x in case.arrays(np.random.default_rng(0))]
@@ -217,8 +216,8 @@ def measure_gpu() -> list[dict]:
                 try:
                     seconds = _seconds(attend, arrays, backward)
                     row |= {"ms": seconds * 1e3, "tflops": case.flops(backward) / seconds / 1e12}
-                # whatever a rival raises for what it does not support, the other
-                # rows are wanted
+                # Rivals raise anything for what they do not support; the other rows are still
+                # wanted.
                 except Exception as error:
                     row["note"] = f"{type(error).__name__}: {error}"[:60]
                 rows.append(row)
@@ -227,8 +226,9 @@ def measure_gpu() -> list[dict]:
 
 
 def _gpu_rivals(case, device_kind):
-    """Implementation -> function of (q, k, v, query_segment, key_segment).  The rivals do not know
-    documents and attend across them.
+    """Returns {implementation: function of (q, k, v, query_segment, key_segment)}.
+
+    The rivals do not know documents and attend across them.
     """
 
     def ours(*arrays):
@@ -252,7 +252,7 @@ def _gpu_rivals(case, device_kind):
 
 
 def _seconds(attend, arrays, backward) -> float:
-    """Median over runs; of the backward pass: with the forward pass, less the forward pass."""
+    """Returns the median; the backward pass is both passes minus the forward pass."""
     forward = jax.jit(attend)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Problems that the tests and the benchmark share."""
+"""Problems shared by the tests and the benchmark."""
 
 import dataclasses
 
@@ -11,11 +11,11 @@ from pallas_kernels.flash_attention.reference import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem: sizes (B batch, T queries, S keys, N query heads, K kv heads, H head dim) and
-    settings of flash_attention.
+    """Sizes and settings of one call of flash_attention.
 
-    documents: how many documents are packed into a sequence; 1 = one that fills it.
-    padding: slots of padding at the end of every sequence.
+    B batch, T queries, S keys, N query heads, K kv heads, H head dim.
+    documents: documents packed into each sequence.
+    padding: slots of padding at the end of each sequence.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        """Keyword arguments of flash_attention, apart from device_kind and implementation."""
+        """Keyword arguments of flash_attention but device_kind and implementation."""
         seed = {"dropout_seed": jnp.array([3, 5], jnp.uint32)} if self.dropout_rate else {}
         return {
             "causal": self.causal,
@@ -46,7 +46,7 @@ class Case:
         return Settings(self.causal, self.H**-0.5, self.dropout_rate)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """q, k, v, query_segment, key_segment without data."""
+        """Shapes and dtypes of q, k, v, query_segment and key_segment."""
         q, kv = (self.B, self.T, self.N, self.H), (self.B, self.S, self.K, self.H)
         segments = [
             jax.ShapeDtypeStruct((self.B, length), jnp.int32) for length in (self.T, self.S)
@@ -54,7 +54,7 @@ class Case:
         return (*(jax.ShapeDtypeStruct(shape, self.dtype) for shape in (q, kv, kv)), *segments)
 
     def arrays(self, rng: np.random.Generator) -> tuple[jax.Array, ...]:
-        """q, k, v, query_segment, key_segment with random data, and NaN in the padding."""
+        """Random q, k, v, query_segment and key_segment, with NaN in the padding."""
         key_segment_BS = np.stack([self._segments(rng) for _ in range(self.B)])
         # The last T slots; queries before the first key (T > S) are padding.
         query_segment_BT = np.pad(key_segment_BS, ((0, 0), (max(self.T - self.S, 0), 0)))[
@@ -76,13 +76,13 @@ class Case:
         return np.pad(segment, (0, self.padding)).astype(np.int32)
 
     def visible_pairs(self) -> float:
-        """Query-key pairs a head of one sequence needs, packing and padding ignored."""
+        """Visible query-key pairs of one head and sequence, ignoring packing and padding."""
         if not self.causal:
             return float(self.T * self.S)
         return float(np.clip(np.arange(self.T) + self.S - self.T + 1, 0, self.S).sum())
 
     def flops(self, backward: bool) -> float:
-        """FLOP of the two matrix products forward (five backward) over the visible pairs."""
+        """FLOP of the two products forward, or the five backward, over the visible pairs."""
         return (5 if backward else 2) * 2 * self.H * self.visible_pairs() * self.B * self.N
 
 
@@ -101,8 +101,8 @@ TESTED = (
     Case("everything bfloat16", 2, 331, 331, 6, 2, 80, "bfloat16", True, 0.2, 3, 37),
 )
 
-# Hunyuan-Large (80 query heads, 8 kv heads), whole and as one of 8 tensor shards; the common shape
-# of other models; long texts.
+# Hunyuan-Large (80 query heads, 8 kv heads), all heads and one of 8 tensor shards; the usual head
+# dim of other models; long texts.
 TIMED = (
     Case("hunyuan 4k", 1, 4096, 4096, 80, 8, 80),
     Case("hunyuan 4k packed", 1, 4096, 4096, 80, 8, 80, documents=8),

@@ -1,8 +1,7 @@
-"""Which attention weights are dropped: a hash of (seed of the head, query, key), so that every
-kernel and its backward pass agree.
+"""Dropout of attention weights by a hash of (head's seed, query, key).
 
-Plain integer operations on uint32 that broadcast: they mean the same in XLA, inside a TPU kernel
-and inside a Triton kernel.
+The hash is plain uint32 arithmetic, so XLA, TPU kernels, Triton kernels and their backward passes
+drop the same weights.
 """
 
 import jax
@@ -20,17 +19,16 @@ def _u32(value: int) -> np.uint32:
 
 
 def mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit flips every output bit about half of the
-    time.
-    """
+    """Hashes uint32, bijectively; an input bit flips each output bit about half of the time."""
     for shift, factor in _ROUNDS:
         x = (x ^ (x >> _u32(shift))) * _u32(factor)
     return x ^ (x >> _u32(16))
 
 
 def head_seeds(seed: jax.Array, batch: int, heads: int) -> jax.Array:
-    """uint32 [B, N], one seed per sequence and head, from a seed of shape [], [2] or already [B,
-    N].
+    """Returns uint32 [B, N], one seed per sequence and head.
+
+    seed: int32 or uint32 of shape [] or [2]; [B, N] is returned as uint32.
     """
     words = jnp.asarray(seed).astype(jnp.uint32)
     if words.ndim == 2:
@@ -47,12 +45,11 @@ def head_seeds(seed: jax.Array, batch: int, heads: int) -> jax.Array:
 
 
 def is_kept(head_seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """bool, False with probability `rate` (to 2^-24).
+    """Returns bool, False with probability `rate` (to 2^-24); the arrays broadcast.
 
     Args:
       head_seed: uint32, one of `head_seeds`.
-      query, key: int32 slots in 0..T-1 and 0..S-1; all three broadcast.  The first mix is per
-        query, only the second per element.
+      query, key: int32 indices in 0..T-1 and 0..S-1.  One mix runs per query, one per element.
     """
     row = mix(head_seed ^ (query.astype(jnp.uint32) * _u32(_SPREAD_QUERY)))
     bits = mix(row ^ (key.astype(jnp.uint32) * _u32(_SPREAD_KEY)))

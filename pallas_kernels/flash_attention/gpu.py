@@ -3,13 +3,13 @@
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 
-A block takes 128 queries of one head: two warp-groups compute 64 of them each, a third one copies
+A block takes 128 queries of one head.  Two warp-groups compute 64 of them each; a third copies
 keys and values into a ring of stages.  Barriers keep the two half a step apart, so that one
-multiplies while the other is at its exponentials.  Which blocks of keys are visited and which go
-without a mask is decided beforehand (`triton.ranges_of`).  Head dims are taken in pieces of 64 and
-of 16 (80 = 64 + 16): a piece of 64 has the widest swizzle, one of 16 the narrowest, and nothing is
-multiplied by padding.  The pieces are arrays of their own in global memory, since the copy
-engine's tiles must divide the array; XLA cuts them while it clears the padding.
+multiplies while the other computes exponentials.  `triton.ranges_of` decides beforehand which
+blocks of keys are visited, and which of those need no mask.  Head dims are cut into pieces of 64
+and 16 (80 = 64 + 16), so that nothing is multiplied by padding: 64 has the widest swizzle, 16 the
+narrowest.  Each piece is an array of its own in global memory, because the copy engine's tiles
+must divide the array; XLA cuts them while it clears the padding.
 """
 
 import functools
@@ -37,9 +37,9 @@ _MASKED = -1e30
 def refuse(
     device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings
 ) -> str | None:
-    """Why this cannot serve the problem on the device, or None."""
+    """Returns why this cannot serve the problem on the device, or None."""
     del k_BSKH
-    if reason := select.only_on_hopper(device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
+    if reason := select.only_on_hopper(device_kind) or select.refuse_head_dim(q_BTNH.shape[-1]):
         return reason
     if q_BTNH.dtype != jnp.bfloat16:
         return f"needs bfloat16, not {q_BTNH.dtype}"
@@ -60,9 +60,7 @@ def attention(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`;
-    differentiable in q, k and v.
-    """
+    """As `reference.attention`; the backward pass is Triton's."""
     del device_kind
     return triton.with_backward(
         _forward,
@@ -123,7 +121,7 @@ def _kernel(problem, num_pieces, *refs):
         lax.axis_index("head"),
         lax.axis_index("warpgroup"),
     )
-    # The last block first: if causal it has the most work, and little ones fill up the end.
+    # The last block first: if causal it has the most work, and small blocks fill the end.
     block = lax.axis_size("block") - 1 - lax.axis_index("block")
     kv_head = lax.div(head, q_refs[0].shape[2] // k_refs[0].shape[2])
     edges = [ranges_ref[batch, block, i] for i in range(4)]
@@ -154,9 +152,8 @@ def _kernel(problem, num_pieces, *refs):
             plgpu.barrier_wait(v_free.at[slot_of(j)])
 
         lax.fori_loop(edges[0], edges[3], fetch, None)
-        lax.fori_loop(
-            lax.max(edges[3] - _BLOCKS.num_stages, edges[0]), edges[3], await_free, None
-        )  # as the barriers were found
+        # Leaves the barriers as they were found.
+        lax.fori_loop(lax.max(edges[3] - _BLOCKS.num_stages, edges[0]), edges[3], await_free, None)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
@@ -201,7 +198,7 @@ def _kernel(problem, num_pieces, *refs):
             def multiply_keys(sums):
                 for q, k in zip(q_smem, k_smem, strict=True):
                     plgpu.wgmma(sums, q.at[warpgroup], k.at[slot].transpose((1, 0)))
-                _take_turns(turn)  # This one's scores are under way: let the other multiply.
+                _take_turns(turn)  # These scores are under way: let the other multiply.
                 return sums[...]
 
             scores = pl.run_scoped(multiply_keys, plgpu.ACC((_HALF, _BLOCKS.keys), jnp.float32))
@@ -213,9 +210,7 @@ def _kernel(problem, num_pieces, *refs):
             new_top = jnp.maximum(top, scores.max(axis=1))
             weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
             if is_masked:
-                weights = jnp.where(
-                    is_seen, weights, 0.0
-                )  # a row that has seen nothing yet has no top
+                weights = jnp.where(is_seen, weights, 0.0)  # `top` is masked before the first key
             decay = jnp.exp2(top - new_top)
             total = total * decay + weights.sum(axis=1)
             plgpu.barrier_wait(v_full.at[slot])
@@ -258,7 +253,7 @@ def _kernel(problem, num_pieces, *refs):
 
 
 def _times_values(weights: jax.Array, values: list[Any]) -> list[jax.Array]:
-    """weights, in registers, times each of the pieces of the values."""
+    """Multiplies the weights, in registers, with each piece of the values."""
 
     def multiply(*sums):
         for total, value in zip(sums, values, strict=True):
@@ -271,13 +266,13 @@ def _times_values(weights: jax.Array, values: list[Any]) -> list[jax.Array]:
 
 
 def _take_turns(barrier: Any) -> None:
-    """Waits until both warp-groups have come here (each at its own place)."""
+    """Waits until both warp-groups have arrived, each at its own place in the step."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def _pieces(size: int) -> list[Any]:
-    """The head dim as slices of 64, then of 16."""
+    """Cuts the head dim into slices of 64, then of 16."""
     sizes = [64] * (size // 64) + [16] * (size % 64 // 16)
     return [pl.ds(sum(sizes[:i]), piece) for i, piece in enumerate(sizes)]
 

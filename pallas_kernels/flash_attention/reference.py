@@ -1,4 +1,4 @@
-"""The definition of flash_attention: float32 everywhere, all T x S weights at once.
+"""Defines flash_attention: float32 everywhere, all T x S weights at once.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim.
 """
@@ -14,9 +14,7 @@ _MASKED = -1e30  # swallows any score in float32, so that a row without keys has
 
 
 class Settings(NamedTuple):
-    """What is computed, apart from the arrays; the arguments of `api.flash_attention`, all filled
-    in.
-    """
+    """Static arguments of `api.flash_attention`, with defaults filled in."""
 
     causal: bool
     scale: float
@@ -30,11 +28,11 @@ def is_visible(
     key_segment: jax.Array,
     causal: bool,
 ) -> jax.Array:
-    """bool: whether a query sees a key; all arrays int32 and broadcasting.
+    """Returns whether a query sees a key, bool; all arrays are int32 and broadcast.
 
     Args:
-      position: t + S - T, the slot of the last key that the query t sees if causal.
-      key: the key's slot s.
+      position: t + S - T, the last key that query t sees if causal.
+      key: the key's index s.
       query_segment, key_segment: 0 is padding.
     """
     visible = (query_segment == key_segment) & (key_segment > 0)
@@ -50,11 +48,9 @@ def attention(
     seed_BN: jax.Array,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32; arrays as in
-    `api.flash_attention`.
+    """Returns (out [B, T, N, H] in q's dtype, log-sum-exp [B, N, T] float32).
 
-    Args:
-      seed_BN: uint32, from `dropout.head_seeds`.
+    Arrays are as in `api.flash_attention`; seed_BN is uint32, from `dropout.head_seeds`.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     f32 = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
@@ -100,5 +96,5 @@ def attention(
 
 
 def zero_padding(x_BTNH: jax.Array, segment_BT: jax.Array) -> jax.Array:
-    """`x` with zeros in the slots of segment 0; no gradient flows into them."""
+    """Zeroes the slots of segment 0; no gradient flows into them."""
     return jnp.where(segment_BT[:, :, None, None] > 0, x_BTNH, jnp.zeros((), x_BTNH.dtype))

@@ -6,8 +6,8 @@ a multiple of 8 costs nothing extra; only the contraction over H in the scores i
 matrix unit's size.  q, out and their gradients lie in memory as [.., H, T].
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim; G query heads that
-share one block of keys, J = N / (K G) such groups for one kv head, Z = K J groups; bq, bk the
-blocks of queries and keys.
+share one block of keys, J = N / (K G) such groups of a kv head, Z = K J groups in all; bq, bk
+queries and keys of a block.
 """
 
 import dataclasses
@@ -34,12 +34,11 @@ _LANES = 128
 class Config:
     """Block sizes, multiples of 128.
 
-    block_q, block_k: of the forward kernel.
-    block_q_backward, block_k_backward: of the backward kernel.
-    slice_k, slice_k_backward: keys of one matrix product.  Within a block of keys the products of
-      the next slice are issued before the softmax of this one, which is what keeps the matrix and
-      the vector units busy at the same time.
-    heads: at most so many query heads share a block of keys.
+    block_q, block_k: queries and keys of a block in the forward kernel.
+    block_q_backward, block_k_backward: the same in the backward kernel.
+    slice_k, slice_k_backward: keys of one matrix product.  The products of the next slice are
+      issued before the softmax of this one, which keeps matrix and vector units busy together.
+    heads: most query heads that share a block of keys.
     """
 
     block_q: int = 512
@@ -51,9 +50,8 @@ class Config:
     heads: int = 16
 
 
-# Found 2026-11-23 by the static cycles of the steps alone (bench.py), head dim 80, libtpu
-# 0.0.50.1; never run on a chip.  tpu7x, which cannot be profiled, takes v6e's, whose matrix units
-# are of the same size.
+# Found 2026-11-23 by static cycles (bench.py) at head dim 80, libtpu 0.0.50.1; never run on a
+# chip.  tpu7x cannot be profiled and takes v6e's, whose matrix units have the same size.
 CONFIGS = {
     "v5e": Config(),
     "v5p": Config(),
@@ -63,9 +61,10 @@ CONFIGS = {
 
 
 class Problem(NamedTuple):
-    """Static numbers of one call.
+    """Static arguments of one call.
 
-    num_queries, num_keys: the true T and S, before padding to whole blocks.
+    vmem_bytes: vector memory of the chip.
+    num_queries, num_keys: T and S before padding to whole blocks.
     """
 
     settings: Settings
@@ -87,9 +86,9 @@ class Problem(NamedTuple):
 
 
 def refuse(device_kind: str, q_BTNH, k_BSKH, settings: Settings) -> str | None:
-    """Why this cannot run on such a device, or None; see select.choose."""
+    """Returns why this cannot run on the device, or None; see `select.choose`."""
     del k_BSKH, settings
-    reason = select.only_on("TPU", device_kind) or select.whole_sublanes(q_BTNH.shape[-1])
+    reason = select.only_on("TPU", device_kind) or select.refuse_head_dim(q_BTNH.shape[-1])
     chip = chips.of_device(device_kind)
     is_known = chip is not None and chip.name in CONFIGS
     return reason or (None if is_known else f"has no block sizes for {device_kind}")
@@ -108,7 +107,7 @@ def attention(
     interpret: object = False,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As reference.attention; config None takes the one found for the chip."""
+    """As `reference.attention`; `config` is that of the chip if None."""
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     chip = chips.of_device(device_kind)
     config = _fitted(config or CONFIGS[chip.name], T, S)
@@ -135,8 +134,9 @@ def attention(
 
 
 def _fitted(config: Config, T: int, S: int) -> Config:
-    """`config` with blocks no longer than the arrays, in whole slices: libtpu fails on some others
-    for v6e, such as blocks of 384.
+    """Shortens blocks to the arrays, in whole slices.
+
+    libtpu fails on some other sizes for v6e, such as blocks of 384.
     """
     size = math.lcm(_LANES, config.slice_k, config.slice_k_backward)
     T, S = (-(-length // size) * size for length in (T, S))
@@ -150,16 +150,16 @@ def _fitted(config: Config, T: int, S: int) -> Config:
 
 
 def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:
-    """Zeros at the end of dim 1."""
+    """Pads dim 1 with zeros to a multiple."""
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % multiple), *((0, 0),) * (x_BT.ndim - 2)))
 
 
 class Visits(NamedTuple):
-    """Which blocks of keys each block of queries visits (or the other way around): int32, 1-D over
-    (batch, block), for scalar memory.
+    """The blocks of keys that each block of queries visits, or the other way around.
 
-    first, last: blocks that may have visible pairs; last < first if there are none.
-    full_first, full_last: within them, those in which every pair is visible.
+    All are int32 and 1-D over (batch, block), for scalar memory.
+    first, last: range of blocks that may have visible pairs; last < first if there are none.
+    full_first, full_last: range within it in which every pair is visible.
     """
 
     first: jax.Array
@@ -168,7 +168,7 @@ class Visits(NamedTuple):
     full_last: jax.Array
 
     def block(self, row: jax.Array, step: jax.Array) -> jax.Array:
-        """The block to load at a step; the last one again when there are no more, which loads
+        """Returns the block to load at a step: after the last one the same again, which loads
         nothing.
         """
         first = self.first[row]
@@ -182,9 +182,7 @@ def visits(
     block_q: int,
     block_k: int,
 ) -> tuple[Visits, Visits, int, int]:
-    """For each block of queries the blocks of keys, the reverse, and how many steps each of the
-    two needs at most.
-    """
+    """Returns (visits by block of queries, visits by block of keys, most steps of each)."""
     may_qk, all_qk = _static_visibility(
         problem,
         query_segment_BT.shape[1] // block_q,
@@ -209,7 +207,7 @@ def visits(
 def _static_visibility(
     problem: Problem, num_q: int, num_k: int, block_q: int, block_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """bool [q, k] of pairs of blocks: whether causality shows any pair, and all pairs."""
+    """Returns bool [q, k] twice: whether causality shows any, and every pair of two blocks."""
     low_q1 = np.arange(num_q)[:, None] * block_q + problem.lead
     high_q1 = low_q1 + block_q - 1
     low_k, high_k = np.arange(num_k) * block_k, np.arange(1, num_k + 1) * block_k - 1
@@ -222,8 +220,9 @@ def _static_visibility(
 
 
 def _segment_range(segment_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, blocks]: the lowest and the highest document number (low > high: only padding), and
-    whether there is but one.
+    """Returns (lowest document, highest document, whether all slots have it), each [B, blocks].
+
+    A block of padding only has lowest > highest.
     """
     segment_Bnb = segment_BT.reshape(segment_BT.shape[0], -1, block)
     low_Bn = jnp.where(segment_Bnb > 0, segment_Bnb, np.iinfo(np.int32).max).min(-1)
@@ -232,7 +231,7 @@ def _segment_range(segment_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Ar
 
 
 def _ranges(may_Brc: jax.Array, all_Brc: jax.Array) -> Visits:
-    """The range of columns of each row with any, and the first run of those with all."""
+    """Returns each row's range of columns with any pair, and first run with every pair."""
     column = jnp.arange(may_Brc.shape[2], dtype=jnp.int32)
     num = np.int32(column.shape[0])
     first = jnp.where(may_Brc, column, num).min(-1)
@@ -246,7 +245,7 @@ def _ranges(may_Brc: jax.Array, all_Brc: jax.Array) -> Visits:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN):
-    """out [B, Z, G, H, T] and log-sum-exp [B, Z, G, T]; T and S are whole blocks."""
+    """Returns (out [B, Z, G, H, T], log-sum-exp [B, Z, G, T]); T and S are whole blocks."""
     return _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN)
 
 
@@ -263,7 +262,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _dot(a, b, a_dim: int, b_dim: int):
-    """Matrix product over one dim of each, accumulated in float32."""
+    """Contracts one dim of each, accumulating in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -275,7 +274,7 @@ def _dot(a, b, a_dim: int, b_dim: int):
 
 
 def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segment_1k):
-    """float32 [bk, bq], 0 where visible, else _MASKED."""
+    """Returns float32 [bk, bq], 0 where visible, else _MASKED."""
     bq, bk = query_segment_1q.shape[1], key_segment_1k.shape[1]
     # From lanes into sublanes.
     key_segment_kq = jnp.broadcast_to(
@@ -298,7 +297,7 @@ def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segmen
 def _mask_and_kept(
     problem: Problem, is_masked, query_block, key_block, query_segment_ref, key_segment_ref, seed
 ):
-    """(mask_kq, kept) of a pair of blocks, as in `forward_step`; seed: head -> its seed."""
+    """Returns (mask_kq, kept) for `forward_step`; seed: head -> its dropout seed."""
     bq, bk = query_segment_ref.shape[1], key_segment_ref.shape[1]
     mask_kq = (
         _mask(problem, query_block, key_block, query_segment_ref[...], key_segment_ref[...])
@@ -318,9 +317,7 @@ def _mask_and_kept(
 
 
 def _when_visible(visits: Visits, row, block, step):
-    """Runs step(is_masked) if the block is one to visit, with masks only where a pair may be
-    hidden.
-    """
+    """Runs step(is_masked) if the block is to be visited; unmasked if every pair is visible."""
     is_full = (visits.full_first[row] <= block) & (block <= visits.full_last[row])
     is_visited = block <= visits.last[row]
     pl.when(is_visited & is_full)(lambda: step(False))
@@ -385,12 +382,12 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
 
 
 def _flat(seed_BN):
-    """Seeds as scalars that a TPU can prefetch."""
+    """Returns the seeds as int32 [B * N], which a TPU can prefetch."""
     return jax.lax.bitcast_convert_type(seed_BN, jnp.int32).reshape(-1)
 
 
 def _cost(problem: Problem, q_BZGHT, k_BKSH, num_products: int) -> pl.CostEstimate:
-    """What the scheduler around the kernel is told; what segments hide is not known to it."""
+    """Returns the kernel's cost for XLA's scheduler; pairs hidden by segments count."""
     num_scores = (
         q_BZGHT.size // q_BZGHT.shape[3] * k_BKSH.shape[2] // (2 if problem.settings.causal else 1)
     )
@@ -462,22 +459,22 @@ def _forward_kernel(*refs, problem: Problem):
 
 
 def _slices(length: int, size: int) -> list[slice]:
-    """0..length-1 in slices of `size`, which divides it."""
+    """Cuts 0..length-1 into slices of `size`, which divides it."""
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def forward_step(
     problem: Problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, mask_kq=None, kept=None
 ):
-    """One block of queries of all G heads over one block of keys.
+    """Attends with one block of queries of all G heads to one block of keys.
 
     Args:
       q_ref: [G, H, bq].
       k_ref, v_ref: [bk, H] and [H, bk].
-      sum_ref, max_ref, norm_ref: float32 [G, H, bq], [G, 1, bq] and [G, 1, bq], updated: the
-        weighted sum of values, the highest score, the sum of the weights.
+      sum_ref, max_ref, norm_ref: float32 [G, H, bq], [G, 1, bq] and [G, 1, bq], updated: weighted
+        sum of values, highest score, sum of weights.
       mask_kq: added to the scores, or None.
-      kept: (head, slice of the keys) -> bool [slice, bq], called if there is dropout.
+      kept: (head, slice of keys) -> bool [slice, bq], False where dropped; called with dropout.
     """
     G = q_ref.shape[0]
     slices = _slices(k_ref.shape[0], problem.config.slice_k)
@@ -521,7 +518,7 @@ def _backward(
     dout_BZGHT,
     dlse_BZGT,
 ):
-    """Gradients of q, k and v in their layouts."""
+    """Returns the gradients of q, k and v in their layouts."""
     (B, Z, G, H, _), (_, K, S, _) = q_BZGHT.shape, k_BKSH.shape
     bq, bk, J = problem.config.block_q_backward, problem.config.block_k_backward, np.int32(Z // K)
     _, table, _, num_steps = visits(problem, query_segment_BT, key_segment_BS, bq, bk)
@@ -662,8 +659,8 @@ def _backward_kernel(*refs, problem: Problem):
         mask_and_kept = _mask_and_kept(
             problem, is_masked, block, i, query_segment_ref, key_segment_ref, seed
         )
-        # The sum over blocks of keys that dq needs lies in HBM.  Half of the heads hide the write
-        # of the step before, the other half the read of this one.
+        # dq is summed over blocks of keys in HBM.  The first half of the heads hides the previous
+        # step's write, the second half this step's read.
         refs = (q_ref, dout_ref, lse2_ref, delta_ref, k_ref, kt_ref, v_ref, dq_ref, dk_ref, dv_ref)
         half = (G + 1) // 2
         backward_step(problem, (0, half), *refs, *mask_and_kept)
@@ -699,13 +696,13 @@ def backward_step(
     mask_kq=None,
     kept=None,
 ):
-    """One block of queries of some heads over one block of keys.
+    """Backward pass of one block of queries and one block of keys, for some heads.
 
     Args:
-      heads: the first and the one after the last of the G heads.
+      heads: (first, end) of the G heads.
       q_ref, dout_ref: [G, H, bq].
-      lse2_ref, delta_ref: float32 [G, 1, bq]: the log-sum-exp to base 2; sum of out * dout, less
-        the gradient of the log-sum-exp.
+      lse2_ref, delta_ref: float32 [G, 1, bq]: log-sum-exp to base 2; sum of out * dout minus the
+        gradient of the log-sum-exp.
       k_ref, kt_ref, v_ref: [bk, H], [H, bk], [bk, H].
       dq_ref: float32 [G, H, bq], written.
       dk_ref, dv_ref: float32 [H, bk], added to.  dq and dk lack the factor `scale`.

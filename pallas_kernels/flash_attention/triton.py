@@ -2,16 +2,15 @@
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim.
 
-A head dim that is not a power of two is taken in pieces that are (80 = 64 + 16), so nothing is
-multiplied by padding: Triton's blocks are powers of two, and a matrix product with 80 in either
-place is two products.  For each block of queries XLA computes beforehand which blocks of keys it
-must visit, and which of those need no mask (`_ranges`): the loops run over these, so a block that
-nothing sees is neither loaded nor computed, and the inner loop has no branch.  The backward pass
-recomputes the weights: one kernel for dq, one for dk and dv, which sums over the G query heads of
-a kv head and works on transposed scores, as both of its products want them.
+Triton's blocks are powers of two, so a head dim that is none is cut into pieces that are: 80 = 64
++ 16.  A matrix product becomes several, and nothing is multiplied by padding.  XLA computes
+beforehand which blocks of keys each block of queries visits, and which of those need no mask
+(`ranges_of`).  The loops run over these ranges: a hidden block is neither loaded nor computed, and
+the inner loop has no branch.  The backward pass recomputes the weights.  One kernel computes dq,
+another dk and dv; the latter sums over the G query heads of a kv head and works on transposed
+scores, as both of its products want them.
 
-jax 0.12 calls Pallas' Triton backend deprecated, with a warning whenever one of these kernels is
-lowered.
+jax 0.12 warns that Pallas' Triton backend is deprecated whenever one of these kernels is lowered.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ _PIECE = 16  # Triton's smallest side of a matrix product
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of one kernel's blocks, its warps and the loads it keeps in flight."""
+    """Queries and keys of one kernel's blocks, its warps, and the loads it keeps in flight."""
 
     queries: int
     keys: int
@@ -48,9 +47,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The three kernels' blocks.  Chosen from what is known of Hopper and to fit shared memory
-    (2026-11), not measured.
-    """
+    """Blocks of the three kernels, chosen 2026-11 to fit Hopper's shared memory; not measured."""
 
     forward: Blocks
     dq: Blocks
@@ -64,7 +61,7 @@ _CONFIGS = {
 
 
 class _Problem(NamedTuple):
-    """What the kernels need to know apart from arrays; `offset` is S - T before padding."""
+    """Static arguments of the kernels; `offset` is S - T before padding."""
 
     settings: Settings
     offset: int
@@ -75,9 +72,9 @@ class _Problem(NamedTuple):
 def refuse(
     device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings
 ) -> str | None:
-    """Why this cannot serve the problem on the device, or None."""
+    """Returns why this cannot serve the problem on the device, or None."""
     del k_BSKH, settings
-    if reason := select.only_on("NVIDIA", device_kind) or select.whole_sublanes(q_BTNH.shape[-1]):
+    if reason := select.only_on("NVIDIA", device_kind) or select.refuse_head_dim(q_BTNH.shape[-1]):
         return reason
     return (
         None
@@ -98,9 +95,7 @@ def attention(
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H] in q's dtype and log-sum-exp [B, N, T] float32, as `reference.attention`;
-    differentiable in q, k and v.
-    """
+    """As `reference.attention`."""
     del device_kind
     return with_backward(
         _forward,
@@ -118,8 +113,9 @@ def attention(
 def with_backward(
     forward, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, interpret
 ):
-    """`attention` by (operands padded to whole blocks..., problem) -> (out, lse), with the
-    backward pass of this file.
+    """Returns `attention` computed by `forward`, with this file's backward pass.
+
+    forward: (*arrays padded to whole blocks, problem) -> (out, lse).
     """
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
     config = _CONFIGS[jnp.dtype(q_BTNH.dtype).name]
@@ -140,9 +136,7 @@ def with_backward(
 
 
 def _pad(x_BTNH: jax.Array, segment_BT: jax.Array, multiple: int) -> tuple[jax.Array, jax.Array]:
-    """Zeros in padding, whatever it held, and more padding up to a multiple of slots; head dims to
-    a multiple of 16.
-    """
+    """Zeroes the padding and adds more, to a multiple of slots and a head dim of 16's multiple."""
     _, T, _, H = x_BTNH.shape
     more = -T % multiple
     x_BTNH = jnp.pad(
@@ -194,9 +188,8 @@ def _attention_bwd(problem, forward, residuals, cotangents):
         jnp.einsum("BTNH,BTNH->BNT", dout_BTNH, out_BTNH, preferred_element_type=jnp.float32)
         - dlse_BNT
     )
-    lse_BNT = jnp.where(
-        jnp.isneginf(lse_BNT), 0.0, lse_BNT
-    )  # of queries without keys, all of whose weights are masked
+    # All weights of a query without keys are masked.
+    lse_BNT = jnp.where(jnp.isneginf(lse_BNT), 0.0, lse_BNT)
     operands = (*operands, dout_BTNH, lse_BNT, delta_BNT)
 
     blocks = problem.config.dq
@@ -246,12 +239,11 @@ def ranges_of(
     *,
     by_query: bool,
 ) -> jax.Array:
-    """int32 [B, blocks, 4]: for every block of queries which blocks of keys it visits (or the
-    other way round, if not `by_query`).
+    """Returns int32 [B, blocks, 4]: the blocks of keys that each block of queries visits.
 
-    Of the four numbers a, b, c, d: blocks a..b and c..d need a mask, b..c need none, others see
-    nothing.  Blocks between a and d that see nothing are visited too; with documents one after
-    another there are none.
+    Without `by_query`: the blocks of queries that each block of keys visits.  Of the four numbers
+    a, b, c, d: blocks a..b and c..d need a mask, b..c need none, the others are hidden.  Hidden
+    blocks between a and d are visited too; there are none if every document is one run of slots.
     """
     (settings, offset), (_, T), S = problem[:2], query_segment_BT.shape, key_segment_BS.shape[1]
     low_q, high_q = _extremes(query_segment_BT, blocks.queries)
@@ -278,7 +270,7 @@ def ranges_of(
 
 
 def _extremes(segment_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The lowest and highest segment of every block."""
+    """Returns the lowest and highest segment of each block."""
     blocks = segment_BT.reshape(segment_BT.shape[0], -1, size)
     return blocks.min(2), blocks.max(2)
 
@@ -321,9 +313,7 @@ def _forward_kernel(
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - new_top[:, None])
         if is_masked:
-            weights = jnp.where(
-                visible, weights, 0.0
-            )  # a row that has seen nothing yet has no top
+            weights = jnp.where(visible, weights, 0.0)  # `top` is masked before the first key
         decay = jnp.exp2(top - new_top)
         total = total * decay + weights.sum(1)
         weights = _dropped(weights, seed_ref[batch, head], query[:, None], key[None, :], settings)
@@ -452,14 +442,15 @@ def _dkv_kernel(blocks, problem, *refs):
 
 
 def _reversed_block() -> jax.Array:
-    """The last block of queries first: if causal it has the most work, and little ones fill up the
-    end.
+    """Returns this program's block of queries: the last one first.
+
+    If causal it has the most work, and small blocks fill the end.
     """
     return pl.num_programs(0) - 1 - pl.program_id(0)
 
 
 def _slots(block: jax.Array, size: int) -> tuple[Any, jax.Array]:
-    """The slice and the int32 indices of the slots of a block."""
+    """Returns the slice of a block's slots and their int32 indices."""
     return pl.ds(block * size, size), block * size + jnp.arange(size, dtype=jnp.int32)
 
 
@@ -472,7 +463,7 @@ def _loop(ranges_ref: Any, batch: jax.Array, block: jax.Array, step: Callable, c
 
 
 def _pieces(size: int) -> list[Any]:
-    """The head dim as slices whose sizes are powers of two, the largest first."""
+    """Cuts the head dim into slices that are powers of two, the largest first."""
     starts = [0]
     while starts[-1] < size:
         starts.append(starts[-1] + 2 ** int(math.log2(size - starts[-1])))
@@ -495,13 +486,13 @@ def _zeros(size: int, like: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """left @ right in float32; float32 operands are not rounded to tensor-float."""
+    """Returns left @ right in float32; float32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _product(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
-    """left @ right^T over the pieces of the head dim."""
+    """Returns left @ right^T, summed over the pieces of the head dim."""
     return functools.reduce(lax.add, [_dot(a, b.T) for a, b in zip(left, right, strict=True)])
 
 
@@ -524,7 +515,7 @@ def _visible(
 def _dropped(
     weights: jax.Array, seed: jax.Array, query: jax.Array, key: jax.Array, settings: Settings
 ) -> jax.Array:
-    """Zero where dropped, scaled up elsewhere."""
+    """Sets dropped weights to 0 and scales up the others."""
     if not settings.dropout_rate:
         return weights
     return jnp.where(

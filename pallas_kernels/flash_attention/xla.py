@@ -1,4 +1,4 @@
-"""flash_attention in plain XLA: chunks of the queries in turn, each over the keys that it can see.
+"""flash_attention in plain XLA: one chunk of queries after another, over the keys it can see.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, c queries of
 a chunk, R = G * c rows of one kv head.
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import dropout
 from pallas_kernels.flash_attention.reference import Settings, is_visible, zero_padding
 
-# Scores at a time: 2 MB of float32 and their gradients stay in a CPU's cache; but fewer queries
-# than these make poor matrix products.
+# Scores of one chunk: 2 MB of float32 and their gradients stay in a CPU's cache.  Chunks of fewer
+# queries make poor matrix products.
 _SCORES_AT_A_TIME, _MIN_QUERIES = 2**19, 64
-# Pieces of the queries whose keys are cut to a length of their own; more would skip more of what
-# causality hides, and compile longer.
+# The queries form this many pieces, each with its own number of keys.  More pieces would skip more
+# of what causality hides, and take longer to compile.
 _NUM_PIECES = 8
 _MASKED = -1e30  # swallows any score in float32
 
@@ -24,9 +24,7 @@ _MASKED = -1e30  # swallows any score in float32
 def attention(
     q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings: Settings
 ):
-    """As reference.attention, with matrix products of the inputs' dtype; memory is linear in T and
-    S.
-    """
+    """As `reference.attention`, with matrix products in the inputs' dtype and linear memory."""
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)
     k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
@@ -39,7 +37,7 @@ def attention(
 
 
 def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, settings):
-    """One sequence: out [T, N, H], log-sum-exp [N, T]."""
+    """Returns (out [T, N, H], log-sum-exp [N, T]) of one sequence."""
     (T, N, _), S = q_TNH.shape, k_SKH.shape[0]
     chunk = min(T, max(_MIN_QUERIES, _SCORES_AT_A_TIME // (N * S)))
     num_chunks = -(-T // chunk)
@@ -52,7 +50,7 @@ def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, se
     pieces = []
     for first in range(0, num_chunks, per_piece):
         stop = min(first + per_piece, num_chunks)
-        # What the last of these queries sees, and not nothing.
+        # As many as the last of these queries sees, at least one.
         num_keys = min(max(stop * chunk + S - T, 1), S) if settings.causal else S
         keys = (
             k_SKH[:num_keys],
@@ -76,7 +74,7 @@ def _sequence(q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, *, se
 
 
 def _chunk(q_cNH, query_segment_c, query_c, *, keys, lead, settings):
-    """Some queries of one sequence over some keys: out [c, N, H], log-sum-exp [N, c]."""
+    """Returns (out [c, N, H], log-sum-exp [N, c]) of a chunk of queries over some keys."""
     k_SKH, v_SKH, key_segment_S, key_S, seed_N = keys
     (c, N, H), (S, K, _) = q_cNH.shape, k_SKH.shape
     G, dtype = N // K, q_cNH.dtype

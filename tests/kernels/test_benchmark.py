@@ -27,16 +27,16 @@ def test_one_table_as_text_and_as_json(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text()) == rows
 
 
-def test_what_fails_apart_is_none_and_says_why(capfd):
-    assert benchmark.apart(divmod, 7, 2) == (3, 1)
-    assert benchmark.apart(divmod, 7, 0) is None
-    assert benchmark.apart(os._exit, 1) is None
-    assert benchmark.apart(_end_as_libtpu_does) is None
+def test_what_fails_in_a_subprocess_is_none_and_says_why(capfd):
+    assert benchmark.in_subprocess(divmod, 7, 2) == (3, 1)
+    assert benchmark.in_subprocess(divmod, 7, 0) is None
+    assert benchmark.in_subprocess(os._exit, 1) is None
+    assert benchmark.in_subprocess(_end_as_libtpu_does) is None
     out, err = capfd.readouterr()
     first, *others = out.splitlines()
     assert "zero" in first and others == [
-        "(1,): the process ended",
-        "(): the process ended: Check failed: the reason",
+        "(1,): the process crashed",
+        "(): the process crashed: Check failed: the reason",
     ]
     assert not err
 
@@ -106,7 +106,7 @@ def test_options_of_the_train_step_are_those_of_the_generation():
     reason="libtpu is not installed: pip install '.[tpu]'",
 )
 def test_static_cycles_of_a_product_are_near_the_peak():
-    num_cycles = benchmark.apart(_cycles_of_a_product)
+    num_cycles = benchmark.in_subprocess(_cycles_of_a_product)
     ideal = 2 * 1024**2 * 2048 / (chips.CHIPS["v5p"].peak_flops / chips.CHIPS["v5p"].clock_hz)
     assert 0.5 < ideal / num_cycles < 1.0
 

@@ -263,7 +263,7 @@ BAD = {
     ),
     "cast them": lambda a: ((a[0].astype(jnp.float32), *a[1:]), {}),
     "need int32": lambda a: ((*a[:3], a[3].astype(jnp.float32), a[4]), {}),
-    "twice the same": lambda a: ((a[0], a[1], a[2][:, :-1], *a[3:]), {}),
+    "K, H. twice": lambda a: ((a[0], a[1], a[2][:, :-1], *a[3:]), {}),
     "scale = -1.0 must": lambda a: (a, {"scale": -1.0}),
     "dropout_rate = 1.0 must": lambda a: (a, {"dropout_rate": 1.0}),
     "needs a dropout_seed": lambda a: (a, {"dropout_rate": 0.1}),
