@@ -213,7 +213,6 @@ PRIVATE_IN_TESTS = {
     "bench._prefill_seconds",
     "cli._print_answer",
     "cli._questions",
-    "engine_lib._num_parts",
     "gpu._grouped",
     "gpu._row_blocks",
     "gpu._row_tiles",

@@ -1,29 +1,23 @@
 """Jitted prefill and decode on token ids; the engine knows nothing about text.
 
-Letters: B batch, S prompt slots, V vocabulary, P CLA groups, N tokens of a chunk.
+Letters: B batch, S prompt slots, V vocabulary, N tokens of a chunk.
 """
 
-import contextlib
 import functools
-import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.infer import cpu_layout
 from hunyuan_jax.infer.sampling import Sampling, next_token
-from hunyuan_jax.model.cache import KvCache, empty_cache, grow_cache, split_cache
+from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.parallel.mesh import device_kind
-from hunyuan_jax.params import declare as params_lib
 from hunyuan_jax.params.abstract import abstract_module
 
 # Lengths are rounded up to multiples of these, and to no more than four lengths an octave: few
@@ -34,33 +28,27 @@ _CACHE_BUCKET = 128
 # reader sees them flow.
 _MAX_CHUNK = 32
 _CHUNK_SECONDS = 0.05
-# Elements of an expert's matrix up to which a batch is generated in parts: 512 x 1024 gains, 1024
-# x 2048 loses (docs/generation.md).
-_SMALL_EXPERT = 1 << 19
-_CACHE_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
 
 
 class State(NamedTuple):
     """A generation in progress.
 
-    cache: slots so far; row_B: int32, a row's number in the batch; token_B: the newest token, not
-    yet in the cache; position_B: its RoPE position; seen_BV: bool, tokens that occur in the row
-    (None without a repetition penalty); is_done_B: whether the row has produced a stop id;
-    num_drawn: int32.
+    cache: tokens so far; row_B: int32, a row's number in the batch; token_B: the newest token, not
+    yet in the cache; seen_BV: bool, tokens that occur in the row (None without a repetition
+    penalty); is_done_B: whether the row has produced a stop id; num_drawn: int32.
     """
 
-    cache: KvCache
+    cache: Cache
     row_B: jax.Array
     token_B: jax.Array
-    position_B: jax.Array
     seen_BV: jax.Array | None
     is_done_B: jax.Array
     num_drawn: jax.Array
 
 
-class How(NamedTuple):
-    """What a call is told about the tokens to draw: values, none of which makes a new program but
-    whether a part of `sampling` is None.
+class DecodeArgs(NamedTuple):
+    """Traced sampling arguments.  Changing a value never recompiles; turning a processor of
+    `sampling` on or off does.
 
     stop_ids: int32; fill_id: follows a stop id; key: typed PRNG key of the seed.
     """
@@ -79,14 +67,28 @@ class Engine:
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
         self._specs = abstract_module(lambda: model, self._mesh)[1]
-        self._decode_params = None
+        self._is_unrolled = cpu_layout.suits(self._cfg, self._mesh)
+        place_cache = cpu_layout.unstacked_cache if self._is_unrolled else self._pinned
         self.prefill = jax.jit(
-            functools.partial(_prefill, graph_def),
-            static_argnames=("num_slots", "top_k", "is_apart"),
+            functools.partial(_prefill, graph_def, place_cache),
+            static_argnames=("num_slots", "top_k"),
+        )
+        decode_def = (
+            cpu_layout.graph_def(self._cfg, self._mesh) if self._is_unrolled else graph_def
         )
         self.decode = jax.jit(
-            functools.partial(_decode, graph_def), static_argnames="top_k", donate_argnums=1
+            functools.partial(_decode, decode_def), static_argnames="top_k", donate_argnums=1
         )
+
+    @functools.cached_property
+    def _decode_params(self) -> dict:
+        if not self._is_unrolled:
+            return self.params
+        return cpu_layout.unstacked(self._cfg, self.params, self._specs)
+
+    def _pinned(self, cache: Cache) -> Cache:
+        entries = {name: entry.pinned(self._mesh) for name, entry in cache.entries.items()}
+        return cache._replace(entries=entries)
 
     def stream(
         self,
@@ -111,57 +113,37 @@ class Engine:
         """
         B, S = tokens_BS.shape
         padding = bucket(S, _PROMPT_BUCKET) - S
-        num_parts = _num_parts(self._cfg, self._mesh, B)
-        num_idle = -B % (
-            num_parts * rules.num_shards(self._mesh, "batch")
-        )  # rows that only make the batch divide
+        num_slices = cpu_layout.num_slices(self._cfg, B) if self._is_unrolled else 1
+        # Padding rows, so that the batch divides over the slices and the mesh.
+        num_idle = -B % (num_slices * rules.num_shards(self._mesh, "batch"))
         tokens_BS = np.pad(tokens_BS, ((0, num_idle), (padding, 0)))
         mask_BS = np.pad(
             np.pad(mask_BS, ((0, 0), (padding, 0))), ((0, num_idle), (0, 0)), mode="edge"
         )
         row_B = np.arange(B + num_idle, dtype=np.int32)
-        num_slots = bucket(S + padding + max_new_tokens, _CACHE_BUCKET)
-        how = How(
+        args = DecodeArgs(
             sampling._replace(top_k=0),
             np.asarray(stop_ids, np.int32),
             fill_id,
             jax.random.key(seed),
         )
-        options = {"top_k": sampling.top_k}
-        if self._decode_params is None:
-            self._decode_params = (
-                taken_apart(self.params, self._specs) if _is_one_cpu(self._mesh) else self.params
-            )
-        prefill = functools.partial(
-            self.prefill,
-            self.params,
-            how=how,
-            num_slots=num_slots,
-            is_apart=_is_one_cpu(self._mesh),
-            **options,
-        )
-        decode = functools.partial(self.decode, self._decode_params, how=how, **options)
+        options = {"args": args, "top_k": sampling.top_k}
+        num_slots = bucket(S + padding + max_new_tokens, _CACHE_BUCKET)
+        prefill = functools.partial(self.prefill, self.params, num_slots=num_slots, **options)
+        decode = functools.partial(self.decode, self._decode_params, **options)
         prompts = zip(
-            *(np.split(array, num_parts) for array in (tokens_BS, mask_BS, row_B, row_B >= B)),
+            *(np.split(array, num_slices) for array in (tokens_BS, mask_BS, row_B, row_B >= B)),
             strict=True,
         )
-        with contextlib.ExitStack() as stack:
-            # XLA:CPU runs one after the other what one thread dispatches.
-            threads = (
-                [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_parts)]
-                if num_parts > 1
-                else []
-            )
-            states, is_finished = _each(threads, prefill, prompts)
+        with cpu_layout.threads(num_slices) as each:
+            states, is_finished = each(prefill, prompts)
             yield np.concatenate(jax.device_get([state.token_B for state in states]))[:B]
             num_left, length, chunk, start = max_new_tokens - 1, 1, None, time.perf_counter()
             while (num_left or chunk) and not all(is_finished):
                 following = None
                 if num_left:
                     num_steps = min(num_left, length)
-                    states, following = _each(
-                        threads, decode, [(state, num_steps) for state in states]
-                    )
+                    states, following = each(decode, [(state, num_steps) for state in states])
                     num_left -= num_steps
                 if chunk is not None:
                     # Read while the device works on the next chunk.
@@ -180,88 +162,45 @@ def bucket(length: int, multiple: int) -> int:
     return -(-length // step) * step
 
 
-def taken_apart(params: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with every CLA group and expert apart, for `_decode`; on a CPU they share the
-    memory of `params`.  `specs`: their `ParamSpec`s.
-    """
-
-    def parts(array, num_dims):
-        if not num_dims:
-            return jax.device_put(array, may_alias=True)
-        return params_lib.Apart(tuple(parts(part, num_dims - 1) for part in array))
-
-    def apart(array, spec):
-        return parts(np.asarray(array), spec.num_stacked)
-
-    return params | {"groups": jax.tree.map(apart, params["groups"], specs["groups"])}
-
-
-def _is_one_cpu(mesh: Any) -> bool:
-    return mesh.size == 1 and device_kind(mesh) == "cpu"
-
-
-def _num_parts(cfg: ModelConfig, mesh: Any, batch_size: int) -> int:
-    """In how many parts, each with a thread of its own, a batch is generated.
-
-    XLA:CPU serves one expert after the other, and a small one with one core; parts keep every core
-    busy.  Larger matrices are worth all cores, and are better read once for the whole batch.
-    """
-    is_small = cfg.is_moe and cfg.hidden_size * cfg.intermediate_size <= _SMALL_EXPERT
-    if not _is_one_cpu(mesh) or not is_small:
-        return 1
-    rows = math.ceil(batch_size / (os.cpu_count() or 1))
-    return math.ceil(batch_size / rows)  # no part of idle rows alone
-
-
-def _each(
-    threads: list[ThreadPoolExecutor], fn: Callable, arguments: Iterable[tuple]
-) -> tuple[tuple, tuple]:
-    """The pair that fn returns, for every part's arguments, each in a thread of its own if there
-    are any.
-    """
-    if threads:
-        # One by one, so that the first compiles for all; fn comes back as soon as the work is
-        # dispatched.
-        pairs = [
-            thread.submit(fn, *part).result()
-            for thread, part in zip(threads, arguments, strict=True)
-        ]
-    else:
-        pairs = [fn(*part) for part in arguments]
-    return tuple(zip(*pairs, strict=True))
-
-
 def _prefill(
-    graph_def, params, tokens_BS, mask_BS, row_B, is_done_B, *, how, num_slots, top_k, is_apart
-):
+    graph_def: nnx.GraphDef,
+    place_cache: Callable[[Cache], Cache],
+    params: dict,
+    tokens_BS: jax.Array,
+    mask_BS: jax.Array,
+    row_B: jax.Array,
+    is_done_B: jax.Array,
+    *,
+    args: DecodeArgs,
+    num_slots: int,
+    top_k: int,
+) -> tuple[State, jax.Array]:
+    """(state with the first new token, whether every row has stopped)."""
     model: Transformer = nnx.merge(graph_def, params)
     positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=-1) - 1, 0)
-    output = model(
-        tokens_BS, positions_BS, mask_BS, cache=empty_cache(model.cfg, *tokens_BS.shape)
-    )
-    cache = grow_cache(output.cache, num_slots)
-    if is_apart:
-        cache = split_cache(cache)
-    else:
-        pinned = (
-            rules.constrain(x_PBSKH, model.mesh, _CACHE_DIMS)
-            for x_PBSKH in (cache.k_PBSKH, cache.v_PBSKH)
-        )
-        cache = KvCache(*pinned, cache.segment_BS, cache.num_filled)
+    cache = empty_cache(model.cfg, len(tokens_BS), num_slots)
+    output = model.prefill(tokens_BS, positions_BS, mask_BS, cache)
     logits_BV = model.logits(output.hidden_BTD[:, -1:])[:, 0]
     seen_BV = None
-    if how.sampling.repetition_penalty is not None:
+    if args.sampling.repetition_penalty is not None:
         seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(
             tokens_BS, mask_BS
         )
-    state = State(
-        cache, row_B, tokens_BS[:, -1], positions_BS[:, -1] + 1, seen_BV, is_done_B, jnp.int32(0)
-    )
-    state = _advance(state, logits_BV, how, top_k)
+    cache = place_cache(output.cache)
+    state = State(cache, row_B, tokens_BS[:, -1], seen_BV, is_done_B, jnp.int32(0))
+    state = _advance(state, logits_BV, args, top_k)
     return state, state.is_done_B.all()
 
 
-def _decode(graph_def, params, state, num_steps, *, how, top_k):
+def _decode(
+    graph_def: nnx.GraphDef,
+    params: dict,
+    state: State,
+    num_steps: jax.Array,
+    *,
+    args: DecodeArgs,
+    top_k: int,
+) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
     """(state, (tokens [N, B], how many of N are made, whether every row has stopped)) after
     num_steps or when every row has.
     """
@@ -273,38 +212,30 @@ def _decode(graph_def, params, state, num_steps, *, how, top_k):
 
     def one_step(carry):
         step, state, tokens_NB = carry
-        token_B1 = state.token_B[:, None]
-        output = model(
-            token_B1, state.position_B[:, None], jnp.ones_like(token_B1), cache=state.cache
-        )
+        output = model.decode(state.token_B, state.cache)
         logits_BV = model.logits(output.hidden_BTD)[:, 0]
-        state = _advance(
-            state._replace(cache=output.cache, position_B=state.position_B + 1),
-            logits_BV,
-            how,
-            top_k,
-        )
+        state = _advance(state._replace(cache=output.cache), logits_BV, args, top_k)
         return step + 1, state, tokens_NB.at[step].set(state.token_B)
 
-    tokens_NB = jnp.full((_MAX_CHUNK, state.token_B.shape[0]), how.fill_id, jnp.int32)
+    tokens_NB = jnp.full((_MAX_CHUNK, state.token_B.shape[0]), args.fill_id, jnp.int32)
     num_made, state, tokens_NB = jax.lax.while_loop(
         goes_on, one_step, (jnp.int32(0), state, tokens_NB)
     )
     return state, (tokens_NB, num_made, state.is_done_B.all())
 
 
-def _advance(state: State, logits_BV: jax.Array, how: How, top_k: int) -> State:
+def _advance(state: State, logits_BV: jax.Array, args: DecodeArgs, top_k: int) -> State:
     """With the token that the logits give."""
-    sampling = how.sampling._replace(top_k=top_k)
+    sampling = args.sampling._replace(top_k=top_k)
     key_B = jax.vmap(
-        lambda row: jax.random.fold_in(jax.random.fold_in(how.key, row), state.num_drawn)
+        lambda row: jax.random.fold_in(jax.random.fold_in(args.key, row), state.num_drawn)
     )(state.row_B)
     drawn_B = next_token(logits_BV, state.seen_BV, sampling, key_B)
-    token_B = jnp.where(state.is_done_B, how.fill_id, drawn_B).astype(jnp.int32)
+    token_B = jnp.where(state.is_done_B, args.fill_id, drawn_B).astype(jnp.int32)
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-    is_done_B = state.is_done_B | (token_B[:, None] == how.stop_ids).any(-1)
+    is_done_B = state.is_done_B | (token_B[:, None] == args.stop_ids).any(-1)
     return state._replace(
         token_B=token_B, seen_BV=seen_BV, is_done_B=is_done_B, num_drawn=state.num_drawn + 1
     )

@@ -1,11 +1,9 @@
-"""The CLA group: one producer layer and its consumers, the unit of scan, remat and cache.
+"""The stack of layers: a pattern of layers, repeated and scanned.
 
-Letters: B batch, T queries, S keys, D model, K kv heads, H head dim, F layers of the group (the
-share factor).
+Letters: B batch, T tokens, D model, P groups, f layers of a group.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,72 +12,68 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.layers.ffn.moe.layer import Moe
-from hunyuan_jax.layers.ffn.swiglu import Mlp
-from hunyuan_jax.layers.mixer.attention import Attention, Visibility, drop
 from hunyuan_jax.layers.norm import RmsNorm
+from hunyuan_jax.layers.protocols import CacheEntry, LayerCache, Sequence
+from hunyuan_jax.model.pattern import LayerSpec, pattern
+from hunyuan_jax.parallel.rules import constrain
+from hunyuan_jax.params import declare as params
 
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        "stream", "product", "dispatched", "attended"
+    ),
+    "full": jax.checkpoint_policies.save_only_these_names("stream"),
+}
+_STREAM = ("batch", "seq", "embed")
 
-class Sequence(NamedTuple):
-    """What every layer knows about the tokens: RoPE tables [B, T, H/2] each, who sees whom,
-    is_valid bool [B, T].
-    """
-
-    cos_sin_BTh: tuple[jax.Array, jax.Array]
-    visibility: Visibility
-    is_valid_BT: jax.Array
-
-
-# (k, v) [B, T, K, H] of new tokens -> ((k, v) [B, S, K, H] to attend to, the cache that holds
-# them).
-Extend = Callable[[tuple[jax.Array, jax.Array]], tuple[tuple[jax.Array, jax.Array], Any]]
+Entries = dict[str, CacheEntry] | None
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and MLP (dense or mixture of experts)."""
+    """Pre-norm mixer and feed-forward network, each with a residual connection."""
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, is_producer: bool):
-        attn_key, mlp_key = jax.random.split(key)
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, spec: LayerSpec):
+        mixer_key, ffn_key = jax.random.split(key)
         self.cfg = cfg
+        self.spec = spec
         self.attn_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.attn = Attention(cfg, mesh, attn_key, is_producer=is_producer)
+        shares = spec.shares_kv_with is not None
+        setattr(self, spec.mixer.attribute, spec.mixer(cfg, mesh, mixer_key, shares=shares))
         self.mlp_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        if cfg.is_moe:
-            self.moe = Moe(cfg, mesh, mlp_key)
-        else:
-            self.mlp = Mlp(cfg, mesh, mlp_key)
+        setattr(self, spec.ffn.attribute, spec.ffn(cfg, mesh, ffn_key))
+
+    @property
+    def mixer(self) -> Any:
+        """The layer's Mixer."""
+        return getattr(self, self.spec.mixer.attribute)
+
+    @property
+    def ffn(self) -> Any:
+        """The layer's FeedForward."""
+        return getattr(self, self.spec.ffn.attribute)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        y_BTD: jax.Array,
-        kv: tuple[jax.Array, jax.Array],
         sequence: Sequence,
+        cache: LayerCache,
         key: jax.Array | None,
         is_training: bool,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x + attention + MLP, and the router figures (empty for a dense layer).
+    ) -> tuple[jax.Array, LayerCache, dict[str, jax.Array]]:
+        """(x + mixer + feed-forward, the cache with the new tokens, figures of the feed-forward).
 
         Args:
           x_BTD: the residual stream.
-          y_BTD: attn_norm(x), computed by the group because the producer's keys come from it.
-          kv: the group's keys and values [B, S, K, H].
           key: typed key of this (seed, step, layer): routing and dropout.
           is_training: whether dropout acts.
         """
-        routing_key, *dropout_keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        attention_key = dropout_keys[0] if is_training and self.cfg.attention_dropout else None
-        out_BTD = self.attn(y_BTD, *kv, sequence.cos_sin_BTh, sequence.visibility, attention_key)
+        ffn_key, mixer_key, *dropout_keys = [None] * 4 if key is None else jax.random.split(key, 4)
+        y_BTD = self.attn_norm(x_BTD)
+        out_BTD, cache = self.mixer(y_BTD, sequence, cache, mixer_key if is_training else None)
+        x_BTD = x_BTD + self._hidden_drop(out_BTD, dropout_keys[0], is_training)
+        out_BTD, stats = self.ffn(self.mlp_norm(x_BTD), sequence.segment_BT > 0, ffn_key)
         x_BTD = x_BTD + self._hidden_drop(out_BTD, dropout_keys[1], is_training)
-        y_BTD = self.mlp_norm(x_BTD)
-        out_BTD, stats = (
-            self.moe(y_BTD, sequence.is_valid_BT, routing_key)
-            if self.cfg.is_moe
-            else (self.mlp(y_BTD), {})
-        )
-        return checkpoint_name(
-            x_BTD + self._hidden_drop(out_BTD, dropout_keys[2], is_training), "stream"
-        ), stats
+        return checkpoint_name(x_BTD, "stream"), cache, stats
 
     def _hidden_drop(
         self, x_BTD: jax.Array, key: jax.Array | None, is_training: bool
@@ -93,42 +87,98 @@ class Layer(nnx.Module):
         )
 
 
-class ClaGroup(nnx.Module):
-    """cla_share_factor layers that share the first one's keys and values."""
+class Stack(nnx.Module):
+    """All layers: layer_0, layer_1, ... of the pattern, each with the parameters of its P groups
+    stacked, run by a scan over groups.
+    """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
-        self.num_layers = cfg.cla_share_factor
-        for i, layer_key in enumerate(jax.random.split(key, cfg.cla_share_factor)):
-            setattr(self, f"layer_{i}", Layer(cfg, mesh, layer_key, is_producer=i == 0))
+        self.cfg = cfg
+        self.mesh = mesh
+        specs = pattern(cfg)
+        key_Pf = jax.vmap(lambda key: jax.random.split(key, len(specs)))(
+            jax.random.split(key, cfg.num_groups)
+        )
+        for place, spec in enumerate(specs):
+            layer = jax.vmap(lambda key, spec=spec: Layer(cfg, mesh, key, spec))(key_Pf[:, place])
+            setattr(self, f"layer_{place}", layer)
 
     def layers(self) -> list[Layer]:
-        """Producer first."""
-        return [getattr(self, f"layer_{i}") for i in range(self.num_layers)]
+        """The layers of the pattern."""
+        return [getattr(self, f"layer_{place}") for place in range(len(pattern(self.cfg)))]
 
     def __call__(
         self,
         x_BTD: jax.Array,
         sequence: Sequence,
+        entries: Entries,
         key: jax.Array | None,
         is_training: bool,
-        extend: Extend | None = None,
-    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """The residual stream after the group, what `extend` made of the cache (None without), and
-        router figures [F, ...].
+    ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+        """(the residual stream, the cache entries with the new tokens, figures [P, f, ...]).
 
         Args:
-          key: typed key of this (seed, step, group).
-          extend: puts the tokens' keys and values into a cache; None attends to them alone.
+          entries: of the cache; None keeps nothing.
+          key: typed key of this (seed, step), for routing and dropout.
+          is_training: whether dropout acts.
         """
-        producer = self.layer_0
-        y_BTD = producer.attn_norm(x_BTD)
-        kv, extended = producer.attn.keys_values(y_BTD, sequence.cos_sin_BTh), None
-        if extend is not None:
-            kv, extended = extend(kv)
-        stats = []
-        for i, layer in enumerate(self.layers()):
-            layer_key = None if key is None else jax.random.fold_in(key, i)
-            y_BTD = y_BTD if i == 0 else layer.attn_norm(x_BTD)
-            x_BTD, layer_stats = layer(x_BTD, y_BTD, kv, sequence, layer_key, is_training)
-            stats.append(layer_stats)
-        return x_BTD, extended, jax.tree.map(lambda *a: jnp.stack(a), *stats)
+        definition, params_P = nnx.split(self)
+
+        def one_group(carry, per_group):
+            x_BTD, entries = carry
+            group_params, group = per_group
+            group_key = None if key is None else jax.random.fold_in(key, group)
+            layers = nnx.merge(definition, params.in_use(group_params, group)).layers()
+            x_BTD, entries, stats = run_group(
+                layers, x_BTD, sequence, entries, group, group_key, is_training
+            )
+            return (constrain(x_BTD, self.mesh, _STREAM), entries), stats
+
+        if self.cfg.remat != "none":
+            one_group = jax.checkpoint(
+                one_group, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=False
+            )
+        (x_BTD, entries), stats_Pf = jax.lax.scan(
+            one_group, (x_BTD, entries), (params_P, jnp.arange(self.cfg.num_groups))
+        )
+        return x_BTD, entries, stats_Pf
+
+
+def run_group(
+    layers: list[Layer],
+    x_BTD: jax.Array,
+    sequence: Sequence,
+    entries: Entries,
+    group: Any,
+    key: jax.Array | None,
+    is_training: bool,
+) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+    """Runs the layers of one group, whose index is `group`; as `Stack`, with figures [f, ...] of
+    the layers that have some, and a key of this (seed, step, group).
+    """
+    caches, stats = {}, []
+    for place, layer in enumerate(layers):
+        shared = layer.spec.shares_kv_with
+        source = f"layer_{place if shared is None else shared}"
+        if shared is None:
+            caches[source] = LayerCache(None if entries is None else entries[source], group)
+        layer_key = None if key is None else jax.random.fold_in(key, place)
+        x_BTD, caches[source], layer_stats = layer(
+            x_BTD, sequence, caches[source], layer_key, is_training
+        )
+        stats += [layer_stats] * bool(layer_stats)
+    if entries is not None:
+        entries = {name: cache.entry for name, cache in caches.items()}
+    return x_BTD, entries, stack_figures(stats)
+
+
+def stack_figures(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The figures of several layers or groups with a leading dim; {} for none."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *stats) if stats else {}
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Inverted dropout: zero with probability `rate`, else scaled by 1 / (1 - rate)."""
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
+        x.dtype
+    )

@@ -1,10 +1,9 @@
-"""The whole model: embedding, scanned CLA groups, final norm, head.
+"""The whole model: embedding, stack of layers, final norm, head.
 
-Letters: B batch, T tokens, D model, V vocabulary, P CLA groups, F layers of a group.
+Letters: B batch, T tokens, D model, V vocabulary, P groups, f layers of a group.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,44 +12,38 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import embedding, loss, rope
-from hunyuan_jax.layers.mixer.attention import Visibility
 from hunyuan_jax.layers.norm import RmsNorm
-from hunyuan_jax.model.cache import KvCache
-from hunyuan_jax.model.stack import ClaGroup, Sequence
+from hunyuan_jax.layers.protocols import Sequence
+from hunyuan_jax.model.cache import Cache
+from hunyuan_jax.model.stack import Entries, Stack
 from hunyuan_jax.parallel.rules import constrain
-from hunyuan_jax.params import declare as params
-
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(
-        "stream", "product", "dispatched", "attended"
-    ),
-    "full": jax.checkpoint_policies.save_only_these_names("stream"),
-}
 
 
 class Output(NamedTuple):
-    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, F, ...]
+    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, f, ...]
     (empty if dense).
     """
 
     hidden_BTD: jax.Array
-    cache: KvCache | None
+    cache: Cache | None
     stats: dict[str, jax.Array]
 
 
 class Transformer(nnx.Module):
-    """Hunyuan-Large.  Holds parameters; `__call__` and `logits` are functions of them and change
-    nothing.
+    """Hunyuan-Large.  Holds parameters; its methods are functions of them and change nothing.
+
+    A call runs whole sequences; `prefill`, `extend` and `decode` fill and continue a cache.
     """
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+    def __init__(
+        self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, stack: type[nnx.Module] = Stack
+    ):
+        """`stack`: a class constructed and called as `Stack`, which holds and runs the layers."""
         embed_key, groups_key, head_key = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh
         self.embed = embedding.Embedding(cfg, mesh, embed_key)
-        self.groups = jax.vmap(lambda group_key: ClaGroup(cfg, mesh, group_key))(
-            jax.random.split(groups_key, cfg.num_groups)
-        )
+        self.groups = stack(cfg, mesh, groups_key)
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = embedding.Head(cfg, mesh, head_key)
@@ -63,72 +56,76 @@ class Transformer(nnx.Module):
         *,
         key: jax.Array | None = None,
         is_training: bool = False,
-        cache: KvCache | None = None,
     ) -> Output:
-        """Runs all layers.
+        """Runs whole sequences without a cache.
 
         Args:
           tokens_BT: int32.
           positions_BT: int32 RoPE positions.
-          segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.  With a
-            cache, 1 or 0.
+          segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.
           key: typed key of this (seed, step), for recycle routing and dropout.
           is_training: whether dropout acts; needs `key`.
-          cache: continues it: the tokens take the next T slots.
         """
         cfg = self.cfg
         if is_training and key is None and (cfg.attention_dropout or cfg.hidden_dropout):
             raise ValueError(
                 "is_training with dropout needs a key; pass key=, or is_training=False."
             )
-        x_BTD = constrain(self.embed(tokens_BT, cfg.dtype), self.mesh, ("batch", "seq", "embed"))
-        first_slot, key_segment_BS, cached_PBSKH = 0, segment_ids_BT, None
-        if cache is not None:
-            first_slot = cache.num_filled
-            key_segment_BS = jax.lax.dynamic_update_slice_in_dim(
-                cache.segment_BS, segment_ids_BT, first_slot, axis=1
-            )
-            cached_PBSKH = (cache.k_PBSKH, cache.v_PBSKH)
-        slot_T = first_slot + jnp.arange(tokens_BT.shape[1])
-        visibility = Visibility(slot_T, segment_ids_BT, key_segment_BS)
-        sequence = Sequence(rope.cos_sin(positions_BT, cfg), visibility, segment_ids_BT > 0)
-        group_def, group_params_P = nnx.split(self.groups)
+        sequence = Sequence(rope.cos_sin(positions_BT, cfg), segment_ids_BT)
+        hidden_BTD, _, stats = self._run(tokens_BT, sequence, None, key, is_training)
+        return Output(hidden_BTD, None, stats)
 
-        def one_group(carry, per_group):
-            x_BTD, cached_PBSKH = carry
-            group_params, group_index = per_group
-            group_key = None if key is None else jax.random.fold_in(key, group_index)
-            group = nnx.merge(group_def, params.in_use(group_params, group_index))
-            extend = (
-                None
-                if cache is None
-                else functools.partial(_extend, cached_PBSKH, group_index, first_slot)
-            )
-            x_BTD, cached_PBSKH, stats = group(x_BTD, sequence, group_key, is_training, extend)
-            return (constrain(x_BTD, self.mesh, ("batch", "seq", "embed")), cached_PBSKH), stats
+    def prefill(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array, cache: Cache
+    ) -> Output:
+        """Runs prompts and puts them into the first T slots of a cache, whatever it held.
 
-        if cfg.remat != "none":
-            one_group = jax.checkpoint(
-                one_group, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False
-            )
-        carry = (x_BTD, cached_PBSKH)
-        if any(map(params.is_apart, jax.tree.leaves(group_params_P, is_leaf=params.is_apart))):
-            stats_P = []
-            for index in range(cfg.num_groups):
-                group_params = jax.tree.map(
-                    lambda leaf, i=index: leaf[i], group_params_P, is_leaf=params.is_apart
-                )
-                carry, stats = one_group(carry, (group_params, index))
-                stats_P.append(stats)
-            stats_PF = jax.tree.map(lambda *a: jnp.stack(a), *stats_P)
-        else:
-            carry, stats_PF = jax.lax.scan(
-                one_group, carry, (group_params_P, jnp.arange(cfg.num_groups))
-            )
-        x_BTD, cached_PBSKH = carry
-        if cache is not None:
-            cache = KvCache(*cached_PBSKH, key_segment_BS, first_slot + tokens_BT.shape[1])
-        return Output(self.final_norm(x_BTD), cache, stats_PF)
+        Args:
+          tokens_BT: int32.
+          positions_BT: int32 RoPE positions; `extend` and `decode` count on from them if a row's
+            first token has position 0.
+          mask_BT: int32, 1 for a row's tokens, which are consecutive, and 0 for padding on either
+            side; padding on the right leaves its slots free.
+        """
+        sequence = Sequence(rope.cos_sin(positions_BT, self.cfg), mask_BT)
+        hidden_BTD, entries, stats = self._run(tokens_BT, sequence, cache.entries)
+        start_B = jnp.argmax(mask_BT > 0, axis=1).astype(jnp.int32)
+        length_B = start_B + (mask_BT > 0).sum(1, dtype=jnp.int32)
+        return Output(hidden_BTD, Cache(entries, start_B, length_B), stats)
+
+    def extend(self, tokens_BT: jax.Array, cache: Cache) -> Output:
+        """Appends T tokens to every row of a cache; each row must have room for them.
+
+        Where rows need different numbers of tokens, extend all by the most, then
+        `cache.rollback`.
+        """
+        length_B = cache.length_B + tokens_BT.shape[1]
+        positions_BT = (cache.length_B - cache.start_B)[:, None] + jnp.arange(tokens_BT.shape[1])
+        sequence = Sequence(
+            rope.cos_sin(positions_BT, self.cfg),
+            jnp.ones_like(tokens_BT),
+            cache.start_B,
+            cache.length_B,
+        )
+        hidden_BTD, entries, stats = self._run(tokens_BT, sequence, cache.entries)
+        return Output(hidden_BTD, Cache(entries, cache.start_B, length_B), stats)
+
+    def decode(self, token_B: jax.Array, cache: Cache) -> Output:
+        """Appends one token to every row of a cache; the output has T = 1."""
+        return self.extend(token_B[:, None], cache)
+
+    def _run(
+        self,
+        tokens_BT: jax.Array,
+        sequence: Sequence,
+        entries: Entries,
+        key: jax.Array | None = None,
+        is_training: bool = False,
+    ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+        x_BTD = self.embed(tokens_BT, self.cfg.dtype)
+        x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
+        x_BTD, entries, stats = self.groups(x_BTD, sequence, entries, key, is_training)
+        return self.final_norm(x_BTD), entries, stats
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]: for generation; a training loss comes from `token_losses`."""
@@ -142,38 +139,3 @@ class Transformer(nnx.Module):
 
     def _table(self) -> nnx.Param:
         return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD
-
-
-def _extend(
-    cached_PBSKH: tuple[Any, Any],
-    group: jax.Array | int,
-    first_slot: jax.Array,
-    kv_BTKH: tuple[jax.Array, jax.Array],
-) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
-    """((k, v) [B, S, K, H] of a CLA group with kv_BTKH from first_slot on, the whole cache with
-    them).
-
-    The new rows alone are written; the cache is carried from group to group, so that it stays
-    where it is.
-    """
-    if isinstance(cached_PBSKH[0], tuple):
-        (k_P, v_P), (k_BTKH, v_BTKH) = cached_PBSKH, kv_BTKH
-        k_BKHT = k_BTKH.transpose(0, 2, 3, 1).astype(k_P[group].dtype)
-        k_BKHS = jax.lax.dynamic_update_slice_in_dim(k_P[group], k_BKHT, first_slot, axis=3)
-        v_BSKH = jax.lax.dynamic_update_slice_in_dim(
-            v_P[group], v_BTKH.astype(v_P[group].dtype), first_slot, axis=1
-        )
-        written = tuple(
-            (*old_P[:group], new, *old_P[group + 1 :])
-            for old_P, new in ((k_P, k_BKHS), (v_P, v_BSKH))
-        )
-        return (k_BKHS.transpose(0, 3, 1, 2), v_BSKH), written
-    whole = tuple(
-        jax.lax.dynamic_update_slice(
-            old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, first_slot, 0, 0)
-        )
-        for old_PBSKH, new_BTKH in zip(cached_PBSKH, kv_BTKH, strict=True)
-    )
-    return tuple(
-        jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in whole
-    ), whole

@@ -5,7 +5,6 @@ The role says what a parameter is for.  Optimizer groups, the dtype in which it 
 parameters can be quantised and which are adapters follow from it, never from a name.
 """
 
-import dataclasses
 import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -80,40 +79,12 @@ class Declared(NamedTuple):
 def declared(module: nnx.Module) -> Declared:
     """The parameters of `module` itself, without those of the modules in it: what it hands to its
     island.
-
-    One that lies apart is a tuple of arrays; the names are those of the dims that each of them
-    has.
     """
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
-    arrays = {name: param[...] for name, param in own.items()}
-    dims = {name: param.get_metadata("dims") for name, param in own.items()}
     return Declared(
-        arrays,
-        {
-            name: names[1:] if isinstance(arrays[name], tuple) else names
-            for name, names in dims.items()
-        },
+        {name: param[...] for name, param in own.items()},
+        {name: param.get_metadata("dims") for name, param in own.items()},
     )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Apart:
-    """A parameter whose leading dim is a tuple: arrays of their own, or an Apart again.
-
-    A loop over a leading dim takes each part out of the whole before it multiplies with it;
-    XLA:CPU does that by a copy, which for a few tokens costs as much as the products.
-    """
-
-    parts: tuple[Any, ...]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.parts if index is ... else self.parts[index]
-
-
-def is_apart(leaf: Any) -> bool:
-    """Whether a leaf of a tree of parameters is an Apart."""
-    return isinstance(leaf, Apart)
 
 
 class Weight(NamedTuple):

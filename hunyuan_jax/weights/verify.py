@@ -20,8 +20,9 @@ from hunyuan_jax.layers import embedding, rope
 from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.kernels import kernel_options
-from hunyuan_jax.layers.mixer.attention import Visibility
 from hunyuan_jax.layers.norm import RmsNorm
+from hunyuan_jax.layers.protocols import LayerCache, Sequence
+from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.stack import Layer
 from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -177,9 +178,7 @@ class _Ours:
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
         """The layer's output; a producer's keys and values are kept for its group."""
         cfg, (group, i) = self._cfg, divmod(index, self._cfg.cla_share_factor)
-        module = nnx.eval_shape(
-            lambda: Layer(cfg, self._mesh, jax.random.key(0), is_producer=i == 0)
-        )
+        module = nnx.eval_shape(lambda: Layer(cfg, self._mesh, jax.random.key(0), pattern(cfg)[i]))
         if cfg.is_moe:
             del module.moe.experts
         graph_def, arrays = nnx.split(self._filled(module, f"groups/layer_{i}", (group,)))
@@ -243,18 +242,16 @@ def _run_layer(
     what `_run_expert` is told).
     """
     layer = nnx.merge(graph_def, arrays)
-    slot_T = jnp.arange(x_BTD.shape[1])
     ones_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-    cos_sin, visibility = rope.cos_sin(slot_T[None], cfg), Visibility(slot_T, ones_BT, ones_BT)
-    y_BTD = layer.attn_norm(x_BTD)
-    if kv is None:
-        kv = layer.attn.keys_values(y_BTD, cos_sin)
-    x_BTD += layer.attn(y_BTD, *kv, cos_sin, visibility, None)
+    sequence = Sequence(rope.cos_sin(jnp.arange(x_BTD.shape[1])[None], cfg), ones_BT)
+    out_BTD, cache = layer.attn(layer.attn_norm(x_BTD), sequence, LayerCache(None, 0, kv), None)
+    kv = cache.seen
+    x_BTD += out_BTD
     y_BTD = layer.mlp_norm(x_BTD)
     if not cfg.is_moe:
-        return x_BTD + layer.mlp(y_BTD), kv, None
+        return x_BTD + layer.mlp(y_BTD, ones_BT > 0, None)[0], kv, None
     if cfg.moe.num_shared_experts:
-        x_BTD += layer.moe.shared(y_BTD)
+        x_BTD += layer.moe.shared(y_BTD, ones_BT > 0, None)[0]
     logits_BTE = moe.router_logits(y_BTD, layer.moe.router_DE[...])
     return (
         x_BTD,

@@ -16,10 +16,9 @@ from hunyuan_jax import cli
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import cpu_layout, text
 from hunyuan_jax.infer import engine as engine_lib
-from hunyuan_jax.infer import text
 from hunyuan_jax.infer.pretrained import Pretrained
-from hunyuan_jax.layers.ffn.moe import layer as moe
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -54,7 +53,7 @@ def model(config):
 
 
 def test_greedy_tokens_are_those_of_the_whole_forward(model):
-    """Chunks, buckets, cache and the matrices that lie apart, against logits of the whole text
+    """Chunks, buckets, cache and the CPU layout, against logits of the whole text
     without any of them.
     """
     tokens_BT = model.generate(IDS, max_new_tokens=40, eos_token_id=())
@@ -132,18 +131,18 @@ def test_draws_depend_on_seed_row_and_step_alone(model):
     assert (twins_BT[0] != twins_BT[1]).any()
 
 
-def test_parts_of_a_batch_change_no_token(model, monkeypatch):
-    """Three rows as two parts of two, one of them idle, and as three parts of one."""
+def test_slices_of_a_batch_change_no_token(model, monkeypatch):
+    """Three rows as two slices of two, one of them padding, and as three slices of one."""
     ids, drawn_BT = np.concatenate([IDS, IDS[:1]]), []
     for cores in (2, 3):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        assert engine_lib._num_parts(model.config, model._mesh, 3) == cores
+        assert cpu_layout.num_slices(model.config, 3) == cores
         drawn_BT.append(model.generate(ids, max_new_tokens=40, **DRAWN))
     np.testing.assert_array_equal(*drawn_BT)
     assert (drawn_BT[0][0] != drawn_BT[0][2]).any()
 
 
-def test_a_part_that_has_stopped_is_filled_up(model, monkeypatch):
+def test_a_slice_that_has_stopped_is_filled_up(model, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     whole_BT = model.generate(IDS, max_new_tokens=70, eos_token_id=())
     stop = next(token for token in whole_BT[0, 4:].tolist() if token not in whole_BT[1, 4:])
@@ -155,25 +154,30 @@ def test_a_part_that_has_stopped_is_filled_up(model, monkeypatch):
     )
 
 
-def test_no_part_of_a_batch_is_idle(config, monkeypatch):
+def test_no_slice_of_a_batch_is_padding(config, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert [
-        engine_lib._num_parts(config, mesh_of(), batch_size)
-        for batch_size in (1, 2, 4, 5, 6, 8, 9)
-    ] == [1, 2, 4, 3, 3, 4, 3]
+    assert [cpu_layout.num_slices(config, batch_size) for batch_size in (1, 2, 4, 5, 6, 8, 9)] == [
+        1,
+        2,
+        4,
+        3,
+        3,
+        4,
+        3,
+    ]
 
 
-def test_large_experts_and_dense_models_are_not_generated_in_parts(config):
-    mesh = mesh_of()
+def test_large_experts_and_dense_models_are_not_generated_in_slices(config):
     large = dataclasses.replace(config, hidden_size=1024, intermediate_size=2048)
     dense = dataclasses.replace(config, moe=MoeConfig())
-    assert [engine_lib._num_parts(cfg, mesh, 1) for cfg in (config, large, dense)] == [1, 1, 1]
-    assert [engine_lib._num_parts(cfg, mesh, 64) > 1 for cfg in (config, large, dense)] == [
+    assert [cpu_layout.num_slices(cfg, 1) for cfg in (config, large, dense)] == [1, 1, 1]
+    assert [cpu_layout.num_slices(cfg, 64) > 1 for cfg in (config, large, dense)] == [
         (os.cpu_count() or 1) > 1,
         False,
         False,
     ]
-    assert engine_lib._num_parts(config, mesh_of(data=2), 64) == 1
+    assert cpu_layout.suits(config, mesh_of())
+    assert not cpu_layout.suits(config, mesh_of(data=2))
 
 
 def test_stream_yields_the_tokens_of_generate_and_stops_with_the_last_row(model):
@@ -185,11 +189,11 @@ def test_stream_yields_the_tokens_of_generate_and_stops_with_the_last_row(model)
     assert len(list(model.stream(IDS[:1], max_new_tokens=70, eos_token_id=stop))) == ends[0]
 
 
-def test_matrices_apart_share_the_memory_of_the_model(model):
+def test_unstacked_matrices_share_the_memory_of_the_model(model):
     specs = abstract_model(model.config, single_device_mesh())[1]
-    apart = engine_lib.taken_apart(model.params, specs)
+    unstacked = cpu_layout.unstacked(model.config, model.params, specs)
     w_EDF = model.params["groups"]["layer_1"]["moe"]["experts"]["w_up_EDF"]
-    part = apart["groups"]["layer_1"]["moe"]["experts"]["w_up_EDF"][1][2]
+    part = unstacked["groups"]["layer_3"]["moe"]["experts"]["w_up_EDF_2"]
     np.testing.assert_array_equal(part, w_EDF[1, 2])
     first = w_EDF.unsafe_buffer_pointer()
     if (w_EDF[0, 0].nbytes % 64) == 0:
@@ -197,7 +201,7 @@ def test_matrices_apart_share_the_memory_of_the_model(model):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 6, 9])
-def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
+def test_experts_one_by_one_compute_what_their_tokens_ask_for(num_tokens):
     """An expert that nobody chose is not read: it may hold anything, and 0 * NaN would reach the
     tokens.
     """
@@ -211,8 +215,9 @@ def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
         e, h = expert_Mk[m, k], x_MD[m] @ gate[expert_Mk[m, k]]
         expected_MD[m] += weight_Mk[m, k] * (h / (1 + np.exp(-h)) * (x_MD[m] @ up[e])) @ down[e]
     weights = {
-        name: (*w[:3], np.full_like(w[3], np.nan))
+        f"{name}_{e}": w[e] if e < 3 else np.full_like(w[e], np.nan)
         for name, w in zip(("w_gate_EDF", "w_up_EDF", "w_down_EFD"), (gate, up, down), strict=True)
+        for e in range(4)
     }
     is_kept = np.ones_like(expert_Mk, bool)
     assignment = routing.Assignment(
@@ -220,7 +225,9 @@ def test_few_tokens_are_served_as_by_their_experts_one_by_one(num_tokens):
     )
     assignment = jax.tree.map(lambda a: a[None], assignment)
     np.testing.assert_allclose(
-        jax.jit(moe.serve_few)(weights, x_MD[None], assignment)[0], expected_MD, atol=1e-5
+        jax.jit(cpu_layout.run_experts_one_by_one)(weights, x_MD[None], assignment)[0],
+        expected_MD,
+        atol=1e-5,
     )
 
 

@@ -19,10 +19,11 @@ from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.embedding import Embedding
 from hunyuan_jax.layers.mixer import attention
-from hunyuan_jax.layers.mixer.attention import Attention, Visibility, attend
+from hunyuan_jax.layers.mixer.attention import Attention, attend
 from hunyuan_jax.layers.norm import RmsNorm, rms_normalize
-from hunyuan_jax.model.cache import empty_cache, grow_cache
-from hunyuan_jax.model.stack import ClaGroup
+from hunyuan_jax.layers.protocols import LayerCache, Sequence
+from hunyuan_jax.model import stack
+from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -99,29 +100,21 @@ def numpy_attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     return out_BTNH
 
 
-def numpy_mask(visibility, num_keys):
-    query_slot_T, query_segment_BT, key_segment_BS = (np.asarray(a) for a in visibility)
-    mask_BTS = np.zeros((*query_segment_BT.shape, num_keys), bool)
-    for b, t, s in np.ndindex(mask_BTS.shape):
-        segment = key_segment_BS[b, s]
-        mask_BTS[b, t, s] = (
-            s <= query_slot_T[t] and segment > 0 and segment == query_segment_BT[b, t]
-        )
-    return mask_BTS
+def numpy_mask(segments_BS):
+    """bool [B, S, S]: who sees whom in whole sequences."""
+    is_same_BTS = segments_BS[:, :, None] == segments_BS[:, None]
+    is_past_TS = np.tri(segments_BS.shape[1], dtype=bool)
+    return is_same_BTS & is_past_TS & (segments_BS[:, None] > 0)
 
 
 attend_jit = fast_jit(functools.partial(attend, device_kind="cpu", implementation=None))
 
 
-def attention_case(num_queries, num_keys, first_slot, num_heads=6, num_kv_heads=2, batch=3):
+def attention_case(num_queries, num_keys, num_heads=6, num_kv_heads=2, batch=3):
     rng = np.random.default_rng(0)
     q_BTNH = rng.normal(size=(batch, num_queries, num_heads, 8)).astype(np.float32)
     k_BSKH, v_BSKH = rng.normal(size=(2, batch, num_keys, num_kv_heads, 8)).astype(np.float32)
-    segments_BS = np.sort(rng.integers(0, 3, (batch, num_keys))).astype(np.int32)[
-        :, ::-1
-    ]  # two documents, then padding
-    slot_T = first_slot + np.arange(num_queries, dtype=np.int32)
-    return q_BTNH, k_BSKH, v_BSKH, Visibility(slot_T, segments_BS[:, slot_T], segments_BS)
+    return q_BTNH, k_BSKH, v_BSKH
 
 
 @pytest.mark.parametrize(
@@ -130,22 +123,33 @@ def attention_case(num_queries, num_keys, first_slot, num_heads=6, num_kv_heads=
     ids=["gqa", "mha", "mqa", "mha6"],
 )
 def test_attend_is_grouped_query_attention(sizes):
-    case = attention_case(7, 7, 0, **sizes)
+    case = attention_case(7, 7, **sizes)
+    # Two documents, then padding.
+    segments_BS = np.sort(np.random.default_rng(1).integers(0, 3, (3, 7)))[:, ::-1].astype(
+        np.int32
+    )
     np.testing.assert_allclose(
-        attend_jit(*case), numpy_attend(*case[:3], numpy_mask(case[3], 7)), rtol=1e-5, atol=1e-5
+        attend_jit(*case, Sequence((), segments_BS)),
+        numpy_attend(*case, numpy_mask(segments_BS)),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
-def test_a_cache_with_padding_on_the_left_is_continued():
-    q_BTNH, k_BSKH, v_BSKH, _ = attention_case(2, 9, 4)
-    segments_BS = np.array([[0] * 3 + [1] * 6, [1] * 9, [0] * 2 + [1] * 7], np.int32)
-    visibility = Visibility(np.array([4, 5], np.int32), segments_BS[:, 4:6], segments_BS)
-    out_BTNH = attend_jit(q_BTNH, k_BSKH, v_BSKH, visibility)
+@pytest.mark.parametrize("num_queries", [1, 3, 16, 17, 20])
+def test_new_tokens_of_rows_of_different_lengths_attend_to_their_own_slots(num_queries):
+    """By the decode kernel up to 16 tokens, by flash attention above; other slots hold NaN."""
+    q_BTNH, k_BSKH, v_BSKH = attention_case(num_queries, 30)
+    start_B, length_B = np.array([0, 3, 2], np.int32), np.array([4, 10, 2], np.int32)
+    slot_S, end_B = np.arange(30), length_B + num_queries
+    slot_BT = length_B[:, None] + np.arange(num_queries)
+    mask_BTS = (slot_S <= slot_BT[..., None]) & (slot_S >= start_B[:, None, None])
+    expected_BTNH = numpy_attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    is_dead_BS = (slot_S < start_B[:, None]) | (slot_S >= end_B[:, None])
+    k_BSKH, v_BSKH = (np.where(is_dead_BS[..., None, None], np.nan, x) for x in (k_BSKH, v_BSKH))
+    sequence = Sequence((), np.ones(q_BTNH.shape[:2], np.int32), start_B, length_B)
     np.testing.assert_allclose(
-        out_BTNH,
-        numpy_attend(q_BTNH, k_BSKH, v_BSKH, numpy_mask(visibility, 9)),
-        rtol=1e-5,
-        atol=1e-5,
+        attend_jit(q_BTNH, k_BSKH, v_BSKH, sequence), expected_BTNH, rtol=1e-5, atol=1e-5
     )
 
 
@@ -199,30 +203,27 @@ def test_producer_and_consumer_attend_as_specified(changes):
     cfg = changed(rope_alpha=3.0, num_kv_heads=2) if not changes else changed(**changes)
     mesh = single_device_mesh()
     producer = filled(
-        functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=True), seed=1
+        functools.partial(Attention, cfg, mesh, jax.random.key(0), shares=False), seed=1
     )
     consumer = filled(
-        functools.partial(Attention, cfg, mesh, jax.random.key(0), is_producer=False), seed=2
+        functools.partial(Attention, cfg, mesh, jax.random.key(0), shares=True), seed=2
     )
     rng = np.random.default_rng(3)
     y_BTD, z_BTD = rng.normal(size=(2, BATCH, LENGTH, cfg.hidden_size)).astype(np.float32)
     positions_BT = np.asarray([np.arange(LENGTH), np.arange(LENGTH) % 7], np.int32)
     segments_BT = 1 + (np.arange(LENGTH)[None] >= np.asarray([[LENGTH], [7]])).astype(np.int32)
-    visibility = Visibility(np.arange(LENGTH, dtype=np.int32), segments_BT, segments_BT)
 
     @fast_jit
     def attend_both(y_BTD, z_BTD):
-        tables = rope.cos_sin(positions_BT, cfg)
-        kv = producer.keys_values(y_BTD, tables)
-        return producer(y_BTD, *kv, tables, visibility, None), consumer(
-            z_BTD, *kv, tables, visibility, None
-        )
+        sequence = Sequence(rope.cos_sin(positions_BT, cfg), segments_BT)
+        produced_BTD, cache = producer(y_BTD, sequence, LayerCache(None, 0), None)
+        return produced_BTD, consumer(z_BTD, sequence, cache, None)[0]
 
     weights = [
         jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(m)))
         for m in (producer, consumer)
     ]
-    mask_BTS = numpy_mask(visibility, LENGTH)
+    mask_BTS = numpy_mask(segments_BT)
     for out_BTD, own, x_BTD in zip(
         attend_both(y_BTD, z_BTD), weights, (y_BTD, z_BTD), strict=True
     ):
@@ -233,10 +234,10 @@ def test_producer_and_consumer_attend_as_specified(changes):
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_only_the_producer_has_key_and_value_projections(share):
     cfg = changed(cla_share_factor=share, attention_bias=True)
-    group = nnx.eval_shape(
-        functools.partial(ClaGroup, cfg, single_device_mesh(), jax.random.key(0))
-    )
-    for i, layer in enumerate(group.layers()):
+    layers = nnx.eval_shape(
+        lambda: stack.Stack(cfg, single_device_mesh(), jax.random.key(0))
+    ).layers()
+    for i, layer in enumerate(layers):
         names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer.attn))}
         assert {
             "wq_DNH",
@@ -249,7 +250,7 @@ def test_only_the_producer_has_key_and_value_projections(share):
         assert {"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} & names == (
             {"wk_DKH", "wv_DKH", "bk_KH", "bv_KH"} if i == 0 else set()
         )
-    assert len(group.layers()) == share
+    assert len(layers) == share
 
 
 # Who sees whom, through the whole model
@@ -306,71 +307,140 @@ def test_padding_is_not_seen(side):
 
 
 @functools.cache
-def compiled_step(cfg):
+def compiled(method, cfg=SMALL):
+    """`prefill` (with positions from the mask), `extend` or `decode` -> (logits, cache)."""
     model = model_of(cfg)
 
-    def step(cache, tokens_BT, positions_BT, segments_BT):
-        output = model(tokens_BT, positions_BT, segments_BT, cache=cache)
+    def run(cache, tokens, *mask_BT):
+        if mask_BT:
+            positions_BT = jnp.maximum(jnp.cumsum(mask_BT[0], axis=1) - 1, 0)
+            mask_BT = (positions_BT, *mask_BT)
+        output = getattr(model, method)(tokens, *mask_BT, cache)
         return model.logits(output.hidden_BTD), output.cache
 
-    return fast_jit(step)
+    return fast_jit(run)
 
 
-@pytest.mark.parametrize(
-    "chunks",
-    [(1,) * LENGTH, (4, 4, 4), (4, 4) + (1,) * 4],
-    ids=["one by one", "chunks", "prompt then one by one"],
-)
-def test_decoding_equals_the_full_forward(chunks):
-    # Row 1 is padded on the left, as prompts are.
-    tokens_BT = random_tokens()
-    segments_BT = ONES_BT.copy()
-    segments_BT[1, :2] = 0
-    positions_BT = np.maximum(np.cumsum(segments_BT, axis=1, dtype=np.int32) - 1, 0)
-    cache, parts, start = empty_cache(SMALL, BATCH, LENGTH + 3), [], 0
+def continued(cache, tokens_BT, chunks):
+    """(logits of the tokens, cache) after appending them in chunks; chunks of one are decoded."""
+    parts, start = [], 0
     for length in chunks:
-        chunk = (a[:, start : start + length] for a in (tokens_BT, positions_BT, segments_BT))
-        part, cache = compiled_step(SMALL)(cache, *chunk)
+        chunk_BT = tokens_BT[:, start : start + length]
+        part, cache = (
+            compiled("decode")(cache, chunk_BT[:, 0])
+            if length == 1
+            else compiled("extend")(cache, chunk_BT)
+        )
         parts.append(np.asarray(part))
         start += length
-    is_valid_BT = segments_BT > 0
-    expected = logits(tokens_BT, positions_BT, segments_BT)
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=1)[is_valid_BT], expected[is_valid_BT], rtol=1e-5, atol=1e-5
-    )
-    assert int(cache.num_filled) == LENGTH
-    np.testing.assert_array_equal(cache.segment_BS, np.pad(segments_BT, ((0, 0), (0, 3))))
-    assert (
-        not np.asarray(cache.k_PBSKH)[:, :, LENGTH:].any()
-        and not np.asarray(cache.v_PBSKH)[:, :, LENGTH:].any()
-    )
+    return np.concatenate(parts, axis=1), cache
 
 
-def test_a_cache_that_was_grown_after_the_prompt_goes_on_as_one_that_had_the_room():
-    tokens_BT = random_tokens()
-    prompt, rest = (
-        (tokens_BT[:, part], ARANGE_BT[:, part], ONES_BT[:, part])
-        for part in (slice(0, 8), slice(8, LENGTH))
+CHUNKS = pytest.mark.parametrize(
+    "chunks",
+    [(1,) * 20, (4, 1, 15), (17, 3), (20,)],
+    ids=lambda chunks: "-".join(map(str, chunks)),
+)
+
+
+@CHUNKS
+def test_an_empty_cache_extended_by_chunks_equals_the_whole(chunks):
+    tokens_BT = random_tokens(shape=(BATCH, 20))
+    arange_BT = np.broadcast_to(np.arange(20), tokens_BT.shape)
+    out_BTV, cache = continued(empty_cache(SMALL, BATCH, 23), tokens_BT, chunks)
+    expected_BTV = logits(tokens_BT, arange_BT, np.ones_like(tokens_BT))
+    np.testing.assert_allclose(out_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.length_B, [20] * BATCH)
+    assert not any(np.asarray(x)[:, :, 20:].any() for x in cache.entries["layer_0"])
+
+
+def lengths_case():
+    """(cache of prompts of 3, 12 and 7 tokens: two padded on the right, one on the left; the
+    prompts; tokens that follow; the prompts' logits).
+    """
+    prompts = [random_tokens(row, (length,)) for row, length in enumerate((3, 12, 7))]
+    tokens_BT, mask_BT = np.full((3, LENGTH), 9, np.int32), np.zeros((3, LENGTH), np.int32)
+    for row, first in enumerate((0, 0, 5)):
+        used = slice(first, first + len(prompts[row]))
+        tokens_BT[row, used], mask_BT[row, used] = prompts[row], 1
+    out_BTV, cache = compiled("prefill")(empty_cache(SMALL, 3, 40), tokens_BT, mask_BT)
+    return cache, prompts, random_tokens(7, (3, 20)), np.asarray(out_BTV), mask_BT
+
+
+def alone(prompt, new_T):
+    """Logits of a row's tokens in a batch of its own, without a cache or padding."""
+    row_BT = np.concatenate([prompt, new_T])[None]
+    arange_BT = np.arange(row_BT.shape[1])[None]
+    return logits(row_BT, arange_BT, np.ones_like(row_BT))[0]
+
+
+@CHUNKS
+def test_rows_of_different_lengths_continue_as_each_alone(chunks):
+    cache, prompts, new_BT, prompt_BTV, mask_BT = lengths_case()
+    np.testing.assert_array_equal(cache.start_B, [0, 0, 5])
+    np.testing.assert_array_equal(cache.length_B, [3, 12, 12])
+    out_BTV, cache = continued(cache, new_BT, chunks)
+    np.testing.assert_array_equal(cache.length_B, [23, 32, 32])
+    for row, prompt in enumerate(prompts):
+        expected_TV = alone(prompt, new_BT[row])
+        actual_TV = np.concatenate([prompt_BTV[row][mask_BT[row] > 0], out_BTV[row]])
+        np.testing.assert_allclose(actual_TV, expected_TV, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(actual_TV.argmax(-1), expected_TV.argmax(-1))
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30])
+@CHUNKS
+def test_what_was_rolled_back_was_never_there(chunks, poison):
+    cache, _, new_BT, _, _ = lengths_case()
+    expected_BTV, _ = continued(cache, new_BT, chunks)
+    _, longer = continued(cache, random_tokens(8, (3, 5)), (5,))
+    kept_B = cache.length_B + np.array([0, 0, 2])  # the last row keeps two of the five
+    rolled = longer.rollback(kept_B)
+    np.testing.assert_array_equal(rolled.length_B, [3, 12, 14])
+    is_free_BS = np.arange(40) >= np.asarray(rolled.length_B)[:, None]
+    poisoned = jax.tree.map(
+        lambda x: jnp.where(is_free_BS[..., None, None], poison, x), rolled.entries
     )
-    step = compiled_step(SMALL)
-    _, roomy = step(empty_cache(SMALL, BATCH, LENGTH + 3), *prompt)
-    _, tight = step(empty_cache(SMALL, BATCH, 8), *prompt)
-    grown = grow_cache(tight, LENGTH + 3)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), grown, roomy)
-    np.testing.assert_allclose(
-        step(grown, *rest)[0], logits(tokens_BT, ARANGE_BT, ONES_BT)[:, 8:], rtol=1e-5, atol=1e-5
+    out_BTV, _ = continued(rolled._replace(entries=poisoned), new_BT, chunks)
+    np.testing.assert_allclose(out_BTV[:2], expected_BTV[:2], rtol=1e-6, atol=1e-6)
+    assert np.isfinite(out_BTV).all() and np.abs(out_BTV[2] - expected_BTV[2]).max() > 1e-3
+
+
+def test_rows_with_lengths_are_the_same_on_a_mesh():
+    """Rows over four shards of the batch, kv heads over two; the cache is written where it lies."""
+    mesh = mesh_of(data=2, expert=2, tensor=2)
+    graph_def, state = nnx.split(model_of(SMALL))
+    spread_def = nnx.split(nnx.eval_shape(lambda: Transformer(SMALL, mesh, jax.random.key(0))))[0]
+    tokens_BT = random_tokens(shape=(4, 6))
+    mask_BT = (np.arange(6) < np.array([2, 6, 3, 5])[:, None]).astype(np.int32)
+
+    def run(definition, state):
+        model = nnx.merge(definition, state)
+        positions_BT = jnp.broadcast_to(jnp.arange(6), (4, 6))
+        cache = model.prefill(tokens_BT, positions_BT, mask_BT, empty_cache(SMALL, 4, 12)).cache
+        output = model.extend(tokens_BT[:, :3], cache)
+        output = model.decode(tokens_BT[:, 3], output.cache)
+        return output.hidden_BTD, output.cache
+
+    expected, actual = (
+        jax.tree.map(np.asarray, fast_jit(functools.partial(run, definition))(state))
+        for definition in (graph_def, spread_def)
     )
-    jax.tree.map(np.testing.assert_array_equal, grow_cache(tight, 8), tight)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected
+    )
 
 
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_the_cache_has_one_entry_per_group_and_decodes_the_same(share):
     cfg = changed(cla_share_factor=share)
     cache = empty_cache(cfg, BATCH, LENGTH)
-    assert cache.k_PBSKH.shape == cache.v_PBSKH.shape == (4 // share, BATCH, LENGTH, 2, 8)
+    assert {name: entry.k_PBSKH.shape for name, entry in cache.entries.items()} == {
+        "layer_0": (4 // share, BATCH, LENGTH, 2, 8)
+    }
     tokens_BT = random_tokens()
-    first, cache = compiled_step(cfg)(cache, tokens_BT[:, :8], ARANGE_BT[:, :8], ONES_BT[:, :8])
-    second, _ = compiled_step(cfg)(cache, tokens_BT[:, 8:], ARANGE_BT[:, 8:], ONES_BT[:, 8:])
+    first, cache = compiled("prefill", cfg)(cache, tokens_BT[:, :8], ONES_BT[:, :8])
+    second, _ = compiled("extend", cfg)(cache, tokens_BT[:, 8:])
     expected = logits(tokens_BT, ARANGE_BT, ONES_BT, cfg)
     np.testing.assert_allclose(
         np.concatenate([first, second], axis=1), expected, rtol=1e-5, atol=1e-5
@@ -379,12 +449,10 @@ def test_the_cache_has_one_entry_per_group_and_decodes_the_same(share):
 
 def test_the_cache_of_a52b_is_80_kib_a_token():
     cache = jax.eval_shape(lambda: empty_cache(presets.a52b(), 3, 1000))
-    assert cache.k_PBSKH.dtype == cache.v_PBSKH.dtype == jnp.bfloat16
-    assert (
-        sum(math.prod(a.shape) * a.dtype.itemsize for a in (cache.k_PBSKH, cache.v_PBSKH))
-        == 80 * 1024 * 3 * 1000
-    )
-    assert cache.segment_BS.shape == (3, 1000)
+    arrays = jax.tree.leaves(cache.entries)
+    assert {a.dtype for a in arrays} == {jnp.dtype("bfloat16")}
+    assert sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) == 80 * 1024 * 3 * 1000
+    assert cache.start_B.shape == cache.length_B.shape == (3,)
 
 
 # Dropout
@@ -397,7 +465,6 @@ def attend_with_dropout(mesh, key, rate, num_heads=4, num_kv_heads=4, batch=8, l
     q_BTNH = np.zeros((batch, length, num_heads, 8), np.float32)
     ones_BSKH = np.ones((batch, length, num_kv_heads, 8), np.float32)
     segments_BS = np.ones((batch, length), np.int32)
-    visibility = Visibility(np.arange(length, dtype=np.int32), segments_BS, segments_BS)
     heads, kv_heads = (
         ("batch", "seq", "heads", "head_dim"),
         ("batch", "seq", "kv_heads", "head_dim"),
@@ -406,7 +473,7 @@ def attend_with_dropout(mesh, key, rate, num_heads=4, num_kv_heads=4, batch=8, l
         heads,
         kv_heads,
         kv_heads,
-        Visibility((), ("batch", "seq"), ("batch", "seq")),
+        Sequence((), ("batch", "seq"), None, None),
         ("batch", "heads"),
     )
 
@@ -415,7 +482,9 @@ def attend_with_dropout(mesh, key, rate, num_heads=4, num_kv_heads=4, batch=8, l
 
     fn = functools.partial(island.island(fn, mesh, {}, in_logical, heads), {})
     seed_BN = head_seeds(jax.random.key_data(key), batch, num_heads)
-    return np.asarray(fast_jit(fn)(q_BTNH, ones_BSKH, ones_BSKH, visibility, seed_BN))[..., 0]
+    return np.asarray(
+        fast_jit(fn)(q_BTNH, ones_BSKH, ones_BSKH, Sequence((), segments_BS), seed_BN)
+    )[..., 0]
 
 
 def test_attention_dropout_drops_weights_and_scales_the_rest():
@@ -446,7 +515,7 @@ def test_attention_dropout_is_the_same_on_every_mesh(sizes):
 def test_drop_zeroes_a_share_and_keeps_the_mean():
     x = jnp.full((100, 100), 3.0)
     for dtype in (jnp.float32, jnp.bfloat16):
-        dropped = np.asarray(attention.drop(x.astype(dtype), 0.2, jax.random.key(0)), np.float64)
+        dropped = np.asarray(stack.drop(x.astype(dtype), 0.2, jax.random.key(0)), np.float64)
         assert set(np.unique(dropped)) == {0.0, 3.75}
         assert (dropped == 0).mean() == pytest.approx(0.2, abs=0.016)  # four standard deviations
 
@@ -480,7 +549,7 @@ def test_dropout_acts_in_training_only_and_by_its_key(kind):
 
 def test_every_layer_draws_its_own_dropout(monkeypatch):
     seen = []
-    original = attention.drop
+    original = stack.drop
 
     def spy(x, rate, key):
         jax.debug.callback(
@@ -495,7 +564,7 @@ def test_every_layer_draws_its_own_dropout(monkeypatch):
         )
         return head_seeds(data, *sizes)
 
-    monkeypatch.setattr("hunyuan_jax.model.stack.drop", spy)
+    monkeypatch.setattr(stack, "drop", spy)
     monkeypatch.setattr(attention, "head_seeds", spy_on_seeds)
     cfg = changed(attention_dropout=0.1, hidden_dropout=0.1)
     hidden = compiled_training.__wrapped__(cfg)

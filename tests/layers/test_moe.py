@@ -158,30 +158,29 @@ def test_dispatches_differ():
 
 def assignments_on(mesh, cfg, x_BTD, router_DE, is_valid_BT, group_size):
     """The real assignment of every group [B * T / group_size, ...] of a layer, seen through a spy
-    on the island's body.
+    in the experts' place.
     """
     seen = {}
 
     stored = {"router": {"router_DE": ("embed", "router_experts")}, "experts": {}}
 
     def body(weights, x_BTD, is_valid_BT, key_data):
-        def spy(weights, x_gTD, assignment, **how):
+        def spy(weights, x_gTD, assignment):
             seen["assignment"] = assignment
             return jnp.zeros_like(x_gTD)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(moe, "serve", spy)
-            moe.route_and_serve(
-                weights,
-                x_BTD,
-                is_valid_BT,
-                key_data,
-                dims=stored,
-                cfg=cfg,
-                group_size=group_size,
-                kernels={},
-                lora_cfg=LoraConfig(),
-            )
+        moe.route_and_serve(
+            weights,
+            x_BTD,
+            is_valid_BT,
+            key_data,
+            serve=spy,
+            dims=stored,
+            cfg=cfg,
+            group_size=group_size,
+            kernels={},
+            lora_cfg=LoraConfig(),
+        )
         return seen["assignment"]
 
     fn = island.island(
@@ -569,7 +568,7 @@ def test_padding_reaches_only_the_shared_expert_under_a_capacity():
     x_BTD = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
     is_valid_BT = np.arange(6) < np.asarray([[6], [2]])
     y_BTD, _ = fast_jit(lambda x, valid: layer(x, valid, jax.random.key(1)))(x_BTD, is_valid_BT)
-    shared_BTD = fast_jit(lambda x: layer.shared(x))(x_BTD)
+    shared_BTD = fast_jit(lambda x: layer.shared(x, is_valid_BT, None)[0])(x_BTD)
     routed_BT = np.abs(np.asarray(y_BTD) - np.asarray(shared_BTD)).max(-1) > 1e-6
     np.testing.assert_array_equal(routed_BT, is_valid_BT)
 

@@ -31,6 +31,7 @@ from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.weights import torch_io
 from support import goldens
 from support.goldens import FORWARD_CASES, PADDED_CASES, ROPE_CASES
+from support.models import mesh_of
 from support.parity import (
     ATOL,
     RECORDED_ASSIGNMENT,
@@ -487,10 +488,12 @@ def test_ten_training_steps():
 # generation
 
 
+@pytest.mark.parametrize("num_devices", [1, 2], ids=["cpu layout", "scan"])
 @pytest.mark.parametrize("prefix", ["", "batch."])
-def test_greedy_generation(prefix):
+def test_greedy_generation(prefix, num_devices):
+    """On one CPU device as infer/cpu_layout.py arranges it, on two as on a pod."""
     golden = goldens.load("generate")
-    model = from_pretrained(golden.folder)
+    model = from_pretrained(golden.folder, mesh=mesh_of(data=num_devices))
     mask_BS = golden["batch.attention_mask"] if prefix else None
     tokens_BT = model.generate(
         golden[f"{prefix}input_ids"], mask_BS, max_new_tokens=24, eos_token_id=()
@@ -514,28 +517,16 @@ def decoded_steps() -> tuple[np.ndarray, Any]:
 
     def decode(params):
         model = nnx.merge(definition, params)
-        output = model(
-            texts_BT[:, :num_prompt],
-            positions_BS,
-            mask_BS,
-            cache=empty_cache(cfg, num_rows, texts_BT.shape[1]),
-        )
+        cache = empty_cache(cfg, num_rows, texts_BT.shape[1])
+        output = model.prefill(texts_BT[:, :num_prompt], positions_BS, mask_BS, cache)
         first_BV = model.logits(output.hidden_BTD[:, -1:])[:, 0]
 
-        def step(carry, token_B):
-            cache, position_B = carry
-            output = model(
-                token_B[:, None],
-                position_B[:, None],
-                jnp.ones((num_rows, 1), jnp.int32),
-                cache=cache,
-            )
-            return (output.cache, position_B + 1), model.logits(output.hidden_BTD)[:, 0]
+        def step(cache, token_B):
+            output = model.decode(token_B, cache)
+            return output.cache, model.logits(output.hidden_BTD)[:, 0]
 
         new_BT = jnp.asarray(texts_BT[:, num_prompt:-1])  # the last token is never fed
-        (cache, _), logits_TBV = jax.lax.scan(
-            step, (output.cache, jnp.asarray(positions_BS[:, -1] + 1)), new_BT.T
-        )
+        cache, logits_TBV = jax.lax.scan(step, output.cache, new_BT.T)
         return jnp.concatenate([first_BV[None], logits_TBV]).swapaxes(0, 1), cache
 
     logits_BTV, cache = jax.jit(decode)(params)
@@ -557,7 +548,7 @@ def test_cache_after_decoding():
     golden = goldens.load("generate")
     _, cache = decoded_steps()
     num_filled = golden["k_cache.0"].shape[2]
-    assert int(cache.num_filled) == num_filled
+    np.testing.assert_array_equal(cache.length_B, num_filled)
     for layer, (k_BSKH, v_BSKH) in enumerate(official_cache(*read("generate"), cache)):
         for ours_BSKH, name in ((k_BSKH, "k_cache"), (v_BSKH, "v_cache")):
             ours_BKSH = ours_BSKH[:1, :num_filled].swapaxes(1, 2)

@@ -151,7 +151,7 @@ def run(case: str) -> Run:
 
     def forward(params):
         model = nnx.merge(definition, params)
-        output = model(ids_BS, positions_BS, mask_BS, cache=empty_cache(cfg, *ids_BS.shape))
+        output = model.prefill(ids_BS, positions_BS, mask_BS, empty_cache(cfg, *ids_BS.shape))
         return model.logits(output.hidden_BTD), output
 
     seen = {}
@@ -179,7 +179,7 @@ def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
     """(keys, values) per layer as the official code caches them: every layer has its own keys,
     scaled by its key norm.
     """
-    pairs = []
+    pairs, (k_PBSKH, v_PBSKH) = [], cache.entries["layer_0"]
     for layer in range(cfg.num_layers):
         group, i = divmod(layer, cfg.cla_share_factor)
         scale_H = (
@@ -187,9 +187,7 @@ def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
             if cfg.use_qk_norm
             else np.float32(1)
         )
-        pairs.append(
-            (np.asarray(cache.k_PBSKH[group]) * scale_H, np.asarray(cache.v_PBSKH[group]))
-        )
+        pairs.append((np.asarray(k_PBSKH[group]) * scale_H, np.asarray(v_PBSKH[group])))
     return pairs
 
 

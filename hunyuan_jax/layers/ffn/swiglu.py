@@ -25,6 +25,8 @@ _TARGETS = ("gate", "up", "down")
 class Mlp(nnx.Module):
     """down(silu(gate(x)) * up(x)), no biases."""
 
+    attribute = "mlp"
+
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, width: int = 1):
         """With `width` times the model's ffn columns."""
         D, F, std = cfg.hidden_size, cfg.intermediate_size * width, cfg.init_std
@@ -40,15 +42,19 @@ class Mlp(nnx.Module):
         self.w_down_FD = matrix(down, (F, D), "ffn", "embed")
         lora.declare(self, cfg, jax.random.fold_in(key, 3))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] in x's dtype."""
+    def __call__(
+        self, x_BTD: jax.Array, is_valid_BT: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """([B, T, D] in x's dtype, no figures)."""
+        del is_valid_BT, key
         weights, logical = params.declared(self)
         kernels = kernel_options(self.cfg, self.mesh)
 
         def fn(weights, x_BTD):
             return island.reduce_sum(serve(weights, logical, x_BTD, kernels, self.cfg.lora), "ffn")
 
-        return island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
+        out = island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
+        return out, {}
 
 
 def serve(

@@ -8,7 +8,7 @@ N / K, H head dim, R = N * H.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,28 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import apart, linear
+from hunyuan_jax.layers.mixer import kv_cache
+from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.norm import rms_normalize
+from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.parallel import island
 from hunyuan_jax.params import declare as params
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention
 from pallas_kernels.flash_attention import flash_attention, head_seeds
 
 _ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
 _KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
+_SEQUENCE = Sequence((_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",))
 
 
 class Attention(nnx.Module):
-    """One layer's query and output projections, and the K/V projections if it is the producer of
-    its CLA group.
+    """One layer's query and output projections, and the K/V projections unless it shares those of
+    its CLA group's producer.
     """
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, is_producer: bool):
+    attribute = "attn"
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, shares: bool):
         D, N, K, H, std = (
             cfg.hidden_size,
             cfg.num_heads,
@@ -46,7 +52,7 @@ class Attention(nnx.Module):
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.cfg = cfg
         self.mesh = mesh
-        self.is_producer = is_producer
+        self.is_producer = not shares
 
         def matrix(key, shape, *dims):
             return params.param(shape, dims, params.normal(key, std), params.Role.MATRIX)
@@ -56,13 +62,13 @@ class Attention(nnx.Module):
 
         self.wq_DNH = matrix(q_key, (D, N, H), "embed", "heads", "head_dim")
         self.wo_NHD = matrix(o_key, (N, H, D), "heads", "head_dim", "embed")
-        if is_producer:
+        if not shares:
             self.wk_DKH = matrix(k_key, (D, K, H), "embed", "kv_heads", "head_dim")
             self.wv_DKH = matrix(v_key, (D, K, H), "embed", "kv_heads", "head_dim")
         if cfg.attention_bias:
             self.bq_NH = bias((N, H), "heads", "head_dim")
             self.bo_D = bias((D,), "norm")
-            if is_producer:
+            if not shares:
                 self.bk_KH = bias((K, H), "kv_heads", "head_dim")
                 self.bv_KH = bias((K, H), "kv_heads", "head_dim")
         if cfg.use_qk_norm:
@@ -83,16 +89,35 @@ class Attention(nnx.Module):
             weights, y_BTD, cos_sin_BTh
         )
 
+    @staticmethod
+    def new_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KeysValues:
+        """An empty cache in the compute dtype."""
+        return kv_cache.empty(
+            (cfg.num_groups, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim), cfg.dtype
+        )
+
     def __call__(
+        self, y_BTD: jax.Array, sequence: Sequence, cache: LayerCache, key: jax.Array | None
+    ) -> tuple[jax.Array, LayerCache]:
+        """(attention's output [B, T, D], the cache with the tokens' keys and values)."""
+        if self.is_producer:
+            new, entry = self.keys_values(y_BTD, sequence.cos_sin_BTh), cache.entry
+            if entry is not None:
+                entry = entry.append(cache.group, new, sequence.length_B, self.mesh)
+            seen = new if sequence.length_B is None else entry.view(cache.group)
+            cache = LayerCache(entry, cache.group, seen)
+        dropout_key = key if self.cfg.attention_dropout else None
+        return self.attend(y_BTD, *cache.seen, sequence, dropout_key), cache
+
+    def attend(
         self,
         y_BTD: jax.Array,
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
-        cos_sin_BTh: tuple[jax.Array, jax.Array],
-        visibility: "Visibility",
+        sequence: Sequence,
         dropout_key: jax.Array | None,
     ) -> jax.Array:
-        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None =
+        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None:
         no attention dropout.
         """
         weights, logical = params.declared(self)
@@ -106,22 +131,15 @@ class Attention(nnx.Module):
                 jax.random.key_data(dropout_key), y_BTD.shape[0], self.cfg.num_heads
             )
 
-        def fn(weights, y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, seed_BN):
-            q_BTNH = queries(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
+        def fn(weights, y_BTD, k_BSKH, v_BSKH, sequence, seed_BN):
+            q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
             out_BTNH = checkpoint_name(
-                attend(q_BTNH, k_BSKH, v_BSKH, visibility, seed_BN, **options), "attended"
+                attend(q_BTNH, k_BSKH, v_BSKH, sequence, seed_BN, **options), "attended"
             )
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
-        in_logical = (
-            _ROWS,
-            _KV_HEADS,
-            _KV_HEADS,
-            (_ANGLES, _ANGLES),
-            Visibility((), ("batch", "seq"), ("batch", "seq")),
-            ("batch", "heads"),
-        )
-        arrays = (y_BTD, k_BSKH, v_BSKH, cos_sin_BTh, visibility, seed_BN)
+        in_logical = (_ROWS, _KV_HEADS, _KV_HEADS, _SEQUENCE, ("batch", "heads"))
+        arrays = (y_BTD, k_BSKH, v_BSKH, sequence, seed_BN)
         return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
 
 
@@ -208,49 +226,56 @@ def _project(
     )
 
 
-class Visibility(NamedTuple):
-    """Which keys a query sees: those at or before its own slot, of its own segment; segment 0 is
-    padding.
-
-    query_slot_T, query_segment_BT, key_segment_BS: int32; key s lies in slot s.
-    """
-
-    query_slot_T: jax.Array
-    query_segment_BT: jax.Array
-    key_segment_BS: jax.Array
-
-
 def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    visibility: Visibility,
+    sequence: Sequence,
     seed_BN: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v with query head n on kv head n // (N / K); softmax in float32,
     result [B, T, N, H] in q's dtype.
 
-    Whole sequences (T = S) go to flash attention, a few queries that continue a cache to decode
-    attention.  A query that sees no key (padding) gets zeros.  Runs inside an island: arrays are
-    one shard's.
+    A query sees the keys up to its own slot, of its own segment.  One that sees no key (padding)
+    gets zeros.  Runs inside an island: arrays are one shard's.
 
     Args:
-      q_BTNH, k_BSKH, v_BSKH: arrays of one dtype.
-      visibility: with a cache (T < S) one document a row, padded on the left only.
+      q_BTNH, k_BSKH, v_BSKH: arrays of one dtype; of tokens that continue a cache, keys and values
+        are those of the cache, the tokens' own included, else those of the tokens alone.
+      sequence: whose tokens these are.
       seed_BN: for dropout of attention weights, see `flash_attention`.
       options: of `kernel_options`, and dropout_rate.
     """
-    if q_BTNH.shape[1] == k_BSKH.shape[1]:
-        segments = (visibility.query_segment_BT, visibility.key_segment_BS)
+    if sequence.length_B is None:
+        segments = (sequence.segment_BT, sequence.segment_BT)
         return flash_attention(q_BTNH, k_BSKH, v_BSKH, *segments, dropout_seed=seed_BN, **options)
-    length_B = jnp.broadcast_to(visibility.query_slot_T[-1] + 1, q_BTNH.shape[:1])
-    start_B = jnp.argmax(visibility.key_segment_BS > 0, axis=1).astype(jnp.int32)
-    return decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, **options)
+    length_B, start_B = sequence.length_B + q_BTNH.shape[1], sequence.start_B
+    if q_BTNH.shape[1] <= MAX_TOKENS:
+        return decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, **options)
+    return extend_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B, **options)
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Inverted dropout: zero with probability `rate`, else scaled by 1 / (1 - rate)."""
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
-        x.dtype
+def extend_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    length_B: jax.Array,
+    start_B: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """As `decode_attention`, for any number of new tokens, by flash attention.
+
+    Flash attention takes one offset for the whole batch, S - T: the last query at the last key.  So
+    each row's slots are shifted until its last token is in the last slot, which costs one copy.
+    """
+    num_slots = k_BSKH.shape[1]
+    # Slot of every key after the shift; negative numbers are slots before the first.
+    slot_BS = jnp.arange(num_slots) - (num_slots - length_B)[:, None]
+    segment_BS = (slot_BS >= start_B[:, None]).astype(jnp.int32)
+    k_BSKH, v_BSKH = (
+        jnp.take_along_axis(x_BSKH, jnp.maximum(slot_BS, 0)[..., None, None], axis=1)
+        for x_BSKH in (k_BSKH, v_BSKH)
     )
+    ones_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+    return flash_attention(q_BTNH, k_BSKH, v_BSKH, ones_BT, segment_BS, **options)

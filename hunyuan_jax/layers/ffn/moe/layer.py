@@ -3,7 +3,7 @@ routed experts.
 """
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +28,9 @@ EXPERT_DIMS = {
     "w_up_EDF": ("experts", "embed", "expert_ffn"),
     "w_down_EFD": ("experts", "expert_ffn", "embed"),
 }
-# tokens of a tile of `serve_few`: 85 us an expert of 256 x 512 on 2 CPU cores, against 56 for
-# one and 124 for eight
-_FEW = 4
+
+# (parameters of `Experts` by name, tokens [g, T, D], their assignment) -> [g, T, D], as `serve`.
+Serve = Callable[[dict[str, jax.Array], jax.Array, routing.Assignment], jax.Array]
 
 
 class Experts(nnx.Module):
@@ -51,6 +51,8 @@ class Experts(nnx.Module):
 class Moe(nnx.Module):
     """shared(x) + sum of w_e * expert_e(x) over the token's experts (specification section 5)."""
 
+    attribute = "moe"
+
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         self.cfg = cfg
@@ -61,12 +63,22 @@ class Moe(nnx.Module):
             params.normal(router_key, cfg.init_std),
             params.Role.ROUTER,
         )
-        self.experts = Experts(cfg, experts_key)
+        self.experts = self.new_experts(cfg, experts_key)
         if cfg.moe.num_shared_experts:
             self.shared = mlp.Mlp(cfg, mesh, shared_key, width=cfg.moe.num_shared_experts)
 
+    @staticmethod
+    def new_experts(cfg: ModelConfig, key: jax.Array) -> nnx.Module:
+        """The module that holds the experts' parameters as `server` expects them."""
+        return Experts(cfg, key)
+
+    def server(self) -> Serve:
+        """How one shard's tokens are run through their experts."""
+        kernels = kernel_options(self.cfg, self.mesh)
+        return functools.partial(serve, cfg=self.cfg.moe, kernels=kernels, lora_cfg=self.cfg.lora)
+
     def __call__(
-        self, x_BTD: jax.Array, is_valid_BT: jax.Array, routing_key: jax.Array | None
+        self, x_BTD: jax.Array, is_valid_BT: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Output [B, T, D] and the layer's router figures: sums over the routing groups
         (`routing.health`), of the losses means.
@@ -75,10 +87,10 @@ class Moe(nnx.Module):
           x_BTD: normalised activations.
           is_valid_BT: false for padding, which takes no capacity and reaches only the shared
             expert.
-          routing_key: typed key of this (seed, step, layer); needed for dispatch "recycle" only.
+          key: typed key of this (seed, step, layer); needed for dispatch "recycle" only.
         """
         moe = self.cfg.moe
-        if moe.dispatch == "recycle" and routing_key is None:
+        if moe.dispatch == "recycle" and key is None:
             raise ValueError(
                 "dispatch = 'recycle' draws free slots at random and needs a key; pass one, or "
                 "use 'dropless' for inference."
@@ -93,13 +105,14 @@ class Moe(nnx.Module):
         group_size = routing.group_size(moe, *x_BTD.shape[:2])
         fn = functools.partial(
             route_and_serve,
+            serve=self.server(),
             dims=dict(zip(modules, logical, strict=True)),
             cfg=moe,
             group_size=group_size,
             kernels=kernels,
             lora_cfg=self.cfg.lora,
         )
-        key_data = jax.random.key_data(jax.random.key(0) if routing_key is None else routing_key)
+        key_data = jax.random.key_data(jax.random.key(0) if key is None else key)
         y_BTD, stats_g = island.island(
             fn,
             self.mesh,
@@ -135,6 +148,7 @@ def route_and_serve(
     is_valid_BT: jax.Array,
     key_data: jax.Array,
     *,
+    serve: Serve,
     dims: dict[str, dict[str, tuple[str, ...]]],
     cfg: MoeConfig,
     group_size: int,
@@ -151,6 +165,7 @@ def route_and_serve(
       weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared
         `Mlp`, under "router", "experts", "shared".
       x_BTD, is_valid_BT, key_data: as for `Moe`.
+      serve: runs the tokens through their experts.
       dims: the names of the parameters' dims, a tree like `weights`.
       cfg: the mixture.
       group_size: tokens of a routing group.
@@ -181,15 +196,7 @@ def route_and_serve(
     )
     choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g)
 
-    is_apart = any(isinstance(w, tuple) for w in weights["experts"].values())
-    serve_here = (
-        serve_few
-        if is_apart
-        else functools.partial(
-            serve, dims=dims["experts"], cfg=cfg, kernels=kernels, lora_cfg=lora_cfg
-        )
-    )
-    y_BTD = serve_here(weights["experts"], x_gTD, assignment).reshape(B, T, D)
+    y_BTD = serve(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # Needs nothing from other shards but its weights: it fills the time of both exchanges.
         y_BTD = y_BTD + mlp.serve(weights["shared"], dims["shared"], x_BTD, kernels, lora_cfg)
@@ -199,52 +206,6 @@ def route_and_serve(
     stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
     stats_g["z_loss"] = jax.vmap(routing.z_loss)(logits_gTE, is_valid_gT)
     return y_BTD, stats_g
-
-
-def serve_few(
-    weights: dict[str, tuple[jax.Array, ...]], x_gTD: jax.Array, assignment: routing.Assignment
-) -> jax.Array:
-    """As `serve` without a capacity, for few tokens and the experts' matrices apart, on one shard.
-
-    An expert of one token multiplies that token; one of several multiplies a few tiles of its
-    tokens, filled up with weight zero.  An expert without tokens is not read.
-    """
-    if weights.keys() != EXPERT_DIMS.keys():
-        raise ValueError(
-            "Experts with LoRA adapters do not generate on one CPU device; merge them first "
-            "(layers/lora.py: merge)."
-        )
-    gate_EDF, up_EDF, down_EFD = (weights[name] for name in EXPERT_DIMS)
-    x_MD = x_gTD.reshape(-1, x_gTD.shape[-1])
-    M, E = len(x_MD), len(gate_EDF)
-    is_of_ETk = assignment.expert_Tk.reshape(M, -1) == jnp.arange(E)[:, None, None]
-    weight_EM = jnp.sum(
-        jnp.where(is_of_ETk, assignment.weight_Tk.reshape(M, -1), 0.0), axis=-1
-    ).astype(x_MD.dtype)
-    is_of_EM = is_of_ETk.any(-1)
-    count_E = is_of_EM.sum(-1)
-    # Each expert's own tokens first: the others, of weight zero, are the filling.
-    order_EM = jnp.argsort(~is_of_EM, axis=-1, stable=True)
-    y_MD = jnp.zeros_like(x_MD)
-    for e in range(E):
-
-        def add(num_rows, i, y_MD, e=e):
-            row_b = jax.lax.dynamic_slice_in_dim(order_EM[e], i * num_rows, num_rows)
-            gate_bF, up_bF = (x_MD[row_b] @ w[e].astype(x_MD.dtype) for w in (gate_EDF, up_EDF))
-            h_bF = weight_EM[e][row_b][:, None] * jax.nn.silu(gate_bF) * up_bF
-            return y_MD.at[row_b].add(h_bF @ down_EFD[e].astype(x_MD.dtype), unique_indices=True)
-
-        def one(y_MD, add=add):
-            return add(1, 0, y_MD)
-
-        def several(y_MD, add=add, e=e):
-            tile = math.gcd(_FEW, M)  # whole tiles: a slice beyond the end would take rows twice
-            return jax.lax.fori_loop(0, -(-count_E[e] // tile), functools.partial(add, tile), y_MD)
-
-        y_MD = jax.lax.switch(
-            jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD
-        )
-    return y_MD.reshape(x_gTD.shape)
 
 
 def serve(

@@ -1,0 +1,294 @@
+"""How a model generates on one CPU: its layers unrolled, each with arrays of its own.
+
+A loop over groups takes each group's parameters out of the stacked array before it multiplies
+with them; XLA:CPU does that by a copy, which for a few tokens costs as much as the products.  So
+here every layer, every expert and every group's cache is an array of its own, and a batch of small
+experts is generated in slices, one a thread.  Tokens are those of the other layout.
+Letters: P groups, B batch, S slots, T new tokens, K kv heads, H head dim, E experts, D model, F
+ffn, M tokens.
+"""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
+from hunyuan_jax.layers.mixer.kv_cache import KeysValues
+from hunyuan_jax.layers.protocols import Sequence
+from hunyuan_jax.model.cache import Cache
+from hunyuan_jax.model.pattern import pattern
+from hunyuan_jax.model.stack import Entries, Layer, run_group, stack_figures
+from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.parallel.mesh import device_kind
+from hunyuan_jax.params import declare as params
+
+# Elements of an expert's matrix up to which a batch is generated in slices: 512 x 1024 gains, 1024
+# x 2048 loses (docs/generation.md).
+_SMALL_EXPERT = 1 << 19
+# Tokens of a tile of `run_experts_one_by_one`: 85 us an expert of 256 x 512 on 2 CPU cores, against
+# 56 for one and 124 for eight.
+_TILE = 4
+
+
+def suits(cfg: ModelConfig, mesh: Mesh) -> bool:
+    """Whether a model on this mesh generates in this layout."""
+    has_adapted_experts = cfg.lora.rank and any(
+        target.startswith("expert") for target in cfg.lora.targets
+    )
+    return mesh.size == 1 and device_kind(mesh) == "cpu" and not has_adapted_experts
+
+
+def graph_def(cfg: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
+    """The model whose parameters are those of `unstacked`."""
+    return nnx.split(
+        nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0), UnrolledStack))
+    )[0]
+
+
+def unstacked(
+    cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]
+) -> dict[str, Any]:
+    """A model's parameters in this layout; on a CPU they share the memory of `tree`.
+
+    Args:
+      specs: their `ParamSpec`s.
+    """
+    num_places = len(pattern(cfg))
+    layers = {}
+    for index in range(cfg.num_layers):
+        group, place = divmod(index, num_places)
+        path = ("groups", f"layer_{place}")
+        stacked, layer_specs = (functools.reduce(dict.__getitem__, path, d) for d in (tree, specs))
+        layers[f"layer_{index}"] = _of_group(stacked, layer_specs, group)
+    return tree | {"groups": layers}
+
+
+def _of_group(tree: dict[str, Any], specs: dict[str, Any], group: int) -> dict[str, Any]:
+    taken = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            taken[name] = _of_group(value, specs[name], group)
+        elif specs[name].num_stacked == 2:
+            for expert, matrix in enumerate(np.asarray(value)[group]):
+                taken[f"{name}_{expert}"] = _shared(matrix)
+        else:
+            taken[name] = _shared(np.asarray(value)[group])
+    return taken
+
+
+def _shared(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, may_alias=True)
+
+
+class UnrolledStack(nnx.Module):
+    """As `Stack`, with parameters for each layer of the model and no scan."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
+        self.cfg = cfg
+        for index, spec in enumerate(pattern(cfg) * cfg.num_groups):
+            spec = spec._replace(ffn=UnrolledMoe) if spec.ffn is Moe else spec
+            setattr(self, f"layer_{index}", Layer(cfg, mesh, key, spec))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        sequence: Sequence,
+        entries: Entries,
+        key: jax.Array | None,
+        is_training: bool,
+    ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+        """As `Stack`; for inference, so there is no remat."""
+        num_places, stats = len(pattern(self.cfg)), []
+        for group in range(self.cfg.num_groups):
+            indices = range(group * num_places, (group + 1) * num_places)
+            layers = [getattr(self, f"layer_{index}") for index in indices]
+            group_key = None if key is None else jax.random.fold_in(key, group)
+            x_BTD, entries, group_stats = run_group(
+                layers, x_BTD, sequence, entries, group, group_key, is_training
+            )
+            stats += [group_stats] * bool(group_stats)
+        return x_BTD, entries, stack_figures(stats)
+
+
+class UnrolledExperts(nnx.Module):
+    """As `Experts`, with a matrix for each expert."""
+
+    def __init__(self, cfg: ModelConfig, key: jax.Array):
+        sizes = {"embed": cfg.hidden_size, "expert_ffn": cfg.intermediate_size}
+        for name, (_, *dims) in EXPERT_DIMS.items():
+            for expert in range(cfg.moe.num_experts):
+                shape = tuple(sizes[dim] for dim in dims)
+                init = params.normal(key, cfg.init_std)
+                matrix = params.param(shape, tuple(dims), init, params.Role.EXPERT)
+                setattr(self, f"{name}_{expert}", matrix)
+
+
+class UnrolledMoe(Moe):
+    """As `Moe`, looping over the experts."""
+
+    @staticmethod
+    def new_experts(cfg: ModelConfig, key: jax.Array) -> nnx.Module:
+        """One matrix for each expert."""
+        return UnrolledExperts(cfg, key)
+
+    def server(self) -> Serve:
+        """Dropless, on the one shard there is."""
+        return run_experts_one_by_one
+
+
+def run_experts_one_by_one(
+    weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment
+) -> jax.Array:
+    """CPU decoding: loops over experts and skips idle ones; [g, T, D], as `serve` without a
+    capacity.
+
+    An expert of one token multiplies that token; one of several multiplies a few tiles of its
+    tokens, filled up with weight zero.  An expert without tokens is not read.
+
+    Args:
+      weights: the parameters of `UnrolledExperts` by name.
+    """
+    E = len(weights) // len(EXPERT_DIMS)
+    gate_EDF, up_EDF, down_EFD = (
+        [weights[f"{name}_{e}"] for e in range(E)] for name in EXPERT_DIMS
+    )
+    x_MD = x_gTD.reshape(-1, x_gTD.shape[-1])
+    M = len(x_MD)
+    is_of_ETk = assignment.expert_Tk.reshape(M, -1) == jnp.arange(E)[:, None, None]
+    weight_EM = jnp.sum(
+        jnp.where(is_of_ETk, assignment.weight_Tk.reshape(M, -1), 0.0), axis=-1
+    ).astype(x_MD.dtype)
+    is_of_EM = is_of_ETk.any(-1)
+    count_E = is_of_EM.sum(-1)
+    # Each expert's own tokens first: the others, of weight zero, are the filling.
+    order_EM = jnp.argsort(~is_of_EM, axis=-1, stable=True)
+    y_MD = jnp.zeros_like(x_MD)
+    for e in range(E):
+
+        def add(num_rows, i, y_MD, e=e):
+            row_b = jax.lax.dynamic_slice_in_dim(order_EM[e], i * num_rows, num_rows)
+            gate_bF, up_bF = (x_MD[row_b] @ w[e].astype(x_MD.dtype) for w in (gate_EDF, up_EDF))
+            h_bF = weight_EM[e][row_b][:, None] * jax.nn.silu(gate_bF) * up_bF
+            return y_MD.at[row_b].add(h_bF @ down_EFD[e].astype(x_MD.dtype), unique_indices=True)
+
+        def one(y_MD, add=add):
+            return add(1, 0, y_MD)
+
+        def several(y_MD, add=add, e=e):
+            tile = math.gcd(_TILE, M)  # whole tiles: a slice beyond the end would take rows twice
+            return jax.lax.fori_loop(0, -(-count_E[e] // tile), functools.partial(add, tile), y_MD)
+
+        y_MD = jax.lax.switch(
+            jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD
+        )
+    return y_MD.reshape(x_gTD.shape)
+
+
+class UnrolledKeysValues(NamedTuple):
+    """As `KeysValues`, with arrays for each of the P groups, and keys as [B, K, H, S].
+
+    XLA:CPU multiplies heads in that order, and would transpose all keys for every token.  Values
+    it masks first, and transposes on the way; as [B, K, S, H] it would fuse the mask with the
+    write of new rows, and write to a copy.
+    """
+
+    k_BKHS: tuple[jax.Array, ...]
+    v_BSKH: tuple[jax.Array, ...]
+
+    def append(
+        self,
+        group: int,
+        new: tuple[jax.Array, jax.Array],
+        slot_B: jax.Array | None,
+        mesh: Mesh,
+    ) -> Self:
+        """As `KeysValues.append`."""
+        del mesh
+        k_BTKH, v_BTKH = new
+        slot_B = jnp.zeros(len(k_BTKH), jnp.int32) if slot_B is None else slot_B
+        k_BKHS = _write(self.k_BKHS[group], k_BTKH.transpose(0, 2, 3, 1), slot_B, dim=2)
+        v_BSKH = _write(self.v_BSKH[group], v_BTKH, slot_B, dim=0)
+        return type(self)(
+            *(
+                (*old_P[:group], written, *old_P[group + 1 :])
+                for old_P, written in ((self.k_BKHS, k_BKHS), (self.v_BSKH, v_BSKH))
+            )
+        )
+
+    def view(self, group: int) -> tuple[jax.Array, jax.Array]:
+        """(k, v) [B, S, K, H] of one group."""
+        return self.k_BKHS[group].transpose(0, 3, 1, 2), self.v_BSKH[group]
+
+
+def _write(old_B: jax.Array, new_B: jax.Array, slot_B: jax.Array, dim: int) -> jax.Array:
+    """old_B with new_B at slot_B of dim `dim` of each row, row by row: XLA:CPU writes in place."""
+    new_B = new_B.astype(old_B.dtype)
+    for row in range(len(old_B)):
+        start = [0] * old_B.ndim
+        start[0], start[1 + dim] = row, slot_B[row]
+        old_B = jax.lax.dynamic_update_slice(old_B, new_B[row : row + 1], start)
+    return old_B
+
+
+def unstacked_cache(cache: Cache) -> Cache:
+    """The same cache in this layout."""
+
+    def split(entry):
+        assert isinstance(entry, KeysValues), type(entry)
+        return UnrolledKeysValues(
+            tuple(entry.k_PBSKH.transpose(0, 1, 3, 4, 2)), tuple(entry.v_PBSKH)
+        )
+
+    return cache._replace(entries={name: split(entry) for name, entry in cache.entries.items()})
+
+
+def num_slices(cfg: ModelConfig, batch_size: int) -> int:
+    """Number of slices of a batch that are generated in a thread each.
+
+    XLA:CPU runs one expert after the other, and a small one on one core; slices keep every core
+    busy.  Larger matrices are worth all cores, and are better read once for the whole batch.
+    """
+    if not cfg.is_moe or cfg.hidden_size * cfg.intermediate_size > _SMALL_EXPERT:
+        return 1
+    rows = math.ceil(batch_size / (os.cpu_count() or 1))
+    return math.ceil(batch_size / rows)  # no slice of padding rows alone
+
+
+Each = Callable[[Callable[..., tuple[Any, Any]], Iterable[tuple]], tuple[tuple, tuple]]
+
+
+@contextlib.contextmanager
+def threads(num_slices: int) -> Iterator[Each]:
+    """Gives a function each(fn, arguments of every slice) -> (first, second results of every
+    slice), where fn returns a pair of results.
+
+    XLA:CPU serialises work dispatched from one thread, so each slice has a thread of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_slices)]
+
+        def each(fn, arguments):
+            if num_slices == 1:
+                pairs = [fn(*slice_arguments) for slice_arguments in arguments]
+            else:
+                # One by one, so that the first compiles for all; fn comes back as soon as the work
+                # is dispatched.
+                pairs = [
+                    pool.submit(fn, *slice_arguments).result()
+                    for pool, slice_arguments in zip(pools, arguments, strict=True)
+                ]
+            return tuple(zip(*pairs, strict=True))
+
+        yield each

@@ -1,0 +1,80 @@
+"""Keys and values of earlier tokens, one pair per CLA group (the official code stores one per
+layer).
+
+Letters: P CLA groups, B batch, S slots of a row, T new tokens, K kv heads, H head dim.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hunyuan_jax.parallel import island, rules
+
+_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
+_NEW_DIMS = ("batch", "seq", "kv_heads", "head_dim")
+
+
+class KeysValues(NamedTuple):
+    """k_PBSKH: keys, rotated and normalised without scale; v_PBSKH: values."""
+
+    k_PBSKH: jax.Array
+    v_PBSKH: jax.Array
+
+    def append(
+        self,
+        group: jax.Array,
+        new: tuple[jax.Array, jax.Array],
+        slot_B: jax.Array | None,
+        mesh: Mesh,
+    ) -> Self:
+        """The cache with (k, v) [B, T, K, H] of one group from slot_B of each row on; None is slot
+        0.
+
+        Only the new rows are written: the cache is carried from group to group and stays in place.
+        """
+        if slot_B is None:
+            return type(self)(
+                *(
+                    jax.lax.dynamic_update_slice(
+                        old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, 0, 0, 0)
+                    )
+                    for old_PBSKH, new_BTKH in zip(self, new, strict=True)
+                )
+            )
+
+        def write(_, old, new, group, slot_B):
+            return tuple(_write(*pair, group, slot_B) for pair in zip(old, new, strict=True))
+
+        # An island, so that each device writes its own rows: XLA would gather the cache to scatter
+        # into it.
+        in_logical = ((_DIMS, _DIMS), (_NEW_DIMS, _NEW_DIMS), (), ("batch",))
+        fn = island.island(write, mesh, {}, in_logical, (_DIMS, _DIMS))
+        return type(self)(*fn({}, tuple(self), new, group, slot_B))
+
+    def view(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(k, v) [B, S, K, H] of one group."""
+        return tuple(
+            jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in self
+        )
+
+    def pinned(self, mesh: Mesh) -> Self:
+        """The same, laid out over the mesh as every call expects it."""
+        return type(self)(*(rules.constrain(x_PBSKH, mesh, _DIMS) for x_PBSKH in self))
+
+
+def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> KeysValues:
+    """Zeros of shape [P, B, S, K, H]."""
+    return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _write(
+    old_PBSKH: jax.Array, new_BTKH: jax.Array, group: jax.Array, slot_B: jax.Array
+) -> jax.Array:
+    def row(old_PSKH, new_TKH, slot):
+        return jax.lax.dynamic_update_slice(old_PSKH, new_TKH[None], (group, slot, 0, 0))
+
+    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(
+        old_PBSKH, new_BTKH.astype(old_PBSKH.dtype), slot_B
+    )
