@@ -45,7 +45,7 @@ _TILE = 4
 def suits(cfg: ModelConfig, mesh: Mesh) -> bool:
     """Whether a model on this mesh generates in this layout."""
     has_adapted_experts = cfg.lora.rank and any(
-        target.startswith("expert") for target in cfg.lora.targets
+        target.startswith("expert_") for target in cfg.lora.targets
     )
     return mesh.size == 1 and device_kind(mesh) == "cpu" and not has_adapted_experts
 
