@@ -57,9 +57,7 @@ def graph_def(cfg: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
     )[0]
 
 
-def unstacked(
-    cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]
-) -> dict[str, Any]:
+def unstacked(cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
     """A model's parameters in this layout; on a CPU they share the memory of `tree`.
 
     Args:

@@ -75,7 +75,13 @@ class Moe(nnx.Module):
     def server(self) -> Serve:
         """How one shard's tokens are run through their experts."""
         kernels = kernel_options(self.cfg, self.mesh)
-        return functools.partial(serve, cfg=self.cfg.moe, kernels=kernels, lora_cfg=self.cfg.lora)
+        return functools.partial(
+            serve,
+            dims=params.declared(self.experts).dims,
+            cfg=self.cfg.moe,
+            kernels=kernels,
+            lora_cfg=self.cfg.lora,
+        )
 
     def __call__(
         self, x_BTD: jax.Array, is_valid_BT: jax.Array, key: jax.Array | None
