@@ -1,22 +1,16 @@
-"""Work on many tensors at once, in order, with a bar on a terminal and a line now and then
-elsewhere.
-"""
+"""Progress bars, and work on several items at a time with results in order."""
 
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 # Each worker holds one tensor: two overlap reading, transposing and writing within twice the
 # largest tensor.
@@ -30,8 +24,8 @@ Result = TypeVar("Result")
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) in the order of items; no more results exist at a time than there are
-    workers.
+    """Yields (item, work(item)) in the order of items; at most as many results exist at a time as
+    there are workers.
     """
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         running: deque = deque()
@@ -51,58 +45,90 @@ def in_order(
                 future.cancel()
 
 
-class Meter:
-    """Bytes done of a total, shown on standard error."""
+class ProgressBar:
+    """A live bar on standard error; lines of text where that is not a terminal.
 
-    def __init__(self, title: str, total: int):
-        self.done = 0
-        self._title, self._total = title, total
-        self._begin = self._last = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            from rich.console import Console
+    Both show a label, how much of the total is done, a text and the time left.
+    """
 
-            columns = (
-                TextColumn(title),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        done: int = 0,
+        *,
+        seconds_per_line: float = _SECONDS_PER_LINE,
+        is_shown: bool = True,
+    ):
+        """label: such as "step"; done: of the total, before this process began.
 
-    def __enter__(self) -> "Meter":
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total)
+        seconds_per_line: least time between two lines of text; 0 shows every update.
+        """
+        self._label, self._total, self._first = label, total, done
+        self._begin, self._seconds_per_line = time.monotonic(), seconds_per_line
+        self._next_line = self._begin + seconds_per_line
+        console = Console(file=sys.stderr, quiet=not is_shown)
+        self._is_live = console.is_terminal and is_shown
+        self._bar = Progress(
+            TextColumn("{task.fields[amount]}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the texts leave of the terminal's width
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            disable=not self._is_live,
+        )
+        self._task = self._bar.add_task(
+            "", total=total, completed=done, amount=f"{label} {self.amount(done)}"
+        )
+        self._bar.start()
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif error[0] is None:
-            self._line()
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def amount(self, done: int) -> str:
+        """Returns how much is done of the total, as text."""
+        return f"{done}/{self._total}"
+
+    def update(self, done: int, text: str, seconds_left: float | None = None) -> None:
+        """Shows the state of the work; the time left follows from the speed so far if not given."""
+        now, amount = time.monotonic(), f"{self._label} {self.amount(done)}"
+        self._bar.update(self._task, completed=done, description=text, amount=amount)
+        if self._is_live or (now < self._next_line and done < self._total):
+            return
+        self._next_line = now + self._seconds_per_line
+        if seconds_left is None:
+            speed = (done - self._first) / max(now - self._begin, 1e-6)
+            seconds_left = (self._total - done) / speed if speed else math.inf
+        is_known = math.isfinite(seconds_left)
+        left = f"  {seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left" if is_known else ""
+        self.print(f"{amount}  {text}{left}")
+
+    def print(self, text: str) -> None:
+        """Shows a line that stays, above the live one."""
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=not self._is_live)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._bar.stop()
+
+
+class Meter(ProgressBar):
+    """A progress bar over bytes, with their speed."""
+
+    def __init__(self, label: str, total: int):
+        self._done = 0
+        super().__init__(label, total)
+
+    def amount(self, done: int) -> str:
+        """Returns gigabytes done of the total."""
+        return f"{done / 1e9:.3f}/{self._total / 1e9:.3f} GB"
 
     def add(self, num_bytes: int) -> None:
         """Counts bytes that are done."""
-        self.done += num_bytes
-        if self._bar:
-            self._bar.advance(self._task, num_bytes)
-        elif time.monotonic() - self._last > _SECONDS_PER_LINE:
-            self._last = time.monotonic()
-            self._line()
-
-    def _line(self) -> None:
+        self._done += num_bytes
         seconds = max(time.monotonic() - self._begin, 1e-6)
-        speed = self.done / seconds
-        left = (
-            f", {(self._total - self.done) / speed:.0f} s left"
-            if self.done < self._total and speed
-            else ""
-        )
-        print(
-            f"{self._title}: {self.done / 1e9:.3f} of {self._total / 1e9:.3f} GB in {seconds:.1f} "
-            f"s, {speed / 1e9:.2f} GB/s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        self.update(self._done, f"{self._done / seconds / 1e9:.2f} GB/s")

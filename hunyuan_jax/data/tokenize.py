@@ -26,11 +26,11 @@ import numpy as np
 from hunyuan_jax.data import shards, source, tokens
 from hunyuan_jax.data.shards import Job
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.progress import ProgressBar
 from hunyuan_jax.tokenizer import load_tokenizer
 
 _COMPRESSED_WEIGHT = 4  # how much text a byte of a compressed file is taken for
 _BLOCK = 2**20
-_LOG_SECONDS = 10  # between lines where there is no terminal
 
 # Spawned, not forked: the parent has threads.
 _PROCESSES = multiprocessing.get_context("spawn")
@@ -200,14 +200,17 @@ def _run_units(
             shards.add_report(done, report)
     counts[0] = done.total.num_documents, done.total.num_bad, done.total.num_bytes
     futures = {pool.submit(_run_unit, job, number, plan.units[number]) for number in left}
-    with _Progress(len(plan.units)) as progress:
+    start, first_bytes = time.perf_counter(), int(counts[0, _BYTES])
+    with ProgressBar("unit", len(plan.units), len(plan.units) - len(left)) as progress:
         while futures:
             finished, futures = concurrent.futures.wait(
                 futures, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in finished:
                 future.result()
-            progress.show(len(plan.units) - len(futures), counts.sum(0))
+            total = counts.sum(0)
+            speed = (total[_BYTES] - first_bytes) / (time.perf_counter() - start)
+            progress.update(len(plan.units) - len(futures), _described(total, speed))
 
 
 # --- in a worker ---
@@ -266,42 +269,9 @@ def _rows(shared: Any) -> np.ndarray:
 # --- what the user sees ---
 
 
-class _Progress:
-    """A bar over units, with documents, bytes and speed; a line every few seconds where there is
-    no terminal.
-    """
-
-    def __init__(self, num_units: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(file=sys.stderr)
-        self._is_live, self._num_units = console.is_terminal, num_units
-        columns = (
-            TextColumn("unit {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not self._is_live)
-        self._task = self._bar.add_task("starting", total=num_units)
-        self._start = self._last = time.perf_counter()
-        self._first_bytes: int | None = None
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, num_done: int, counts: np.ndarray) -> None:
-        """Shows the state of things."""
-        now, num_bytes = time.perf_counter(), int(counts[_BYTES])
-        self._first_bytes = num_bytes if self._first_bytes is None else self._first_bytes
-        speed = (num_bytes - self._first_bytes) / (now - self._start) / 1e6
-        text = f"{counts[_DOCUMENTS]:,} documents, {num_bytes / 1e6:,.0f} MB, {speed:.1f} MB/s, {counts[_BAD]:,} bad rows"
-        self._bar.update(self._task, completed=num_done, description=text)
-        if not self._is_live and now - self._last > _LOG_SECONDS:
-            print(f"unit {num_done}/{self._num_units}: {text}", file=sys.stderr, flush=True)
-            self._last = now
+def _described(counts: np.ndarray, speed: float) -> str:
+    """What is done, for the progress bar; `speed` in bytes a second."""
+    return (
+        f"{counts[_DOCUMENTS]:,} documents, {counts[_BYTES] / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
+        f"{counts[_BAD]:,} bad rows"
+    )

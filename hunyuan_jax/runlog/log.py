@@ -1,13 +1,14 @@
 """What a run tells the world: rows of metrics, the progress line, where the time goes, and traces."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,27 @@ import jax
 import numpy as np
 
 from hunyuan_jax.config import Config
-from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import hosts
+from hunyuan_jax.progress import ProgressBar
 from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
-from hunyuan_jax.runlog.metrics import MetricsWriter, ProgressLine, moe_health, require_wandb
+from hunyuan_jax.runlog.metrics import MetricsWriter, moe_health, require_wandb
 from pallas_kernels import chips
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How large the model and a step are.
+
+    parameters, active_parameters: of the model, and of those the ones that a token uses;
+    flops_per_token: of training, forward and backward; tokens_per_step: over all hosts.
+    """
+
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    tokens_per_step: int
 
 
 class Log:
@@ -41,29 +56,38 @@ class Log:
         self._goodput = Goodput()
         self._metrics: dict[str, jax.Array] | None = None  # of the last step given to the devices
         self._writer: MetricsWriter | None = None
-        self._progress: ProgressLine | None = None
+        self._progress: ProgressBar | None = None
         self._is_profiling = False
         self._ending: str | None = None
         require_wandb(config.train.wandb_project)
 
-    def open(self, first_step: int, program: Any) -> None:
-        """Opens the files and shows the progress line of a run with `first_step` steps done."""
-        config, mesh = self._config, program.mesh
-        self._schedule, self._tokens_per_step = (
-            program.schedule,
-            config.train.batch_size * config.train.seq_len,
-        )
+    def open(
+        self,
+        first_step: int,
+        mesh: jax.sharding.Mesh,
+        schedule: Callable[[int | np.ndarray], jax.Array],
+        work: Work,
+    ) -> None:
+        """Opens the files and shows the progress line of a run with `first_step` steps done.
+
+        `schedule`: number of updates -> learning rate.
+        """
+        config = self._config
+        self._schedule, self._work = schedule, work
         peak = chips.peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * mesh.size
-        self._flops_per_token = count(config.model, config.train.seq_len).flops_per_token
         if hosts.is_first():
             self._writer = MetricsWriter(self._workdir, first_step, config)
-        self._progress = ProgressLine(
-            config.train.num_steps, first_step, is_shown=hosts.is_first()
+        self._progress = ProgressBar(
+            "step",
+            config.train.num_steps,
+            first_step,
+            seconds_per_line=0,
+            is_shown=hosts.is_first(),
         )
         self.print(
             f"{'resuming at step ' + str(first_step) if first_step else 'starting'}: "
-            f"{_describe(config, program)}"
+            f"{_describe(work, mesh)}"
         )
 
     def print(self, text: str) -> None:
@@ -82,7 +106,7 @@ class Log:
         else:
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
-    def start(self, step: int, num_skipped: int, program: Any) -> None:
+    def start(self, step: int, num_skipped: int, mesh: jax.sharding.Mesh) -> None:
         """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one
         compiles.
         """
@@ -93,12 +117,12 @@ class Log:
         self._training_seconds = 0.0
         self._is_compiled = False
         if hosts.is_first():
-            text = json.dumps(_environment(program.mesh), indent=2)
+            text = json.dumps(_environment(mesh), indent=2)
             (self._workdir / "environment.json").write_text(text + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def time(self, cause: str) -> Iterator[None]:
-        """The loop waits for `cause`, one of `obs.goodput.CAUSES`.
+        """The loop waits for `cause`, one of `goodput.CAUSES`.
 
         The devices' unfinished steps are waited for first, and are no part of it; "data" alone is
         not waited for and counts only where the devices ran out of work meanwhile.
@@ -186,10 +210,10 @@ class Log:
             "grad_norm": _finite(metrics["grad_norm"]),
             "skipped_steps": int(metrics["num_skipped"]),
             "seconds_per_step": seconds,
-            "tokens_per_second": self._tokens_per_step / seconds,
+            "tokens_per_second": self._work.tokens_per_step / seconds,
         }
         if self._peak:
-            row["mfu"] = self._flops_per_token * row["tokens_per_second"] / self._peak
+            row["mfu"] = self._work.flops_per_token * row["tokens_per_second"] / self._peak
         ledger = self._goodput.ledger
         lost = {
             f"goodput/{cause}_seconds": total
@@ -202,7 +226,11 @@ class Log:
             if name.startswith("objective/")
         }
         self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
-        self._progress.update(step, float(metrics["loss"]), row["tokens_per_second"], seconds)
+        self._progress.update(
+            step,
+            f"loss {float(metrics['loss']):.4f}  {row['tokens_per_second']:,.0f} tokens/s",
+            (self._config.train.num_steps - step) * seconds,
+        )
         self._logged_step, self._training_seconds = step, 0.0
 
     def _flush(self) -> None:
@@ -236,10 +264,12 @@ def _finite(x: np.ndarray) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def _describe(config: Config, program: Any) -> str:
-    counts = count(config.model, config.train.seq_len)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    return f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; {program.mesh.size} device(s), {mesh}"
+def _describe(work: Work, mesh: jax.sharding.Mesh) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return (
+        f"{work.parameters / 1e6:,.1f} M parameters, {work.active_parameters / 1e6:,.1f} M active; "
+        f"{mesh.size} device(s), {axes}"
+    )
 
 
 def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -1,19 +1,13 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, Weights & Biases, and the live progress
-line.
-"""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, Weights & Biases."""
 
 import importlib.util
 import json
 import os
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from hunyuan_jax.config import Config, to_dict
 from hunyuan_jax.errors import ConfigError
@@ -125,51 +119,6 @@ def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _rounded(values: np.ndarray) -> list:
     return np.round(values.astype(np.float64), 5).tolist()
-
-
-class ProgressLine:
-    """A live line with step, loss, tokens/s and time left; plain lines where the output is not a
-    terminal.
-    """
-
-    def __init__(self, num_steps: int, first_step: int, is_shown: bool = True):
-        console = Console(file=sys.stderr, quiet=not is_shown)
-        self._is_live = console.is_terminal and is_shown
-        self._num_steps = num_steps
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None),  # what the texts leave of the terminal's width
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            console=console,
-            expand=True,
-            disable=not self._is_live,
-        )
-        self._task = self._progress.add_task("compiling", total=num_steps, completed=first_step)
-        self._progress.start()
-
-    def update(
-        self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float
-    ) -> None:
-        """Shows a logged step."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        if self._is_live:
-            self._progress.update(self._task, completed=step, description=text)
-        else:
-            left = (self._num_steps - step) * seconds_per_step
-            self.print(
-                f"step {step}/{self._num_steps}  {text}  {left // 60:.0f}:{left % 60:02.0f} left"
-            )
-
-    def print(self, text: str) -> None:
-        """A line that stays, above the live one."""
-        self._progress.console.print(
-            text, highlight=False, markup=False, soft_wrap=not self._is_live
-        )
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        self._progress.stop()
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:

@@ -21,9 +21,10 @@ from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, to_dict
 from hunyuan_jax.data.stream import read_ahead
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
-from hunyuan_jax.runlog.log import Log
+from hunyuan_jax.runlog.log import Log, Work
 from hunyuan_jax.runlog.watchdog import Watchdog
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import step as step_lib
@@ -109,7 +110,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
         if facts:
             batches.set_state(facts["position"]["batches"])
         validation = stream.validation(train.eval_batches, rows)
-        log.open(first_step, program)
+        log.open(first_step, program.mesh, program.schedule, _work(program))
     log.print(f"data: {stream}")
     if facts and (changed := _changed_versions(facts, config, program)):
         log.print(
@@ -141,7 +142,7 @@ def _run(config: Config, workdir: str | os.PathLike, watchdog: Watchdog) -> int:
                 "config.train.num_steps to go on."
             )
             return 0
-        log.start(first_step, int(state.guard.num_skipped), program)
+        log.start(first_step, int(state.guard.num_skipped), program.mesh)
         for step in range(first_step + 1, train.num_steps + 1):
             with log.time("data"), watchdog.doing("waiting for a batch"):
                 batch = next(batches)
@@ -246,6 +247,16 @@ def _restored(
         f"{config.optimizer.state_dtype}."
     )
     return step, convert(program, state), facts
+
+
+def _work(program: Program) -> Work:
+    counts = count(program.config.model, program.config.train.seq_len)
+    return Work(
+        parameters=counts.total,
+        active_parameters=counts.active,
+        flops_per_token=counts.flops_per_token,
+        tokens_per_step=math.prod(program.objective.batch_spec["tokens"].shape),
+    )
 
 
 class _Saves:

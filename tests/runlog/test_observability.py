@@ -331,32 +331,6 @@ def test_wandb_offline(tmp_path):
     assert ids == {(tmp_path / "wandb_id").read_text()}  # one run over both processes
 
 
-# The live line
-
-
-@pytest.mark.parametrize("width", [80, 60])
-def test_the_live_line_fits_the_terminal(width, monkeypatch, capsys):
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    line = metrics.ProgressLine(100_000, 0)
-    line.update(99_999, 1.2345, 1_234_567.0, 3.0)
-    line.close()
-    shown = [
-        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-        for text in re.split(r"[\r\n]+", capsys.readouterr().err)
-    ]
-    assert max(map(len, shown)) <= width
-    assert "step 99999/100000" in shown[-2] and "loss 1.2345  1,234,567 tokens/s" in shown[-2]
-
-
-def test_lines_are_plain_where_there_is_no_terminal(capsys):
-    line = metrics.ProgressLine(10, 0)
-    line.update(5, 1.2345, 1000.0, 3.0)
-    line.close()
-    assert capsys.readouterr().err == "step 5/10  loss 1.2345  1,000 tokens/s  0:15 left\n"
-
-
 # The report
 
 ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"

@@ -23,6 +23,7 @@ from hunyuan_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from hunyuan_jax.data import loader
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.runlog import watchdog
 from hunyuan_jax.train import loop
@@ -320,7 +321,7 @@ def test_the_watchdog_looks_from_the_start_to_the_last_upload(corpus, finished, 
         return wrapper
 
     for place, name, says in (
-        (loop.loader, "open_corpus", "process 0 of 1 has done 0 steps and is reading its text."),
+        (loader, "open_corpus", "process 0 of 1 has done 0 steps and is reading its text."),
         (
             loop.Store,
             "restore_newest",
