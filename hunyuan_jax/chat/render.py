@@ -1,6 +1,4 @@
-"""Chats as token ids: Hunyuan-Large's template or a folder's own, and the labels of supervised
-fine-tuning.
-"""
+"""Chats as token ids, by Hunyuan-Large's template or a folder's own."""
 
 import itertools
 import reprlib
@@ -10,13 +8,12 @@ from typing import Any
 from hunyuan_jax.chat import template
 from hunyuan_jax.tokenizer import Tokenizer
 
-IGNORED_LABEL = -100
 ROLES = ("system", "user", "assistant")
 
 _START = "<|startoftext|>"
 _SYSTEM_END = "<|extra_4|>"
-_USER_END = "<|extra_0|>"
-_ASSISTANT_END = "<|eos|>"
+USER_END = "<|extra_0|>"
+ASSISTANT_END = "<|eos|>"
 
 
 def render_chat(
@@ -91,71 +88,6 @@ def render_chat(
     return ids
 
 
-def sft_example(
-    messages: Sequence[Mapping[str, str]],
-    tokenizer: Tokenizer,
-    max_len: int | None = None,
-    parse_special: bool = False,
-) -> tuple[list[int], list[int]]:
-    """Return (ids, labels) of a chat for supervised fine-tuning, two lists of one length.
-
-    The labels are not shifted.  With a jinja template they are what an assistant turn adds to the
-    prompt before it, and -100 elsewhere.  With the built-in one (specification section 8) they are
-    the ids from the i-th <|extra_0|> through the i-th <|eos|>, both included, and -100 elsewhere,
-    so the model also learns to close the user's turn.  Pairing is by order of appearance as in the
-    official code: it is meaningful when user and assistant alternate, user first; an unanswered
-    last turn has no labels.  Both lists are cut on the right to `max_len`; labels are found first,
-    so that a cut answer keeps its beginning.
-
-    `parse_special` is that of `render_chat`; a token name inside a content then takes part in the
-    pairing. Raises ValueError as `render_chat`, for a max_len below 1, and for a template that
-    writes earlier turns differently later.
-    """
-    if max_len is not None and max_len < 1:
-        raise ValueError(
-            f"max_len={max_len} keeps no token: it must be at least 1; raise it, or leave it None "
-            "to keep all"
-        )
-    if tokenizer.chat_template is None:
-        ids = render_chat(messages, tokenizer, parse_special=parse_special)
-        labels = _answer_labels(
-            ids, tokenizer.special_id(_USER_END), tokenizer.special_id(_ASSISTANT_END)
-        )
-    else:
-        ids, labels = _labelled_by_prefixes(messages, tokenizer, parse_special)
-    return ids[:max_len], labels[:max_len]
-
-
-def _labelled_by_prefixes(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, parse_special: bool
-) -> tuple[list[int], list[int]]:
-    """`sft_example` under a jinja template: each answer is found as the end of the chat up to it."""
-
-    def rendered(num_messages: int, is_prompt: bool) -> list[int]:
-        return render_chat(
-            messages[:num_messages],
-            tokenizer,
-            parse_special=parse_special,
-            add_generation_prompt=is_prompt,
-        )
-
-    ids = rendered(len(messages), is_prompt=False)
-    labels = [IGNORED_LABEL] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = rendered(index, is_prompt=True) if index else []
-        answered = rendered(index + 1, is_prompt=False)
-        if answered[: len(prompt)] != prompt or ids[: len(answered)] != answered:
-            raise ValueError(
-                f"messages[{index}] cannot be labelled: this chat template writes the turns "
-                "before it differently once it is there, or it "
-                "once more turns follow; train on chats that end with it"
-            )
-        labels[len(prompt) : len(answered)] = ids[len(prompt) : len(answered)]
-    return ids, labels
-
-
 def _with_thinking_command(
     messages: Sequence[Mapping[str, Any]], command: str
 ) -> list[Mapping[str, Any]]:
@@ -176,7 +108,7 @@ def _template_pieces(
 ) -> list[int | str]:
     """Return the chat as special ids (int) and texts (str) in order."""
     start, system_end, user_end, assistant_end = map(
-        tokenizer.special_id, (_START, _SYSTEM_END, _USER_END, _ASSISTANT_END)
+        tokenizer.special_id, (_START, _SYSTEM_END, USER_END, ASSISTANT_END)
     )
     has_head = messages[0]["content"] != ""
     pieces = []
@@ -195,18 +127,6 @@ def _template_pieces(
         else:
             pieces.append(content)
     return pieces
-
-
-def _answer_labels(ids: list[int], open_id: int, close_id: int) -> list[int]:
-    """Copy `ids` between the i-th `open_id` and the i-th `close_id`, both included; IGNORED_LABEL
-    elsewhere.
-    """
-    opens = [position for position, token_id in enumerate(ids) if token_id == open_id]
-    closes = [position for position, token_id in enumerate(ids) if token_id == close_id]
-    labels = [IGNORED_LABEL] * len(ids)
-    for first, last in zip(opens, closes, strict=False):
-        labels[first : last + 1] = ids[first : last + 1]
-    return labels
 
 
 def _find_fault(

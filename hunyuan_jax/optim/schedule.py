@@ -1,9 +1,4 @@
-"""Learning rate over the run, and the square-root law that relates the batch size of a parameter
-to its best learning rate.
-"""
-
-import math
-from typing import NamedTuple
+"""Learning rate over a run."""
 
 import jax.numpy as jnp
 import optax
@@ -73,67 +68,3 @@ def _three_phase(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
         )
         starts.append(decay_end)
     return optax.join_schedules(phases, starts)
-
-
-def optimal_lr(batch: float, noise_batch: float, max_lr: float) -> float:
-    """Best learning rate of Adam at a batch size, Hunyuan-Large (arXiv 2411.02265) equation (1),
-    from arXiv 2405.14578.
-
-    It peaks with `max_lr` at `batch == noise_batch` and falls by the square root on either side.
-    Both batches are positive and in the same unit (tokens).
-    """
-    return 2.0 * max_lr / (math.sqrt(noise_batch / batch) + math.sqrt(batch / noise_batch))
-
-
-def expert_lr_ratio(batch: float, noise_batch: float, num_experts: int, top_k: int = 1) -> float:
-    """What the law gives for `OptimizerConfig.expert_lr_ratio`: best learning rate of a
-    specialised expert over that of the rest.
-
-    With balanced load an expert sees `top_k / num_experts` of the `batch` tokens that the shared
-    expert sees.  The result lies between 1/sqrt(n) (small batches: scale experts down) and sqrt(n)
-    (large ones: scale them up), where n = num_experts / top_k.
-
-    The paper is ambiguous here (reference/papers.md 1.5): it prints 0.31 for the inverse of this
-    ratio, shared over expert, which asks for a larger learning rate on experts, yet says that it
-    scales experts down.  Its batch sizes are not given, so the default config does what the text
-    says was done; `noise_batch_for_ratio` shows what either reading implies.
-    """
-    return optimal_lr(batch * top_k / num_experts, noise_batch, 1.0) / optimal_lr(
-        batch, noise_batch, 1.0
-    )
-
-
-class NoiseBatches(NamedTuple):
-    """The noise batch size, in the unit of the batch, under each reading of a ratio of learning
-    rates.
-    """
-
-    expert_over_shared: float  # expert = ratio * shared: what the paper says it did
-    shared_over_expert: (
-        float  # shared = ratio * expert: the order in which the paper prints its ratio
-    )
-
-
-def noise_batch_for_ratio(
-    ratio: float, batch: float, num_experts: int, top_k: int = 1
-) -> NoiseBatches:
-    """Inverse of `expert_lr_ratio`: the noise batch at which the law gives `ratio`, for both
-    readings of the paper.
-
-    Raises:
-      ValueError: no noise batch gives `ratio`; it must lie strictly between 1/sqrt(n) and sqrt(n),
-        n = num_experts / top_k.
-    """
-    share = num_experts / top_k
-    root = math.sqrt(share)
-    if not 1 / root < ratio < root:
-        raise ValueError(
-            f"ratio = {ratio} cannot be reached with {num_experts} experts and top_k = {top_k}; "
-            f"the law gives ratios strictly between {1 / root:.4g} and {root:.4g}."
-        )
-
-    def solve(expert_over_shared: float) -> float:
-        # expert_lr_ratio = root * (1 + x) / (share + x) for x = batch / noise_batch, solved for x.
-        return batch * (root - expert_over_shared) / (share * expert_over_shared - root)
-
-    return NoiseBatches(expert_over_shared=solve(ratio), shared_over_expert=solve(1 / ratio))

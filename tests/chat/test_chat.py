@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_jax.chat.render import IGNORED_LABEL, render_chat, sft_example
+from hunyuan_jax.chat.labels import IGNORED_LABEL, sft_example
+from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.tokenizer import ByteTokenizer, HyTokenizer
 from support import paths
 

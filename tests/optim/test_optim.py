@@ -1,6 +1,4 @@
-"""Learning-rate schedules, the batch-size law, parameter groups and AdamW against numbers made
-elsewhere.
-"""
+"""Learning-rate schedules, parameter groups and AdamW against numbers made elsewhere."""
 
 import dataclasses
 import math
@@ -10,19 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hunyuan_jax.config import OptimizerConfig, ScheduleConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.groups import assign_groups, default_groups
-from hunyuan_jax.optim.schedule import (
-    build_schedule,
-    expert_lr_ratio,
-    noise_batch_for_ratio,
-    optimal_lr,
-)
+from hunyuan_jax.optim.schedule import build_schedule
 from support.adamw import CFG, SETTINGS, nest, numpy_adamw, on_device
 from support.specs import specs_like
 
@@ -152,51 +143,6 @@ def test_schedule_jits_to_float32_under_strict_promotion(name):
         lr = jax.jit(jax.vmap(schedule))(jnp.arange(10))
     assert lr.dtype == jnp.float32 and schedule(0).shape == ()
     np.testing.assert_allclose(lr, [schedule(step) for step in range(10)], rtol=1e-6)
-
-
-# x = batch / noise_batch, best learning rate of a specialised expert over the shared one's; 16
-# experts (reference/papers.md 1.5).
-@pytest.mark.parametrize(
-    ("x", "ratio"), [(0.2602, 0.31), (1.0, 0.4706), (4.0, 1.0), (16.0, 2.125), (61.5, 3.226)]
-)
-def test_expert_ratio_table_in_both_directions(x, ratio):
-    assert expert_lr_ratio(x * 1e6, 1e6, num_experts=16) == pytest.approx(ratio, rel=2e-4)
-    noise = noise_batch_for_ratio(ratio, x * 1e6, num_experts=16)
-    assert noise.expert_over_shared == pytest.approx(1e6, rel=2e-3)
-    assert expert_lr_ratio(x * 1e6, noise.shared_over_expert, 16) == pytest.approx(
-        1 / ratio, rel=1e-9
-    )
-
-
-def test_the_paper_ratio_has_two_readings():
-    noise = noise_batch_for_ratio(0.31, 1.0, num_experts=16)
-    np.testing.assert_allclose(
-        [1 / noise.expert_over_shared, 1 / noise.shared_over_expert], [0.2602, 61.5], rtol=1e-3
-    )
-    for unreachable in (0.25, 4.0, -1.0):
-        with pytest.raises(ValueError, match=r"strictly between 0\.25 and 4"):
-            noise_batch_for_ratio(unreachable, 1.0, num_experts=16)
-
-
-def test_optimal_lr_peaks_at_the_noise_batch():
-    np.testing.assert_allclose(
-        [optimal_lr(b, 1000.0, 3e-4) for b in (250, 1000, 4000)], [2.4e-4, 3e-4, 2.4e-4]
-    )
-    assert optimal_lr(1.0, 1000.0, 1.0) == pytest.approx(2 / math.sqrt(1000), rel=0.01)
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.floats(1e-3, 1e3), st.floats(1.0, 1e8), st.integers(2, 256), st.integers(1, 8))
-def test_noise_batch_round_trip(x, batch, num_experts, top_k):
-    top_k = min(top_k, num_experts - 1)
-    noise = noise_batch_for_ratio(
-        expert_lr_ratio(batch, batch / x, num_experts, top_k), batch, num_experts, top_k
-    )
-    assert noise.expert_over_shared == pytest.approx(batch / x, rel=1e-6)
-    # The two readings mirror each other about x = sqrt(num_experts / top_k).
-    assert noise.expert_over_shared * noise.shared_over_expert == pytest.approx(
-        batch**2 * top_k / num_experts, rel=1e-6
-    )
 
 
 @pytest.mark.parametrize(("feed_forward", "is_moe"), [(MOE, True), (MLP, False)])

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_jax.chat.render import IGNORED_LABEL, render_chat, sft_example
+from hunyuan_jax.chat.labels import IGNORED_LABEL, sft_example
+from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import text
 from hunyuan_jax.tokenizer import HfTokenizer, HyTokenizer, StreamDecoder, load_tokenizer
