@@ -1,5 +1,5 @@
 """15.3 M parameters in float32: the size at which speed is compared with other libraries
-(docs/benchmarks.md).
+(docs/results/speed.md).
 
     python -m hunyuan_jax bench --config=configs/bench.py --json
 

@@ -5,7 +5,7 @@ standard library, as bytes.
     python -m hunyuan_jax generate --checkpoint=runs/tiny --prompt="def "
 
 Hardware: any CPU; 2 cores took 187 to 337 s and 1.1 to 1.2 GB. The loss falls from 5.8 to about
-1.4 nats a byte (docs/benchmarks.md).
+1.4 nats a byte (docs/results/speed.md).
 """
 
 from ml_collections import ConfigDict

@@ -147,7 +147,7 @@ def tiny() -> ModelConfig:
 
 def bench() -> ModelConfig:
     """15.3 M parameters: the size at which training speed is compared with other libraries
-    (docs/benchmarks.md).
+    (docs/results/speed.md).
     """
     return ModelConfig(
         vocab_size=1024,
