@@ -17,7 +17,7 @@ _MESSAGE_BYTES = 2048
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what a run writes once: config, metrics, progress."""
+    """Whether this process writes what a run writes once: config, metrics, progress."""
     return jax.process_index() == 0
 
 

@@ -1,6 +1,4 @@
-"""The devices of a run: joining the processes it was started as, and the mesh of four named axes
-over all their devices.
-"""
+"""Joins the processes of a run, and builds the mesh of four named axes over their devices."""
 
 import math
 import os
@@ -14,34 +12,34 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.errors import ConfigError
 
-AXES = ("replica", "data", "expert", "tensor")  # by rising traffic, as mesh_utils expects them
+AXES = ("replica", "data", "expert", "tensor")  # by rising traffic, as mesh_utils expects
 
-# Environment variables are how launchers speak to a process, so they are read here and nowhere
-# else.  Of these three jax 0.10 to 0.12 reads the address alone.
-_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Launchers pass these as environment variables, which are read nowhere else.  Of the first three
+# jax 0.10 to 0.12 reads only the address.
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TPU_WORKERS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
 def join_processes() -> None:
-    """Calls `jax.distributed.initialize` if this process was started as one of several; comes
-    before the first use of a device.
+    """Calls `jax.distributed.initialize` if this process is one of several.
 
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, set on
-    every host, always work.  Without them jax detects TPU pods (TPU VMs and GKE), slurm, Open MPI
-    and indexed Kubernetes jobs.  Whether there is anything to detect is decided from the
-    environment and the PCI bus, so nothing waits for a network on a machine without TPUs.
+    Call it before the first use of a device.  JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, set on every host, always work.  Without them jax detects
+    TPU pods (TPU VMs and GKE), slurm, Open MPI and indexed Kubernetes jobs.  The environment and
+    the PCI bus decide whether there is anything to detect, so nothing waits for a network on a
+    machine without TPUs.
 
     Raises:
-      ConfigError: the three variables are incomplete or wrong, or the others cannot be reached.
+      ConfigError: the three variables are incomplete or wrong, or other processes cannot be
+        reached.
     """
     if jax.distributed.is_initialized():
         return
-    told = {name: os.environ[name] for name in _TOLD if name in os.environ}
-    is_told = (
-        "JAX_NUM_PROCESSES" in told or "JAX_PROCESS_ID" in told
-    )  # which comes before what jax would find
-    reason = None if is_told else _launcher(os.environ, has_tpu=_has_tpu())
+    told = {name: os.environ[name] for name in _EXPLICIT if name in os.environ}
+    # These two come before what jax would detect; the address alone does not.
+    is_explicit = "JAX_NUM_PROCESSES" in told or "JAX_PROCESS_ID" in told
+    reason = None if is_explicit else _launcher(os.environ, has_tpu=_has_tpu())
     if reason:
         arguments = {}
     elif told:
@@ -57,28 +55,27 @@ def join_processes() -> None:
         raise ConfigError(
             f"the environment ({reason}) says that this is one of several processes, but joining "
             f"them failed: {e} "
-            f"Start the same command on every host, or set {', '.join(_TOLD)} "
-            "(JAX_NUM_PROCESSES=1 for a run of its own)."
+            f"Start the same command on every host, or set {', '.join(_EXPLICIT)} "
+            "(JAX_NUM_PROCESSES=1 for a run of one process)."
         ) from e
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `cfg` over `devices` (all of them if None); -1 takes what is left.
+    """Returns the mesh of `cfg` over `devices` (all of them if None); an axis of -1 fills it up.
 
-    On TPUs each axis is laid along the torus, the axes with more traffic first; one that is no
+    On TPUs the axes are laid along the torus, those with more traffic first; an axis that is not a
     product of the torus' dims takes parts of them.  `replica` spans the slices.  Elsewhere the
     devices are taken in their order.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, the slices are not those of
-        the devices, or there is no such mesh on this torus.
+      ConfigError: the sizes do not multiply to the number of devices, the number of slices is not
+        that of the devices, or the torus has no such mesh.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(cfg, len(devices))
     is_tpu = devices[0].platform == "tpu"
-    if (
-        is_tpu or cfg.num_slices > 1
-    ):  # a host of GPUs calls itself a slice, which says nothing about its network
+    # A host of GPUs calls itself a slice, which says nothing about its network.
+    if is_tpu or cfg.num_slices > 1:
         _check_slices(cfg, sizes, devices)
         array = _torus_mesh(cfg, sizes, devices)
     else:
@@ -87,22 +84,21 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def single_device_mesh() -> Mesh:
-    """All axes of size one, on the first device of this process: what a notebook uses."""
+    """Returns a mesh with axes of size one on this process's first device, as notebooks use."""
     return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
 
 
 def device_kind(mesh: Mesh | AbstractMesh) -> str:
-    """What jax calls the devices of a mesh, such as "TPU v5" or "cpu"; "" for an abstract mesh,
-    which has none.
+    """Returns jax's name of a mesh's devices, such as "TPU v5" or "cpu"; "" for an abstract mesh.
 
-    Kernels and compiler options are chosen by this: the process's own backend says nothing when a
-    CPU plans a pod.
+    Kernels and compiler options are chosen by it: the process's own backend is wrong when a CPU
+    plans a pod.
     """
     return mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
 
 
 def resolve_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Axis sizes in the order of AXES, with -1 replaced.
+    """Returns the axis sizes in the order of AXES, with -1 replaced.
 
     Raises:
       ConfigError: they do not multiply to `num_devices`.
@@ -114,14 +110,13 @@ def resolve_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
         text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(
             f"config.mesh = {text} does not use the {num_devices} devices exactly; "
-            "the sizes must multiply to that number. Set one axis to -1 to let it take what is "
-            "left."
+            "the sizes must multiply to that number. Set one axis to -1 to let it take the rest."
         )
     return resolved
 
 
 def _check_slices(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Device]) -> None:
-    # Devices of a lone slice may have no slice_index.
+    # Devices of a single slice may have no slice_index.
     found = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if found != cfg.num_slices:
         raise ConfigError(
@@ -140,40 +135,33 @@ def _check_slices(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Dev
 
 
 def _torus_mesh(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices [replica, data, expert, tensor]; mesh_utils knows the tori and where a slice's order
-    pays.
-    """
+    """Returns the devices as [replica, data, expert, tensor], laid along the torus."""
     between = (cfg.num_slices, 1, 1, 1)
     inside = tuple(size // num for size, num in zip(sizes, between, strict=True))
     try:
-        # Split dims are needed: the 16 experts of v5p:4x8x8 are no product of 4, 8 and 8.
+        # Split dims are needed: 16 experts on v5p:4x8x8 are not a product of 4, 8 and 8.
         if cfg.num_slices > 1:
             return mesh_utils.create_hybrid_device_mesh(
                 inside, between, devices, allow_split_physical_axes=True
             )
         return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
-    except (
-        AssertionError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as e:  # what it raises for holes, cores, unequal slices, primes
+    # What mesh_utils raises for holes, cores, unequal slices and primes.
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
         text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(
             f"config.mesh = {text} cannot be laid out on these {len(devices)} devices "
             f"({devices[0].device_kind}): {str(e)[:300]} "
-            "The devices must fill a whole box of the torus, and each axis takes whole factors of "
-            "its sides; use sizes that are products "
-            "of those, such as powers of two."
+            "The devices must fill a box of the torus, and each axis takes factors of its sides; "
+            "use sizes that are products of those, such as powers of two."
         ) from e
 
 
 def _has_tpu() -> bool:
-    """Whether jax takes this machine for a TPU VM: libtpu is installed, chips are on the PCI bus,
-    and JAX_PLATFORMS wants them.
+    """Whether jax takes this machine for a TPU VM.
+
+    That needs libtpu, chips on the PCI bus, and a JAX_PLATFORMS that allows them.
     """
-    # Private, but the very variable its cluster detection asks; a guess of ours could differ from
-    # it.
+    # Private, but it is what jax's own cluster detection reads.
     from jax._src import cloud_tpu_init
 
     platforms = jax.config.jax_platforms
@@ -181,9 +169,7 @@ def _has_tpu() -> bool:
 
 
 def _launcher(env: Mapping[str, str], has_tpu: bool) -> str | None:
-    """What says that there are several processes which jax can find by itself, or None for a
-    process alone.
-    """
+    """Returns the variable by which jax finds several processes, or None for a single one."""
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return f"OMPI_COMM_WORLD_SIZE = {env['OMPI_COMM_WORLD_SIZE']}"
     if all(name in env for name in _SLURM) and int(env["SLURM_NTASKS"]) > 1:
@@ -196,8 +182,8 @@ def _launcher(env: Mapping[str, str], has_tpu: bool) -> str | None:
         for name in _TPU_WORKERS:
             if name in env:
                 return f"{name} = {env[name]}" if "," in env[name] else None
-        # A TPU VM is told by its own metadata server, which answers at once; Colab and Kaggle have
-        # none and say so.
+        # A TPU VM asks its metadata server, which answers at once.  Colab and Kaggle have none and
+        # set this variable.
         return None if "TPU_SKIP_MDS_QUERY" in env else "a TPU VM"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return f"JOB_COMPLETION_INDEX = {env['JOB_COMPLETION_INDEX']}"
@@ -205,19 +191,22 @@ def _launcher(env: Mapping[str, str], has_tpu: bool) -> str | None:
 
 
 def _arguments(told: Mapping[str, str]) -> dict[str, str | int]:
-    """Arguments of `jax.distributed.initialize` from the variables of _TOLD.
+    """Returns the arguments of `jax.distributed.initialize` from the variables of _EXPLICIT.
 
     Raises:
-      ConfigError: one is missing, or the numbers are none.
+      ConfigError: a variable is missing or not a number in range.
     """
     text = ", ".join(
-        f"{name} = {told[name]!r}" if name in told else f"{name} is not set" for name in _TOLD
+        f"{name} = {told[name]!r}" if name in told else f"{name} is not set" for name in _EXPLICIT
     )
     rule = f"{text}: all three are needed, with 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
-    remedy = "Set them on every host (the address is host:port of process 0), or none of them for one process."
-    if not all(name in told for name in _TOLD):
+    remedy = (
+        "Set them on every host (the address is host:port of process 0), or none of them for one "
+        "process."
+    )
+    if not all(name in told for name in _EXPLICIT):
         raise ConfigError(f"{rule}. {remedy}")
-    address, num_processes, process_id = (told[name] for name in _TOLD)
+    address, num_processes, process_id = (told[name] for name in _EXPLICIT)
     if not (
         num_processes.isdecimal()
         and process_id.isdecimal()

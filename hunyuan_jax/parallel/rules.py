@@ -1,4 +1,4 @@
-"""The one table from logical dimension names to mesh axes, and the shardings made from it."""
+"""The table from logical dimension names to mesh axes, and the shardings made from it."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from hunyuan_jax.errors import ConfigError
 class Axes(NamedTuple):
     """Mesh axes of a logical dim.
 
-    compute: over these the work is split: activations, and parameters while they are used.
-    storage: over these a parameter's dim, its gradient and its moments are split besides;
-    `island.whole` gathers it for each use.
+    compute: axes that split the work: activations, and parameters in use.
+    storage: further axes that split a stored parameter, its gradient and its moments;
+      parallel/island.py gathers the parameter for each use.
     """
 
     compute: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Axes(NamedTuple):
 # all_to_all.
 #
 # Storage: rows go to `data`, another dim to `expert`, because one dim cannot take every axis: 6400
-# = 2^8 * 25 does not divide over 512 chips.  200 rows a chip (data 32) are still whole (8, 128)
+# = 2^8 * 25 does not divide over 512 chips.  200 rows a chip (data 32) are still full (8, 128)
 # tiles, so that gathering them is a plain concatenation; the TPU compiler turns the gather of
 # unaligned shards into a zero-filled all-reduce of twice the traffic.
 RULES: dict[str, Axes] = {
@@ -51,7 +51,7 @@ RULES: dict[str, Axes] = {
 
 
 def partition_spec(logical: Sequence[str]) -> PartitionSpec:
-    """The PartitionSpec of an activation, or of a parameter in use, with these dims.
+    """Returns the PartitionSpec of an activation, or of a parameter in use, with these dims.
 
     Raises:
       ConfigError: two dims claim the same mesh axis.
@@ -60,7 +60,7 @@ def partition_spec(logical: Sequence[str]) -> PartitionSpec:
 
 
 def stored_spec(logical: Sequence[str]) -> PartitionSpec:
-    """The PartitionSpec of a parameter, its gradient and its moments.
+    """Returns the PartitionSpec of a stored parameter, its gradient and its moments.
 
     Raises:
       ConfigError: two dims claim the same mesh axis.
@@ -71,11 +71,11 @@ def stored_spec(logical: Sequence[str]) -> PartitionSpec:
 def sharding(
     mesh: Mesh, logical: Sequence[str], shape: Sequence[int] | None = None, name: str = ""
 ) -> NamedSharding:
-    """The NamedSharding of an activation; with `shape`, every sharded dim must divide.
+    """Returns the NamedSharding of an activation; with `shape`, checks that dims divide.
 
     Raises:
-      ConfigError: a dim does not divide by the axes it is spread over, naming tensor, dim, axes
-        and a size that works.
+      ConfigError: a dim does not divide over its axes; names tensor, dim, axes and a size that
+        works.
     """
     return _checked(mesh, _compute_axes(logical), logical, shape, name)
 
@@ -83,22 +83,22 @@ def sharding(
 def stored_sharding(
     mesh: Mesh, logical: Sequence[str], shape: Sequence[int], name: str = ""
 ) -> NamedSharding:
-    """The NamedSharding of a parameter as it is stored; errors as in `sharding`."""
+    """Returns the NamedSharding of a stored parameter; raises as `sharding` does."""
     return _checked(mesh, _storage_axes(logical), logical, shape, name)
 
 
 def num_shards(mesh: Mesh, name: str) -> int:
-    """Over how many parts of a mesh the work of a logical dim is split."""
+    """Returns the number of shards of a mesh over which a logical dim's work is split."""
     return math.prod(mesh.shape[axis] for axis in RULES[name].compute)
 
 
 def first_that_divides(
     mesh: Mesh, shape: Sequence[int], options: Sequence[tuple[str, ...]], name: str
 ) -> tuple[str, ...]:
-    """The first of several ways to name a parameter's dims that its shape allows on this mesh.
+    """Returns the first of several namings of a parameter's dims that divides on this mesh.
 
     Raises:
-      ConfigError: none; the message is that of the first.
+      ConfigError: none divides; the message is about the first.
     """
     for logical in options:
         try:
@@ -111,9 +111,7 @@ def first_that_divides(
 
 
 def constrain(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
-    """Pins an activation to the layout its logical names ask for, so that the compiler does not
-    choose another.
-    """
+    """Constrains an activation to the sharding of its logical dims."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical)))
 
 

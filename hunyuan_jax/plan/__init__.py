@@ -1,3 +1,1 @@
-"""What a run would need on a pod, proved without one: memory by line item, and the step compiled
-by the real TPU compiler.
-"""
+"""Plans a run on a pod without one: estimates its memory, and compiles its step for TPUs."""

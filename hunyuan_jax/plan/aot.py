@@ -1,6 +1,4 @@
-"""The train step of a config, compiled for a pod by the TPU compiler on this machine, and what the
-compiler says about it.
-"""
+"""Compiles a config's train step for a pod on this machine, and reports on it."""
 
 import dataclasses
 import re
@@ -22,7 +20,7 @@ _GIB = 2**30
 
 
 class HbmOverflowError(ConfigError):
-    """The step does not fit."""
+    """The step does not fit into the memory of a device."""
 
     def __init__(self, message: str, overflow: "Overflow"):
         super().__init__(message)
@@ -31,8 +29,11 @@ class HbmOverflowError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """compiled: jax's object; seconds: lowering and compiling; host_bytes: peak resident memory of
-    this process so far.
+    """A compiled train step.
+
+    compiled: jax's compiled program.
+    seconds: time to lower and compile it.
+    host_bytes: peak resident memory of this process so far.
     """
 
     compiled: Any
@@ -42,8 +43,9 @@ class CompiledStep:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """The compiler's figures in bytes per device; output arrays that reuse an argument's memory
-    count in `alias` too.
+    """The compiler's figures in bytes per device.
+
+    aliased: outputs that reuse the memory of an argument; they count in `outputs` too.
     """
 
     arguments: int
@@ -56,13 +58,14 @@ class DeviceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `plan` prints.  Bytes are per device, seconds and FLOPs per step.
+    """What `plan` prints.  Bytes are per device; seconds and FLOPs are per step.
 
-    model_flops: of `count` (attention included), over all devices.  ideal_seconds: 6 x active
-    parameters x tokens at the peak.
-    estimated_seconds: the compiler's estimated cycles over the clock, and the kernels' FLOPs at
-    the chip's peak; collectives left out. So the two figures from it, share_of_ideal (ideal over
-    estimated) and mfu (model_flops at the peak over estimated), are upper bounds.
+    model_flops: FLOPs of the model over all devices, attention included (`model.count`).
+    ideal_seconds: 6 x active parameters x tokens at the peak of the chips.
+    estimated_seconds: the compiler's cycles at the chip's clock, plus the kernels' FLOPs at its
+      peak, without collectives.
+    share_of_ideal: ideal_seconds / estimated_seconds, an upper bound.
+    mfu: model_flops at the peak / estimated_seconds, an upper bound.
     """
 
     topology: str
@@ -85,15 +88,15 @@ class Report:
 
     @property
     def difference(self) -> float:
-        """How far the estimate by line item lies above the compiler's peak, as a share of it."""
+        """(estimated peak - compiler's peak) / compiler's peak."""
         return self.items.peak / self.memory.peak - 1
 
 
 def compile_step(config: Config, devices: list) -> CompiledStep:
-    """Compiles the very step that train.py would run on `devices`.
+    """Compiles the step that train.py would run on `devices`.
 
     Raises:
-      ConfigError: what the mesh and the rules table refuse.
+      ConfigError: the mesh or the rules table refuse the config.
       HbmOverflowError: the step needs more memory than a device has.
     """
     start = time.perf_counter()
@@ -113,8 +116,7 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
 
 
 def report(config: Config, topology_name: str) -> Report:
-    """Compiles the step for `config.mesh.num_slices` slices of this name and gathers everything
-    `plan` shows.
+    """Compiles the step for `config.mesh.num_slices` slices of this name and reports on it.
 
     Raises:
       ConfigError, HbmOverflowError: see `topology_devices` and `compile_step`.
@@ -162,9 +164,7 @@ def report(config: Config, topology_name: str) -> Report:
 
 @dataclasses.dataclass(frozen=True)
 class Overflow:
-    """Bytes per device a program needs and has, and the largest allocations in words, where the
-    compiler names any.
-    """
+    """Bytes per device that a program needs and has; the largest allocations, if it names any."""
 
     used: int
     available: int
@@ -172,7 +172,7 @@ class Overflow:
 
 
 def parse_overflow(message: str) -> Overflow | None:
-    """The compiler's out-of-memory message; None if it is another error.
+    """Parses the compiler's out-of-memory message; returns None for another error.
 
     libtpu 0.0.50 writes "memory required for HLO temporaries (202G) exceeds available HBM
     (95.7G)", arguments included; others write "Used 107G of 95.7G hbm" and a list of the largest
@@ -195,12 +195,13 @@ def parse_overflow(message: str) -> Overflow | None:
 
 
 def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> HbmOverflowError:
-    """One line: how much too much, the largest items (by line item if the compiler named none) and
-    what could fit.
+    """Returns an error that says how much is missing, what is largest and what could fit.
+
+    The largest items are those of our estimate if the compiler names none.
     """
     items = sorted(memory.estimate(config, num_devices).items, key=lambda item: -item.bytes)
     largest = overflow.largest[:3] or [
-        f"{item.name} {item.bytes / _GIB:.1f} GiB by line item" for item in items[:3]
+        f"{item.name} {item.bytes / _GIB:.1f} GiB by our estimate" for item in items[:3]
     ]
     remedies = [
         "config.model.remat = 'full'" * (config.model.remat != "full"),
@@ -211,8 +212,8 @@ def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> Hbm
         "a larger slice (`plan --fit` finds the smallest)",
     ]
     return HbmOverflowError(
-        f"the step needs {overflow.used / _GIB:.1f} GiB of HBM a device and "
-        f"{overflow.available / _GIB:.1f} GiB are there, "
+        f"the step needs {overflow.used / _GIB:.1f} GiB of HBM per device, of which "
+        f"{overflow.available / _GIB:.1f} GiB are available: "
         f"{(overflow.used - overflow.available) / _GIB:.1f} GiB too much. Largest: "
         f"{'; '.join(largest)}. "
         f"What could fit: {'; '.join(filter(None, remedies))}.",
@@ -221,6 +222,6 @@ def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> Hbm
 
 
 def _bytes(text: str) -> int:
-    """'95.73G' -> bytes."""
+    """Converts '95.73G' to bytes."""
     factors = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return int(float(text.rstrip("KMGT")) * factors.get(text[-1], 1))

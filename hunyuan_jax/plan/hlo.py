@@ -1,8 +1,6 @@
-"""What the TPU compiler says about a compiled step: estimated cycles per region, kernels without
-an estimate, every collective.
+"""Reads a compiled step: estimated cycles by region, kernels, and every collective.
 
-Pure text in, dataclasses out.  All of it is the compiler's own model of a TPU, not a measurement
-(../shared/reference/checking_without_accelerators.md section 1): say so wherever it is shown.
+All figures are the compiler's model of a TPU, not measurements: say so wherever they are shown.
 """
 
 import collections
@@ -11,8 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from hunyuan_jax.plan import hlo_text
-from hunyuan_jax.plan import replica_groups as groups
+from hunyuan_jax.plan import hlo_text, replica_groups
 from hunyuan_jax.plan.hlo_text import Module, Op
 
 ENTRY = "entry"
@@ -28,19 +25,21 @@ _KINDS = (
 )
 _COLLECTIVE = re.compile(rf"({'|'.join(_KINDS)})(-start)?")
 _KERNEL_TARGET = "tpu_custom_call"
-# On one line and in quotes, or, within a fusion, over several lines and without.
+# On one line with quotes; inside a fusion, over several lines without.
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\s*\{[^{}]*"flops":"?(\d+)')
-# Between slices a collective is a pair of send and recv that the megascale runtime serves.
+# Between slices a collective is a send and a recv, served by the megascale runtime.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Part of a step: 'entry', 'forward loop', 'backward loop' or 'loop'; of several with one name
-    the costliest, which is the one over the layers, has no number.
+    """Part of a step: 'entry', 'forward loop', 'backward loop' or 'loop'.
 
-    op_name: the loop's origin in the program; times: executions of its body per step; cycles: of
-    all executions together, without kernels, collectives and ops whose estimate is unknown.
+    Of several loops of a kind the costliest, which is the one over the layers, has no number.
+
+    op_name: the loop's origin in the program.
+    times: executions of its body per step.
+    cycles: total of all executions, without kernels, collectives and ops of unknown cost.
     """
 
     name: str
@@ -53,8 +52,8 @@ class Region:
 class Kernel:
     """A Pallas kernel, for which the compiler gives no cycles.
 
-    times: executions per step, all call sites together; flops: of all of them, as the kernel
-    states them, 0 if it does not.
+    times: executions per step over all call sites.
+    flops: total of these executions as the kernel states it, 0 if it does not.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class CostlyOp:
-    """cycles: of all executions of this op together."""
+    """An op; cycles: total of all its executions in a step."""
 
     name: str
     shape: str
@@ -80,13 +79,13 @@ class Collective:
     """Equal collectives of one region.
 
     kind: as in HLO; a fused all-reduce and slice is a 'reduce-scatter'.
-    axes: mesh axes; 'data/4' is a part of one, ('slices',) the network between slices, ('?',)
-    groups that could not be read.
-    bytes: per device and execution, the result's for an all-gather and the operands' for the
-    others.
-    count: call sites; times: executions per step of each.
-    can_overlap: it is split into start and done with compute scheduled between, or fused with a
-    matrix product.
+    axes: mesh axes.  'data/4' is a part of an axis, ('slices',) the network between slices, ('?',)
+      stands for groups that could not be read.
+    bytes: per device and execution: of the result for an all-gather, else of the operands.
+    count: call sites.
+    times: executions of each per step.
+    can_overlap: whether compute is scheduled between its start and done, or it is fused with a
+      matrix product.
     """
 
     kind: str
@@ -99,17 +98,17 @@ class Collective:
 
     @property
     def total_bytes(self) -> int:
-        """Of all call sites and executions in one step, per device."""
+        """Bytes per device in one step, over all call sites and executions."""
         return self.bytes * self.count * self.times
 
 
 @dataclasses.dataclass(frozen=True)
 class HloReport:
-    """regions in program order, ops and collectives by decreasing cost.
+    """Regions in program order; ops and collectives by decreasing cost.
 
-    num_unknown_cycles: ops that run in a step and whose estimate the compiler left unknown (it
-    does for what it gives to the SparseCore); num_unknown_trips: loops whose length depends on
-    data, counted as one trip.
+    num_unknown_cycles: ops of a step whose cost the compiler does not know (it does not for what
+      runs on the SparseCore).
+    num_unknown_trips: loops whose length depends on data; they count as one trip.
     """
 
     regions: tuple[Region, ...]
@@ -121,20 +120,18 @@ class HloReport:
 
     @property
     def cycles(self) -> int:
-        """Estimated cycles of one step; kernels, collectives and unknown ops left out."""
+        """Estimated cycles of one step, without kernels, collectives and ops of unknown cost."""
         return sum(region.cycles for region in self.regions)
 
     @property
     def kernel_flops(self) -> int:
-        """What the kernels of one step state."""
+        """FLOPs of one step's kernels, as they state them."""
         return sum(kernel.flops for kernel in self.kernels)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Visit:
-    """One op of the schedule: where it stands, how often it runs, and whether an asynchronous call
-    around it spans compute.
-    """
+    """One op of the schedule: its place, how often it runs, and whether it can overlap compute."""
 
     op: Op
     computation: str
@@ -144,12 +141,12 @@ class _Visit:
 
 
 def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
-    """Reads a scheduled module.
+    """Returns the report of a scheduled module.
 
     Args:
       text: `compiled.as_text()`.
       mesh: axis sizes in mesh order.
-      num_top: how many of the costliest ops to list.
+      num_top: number of costliest ops to list.
     """
     module = hlo_text.parse(text)
     visits = list(_walk(module, module.entry, Region(ENTRY, "", 1, 0), 1, {}))
@@ -203,8 +200,8 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
 
 
 def _kernels(module: Module, op: Op) -> list[Op]:
-    """The Pallas kernels that run as this op: itself, or one that is fused with the writing of its
-    result into a larger array.
+    """Returns the Pallas kernels in an op: itself, or those of a fusion (which writes the kernel's
+    result into a larger array).
     """
     ops = module[op.called("calls")[0]] if op.opcode == "fusion" else [op]
     return [
@@ -216,16 +213,14 @@ def _kernels(module: Module, op: Op) -> list[Op]:
 
 
 def _kernel_name(op_name: str) -> str:
-    """Without the number of the op, and the operand that the compiler adds when the result goes
+    """Strips the op's number, and the operand that the compiler appends when the result goes
     straight into another kernel.
     """
     return re.sub(r"(\.\d+)+(\.\w+_)?$", "", op_name)
 
 
 def _numbered(regions: Iterable[str], cycles: Mapping[str, int]) -> dict[str, str]:
-    """Final names of the regions 'KIND#NUMBER': the costliest of a kind is 'KIND', the next 'KIND
-    2', ...
-    """
+    """Names the regions 'KIND#NUMBER' by cost: 'KIND' for the costliest, then 'KIND 2', ..."""
     names, counts = {}, collections.Counter()
     for key in sorted(regions, key=lambda key: -cycles[key]):
         kind = key.partition("#")[0]
@@ -242,8 +237,9 @@ def _walk(
     labels: dict[str, str],
     can_overlap: bool = False,
 ) -> Iterator[_Visit]:
-    """Every op that runs, loops and calls entered, in program order.  `labels` collects the region
-    name of each loop.
+    """Yields every op that runs, in program order, entering loops and calls.
+
+    labels: the region name of each loop, filled in here.
     """
     ops = module[name]
     for i, op in enumerate(ops):
@@ -255,7 +251,7 @@ def _walk(
             yield from _walk(module, op.called("body")[0], inner, executions, labels, can_overlap)
         elif op.opcode == "conditional":
             branches = op.called("branch_computations", "true_computation", "false_computation")
-            # Which branch runs is not known here: the costliest counts.
+            # Which branch runs depends on data: the costliest counts.
             walks = [
                 list(_walk(module, branch, region, times, labels, can_overlap))
                 for branch in branches
@@ -271,8 +267,8 @@ def _walk(
 
 
 def _loop_region(loop: Op, parent: Region, times: int, labels: dict[str, str]) -> Region:
-    """The region of a loop's body: its own if it is a forward or backward loop that stands in
-    neither, else its parent's.
+    """Returns the region of a loop's body: its parent's inside a forward or backward loop, else
+    its own.
     """
     origin = loop.op_name
     kind = (
@@ -292,7 +288,7 @@ def _loop_region(loop: Op, parent: Region, times: int, labels: dict[str, str]) -
 
 
 def _collective(module: Module, visit: _Visit, mesh: Mapping[str, int]) -> Collective | None:
-    """What the op sends, or None if it sends nothing; its count is 0."""
+    """Returns the collective that an op is, with count 0, or None if it is none."""
     op, ops = visit.op, module[visit.computation]
     can_overlap = visit.can_overlap
     if op.opcode == "fusion":
@@ -328,19 +324,18 @@ def _collective(module: Module, visit: _Visit, mesh: Mapping[str, int]) -> Colle
         sent = hlo_text.split_tuple(op.shape)[1] if op.opcode.endswith("-start") else op.shape
     else:
         sent = " ".join(shapes[name] for name in op.operands)
-    found = groups.parse(op.attributes, math.prod(mesh.values()))
-    axes = ("?",) if found is None else groups.axes_of(found, mesh)
+    found = replica_groups.parse(op.attributes, math.prod(mesh.values()))
+    axes = ("?",) if found is None else replica_groups.axes_of(found, mesh)
     if kind == "collective-permute":
-        axes = tuple(
-            axis.partition("/")[0] for axis in axes
-        )  # of a pair: along which axis, not how much of it
+        # A pair tells the axis, not how much of it.
+        axes = tuple(axis.partition("/")[0] for axis in axes)
     return Collective(
         kind, axes, hlo_text.num_bytes(sent), 0, visit.times, visit.region.name, can_overlap
     )
 
 
 def _spans_compute(module: Module, ops: list[Op], start: int) -> bool:
-    """Whether compute is scheduled between the start op at this index and its done op."""
+    """Returns whether compute is scheduled between the start op at this index and its done op."""
     names = {ops[start].name}
     has_compute = False
     for op in ops[start + 1 :]:

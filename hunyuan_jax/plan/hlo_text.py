@@ -1,6 +1,4 @@
-"""The text of a compiled, scheduled XLA module, read into computations and ops; nothing but text
-comes in, no jax is needed.
-"""
+"""Parses the text of a compiled, scheduled XLA module into computations and ops; uses no jax."""
 
 import dataclasses
 import math
@@ -16,10 +14,10 @@ _UNKNOWN_CYCLES = 2**63 - 1
 class Op:
     """One instruction.
 
-    shape: as written, layouts included; operands: names; attributes: everything after the
-    operands.
-    cycles: the compiler's estimate, 0 where the op carries none, None where it wrote "unknown"
-    (2^63 - 1).
+    shape: as written, with layouts.
+    operands: names of the operands.
+    attributes: the text after the operands.
+    cycles: the compiler's estimate; 0 if the op has none, None if it is unknown (2^63 - 1).
     """
 
     name: str
@@ -33,16 +31,12 @@ class Op:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program the op comes from, such as
-        'jit(step)/jvp()/while/body/dot_general'.
-        """
+        """Origin in the Python program, such as 'jit(step)/jvp()/while/body/dot_general'."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations that the attributes `keys`, such as 'calls' or
-        'branch_computations', refer to.
-        """
+        """Returns the names of the computations in the attributes `keys`, such as 'calls'."""
         found = []
         for key in keys:
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
@@ -52,9 +46,7 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, each a list of ops in the order they are scheduled, and the name of
-    the entry.
-    """
+    """Computations by name, each a list of ops in scheduled order; `entry` names the first."""
 
     computations: dict[str, list[Op]]
     entry: str
@@ -64,11 +56,13 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`.
+    """Parses `compiled.as_text()`.
 
-    An op may go on over several lines (metadata of a Pallas kernel holds line breaks); a
-    computation ends at a line that is exactly '}', or '}, execution_thread="NAME"' where it runs
-    beside the main one.
+    An op may span several lines (a Pallas kernel's metadata has line breaks).  A computation ends
+    at a line that is '}', or '}, execution_thread="NAME"' if it runs beside the main one.
+
+    Raises:
+      ValueError: the text has no entry computation.
     """
     computations: dict[str, list[Op]] = {}
     entry, current, lines = "", None, []
@@ -93,7 +87,7 @@ def parse(text: str) -> Module:
 
 
 def split_tuple(shape: str) -> list[str]:
-    """The elements of a tuple shape; a shape that is no tuple is its own only element."""
+    """Returns the elements of a tuple shape; [shape] if it is not a tuple."""
     if not shape.startswith("("):
         return [shape]
     elements, depth, start = [], 0, 1
@@ -106,7 +100,7 @@ def split_tuple(shape: str) -> list[str]:
 
 
 def num_bytes(shape: str) -> int:
-    """Bytes of the elements of a shape or tuple of shapes, without the padding of its layout."""
+    """Returns the bytes of a shape or tuple of shapes, without padding by the layout."""
     bits = 0
     for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
         width = re.search(r"\d+", dtype)
@@ -117,9 +111,9 @@ def num_bytes(shape: str) -> int:
 
 
 def trip_count(module: Module, loop: Op) -> int | None:
-    """How often a while op runs its body, or None if that depends on data.
+    """Returns how often a while op runs its body, or None if that depends on data.
 
-    It is the compiler's own figure where it wrote one, else the constant that the loop's condition
+    The compiler's own figure if it wrote one.  Otherwise the constant that the loop's condition
     compares its counter with: jax's loops count up from zero by one.
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
@@ -134,7 +128,7 @@ def trip_count(module: Module, loop: Op) -> int | None:
 
 
 def _constants_of(op: Op, computation: list[Op]) -> set[int]:
-    """Values of the op's operands that are integer constants."""
+    """Returns the values of the op's operands that are integer constants."""
     constants = {
         other.name: other.arguments for other in computation if other.opcode == "constant"
     }
@@ -168,7 +162,7 @@ def _parse_op(text: str) -> Op:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

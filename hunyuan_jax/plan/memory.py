@@ -70,10 +70,10 @@ class Estimate:
 class Sizes:
     """What the formulas need of a config on a mesh; all of it per device.
 
-    batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a step makes
-    `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k with the
-    slack of their capacity; part_rows: of the vocabulary, in one of the parts in which the loss
-    takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
+    batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a
+    step makes `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k
+    with the slack of their capacity; part_rows: of the vocabulary, in one of the parts in which
+    the loss takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
     """
 
     model: ModelConfig

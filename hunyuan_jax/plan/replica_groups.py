@@ -1,4 +1,4 @@
-"""Which mesh axes a collective of the compiled program spans, from the text of its replica groups."""
+"""Finds the mesh axes that a compiled collective spans, from the text of its replica groups."""
 
 import itertools
 import math
@@ -15,14 +15,16 @@ _LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)
 
 
 def parse(attributes: str, num_devices: int) -> Groups | None:
-    """Groups of device positions from an op's attributes, or None where they are written in a way
-    that is not known here.
+    """Returns an op's groups of device positions, or None if their form is not known.
 
-    Three forms of `replica_groups`, all in positions of the flattened mesh: `mesh['a'=2,'b'=4]
-    {'b'}` (one group per combination of the axes that are not named; `'b':(1)2` is the part of b
-    with 1 before it and size 2), `[2,4]<=[8]T(..)` (rows of a transposed range) and
-    `{{0,1},{2,3}}`; `{}` is one group of all.  The `source_target_pairs` of a permutation count as
-    groups of two.
+    `replica_groups` has three forms, all in positions of the flattened mesh:
+
+    * `mesh['a'=2,'b'=4] {'b'}`: one group per combination of the axes that are not named.
+      `'b':(1)2` is the part of b of size 2 with 1 before it.
+    * `[2,4]<=[8]T(..)`: the rows of a transposed range.
+    * `{{0,1},{2,3}}`: lists; `{}` is one group of all devices.
+
+    The `source_target_pairs` of a permutation are groups of two.
     """
     if match := _MESH.search(attributes):
         return _mesh_groups(match[1], match[2])
@@ -38,8 +40,9 @@ def parse(attributes: str, num_devices: int) -> Groups | None:
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which members of a group differ, in mesh order; 'data/4' is a part of size 4
-    of a larger axis.
+    """Returns the axes along which members of a group differ, in mesh order.
+
+    'data/4' is a part of size 4 of a larger axis.
 
     Args:
       groups: device positions, numbered as in the flattened mesh.
@@ -58,10 +61,9 @@ def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _mesh_groups(mesh_text: str, axes_text: str) -> Groups:
-    """Groups of the `mesh[..] {..}` form."""
+    """Returns the groups of the `mesh[..] {..}` form."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh_text)}
-    # Every axis is cut into (before, part, after); a whole axis is the part of size n with 1
-    # before and 1 after.
+    # Every axis is cut into (before, part, after); a complete axis of size n is (1, n, 1).
     parts = {name: (1, 1, size) for name, size in sizes.items()}
     for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes_text):
         part = int(size) if size else sizes[name]

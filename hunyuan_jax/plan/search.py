@@ -1,6 +1,4 @@
-"""Many plans at once: the best ways to run a config on one slice, and the smallest slice that runs
-it.
-"""
+"""Finds the best ways to run a config on a slice, and the smallest slice that fits it."""
 
 import dataclasses
 import itertools
@@ -13,13 +11,13 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.plan import aot, memory, topology
 
-# The step's matmuls over those without any recomputation: the forward pass, a third of them all,
-# is repeated or not.
+# Matmul work by remat policy, relative to no recomputation: "full" repeats the forward pass, a
+# third of it.
 _RECOMPUTE = {"none": 1.0, "dots": 1.0, "full": 4 / 3}
-# The most exact first.
+# By falling precision.
 _STATE_DTYPES = ("float32", "bfloat16", "fp8_lm")
-# An estimate by line item may be so far from the compiler's peak; what is further above the memory
-# is not compiled.
+# Largest ratio between our estimate and the compiler's peak; a config whose estimate exceeds the
+# memory by more is not compiled.
 _TOLERANCE = 1.1
 _REFUSED = "the compiler refuses it: "
 
@@ -28,9 +26,9 @@ _REFUSED = "the compiler refuses it: "
 class Trial:
     """One config on one slice.
 
-    estimate: bytes per device by `memory.estimate`, None where the config does not suit the slice.
-    report: of the compiled step, None where it was not compiled or does not fit; outcome: in
-    words.
+    estimate: bytes per device by `memory.estimate`; None if the config does not suit the slice.
+    outcome: the result in words.
+    report: report of the compiled step; None if it was not compiled or does not fit.
     """
 
     topology: str
@@ -42,7 +40,7 @@ class Trial:
 
 
 def with_batch(config: Config, num_devices: int, batch_per_chip: int) -> Config:
-    """The config with so many sequences a device in each of its grad_accum_steps parts."""
+    """Sets the batch size to `batch_per_chip` sequences per device and micro-batch."""
     batch_size = num_devices * batch_per_chip * config.train.grad_accum_steps
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, batch_size=batch_size)
@@ -52,13 +50,12 @@ def with_batch(config: Config, num_devices: int, batch_per_chip: int) -> Config:
 def search(
     config: Config, topology_name: str, batches_per_chip: Sequence[int], compile_top: int
 ) -> list[Trial]:
-    """The ways to run `config` on this slice that fit by line item, best first, the first
-    `compile_top` of them compiled.
+    """Returns the ways to run `config` on this slice whose estimate fits, best first.
 
-    Tried are all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the
-    optimizer's state.  Before compiling they are ranked by recomputation, then by the tensor axis,
-    then by the bytes that a token makes the chips exchange, then by the precision of the state;
-    the compiled ones by share of ideal.
+    Tries all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the
+    optimizer's state.  They are ranked by recomputation, then by the tensor axis, then by the
+    bytes exchanged per token, then by the precision of the state.  The first `compile_top` are
+    compiled and ranked by share of ideal.
 
     Raises:
       ConfigError: nothing fits.
@@ -71,15 +68,12 @@ def search(
         try:
             peak = memory.estimate(candidate, num_devices).peak
         except ConfigError:
-            # this mesh does not suit the model or the batch: that is what a search
-            # finds out
-            continue
+            continue  # this mesh does not suit the model or the batch
         least = min(least, peak)
         if peak <= hbm_bytes:
             state = _STATE_DTYPES.index(candidate.optimizer.state_dtype)
-            tensor = (
-                candidate.mesh.tensor
-            )  # what lies between the matmuls is repeated on each of its shards
+            # Every shard of the tensor axis repeats the work between the matmuls.
+            tensor = candidate.mesh.tensor
             rank = (
                 _RECOMPUTE[candidate.model.remat],
                 tensor,
@@ -92,13 +86,13 @@ def search(
             )
     if least == math.inf:
         raise ConfigError(
-            f"no mesh over the {num_devices} devices of {topology_name} suits the model and a "
-            f"batch of {batches_per_chip} a chip."
+            f"no mesh over the {num_devices} devices of {topology_name} suits the model and "
+            f"{batches_per_chip} sequences per device."
         )
     if not ranked:
         raise ConfigError(
-            f"nothing fits on {topology_name}: by line item the leanest way to run the config "
-            f"needs {least / 2**30:.1f} GiB a device, "
+            f"nothing fits on {topology_name}: the leanest way to run the config needs an "
+            f"estimated {least / 2**30:.1f} GiB per device, "
             f"and {hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan "
             "--fit` finds the smallest)."
         )
@@ -111,10 +105,12 @@ def search(
 
 
 def fit(config: Config, generations: Sequence[str], batch_per_chip: int) -> list[Trial]:
-    """Of each generation the slices up to the smallest on which the config trains, with what
-    became of each.
+    """Tries each generation's slices, by size, up to the smallest on which the config trains.
 
-    The config's mesh is kept, its -1 axis grows with the slice, and so does the batch.
+    The config's mesh is kept; its -1 axis and the batch grow with the slice.
+
+    Returns:
+      One Trial per slice tried.
     """
     topology.load_compiler()
     return list(
@@ -135,14 +131,12 @@ def _fit_one(config: Config, generation: str, batch_per_chip: int) -> Iterator[T
             yield Trial(name, num_devices, config, None, str(e))
             continue
         if peak > _TOLERANCE * topology.chip_of(name).hbm_bytes:
-            yield Trial(name, num_devices, scaled, peak, "too little memory, by line item")
+            yield Trial(name, num_devices, scaled, peak, "too little memory, by estimate")
             continue
         trial = _compile(Trial(name, num_devices, scaled, peak, "not compiled"))
         yield trial
         if trial.report or trial.outcome.startswith(_REFUSED):
-            # a kernel that this generation cannot run does not become possible on
-            # more chips
-            return
+            return  # a kernel that this generation cannot compile fails on more chips too
 
 
 def _compile(trial: Trial) -> Trial:
@@ -178,11 +172,10 @@ def _candidates(
 
 
 def _exchanged_bytes(config: Config, num_devices: int) -> float:
-    """Bytes that a device exchanges per token of its batch: weights gathered, gradients sent,
-    tokens sent to experts and back.
+    """Returns the bytes that a device exchanges per token of its batch.
 
-    A layer's weights are gathered for the forward and for the backward pass and their gradients
-    sent once; a token's row goes to its expert and back in both passes, and is summed over the
+    A layer's weights are gathered for the forward and the backward pass, and their gradients are
+    sent once.  A token's row goes to its expert and back in both passes, and is summed over the
     tensor axis twice in each.
     """
     sizes = memory.sizes_of(config, num_devices)

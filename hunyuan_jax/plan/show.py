@@ -1,4 +1,4 @@
-"""Plans as tables for people and as plain data for programs."""
+"""Prints plans as tables, and converts them to JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from hunyuan_jax.plan.search import Trial
 
 _GIB = 2**30
 _NUM_OPS = 8
-_CAVEAT = "the compiler's estimate, not a measurement; kernels run at the chip's peak and collectives are left out, so the true step is longer"
+_CAVEAT = (
+    "the compiler's estimate, not a measurement: kernels count at the chip's peak and collectives "
+    "are left out, so a real step takes longer"
+)
 
 
 def report_data(report: Report) -> dict[str, Any]:
-    """One JSON object: the report's fields, with estimated_peak and difference (of the estimate
-    from the compiler's peak).
-    """
+    """Returns the report's fields, with estimated_peak and difference, for JSON."""
     return {
         **dataclasses.asdict(report),
         "estimated_peak": report.items.peak,
@@ -28,7 +29,7 @@ def report_data(report: Report) -> dict[str, Any]:
 
 
 def trials_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """One JSON object per trial; a compiled one carries its report."""
+    """Returns one JSON object per trial; that of a compiled one holds its report."""
     return [
         {
             **_settings(trial),
@@ -41,20 +42,20 @@ def trials_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def print_report(report: Report) -> None:
-    """A readable report."""
+    """Prints a report as tables."""
     console = _console()
     chips = report.num_devices // report.devices_per_chip
     axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     per_device = (
         ""
         if report.devices_per_chip == 1
-        else f", {report.devices_per_chip} devices a chip: figures are per device"
+        else f", {report.devices_per_chip} devices per chip: figures are per device"
     )
     slices = chips * report.devices_per_chip // topology.num_devices(report.topology)
     several = f"{slices} x " if slices > 1 else ""
     console.print(
         f"{several}{report.topology}: {chips} chips{per_device}; mesh {axes}; {report.tokens:,} "
-        "tokens a step",
+        "tokens per step",
         highlight=False,
     )
     for table in (
@@ -66,14 +67,14 @@ def print_report(report: Report) -> None:
     ):
         console.print(table)
     console.print(
-        f"Time is {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with "
+        f"Times are {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with "
         f"{report.host_bytes / _GIB:.1f} GiB on this host.",
         highlight=False,
     )
 
 
 def print_trials(trials: Sequence[Trial], title: str, num_rows: int = 30) -> None:
-    """One row per trial, at most num_rows."""
+    """Prints one row per trial, at most `num_rows`."""
     table = _table(
         title,
         "slice",
@@ -104,24 +105,24 @@ def print_trials(trials: Sequence[Trial], title: str, num_rows: int = 30) -> Non
     console.print(table)
     if len(trials) > num_rows:
         console.print(f"and {len(trials) - num_rows} more; --json prints all", highlight=False)
-    console.print(f"share of ideal: {_CAVEAT}", highlight=False)
+    console.print(f"The share of ideal is from {_CAVEAT}.", highlight=False)
 
 
 def _memory_table(report: Report) -> Table:
     stats, items = report.memory, report.items
     state = items.in_phase(memory.ALWAYS)
-    table = _table("Memory per device, GiB", "", ">compiler", ">by line item", ">difference")
+    table = _table("Memory per device, GiB", "", ">compiler", ">our estimate", ">difference")
     rows = (
-        ("arguments: state and batch", stats.arguments, state),
-        ("peak, beyond the arguments", stats.peak - stats.arguments, items.peak - state),
+        ("arguments (state and batch)", stats.arguments, state),
+        ("peak without arguments", stats.peak - stats.arguments, items.peak - state),
         ("peak", stats.peak, items.peak),
     )
     for name, compiled, estimated in rows:
         table.add_row(name, _gib(compiled), _gib(estimated), f"{estimated / compiled - 1:+.1%}")
     table.add_row("HBM", _gib(stats.hbm), "", f"{stats.peak / stats.hbm:.0%} used")
-    table.add_row("temporaries, all together", _gib(stats.temporaries), "", "")
+    table.add_row("temporaries, in total", _gib(stats.temporaries), "", "")
     table.add_row(
-        "outputs (of these in place of arguments)",
+        "outputs (of which in the memory of arguments)",
         f"{_gib(stats.outputs)} ({_gib(stats.aliased)})",
         "",
         "",
@@ -130,14 +131,14 @@ def _memory_table(report: Report) -> Table:
 
 
 def _items_table(items: memory.Estimate) -> Table:
-    table = _table("By line item, GiB: peak = always + largest phase", "phase", "item", ">GiB")
+    table = _table("Our estimate, GiB: peak = always + largest phase", "phase", "item", ">GiB")
     for phase in (memory.ALWAYS, memory.LAYERS, memory.LOSS, memory.UPDATE):
         for item in items.items:
             if item.phase == phase:
                 table.add_row(phase, item.name, _gib(item.bytes))
         table.add_row(
             phase,
-            "together" + (" (largest)" if phase == items.peak_phase else ""),
+            "total" + (" (largest)" if phase == items.peak_phase else ""),
             _gib(items.in_phase(phase)),
             end_section=True,
         )
@@ -146,7 +147,7 @@ def _items_table(items: memory.Estimate) -> Table:
 
 def _time_table(report: Report) -> Table:
     table = _table(
-        f"Time per step at {report.clock_hz / 1e9:.2f} GHz: the compiler's estimate",
+        f"Estimated time per step at {report.clock_hz / 1e9:.2f} GHz",
         "region",
         ">executions",
         ">cycles",
@@ -165,14 +166,17 @@ def _time_table(report: Report) -> Table:
             f"kernel {kernel.name}, {kernel.region}", str(kernel.times), "at the peak", at_peak
         )
     table.add_row(
-        "together",
+        "total",
         "",
         f"{report.hlo.cycles:,}",
         f"{1e3 * report.estimated_seconds:,.1f}",
         end_section=True,
     )
     table.add_row(
-        "ideal: 6 x active x tokens at the peak", "", "", f"{1e3 * report.ideal_seconds:,.1f}"
+        "ideal: 6 x active parameters x tokens at the peak",
+        "",
+        "",
+        f"{1e3 * report.ideal_seconds:,.1f}",
     )
     table.add_row("share of ideal", "", "", f"{report.share_of_ideal:.1%}")
     table.add_row(
@@ -184,14 +188,17 @@ def _time_table(report: Report) -> Table:
     )
     if report.hlo.num_unknown_cycles:
         table.add_row(
-            "ops whose cycles the compiler does not know",
+            "ops of unknown cost",
             str(report.hlo.num_unknown_cycles),
             "",
             "left out",
         )
     if report.hlo.num_unknown_trips:
         table.add_row(
-            "loops whose length depends on data", str(report.hlo.num_unknown_trips), "", "one trip"
+            "loops whose length depends on data",
+            str(report.hlo.num_unknown_trips),
+            "",
+            "counted as one trip",
         )
     return table
 
@@ -211,9 +218,9 @@ def _collectives_table(report: Report) -> Table:
         "kind",
         "axes",
         ">MiB each",
-        ">places",
-        ">times",
-        ">GiB",
+        ">call sites",
+        ">executions",
+        ">GiB in total",
         "region",
         "can overlap",
     )
@@ -248,7 +255,7 @@ def _settings(trial: Trial) -> dict[str, Any]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table whose columns that start with '>' are numbers."""
+    """Returns an empty table; columns whose names start with '>' are right-aligned numbers."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(

@@ -1,6 +1,4 @@
-"""TPU slices by name: the shapes that can be rented, and their devices for the compiler, without a
-TPU.
-"""
+"""TPU slices by name: their shapes, and their devices for the compiler."""
 
 import difflib
 import importlib.util
@@ -77,7 +75,7 @@ def load_compiler() -> None:
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> list:
-    """Returns the devices of `num_slices` slices, which programs can be compiled for and not run on.
+    """Returns the devices of `num_slices` slices, to compile for; they cannot run anything.
 
     Raises:
       ConfigError: libtpu is missing, or there is no such topology.

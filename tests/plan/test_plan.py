@@ -17,8 +17,16 @@ from hunyuan_jax import cli, presets
 from hunyuan_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.plan import aot, hlo, hlo_text, memory, search, show, topology
-from hunyuan_jax.plan import replica_groups as groups
+from hunyuan_jax.plan import (
+    aot,
+    hlo,
+    hlo_text,
+    memory,
+    replica_groups,
+    search,
+    show,
+    topology,
+)
 from hunyuan_jax.train.state import abstract_model
 from pallas_kernels.chips import CHIPS
 from support import paths
@@ -422,13 +430,22 @@ def test_fused_collectives():
     ],
 )
 def test_groups_become_axes(text, axes):
-    assert groups.axes_of(groups.parse(f"channel_id=1, {text}, dimensions={{0}}", 8), MESH) == axes
+    assert (
+        replica_groups.axes_of(
+            replica_groups.parse(f"channel_id=1, {text}, dimensions={{0}}", 8), MESH
+        )
+        == axes
+    )
 
 
 def test_parts_of_an_axis_are_the_right_devices():
     """'expert':(1)2 is the outer half of the axis, (2)2 the inner."""
-    assert groups.parse("replica_groups=mesh['data'=2,'expert'=4] {'expert':(1)2}", 8)[0] == [0, 2]
-    assert groups.parse("replica_groups=mesh['data'=2,'expert'=4] {'expert':(2)2}", 8)[0] == [0, 1]
+    assert replica_groups.parse("replica_groups=mesh['data'=2,'expert'=4] {'expert':(1)2}", 8)[
+        0
+    ] == [0, 2]
+    assert replica_groups.parse("replica_groups=mesh['data'=2,'expert'=4] {'expert':(2)2}", 8)[
+        0
+    ] == [0, 1]
 
 
 def test_groups_in_an_unknown_form_are_marked():
@@ -705,7 +722,7 @@ def test_overflow_errors_say_what_could_fit():
     assert "33.0 GiB too much" in text(_LONG_MESSAGE, lean)
     assert "2.00G f32[32,4096,4096]" in text(_LONG_MESSAGE, lean)
     short = "required (20G) exceeds available HBM (10G)"
-    assert "by line item" in text(short, config())
+    assert "by our estimate" in text(short, config())
     assert "fp8_lm" in text(short, config())
     assert "remat" in text(short, config(remat="none"))
     assert "batch_size" in text(
@@ -825,7 +842,7 @@ def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
     assert trials[0].estimate is None and "config.mesh" in trials[0].outcome
     assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials)
     assert len(compiled) == sum(
-        trial.outcome != "too little memory, by line item" for trial in trials[1:]
+        trial.outcome != "too little memory, by estimate" for trial in trials[1:]
     )
 
 

@@ -251,7 +251,7 @@ def calls(monkeypatch):
     launchers set.
     """
     for name in (
-        *mesh._TOLD,
+        *mesh._EXPLICIT,
         *mesh._SLURM,
         *mesh._TPU_WORKERS,
         "OMPI_COMM_WORLD_SIZE",
