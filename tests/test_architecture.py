@@ -80,6 +80,17 @@ AXIS_WORDS_IN = dict.fromkeys(
 )
 
 
+# A parameter's name.  What reads parameters asks for their role (params/roles.py); only the layers
+# that declare them and the table of official names in weights/ know the names.
+PARAM_NAME = re.compile(
+    r"(\A|/)(w[qkvo_]\w*_[A-Z]{2,}|b[qkvo]_[A-Z]+|[qk]_norm_H|embedding_VD|router_DE|scale_D)\Z"
+    r"|_lora_"
+)
+KNOWS_PARAM_NAMES = {"params", "layers", "model", "weights", "pallas_kernels"}
+# Sizes are counted without jax, so that `count` answers at once.
+WITHOUT_JAX = ("model/count.py", "model/layout.py", "params/roles.py")
+
+
 def part_of(path):
     """The part of the project that a file, relative to the root, belongs to."""
     pieces = path.with_suffix("").parts
@@ -173,14 +184,16 @@ def problems(path, source):
         found += [f"names the mesh axis {word!r}" for word in sorted(words & set(strings(tree)))]
     if path != Path("hunyuan_jax/parallel/mesh.py") and part not in ("plan", "cli"):
         found += [f"asks for {name}" for name in sorted(from_jax & DEVICE_NAMES)]
+    if part not in KNOWS_PARAM_NAMES:
+        names = filter(PARAM_NAME.search, strings(tree))
+        found += [f"names the parameter {name!r}" for name in sorted(names)]
     roots = {name.split(".")[0] for name in imported}
     if part not in ("weights", "convert_torch.py"):
         found += ["imports torch"] * ("torch" in roots)
     if path != Path("hunyuan_jax/config/parse.py") and part not in ("flags", "configs"):
         found += ["imports ml_collections"] * ("ml_collections" in roots)
-    if part in ("errors", "config", "presets", "flags", "") or path == Path(
-        "hunyuan_jax/model/count.py"
-    ):
+    is_without_jax = path.as_posix().endswith(WITHOUT_JAX) or path.stem.endswith("facts")
+    if part in ("errors", "config", "presets", "flags", "") or is_without_jax:
         found += [
             f"imports {root}"
             for root in sorted(roots & {"jax", "flax", "optax", "grain", "orbax", "numpy"})
@@ -331,6 +344,12 @@ def test_every_part_is_in_the_table():
         ("config/data.py", "import ml_collections", ["imports ml_collections"]),
         ("config/parse.py", "import ml_collections", []),
         ("model/count.py", "import jax.numpy as jnp", ["imports jax"]),
+        ("layers/mixer/attention_facts.py", "import jax", ["imports jax"]),
+        (
+            "optim/groups.py",
+            "path.endswith('moe/router_DE')",
+            ["names the parameter 'moe/router_DE'"],
+        ),
     ],
 )
 def test_the_check_itself(path, source, expected):

@@ -16,7 +16,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
 
@@ -90,7 +90,7 @@ def params_of(cfg: ModelConfig) -> dict[str, Param]:
         found[entry.path] = Param(
             entry.path.replace("/", "."),
             table.stacked_shape(entry, cfg),
-            table.our_shape(entry, cfg),
+            entry.our_shape,
             dtype,
         )
     return found

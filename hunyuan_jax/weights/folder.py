@@ -13,7 +13,7 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place

@@ -18,7 +18,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import abstract_stored_params
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params.abstract import ParamSpec
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
 
 

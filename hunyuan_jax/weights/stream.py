@@ -18,7 +18,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, torch_io
 from hunyuan_jax.weights import folder as weights

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
 
@@ -288,7 +288,7 @@ def _store(
     node = params
     for parent in parents:
         node = node.setdefault(parent, {})
-    stacked, shape = table.stacked_shape(entry, cfg), table.our_shape(entry, cfg)
+    stacked, shape = table.stacked_shape(entry, cfg), entry.our_shape
     if leaf not in node:
         dtype = np.dtype(np.float32) if entry.role == Role.ROUTER else _NUMPY_DTYPES[cfg.dtype]
         node[leaf] = np.empty((*stacked, *shape), dtype)

@@ -9,10 +9,12 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, OptimizerConfig
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.model.layout import group_layout
+from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.optim.groups import assign_groups, default_groups
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.parallel.rules import RULES, stored_spec
-from hunyuan_jax.params.declare import LOW_PRECISION_ROLES
+from hunyuan_jax.params.roles import LOW_PRECISION_ROLES
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.weights import names as table
 
@@ -176,6 +178,18 @@ def test_adapters_have_a_role_of_their_own():
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_the_layers_that_are_built_are_those_that_are_counted(name):
+    cfg = getattr(presets, name)()
+    for spec, facts in zip(pattern(cfg), group_layout(cfg), strict=True):
+        assert facts.shares == (spec.shares_kv_with is not None)
+        for module, table_of in ((spec.mixer, facts.mixer), (spec.ffn, facts.ffn)):
+            assert table_of.__name__.removesuffix("_facts") in (
+                module.__module__,
+                module.__module__.replace("moe.layer", "moe.facts"),
+            )
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_presets(name):
     cfg = getattr(presets, name)()
     specs = specs_of(cfg)
@@ -188,6 +202,7 @@ def test_the_presets(name):
         is_matrix = len(spec.shape) - spec.num_stacked >= 2
         assert is_matrix == (spec.role in (*LOW_PRECISION_ROLES, "router")), path
     # The table of official names says the same.
-    assert {entry.path: entry.role for entry in table.entries(cfg)} == {
-        path: spec.role for path, spec in specs.items()
-    }
+    assert {
+        entry.path: (entry.role, (*table.stacked_shape(entry, cfg), *entry.our_shape))
+        for entry in table.entries(cfg)
+    } == {path: (spec.role, spec.shape) for path, spec in specs.items()}

@@ -1,0 +1,44 @@
+"""The facts of every layer of a model, see layers/facts.py.  Imports no jax."""
+
+from typing import Any, NamedTuple
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers.facts import Activations, Count, Sizes, Tensor
+from hunyuan_jax.layers.ffn import swiglu_facts
+from hunyuan_jax.layers.ffn.moe import facts as moe_facts
+from hunyuan_jax.layers.mixer import attention_facts
+
+
+class LayerFacts(NamedTuple):
+    """One layer of the pattern.
+
+    mixer, ffn: modules with the functions of layers/facts.py; shares: whether it uses the keys and
+    values of an earlier layer of its group.
+    """
+
+    mixer: Any
+    ffn: Any
+    shares: bool
+
+    def count(self, cfg: ModelConfig, seq_len: int) -> tuple[Count, ...]:
+        """Of the mixer and the feed-forward network."""
+        mixer = self.mixer.count(cfg, seq_len, shares=self.shares)
+        return mixer, self.ffn.count(cfg, seq_len)
+
+    def activation_bytes(self, cfg: ModelConfig, sizes: Sizes) -> tuple[Activations, ...]:
+        """Of the mixer and the feed-forward network."""
+        mixer = self.mixer.activation_bytes(cfg, sizes, shares=self.shares)
+        return mixer, self.ffn.activation_bytes(cfg, sizes)
+
+    def official_names(self, cfg: ModelConfig) -> list[Tensor]:
+        """Of the mixer, then of the feed-forward network."""
+        mixer = self.mixer.official_names(cfg, shares=self.shares)
+        return mixer + self.ffn.official_names(cfg)
+
+
+def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
+    """The layers of one group, which the model repeats cfg.num_groups times."""
+    ffn = moe_facts if cfg.is_moe else swiglu_facts
+    return tuple(
+        LayerFacts(attention_facts, ffn, shares=place > 0) for place in range(cfg.cla_share_factor)
+    )
