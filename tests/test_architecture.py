@@ -17,7 +17,7 @@ ROOT = paths.ROOT
 LAYERS = [
     ["pallas_kernels"],
     ["errors", "files", "progress", "malloc"],
-    ["config", "presets"],
+    ["config", "presets", "flags"],
     ["parallel"],
     ["quant", "params"],
     ["layers", "model"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["checkpoint", "weights"],
     ["train", "infer"],
     ["plan", "report", "bench"],
-    ["flags", "cli", "__main__", "train.py", "convert_torch.py", "configs"],
+    ["cli", "__main__", "train.py", "convert_torch.py", "configs"],
 ]
 ORDER = [part for layer in LAYERS for part in layer]
 ALLOWED = {part: set(ORDER[: ORDER.index(part)]) for part in ORDER}
@@ -89,6 +89,8 @@ PARAM_NAME = re.compile(
 KNOWS_PARAM_NAMES = {"params", "layers", "model", "weights", "pallas_kernels"}
 # Sizes are counted without jax, so that `count` answers at once.
 WITHOUT_JAX = ("model/count.py", "model/layout.py", "params/roles.py")
+# Files that declare or start commands; nothing else reads a command line.
+COMMAND_LINES = ("command.py", "cli.py", "__main__.py", "train.py", "convert_torch.py")
 
 
 def part_of(path):
@@ -190,6 +192,8 @@ def problems(path, source):
     roots = {name.split(".")[0] for name in imported}
     if part not in ("weights", "convert_torch.py"):
         found += ["imports torch"] * ("torch" in roots)
+    if part != "flags" and path.name not in COMMAND_LINES:
+        found += [f"imports {name}" for name in imported if part_of_module(name) == "flags"]
     if path != Path("hunyuan_jax/config/parse.py") and part not in ("flags", "configs"):
         found += ["imports ml_collections"] * ("ml_collections" in roots)
     is_without_jax = path.as_posix().endswith(WITHOUT_JAX) or path.stem.endswith("facts")
@@ -221,9 +225,9 @@ KNOWN = {}
 PRIVATE_IN_TESTS = {
     "aot._overflow_error",
     "bench._operations",
-    "bench._prefill_seconds",
-    "cli._print_answer",
-    "cli._questions",
+    "speed._prefill_seconds",
+    "command_lib._print_answer",
+    "command_lib._questions",
     "gpu._grouped",
     "gpu._row_blocks",
     "gpu._row_tiles",
@@ -343,6 +347,8 @@ def test_every_part_is_in_the_table():
         ("config/model.py", "import jax", ["imports jax"]),
         ("config/data.py", "import ml_collections", ["imports ml_collections"]),
         ("config/parse.py", "import ml_collections", []),
+        ("infer/command.py", "from hunyuan_jax import flags", []),
+        ("infer/text.py", "from hunyuan_jax import flags", ["imports hunyuan_jax.flags"]),
         ("model/count.py", "import jax.numpy as jnp", ["imports jax"]),
         ("layers/mixer/attention_facts.py", "import jax", ["imports jax"]),
         (

@@ -32,6 +32,7 @@ from hunyuan_jax.data import pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.tokenizer import Tokenizer
 
 
@@ -94,9 +95,7 @@ def damaged_shards(config: DataConfig) -> list[str]:
 
 
 def _paths(config: DataConfig) -> list[str]:
-    return [os.path.expanduser(entry.path) for entry in config.sources] or [
-        os.path.expanduser(config.source)
-    ]
+    return [user_path(entry.path) for entry in config.sources] or [user_path(config.source)]
 
 
 class PackedRows:

@@ -273,7 +273,7 @@ def _kind(path: str) -> str | None:
 
 def _find_local(source: str) -> list[tuple[str, str]]:
     """(name relative to the source's root, path) of a file, a folder or a glob."""
-    path = os.path.expanduser(source)
+    path = files.user_path(source)
     if os.path.isfile(path):
         root, paths = os.path.dirname(path), [path]
     elif os.path.isdir(path):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import stream as scale
@@ -49,6 +50,7 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
       ConfigError: no such folder, or another model than `cfg`, naming the first field that
         differs.
     """
+    path = user_path(path)
     dtype = cfg.dtype if cfg.lora.rank else "float32"
     if (Path(path) / "checkpoints").is_dir():
         run = Run(path)

@@ -642,7 +642,7 @@ def test_schedule_names_are_all_accepted():
         "import hunyuan_jax",
         "import hunyuan_jax.config, hunyuan_jax.presets",
         "import hunyuan_jax; hunyuan_jax.presets.tiny()",
-        "import hunyuan_jax.flags, hunyuan_jax.cli",
+        "import hunyuan_jax.cli, hunyuan_jax.flags.parse",
     ],
 )
 def test_configuration_loads_no_jax(statement):

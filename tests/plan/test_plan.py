@@ -47,9 +47,10 @@ def plan(monkeypatch):
     """Runs the command in this process."""
 
     def run(*options):
-        argv = ["hunyuan_jax", "plan", TINY, *options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        return cli.main(argv)
+        arguments = ["plan", TINY, *options]
+        # where ml_collections looks for overrides
+        monkeypatch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
+        return cli.run(arguments)
 
     return run
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hunyuan_jax import bench
+from hunyuan_jax.bench import speed
 from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import OptimizerConfig
 from hunyuan_jax.errors import ConfigError
@@ -367,4 +367,4 @@ def moments(state):
 def test_bench_prefills_from_a_state_of_scaled_matrices():
     config = config_for(state_dtype="fp8_lm")
     program = build_program(config, mesh_of(*SIZES))
-    assert bench._prefill_seconds(config, program, random_state(program).params, num_runs=1) > 0
+    assert speed._prefill_seconds(config, program, random_state(program).params, num_runs=1) > 0
