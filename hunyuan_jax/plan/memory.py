@@ -72,7 +72,7 @@ class Sizes:
     """What the formulas need of a config on a mesh; all of it per device.
 
     batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a
-    step makes `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k
+    step makes num_micro_batches; rows: of the expert buffers, tokens * top_k
     with the slack of their capacity; part_rows: of the vocabulary, in one of the parts in which
     the loss takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
     """
@@ -81,7 +81,7 @@ class Sizes:
     batch_bytes: int
     batch_tokens: int
     tokens: int
-    parts: int
+    num_micro_batches: int
     rows: int
     part_rows: int
     expert_ways: int
@@ -113,7 +113,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
     sizes, state = sizes_of(config, num_devices), _state_of(config, num_devices)
     kept = kept_activations(sizes)
     # With several passes a step, their sum in float32 besides those of one pass.
-    gradients = state.gradients + (4 * state.parameters if sizes.parts > 1 else 0)
+    gradients = state.gradients + (4 * state.parameters if sizes.num_micro_batches > 1 else 0)
     return Estimate(
         (
             Item("weights", state.weights, ALWAYS),
@@ -146,7 +146,7 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         batch_bytes=_bytes(batch),
         batch_tokens=batch_tokens,
         tokens=tokens,
-        parts=config.train.grad_accum_steps,
+        num_micro_batches=config.train.grad_accum_steps,
         rows=_expert_rows(config, tokens),
         part_rows=_part_rows(config, tokens, mesh),
         expert_ways=mesh.expert,

@@ -417,8 +417,7 @@ BROKEN = [
     (
         {"train__grad_accum_steps": 3},
         "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal "
-        "parts. Use a grad_accum_steps from "
-        "[1, 2, 4, 8].",
+        "micro-batches. Use a grad_accum_steps from [1, 2, 4, 8].",
     ),
     (
         {"model__moe__group_size": 100},
