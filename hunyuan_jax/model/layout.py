@@ -1,4 +1,6 @@
-"""The facts of every layer of a model, see layers/facts.py.  Imports no jax."""
+"""Which layers a model has: the one place that turns a config into kinds of layers, by their facts
+(layers/facts.py).  Imports no jax; model/pattern.py has the modules.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,13 +14,19 @@ from hunyuan_jax.layers.mixer import attention_facts
 class LayerFacts(NamedTuple):
     """One layer of the pattern.
 
-    mixer, ffn: modules with the functions of layers/facts.py; shares: whether it uses the keys and
-    values of an earlier layer of its group.
+    mixer, ffn: facts files, see layers/facts.py.
+    shares_kv_with: place in the pattern of the earlier layer whose keys and values it uses; None:
+      it makes its own.
     """
 
     mixer: Any
     ffn: Any
-    shares: bool
+    shares_kv_with: int | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether it uses the keys and values of an earlier layer."""
+        return self.shares_kv_with is not None
 
     def count(self, cfg: ModelConfig, seq_len: int) -> tuple[Count, ...]:
         """Of the mixer and the feed-forward network."""
@@ -37,8 +45,12 @@ class LayerFacts(NamedTuple):
 
 
 def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
-    """The layers of one group, which the model repeats cfg.num_groups times."""
+    """The layers of one group; the model repeats them cfg.num_groups times.
+
+    A group is a CLA group: a producer of keys and values and its consumers.
+    """
     ffn = moe_facts if cfg.is_moe else swiglu_facts
     return tuple(
-        LayerFacts(attention_facts, ffn, shares=place > 0) for place in range(cfg.cla_share_factor)
+        LayerFacts(attention_facts, ffn, shares_kv_with=None if place == 0 else 0)
+        for place in range(cfg.cla_share_factor)
     )

@@ -9,8 +9,6 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, OptimizerConfig
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.model.layout import group_layout
-from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.optim.groups import assign_groups, default_groups
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.parallel.rules import RULES, stored_spec
@@ -175,18 +173,6 @@ def test_adapters_have_a_role_of_their_own():
     assert {(g.name, g.lr_ratio, g.weight_decay) for g in groups_of(cfg, adapters).values()} == {
         ("adapters", 1.0, 0.1)
     }
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_layers_that_are_built_are_those_that_are_counted(name):
-    cfg = getattr(presets, name)()
-    for spec, facts in zip(pattern(cfg), group_layout(cfg), strict=True):
-        assert facts.shares == (spec.shares_kv_with is not None)
-        for module, table_of in ((spec.mixer, facts.mixer), (spec.ffn, facts.ffn)):
-            assert table_of.__name__.removesuffix("_facts") in (
-                module.__module__,
-                module.__module__.replace("moe.layer", "moe.facts"),
-            )
 
 
 @pytest.mark.parametrize("name", PRESETS)
