@@ -1,5 +1,6 @@
-"""Converts a checkpoint with all keys of a52b at reduced width: benchmarks/convert.py FOLDER
-[--width=320] [--ffn=912] [--kills=20].
+"""Converts a checkpoint with all tensors of a52b at reduced width.
+
+    python benchmarks/convert.py FOLDER [--width=320] [--ffn=912] [--kills=20]
 
 Writes FOLDER/source (2 GB by default, 8 shards), then runs import, export and verify in processes
 of their own and prints the time, GB/s and peak memory of each.
