@@ -1,6 +1,7 @@
 """What a layer is made of: a mixer over the tokens of a row and a feed-forward network per token.
 
-A new kind of either is one module with the methods below and one line in `model/pattern.py`.
+A new kind of either is one module with the methods below, its facts beside it (layers/facts.py),
+and a line each in `model/layout.py` and `model/pattern.py`.
 Letters: B batch, T new tokens, S slots of the cache, D model, P groups (repetitions of the
 pattern of layers), h = H / 2.
 """
