@@ -95,7 +95,9 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
       ConfigError: one differs, naming the first.
     """
     new = json.loads(json.dumps(fixed_fields(to_dict(config))))
-    if old.get("objective.name") is None:  # before there were objectives, all runs were pre-training
+    if (
+        old.get("objective.name") is None
+    ):  # before there were objectives, all runs were pre-training
         old = old | {"objective.name": "pretrain"}
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
