@@ -1,8 +1,7 @@
 """Architecture numbers of the released models and of the small ones used here; they live in this
 file only.
 
-Sources: specification section 1 (A52B), reference of the HF family section 5 (A13B and the dense
-models); docs/family.md says how sure each number is.  A model folder brings its own config.json:
+docs/model.md has the sources of A52B, docs/family.md those of A13B and the dense models.  A model folder brings its own config.json:
 `from_pretrained` does not look here.
 """
 

@@ -20,7 +20,7 @@ def sft_example(
 
     With a jinja template the labels are what each assistant turn adds to the prompt before it.
     With the built-in template they are the ids from the i-th <|extra_0|> to the i-th <|eos|>, both
-    included, so the model also learns to close the user's turn (specification section 8).  Tokens
+    included, so the model also learns to close the user's turn (docs/model.md, Tokenizer).  Tokens
     are paired in order of appearance, as in the official code.  That is meaningful if user and
     assistant alternate, user first; an unanswered last turn has no labels.
 

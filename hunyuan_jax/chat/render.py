@@ -41,7 +41,7 @@ def render_chat(
     think before they answer.  It is handed to a template that knows it; otherwise the last user
     turn begins with "/think" or "/no_think", which the models know too.
 
-    In the built-in template (specification section 7) an empty first message makes the official
+    In the built-in template (docs/model.md, Tokenizer) an empty first message makes the official
     one fail (or, outside its sandbox, repeat <|startoftext|>).  Here an empty system message is as
     good as none: the user after it starts with one <|startoftext|>.
 

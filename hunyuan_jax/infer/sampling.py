@@ -1,5 +1,5 @@
-"""From logits to the next token, with the official processors in the official order (specification
-section 6).
+"""From logits to the next token: the official processors in the official order (docs/model.md,
+Generation).
 """
 
 from typing import NamedTuple

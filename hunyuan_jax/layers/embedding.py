@@ -17,8 +17,8 @@ TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
 
 
 class Embedding(nnx.Module):
-    """Token embedding; the padding row is zero and gets no gradient from the lookup (specification
-    section 8).
+    """Token embedding; the padding row is zero and gets no gradient from the lookup (docs/model.md,
+    Attention).
     """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):

@@ -1,4 +1,4 @@
-"""RMS normalisation, exactly as the official code orders it (specification section 3)."""
+"""RMS normalisation, in the order of the official code (docs/model.md, Forward pass)."""
 
 import jax
 import jax.numpy as jnp

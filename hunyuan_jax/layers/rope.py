@@ -1,5 +1,5 @@
 """Rotary position embedding: half-split rotation and the official frequency variants
-(specification section 4).
+(docs/model.md, RoPE).
 """
 
 import jax

@@ -61,9 +61,9 @@ def build_optimizer(
         p -= lr * r * (m / (sqrt(v) + eps) + wd * p)
 
     For r = 1 this is torch.optim.AdamW, the optimizer of the official fine-tuning code
-    (specification section 8).  The ratio scales the decay too: that is what AdamW does with a
-    smaller learning rate, and the paper does not say otherwise (reference/papers.md 1.5). The clip
-    leaves out the 1e-6 that torch adds to the norm.
+    (docs/model.md, Optimizer).  The ratio scales the decay too: that is what AdamW does with a
+    smaller learning rate, and the paper does not say otherwise.  The clip leaves out the 1e-6 that
+    torch adds to the norm.
 
     Arithmetic is float32 for every `cfg.state_dtype`; the choice is what is kept between steps:
 
@@ -127,8 +127,7 @@ def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) ->
 
 
 def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> Optimizer:
-    """The "fp8_lm" state, that of arXiv 2310.18313 (reference/papers.md section 8) but for the
-    following.
+    """The "fp8_lm" state: that of FP8-LM (arXiv 2310.18313) with these differences.
 
     sqrt(v) is stored, not v.  v is a square: gradients that differ by 2**20 within a tensor have v
     apart by 2**40, the whole range of float16, so v of the small one becomes 0 while its m does

@@ -37,7 +37,7 @@ def default_groups(
     without a parameter is always a mistake.
 
     * experts: the routed (specialised) experts, at `expert_lr_ratio` of the learning rate
-      (reference/papers.md 1.5).  The shared expert and the rest, which see every token, have the
+      (docs/model.md, Optimizer).  The shared expert and the rest, which see every token, have the
       full one; the paper names experts only.
     * norms_and_biases: no decay.  They are not matrices; a norm scale would be pulled away from 1.
     * embedding: no decay.  A lookup gives a row a gradient only when its token occurs, so decay

@@ -10,7 +10,7 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
     """The jittable schedule of a run: step (int, or integer scalar array, from 0) -> learning rate
     (float32 scalar).
 
-    "three_phase" (reference/papers.md 1.7; the paper leaves the shapes open): linear warm-up,
+    "three_phase" (docs/model.md, Optimizer; the paper leaves the shapes open): linear warm-up,
     cosine to `decay_ratio` of the peak, then a linear ramp over the last `anneal_fraction` of the
     run (at least one step) to `anneal_ratio` of the peak.  Step t has the value of t + 1 steps of
     progress: no step is wasted on a learning rate of 0, step `warmup_steps - 1` is at the peak
@@ -18,7 +18,7 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
     short for all three, the warm-up comes first and the ramp next: the ramp then starts at the
     peak.
 
-    "cosine_with_min_lr": the official fine-tuning schedule (specification section 8): linear
+    "cosine_with_min_lr": the official fine-tuning schedule (docs/model.md, Optimizer): linear
     warm-up from 0, so that step 0 changes nothing, then a cosine from the peak to the absolute
     `min_lr`, which would be reached at step `num_steps`.
 

@@ -1,7 +1,7 @@
 """Tensors in few bits with power-of-two scales, and which parameters of `state_dtype = "fp8_lm"`
 are kept so.
 
-FP8-LM (arXiv 2310.18313, reference/papers.md section 8) stores a master weight in float16 and
+FP8-LM (arXiv 2310.18313) stores a master weight in float16 and
 Adam's moments in float8 and float16, each tensor with one scale.  "One tensor" is one layer's
 here, and one expert's: a stacked parameter [P, ...] has P scales, the routed experts [P, E, ...]
 have P * E, embedding and head have one.  Letters: P CLA groups, E experts.

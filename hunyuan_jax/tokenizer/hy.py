@@ -1,5 +1,5 @@
 """The official Hunyuan tokenizer: byte-pair encoding by tiktoken over a local ranks file
-(specification section 7).
+(docs/model.md, Tokenizer).
 """
 
 import base64
@@ -111,7 +111,7 @@ class HyTokenizer(Vocabulary):
 def read_ranks(path: str | pathlib.Path) -> list[bytes]:
     """Read a ranks file: one line "BASE64 RANK" per token; returns the bytes of rank 0, 1, ...
 
-    The rank column is ignored, the line number counts (specification section 7).  Raises
+    The rank column is ignored, the line number counts (docs/model.md, Tokenizer).  Raises
     ValueError naming file, line and rule for a missing file, a malformed line, a repeated token,
     or when one of the 256 single bytes has no rank.
     """

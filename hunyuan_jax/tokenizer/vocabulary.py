@@ -5,7 +5,7 @@ import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
 
-# A model's table may have more rows than the tokenizer has ids (specification sections 1 and 7),
+# A model's table may have more rows than the tokenizer has ids (docs/model.md, Sizes),
 # and an untrained model does pick such a row.  It shows as U+FFFD, as bytes that are no character
 # do.
 UNUSED_ID = "\ufffd".encode()
@@ -71,7 +71,7 @@ class Vocabulary:
 
         A special token gives its name, an id past the vocabulary gives U+FFFD; `skip_special`
         drops both, which for Hunyuan-Large is the official rule: everything from <|endoftext|> on
-        (specification section 7).  A negative id is a ValueError.
+        (docs/model.md, Tokenizer).  A negative id is a ValueError.
         """
         ids = [operator.index(token_id) for token_id in ids]
         if ids and min(ids) < 0:

@@ -153,7 +153,7 @@ def test_new_tokens_of_rows_of_different_lengths_attend_to_their_own_slots(num_q
     )
 
 
-# A layer as the specification writes it
+# A layer as docs/model.md writes it
 
 
 def numpy_rotate(x_BTNH, positions_BT, cfg):
@@ -601,7 +601,7 @@ def test_hidden_dropout_zero_and_scale_reach_the_residual():
 
 
 def test_alpha_bases_of_the_released_models():
-    # Specification section 4 and reference/papers.md 1.2; the last frequency is base^-(78 / 80).
+    # docs/model.md, RoPE; the last frequency is base^-(78 / 80).
     for cfg, base in ((presets.a52b_instruct(), 11_937_766.4), (presets.a52b(), 1.3434e9)):
         inverse = np.asarray(rope.inverse_frequencies(cfg), np.float64)
         assert inverse[0] == 1.0 and inverse.shape == (40,)

@@ -573,8 +573,8 @@ def test_figures_against_the_official_formulas(case, dispatch):
         log_z_T = scipy.special.logsumexp(logits_TE, axis=-1)
         probs_TE = np.exp(logits_TE - log_z_T[:, None])
         chosen_TE = (choice.expert_Tk[valid_T][:, :, None] == np.arange(E)).sum(1)
-        aux_of_top_1 = E * np.sum(probs_TE.mean(0) * chosen_TE.mean(0))  # specification 5.2
-        aux_of_top_k = E**2 * np.mean(chosen_TE.mean(0) * probs_TE.mean(0))  # specification 5.3
+        aux_of_top_1 = E * np.sum(probs_TE.mean(0) * chosen_TE.mean(0))  # official, k = 1
+        aux_of_top_k = E**2 * np.mean(chosen_TE.mean(0) * probs_TE.mean(0))  # official, k > 1
         assert figures["aux"] == pytest.approx(
             aux_of_top_1 if cfg.top_k == 1 else aux_of_top_k, rel=1e-5
         )

@@ -49,7 +49,7 @@ class Experts(nnx.Module):
 
 
 class Moe(nnx.Module):
-    """shared(x) + sum of w_e * expert_e(x) over the token's experts (specification section 5)."""
+    """shared(x) + sum of w_e * expert_e(x) over the token's experts (docs/model.md)."""
 
     attribute = "moe"
 

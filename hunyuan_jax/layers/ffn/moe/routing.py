@@ -96,7 +96,7 @@ def assign(
     dropless, which has room for all, serves it like any token, as the official code does.  Choices
     compete first come first served in choice-major order: all first choices in token order, then
     all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`) or moved to
-    free slots (`"recycle"`, specification 5.4): the draw is proportional to free slots, without
+    free slots (`"recycle"`, docs/model.md, Capacity): the draw is proportional to free slots, without
     replacement, and the weight is the token's own probability of the new expert, over the same
     normaliser as its other choices.
 
@@ -158,8 +158,8 @@ def balance_loss(choice: Choice, is_valid_T: jax.Array) -> jax.Array:
     """E * sum_e f_e * P_e of one group, float32 scalar, on the original choices.
 
     f_e is the share of valid tokens that chose e (it sums to k) and P_e their mean probability;
-    this is both official formulas (specification 5.2 and 5.3).  1.0 for k = 1 when perfectly
-    balanced.
+    this is both official formulas (docs/model.md, Mixture of experts).  1.0 for k = 1 when
+    perfectly balanced.
     """
     num_experts = choice.probs_TE.shape[-1]
     chosen_TE = jax.nn.one_hot(choice.expert_Tk, num_experts, dtype=jnp.float32).sum(-2)
