@@ -1,4 +1,5 @@
-"""Measures what the router's figures cost: steps with and without them, alternating.
+"""What the router's health figures cost: the train step with them and without, one step of each in
+turn.
 
 JAX_PLATFORMS=cpu python benchmarks/router_metrics.py
 """

@@ -1,5 +1,7 @@
 """`python -m hunyuan_jax`."""
 
-from hunyuan_jax import cli
+import sys
 
-cli.main()
+from hunyuan_jax import cli, flags
+
+flags.exit_with_message(lambda: cli.main(sys.argv))

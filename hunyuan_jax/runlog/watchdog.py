@@ -1,6 +1,5 @@
-"""Writes the stacks of all threads when a run makes no progress.
-
-A hung collective prints nothing by itself.
+"""What every thread is doing, written down when a run makes no progress: a hung collective says
+nothing by itself.
 """
 
 import contextlib
@@ -13,10 +12,8 @@ from pathlib import Path
 
 
 class Watchdog:
-    """A thread that writes the stacks of all threads to standard error and a file.
-
-    It does so when no step has finished for some minutes, start-up included, and again after each
-    further such time.  It never stops the run.
+    """A thread that writes the stacks of all threads to standard error and a file when no step has
+    finished for some minutes, the start-up counted, and again after as long; it stops nothing.
     """
 
     def __init__(self, minutes: float, file: Path, process: str):
@@ -29,14 +26,13 @@ class Watchdog:
             self._thread.start()
 
     def finished(self, step: int) -> None:
-        """Records that `step` steps are done."""
+        """`step` steps are done."""
         self._step, self._since = step, time.monotonic()
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Names what the run is busy with inside, such as "saving".
-
-        The report shows it, so that a long compilation is not taken for a hang.
+        """The run is busy with something that may last, such as "saving"; what it says of
+        compiling tells a long wait from a hang.
         """
         before, self._doing = self._doing, what
         try:
@@ -72,7 +68,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Returns the stacks of all other Python threads, by name; innermost call last."""
+    """Of all other threads that run Python, by name; innermost call last."""
     # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a
     # run that was only slow.
     names = {thread.ident: thread.name for thread in threading.enumerate()}

@@ -1,6 +1,5 @@
-"""The training loop: resume, step, log, evaluate, save.
-
-Every process of a run executes it in lock-step.
+"""The training loop: resume, step, log, evaluate, save; on one process or, in step, on all that
+the run was started as.
 """
 
 import contextlib
@@ -46,13 +45,11 @@ from hunyuan_jax.train.state import (
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:
-    """Trains to config.train.num_steps, from the newest checkpoint of workdir if there is one.
+    """Trains to config.train.num_steps, continuing from the newest checkpoint of workdir.  Returns
+    the exit status.
 
-    SIGTERM and Ctrl-C save and stop all processes, whichever of them receives the signal.  The
-    same command then continues.
-
-    Returns:
-      The exit status: 130 after Ctrl-C, else 0.
+    SIGTERM and Ctrl-C save and stop, on all processes if one receives it: 0 after SIGTERM (the
+    same command continues), 130 where Ctrl-C was pressed.
 
     Raises:
       ConfigError: something the user must change.
@@ -219,10 +216,10 @@ def _restored(
     store: Store,
     log: Log,
 ) -> tuple[int, TrainState, manifest.Facts] | None:
-    """Returns (steps done, state, facts) of the newest good checkpoint; None if there is none.
+    """(steps done, state, facts) of the newest good checkpoint, None if there is none yet.
 
     Raises:
-      ConfigError: it is of another run or text, or all checkpoints are damaged.
+      ConfigError: it is of another run or text, or only damaged ones are there.
     """
 
     def target_of(facts):
@@ -263,16 +260,14 @@ def _work(program: Program) -> Work:
 
 
 class _Saves:
-    """Decides when the next checkpoint is due; the same on all processes."""
+    """When the next checkpoint is due; the same on all processes."""
 
     def __init__(self, config: Config):
         self._cfg, self._last = config.checkpoint, time.monotonic()
 
     def is_due(self, step: int, is_logged: bool) -> bool:
-        """Whether to save after `step`.
-
-        Only if `is_logged` may it wait for the other processes: the loop then waits for the
-        devices anyway.
+        """Whether to save after `step`; is_logged: the loop waits for the devices now, and may
+        wait for the other processes too.
         """
         if self._cfg.every and step % self._cfg.every == 0:
             return True
@@ -285,12 +280,12 @@ class _Saves:
         )
 
     def saved(self) -> None:
-        """Records that a checkpoint was saved."""
+        """There is a new checkpoint."""
         self._last = time.monotonic()
 
 
 def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
-    """Waits for the save of the last step, and prints how long it takes."""
+    """Waits for the save of the last step, and says how long it takes."""
     usual = (
         f"the last one took {store.save_seconds:.1f} s"
         if store.save_seconds
@@ -307,7 +302,7 @@ def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
 
 @contextlib.contextmanager
 def _waited_for(store: Store, watchdog: Watchdog) -> Iterator[None]:
-    """Waits at the end for saves and uploads, unless Ctrl-C was pressed twice."""
+    """At the end saves and uploads in progress are waited for, unless Ctrl-C was pressed twice."""
 
     def close():
         with watchdog.doing("waiting for saves and uploads"):
@@ -324,7 +319,7 @@ def _waited_for(store: Store, watchdog: Watchdog) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_full_explained(store: Store) -> Iterator[None]:
-    """Explains a full disk wherever it is met: metrics and logs need space too."""
+    """Metrics and logs need space too, on what usually is the same disk."""
     try:
         yield
     except OSError as error:
@@ -334,7 +329,7 @@ def _disk_full_explained(store: Store) -> Iterator[None]:
 
 
 def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -> str:
-    """Returns the versions that a checkpoint was made with and that differ now, as text."""
+    """What a checkpoint was made with, where that is something else today."""
     today = manifest.facts(config, program.mesh.shape, {}, None)["versions"]
     return ", ".join(
         f"{name} {version}"
@@ -345,10 +340,10 @@ def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """Yields a list that receives SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
+    """A list that SIGTERM or Ctrl-C put themselves into; the second Ctrl-C interrupts at once.
 
-    With several processes jax handles SIGTERM and tells the others (`hosts.reached_stop`); Ctrl-C
-    is passed on to it as SIGTERM.
+    Among several processes SIGTERM is left to jax, whose handler tells the others
+    (`hosts.reached_stop`); Ctrl-C is passed on to it.
     """
     received: list[signal.Signals] = []
     is_alone = jax.process_count() == 1

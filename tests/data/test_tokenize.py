@@ -73,10 +73,10 @@ def run(*arguments, timeout=120):
 
 def main(*arguments):
     """The command in this process; overrides of the config are read from sys.argv."""
-    arguments = [*map(str, arguments)]
+    argv = ["hunyuan_jax", *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
-        return cli.run(arguments)
+        patch.setattr(sys, "argv", argv)
+        return cli.main(argv)
 
 
 def contents(folder):
