@@ -1,15 +1,15 @@
-"""Hunyuan-A13B (80.4 B parameters, 12.7 B active; 64 experts, top-8, one shared) from scratch, at
-sequence length 4096.
+r"""Hunyuan-A13B (80.4 B parameters, 12.7 B active) from scratch, at sequence length 4096.
 
-    python train.py --config=configs/a13b.py --workdir=/mnt/shared/a13b
-    --config.data.source=/mnt/shared/corpus
+    python train.py --config=configs/a13b.py --workdir=/mnt/shared/a13b \
+        --config.data.source=/mnt/shared/corpus
 
-Hardware: a multiple of 16 devices: experts lie on 16 shards. `hy.tiktoken` is the released
-tokenizer's; a batch is 4.2 M tokens.  Batch, learning rate and length of the run are ours: no
-recipe was published.
+The model has 64 experts, top-8 routing and one shared expert.  `hy.tiktoken` is the released
+tokenizer.  A batch is 4.2 M tokens.  No recipe was published: batch, learning rate and length of
+the run are ours.
 
-State: shapes of the train step traced; never compiled for a pod, never run.  `python -m
-hunyuan_jax plan` compiles it for one.
+Hardware: a multiple of 16 devices, since experts are split 16 ways.
+Time, expected loss: not known.  The train step was traced at full size, but never compiled for a
+pod and never run; `python -m hunyuan_jax plan` compiles it for one.
 """
 
 from ml_collections import ConfigDict

@@ -1,39 +1,39 @@
-"""Hunyuan-Large (389 B parameters, 52 B active) at sequence length 4096, on 64 to 4096 TPU chips.
+r"""Hunyuan-Large (389 B parameters, 52 B active) at sequence length 4096, on 64 to 4096 TPU chips.
 
 On a TPU VM pod slice, from your workstation:
 
-    gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="cd hunyuan_jax && pip
-    install -q -e '.[tpu]' && \
-        python train.py --config=configs/a52b.py --workdir=/mnt/shared/a52b
+    gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="\
+        cd hunyuan_jax && pip install -q -e '.[tpu]' && \
+        python train.py --config=configs/a52b.py --workdir=/mnt/shared/a52b \
         --config.data.source=/mnt/shared/corpus"
 
-On GKE, with XPK: put the same two commands into a container image's entry point and
+On GKE, with XPK, from a container image that holds this repository and its packages:
 
-    xpk workload create --cluster=$CLUSTER --workload=a52b --tpu-type=v5p-512 --num-slices=1
-    --docker-image=$IMAGE \
-        --command="python train.py --config=configs/a52b.py --workdir=/mnt/shared/a52b"
+    xpk workload create --cluster=$CLUSTER --workload=a52b --tpu-type=v5p-512 --num-slices=1 \
+        --docker-image=$IMAGE --command="\
+        python train.py --config=configs/a52b.py --workdir=/mnt/shared/a52b \
+        --config.data.source=/mnt/shared/corpus"
 
-Every host runs the same command; they find each other.  /mnt/shared is a filesystem that all of
-them see.  Before paying for a slice, see what the compiler says, on any machine:
+Every host runs the same command, and the hosts find each other.  /mnt/shared is a filesystem that
+all of them see.  Before paying for a slice, see what the compiler says, on any machine:
 
     python -m hunyuan_jax plan --config=configs/a52b.py --topology=v5p:4x8x8
 
-A batch is 1024 sequences (4.2 M tokens).  `grad_accum_steps` says in how many parts it goes
-through the model; a chip should hold one or two sequences at a time:
+A batch is 1024 sequences (4.2 M tokens).  `grad_accum_steps` is its number of micro-batches; a
+chip should hold one or two sequences at a time:
 
-| slice | add | peak a chip | |---|---|---| | 64 chips, v5p 4x4x4 |
---config.optimizer.state_dtype=bfloat16 --config.train.grad_accum_steps=16 | 86.3 GiB | | 256
-chips, v5p 4x8x8 | nothing | 32.2 GiB | | 512 chips, v5p 8x8x8 | --config.train.grad_accum_steps=2
-| | | 1024 to 4096 chips | --config.mesh.replica=CHIPS/512 --config.mesh.data=32
---config.train.batch_size=CHIPS and grad_accum_steps=1 | | | two slices of 256 |
---config.mesh.num_slices=2 --config.mesh.replica=2 --config.train.grad_accum_steps=2 | |
+    64 chips, v5p 4x4x4      --config.optimizer.state_dtype=bfloat16
+                             --config.train.grad_accum_steps=16
+    256 chips, v5p 4x8x8     nothing
+    512 chips, v5p 8x8x8     --config.train.grad_accum_steps=2
+    1024 to 4096 chips       --config.mesh.replica=CHIPS/512 --config.mesh.data=32
+                             --config.train.batch_size=CHIPS --config.train.grad_accum_steps=1
+    two slices of 256        --config.mesh.num_slices=2 --config.mesh.replica=2
+                             --config.train.grad_accum_steps=2
 
-A step of 1024 sequences on 256 v5p chips takes at least 17 s: four times the 4.3 s that the
-compiler estimates for 4096 tokens a chip, without the attention kernel and what collectives are
-not hidden.
-
-Memory and time are the TPU compiler's, not measured: docs/planning.md has them with the commands.
-State: compiled for TPU, never run.
+Hardware: 64 to 4096 TPU chips of the v5p class.
+Time and memory: docs/results/plan.md has the TPU compiler's estimates with their commands.
+Expected loss: not known.  Compiled for TPU, never run.
 """
 
 from ml_collections import ConfigDict

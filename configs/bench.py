@@ -1,9 +1,10 @@
-"""15.3 M parameters in float32: the size at which speed is compared with other libraries
-(docs/results/speed.md).
+"""15.3 M parameters in float32: the size at which speed is compared with other libraries.
 
     python -m hunyuan_jax bench --config=configs/bench.py --json
 
-Hardware: any CPU; 2 cores take under a minute.
+Hardware: any CPU.
+Time: under a minute on 2 cores.
+Expected: the figures in docs/results/.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""Hunyuan-4B (4.22 B parameters, dense) from scratch, at sequence length 4096.
+r"""Hunyuan-4B (4.22 B parameters, dense) from scratch, at sequence length 4096.
 
-    python train.py --config=configs/dense_4b.py --workdir=/mnt/shared/dense_4b
-    --config.data.source=/mnt/shared/corpus
+    python train.py --config=configs/dense_4b.py --workdir=/mnt/shared/dense_4b \
+        --config.data.source=/mnt/shared/corpus
 
-Hardware: a number of devices that divides 32, the sequences of one of the 8 parts of a batch.
-`hunyuan-4b/tokenizer.json` is the released tokenizer's; a batch is 1 M tokens.  Batch, learning
-rate and length of the run are ours: no recipe was published.
+`hunyuan-4b/tokenizer.json` is the released tokenizer.  A batch is 1 M tokens, in 8 micro-batches.  No recipe was
+published: batch, learning rate and length of the run are ours.
 
-State: parameter count tested; never compiled for a pod, never run.  `python -m hunyuan_jax plan`
-compiles it for one.
+Hardware: a number of devices that divides 32, the sequences of a micro-batch.
+Time, expected loss: not known.  The parameter count is tested; the train step was never compiled
+for a pod and never run; `python -m hunyuan_jax plan` compiles it for one.
 """
 
 from ml_collections import ConfigDict

@@ -124,11 +124,12 @@ def _fit_one(config: Config, generation: str, batch_per_chip: int) -> Iterator[T
     for shape in topology.SLICES[generation]:
         name = f"{generation}:{shape}"
         num_devices = topology.num_devices(name, config.mesh.num_slices)
+        scaled = config
         try:
             scaled = with_batch(config, num_devices, batch_per_chip)
             peak = memory.estimate(scaled, num_devices).peak
         except ConfigError as e:
-            yield Trial(name, num_devices, config, None, str(e))
+            yield Trial(name, num_devices, scaled, None, str(e))
             continue
         if peak > _TOLERANCE * topology.chip_of(name).hbm_bytes:
             yield Trial(name, num_devices, scaled, peak, "too little memory, by estimate")
