@@ -1,44 +1,32 @@
-"""Trains a model: python train.py --config=configs/tiny.py --workdir=runs/tiny
-[--config.section.field=value ...]
-
-The same command again continues from the newest checkpoint.  Exit status: 0 done, 2 something the
-user must change.
-
-On a pod, run the same command on every host, with a --workdir they share.  TPU VMs, GKE, slurm,
-Open MPI and indexed Kubernetes jobs are recognised; elsewhere set JAX_COORDINATOR_ADDRESS
-(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-"""
+"""Trains a model: python train.py --config=configs/tiny.py --workdir=runs/tiny."""
 
 import sys
 
-from absl import flags as absl_flags
-
 from hunyuan_jax import flags
-from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
+
+_WORKDIR = flags.Option(
+    "workdir",
+    user_path,
+    "folder of the run, such as runs/tiny: checkpoints, metrics, config.",
+    is_required=True,
+)
 
 
-def main() -> int:
-    """Reads the command line and runs the training loop; configuration is checked before jax is
-    imported.
+@flags.command(flags.CONFIG, _WORKDIR)
+def train(values) -> int:
+    """Trains the model of --config; the same command again continues from the newest checkpoint.
+
+    Exit status: 0 done, 2 something the user must change. Ctrl-C and SIGTERM save, then stop.
+
+    On a pod, run the same command on every host, with a --workdir they share.  TPU VMs, GKE,
+    slurm, Open MPI and indexed Kubernetes jobs are recognised; elsewhere set
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
-
-    def define(values):
-        flags.define_config(values)
-        absl_flags.DEFINE_string(
-            "workdir", None, "Folder of the run: checkpoints, metrics, config.", flag_values=values
-        )
-
-    values = flags.parse(sys.argv, define)
-    config = flags.config_of(values)
-    if not values.workdir:
-        raise ConfigError(
-            "--workdir is missing; pass a folder for checkpoints and metrics, such as "
-            "--workdir=runs/tiny."
-        )
     from hunyuan_jax.train import loop
 
-    return loop.run(config, values.workdir)
+    return loop.run(values.config, values.workdir)
 
 
 if __name__ == "__main__":
-    flags.exit_with_message(main)
+    flags.exit_with_message(lambda: flags.run(train, "python train.py", sys.argv[1:]))

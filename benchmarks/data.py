@@ -1,7 +1,9 @@
-"""How fast text becomes tokens and tokens become batches, and how much memory that takes, on 2
-cores.
+"""Measures how fast text becomes tokens and tokens become batches, with two processes, and the
+memory that takes.
 
-JAX_PLATFORMS=cpu python benchmarks/data.py ../shared/data/hy.tiktoken [MEGABYTES ...]
+    JAX_PLATFORMS=cpu python benchmarks/data.py hy.tiktoken [MEGABYTES ...]
+
+hy.tiktoken is the released tokenizer file.
 
 The text is that of the Python standard library, over and over, one file a row of a .jsonl; without
 MEGABYTES 250 and 1000 of it.  Each size is tokenised by the command line with two processes;

@@ -1,12 +1,11 @@
-"""Decoding speed against transformers' `generate` at the size of configs/bench.py, in turn on the
-same machine.
+"""Compares decoding speed with transformers' `generate` at the size of configs/bench.py.
 
-The rival needs an environment of its own (python 3.11), see side_by_side.py:
+transformers needs an environment of its own (python 3.11), see side_by_side.py:
 
     python benchmarks/generation.py .venv-torch/bin/python
 
-Both are given random weights of their own, the same shapes, greedy decoding and no stop ids; the
-first call of each, with compilation, is not timed.  Two processes take turns, one call each.
+Both have random weights of the same shapes, decode greedily and have no stop ids.  Their processes
+take turns, one call each; the first call of each, with compilation, is not timed.
 """
 
 import json

@@ -1,5 +1,4 @@
-"""What the router's health figures cost: the train step with them and without, one step of each in
-turn.
+"""Measures what the router's figures cost: steps with and without them, alternating.
 
 JAX_PLATFORMS=cpu python benchmarks/router_metrics.py
 """

@@ -1,6 +1,5 @@
-"""What a checkpoint costs the training loop at the size of configs/tiny.py: how long the loop
-waits for `Store.save`, and how much longer the steps take while the save goes on in the
-background.
+"""Measures what a checkpoint costs the training loop at the size of configs/tiny.py: how long it
+waits for `Store.save`, and how much longer steps take while the save goes on in the background.
 
 JAX_PLATFORMS=cpu python benchmarks/save_stall.py
 """
@@ -24,9 +23,7 @@ WINDOW = 6  # steps: a save is over before they are
 
 
 def main() -> None:
-    """Prints one row: windows of steps with a save at their beginning and without, one of each in
-    turn.
-    """
+    """Prints one row, from windows of steps that begin with a save and windows without, alternating."""
     config = Config(
         model=presets.tiny(),
         train=TrainConfig(batch_size=8, seq_len=256),

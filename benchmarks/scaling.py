@@ -1,5 +1,5 @@
-"""Two things that must not grow: compile time with depth, and the cost of dropless routing with
-the number of experts.
+"""Measures what must not grow: compile time with depth, and the cost of dropless routing with the
+number of experts.
 
 JAX_PLATFORMS=cpu python benchmarks/scaling.py
 """

@@ -1,12 +1,12 @@
-"""Training and prefill speed against transformers' HunYuanMoEV1, in turn on the same machine.
+"""Compares training and prefill speed with transformers' HunYuanMoEV1.
 
-The rival needs an environment of its own (python 3.11):
+transformers needs an environment of its own (python 3.11):
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch==2.13.0 transformers
     python benchmarks/side_by_side.py .venv-torch/bin/python
 
-Prints each round and the median of the ratios; the two take turns, so that a machine whose speed
-drifts is fair to both.
+Prints each round and the median of the ratios.  The two take turns, so that a drifting machine is
+fair to both.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""transformers' `generate` at the size of configs/bench.py on the CPU.  Run by generation.py."""
+"""Times transformers' `generate` at the size of configs/bench.py on the CPU; run by generation.py."""
 
 import sys
 import time

@@ -1,5 +1,5 @@
-"""transformers' HunYuanMoEV1 at the size of configs/bench.py: training and prefill speed on the
-CPU.  Run by side_by_side.py.
+"""Measures training and prefill speed of transformers' HunYuanMoEV1 at the size of
+configs/bench.py on the CPU; run by side_by_side.py.
 """
 
 import json

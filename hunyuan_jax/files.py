@@ -16,6 +16,13 @@ from hunyuan_jax.errors import ConfigError
 _UPLOAD_BYTES = 2**24  # of a file that are in memory, and in one request
 
 
+def user_path(path: str) -> str:
+    """A path or URL as a user types it, with `~` expanded; every option that is a path goes
+    through here.
+    """
+    return os.path.expanduser(path)
+
+
 def filesystem(url: str, option: str) -> tuple[Any, str]:
     """(fsspec file system, path in it without a final '/') of a URL or a local path; `option` is
     what errors call it.

@@ -94,7 +94,7 @@ class ProgressBar:
         return f"{done}/{self._total}"
 
     def update(self, done: int, text: str, seconds_left: float | None = None) -> None:
-        """Shows the state of the work; the time left follows from the speed so far if not given."""
+        """Shows the state of the work; the time left follows from the speed if not given."""
         now, amount = time.monotonic(), f"{self._label} {self.amount(done)}"
         self._bar.update(self._task, completed=done, description=text, amount=amount)
         if self._is_live or (now < self._next_line and done < self._total):

@@ -82,8 +82,9 @@ def _labelled_by_prefixes(
 
 
 def _answer_labels(ids: list[int], open_id: int, close_id: int) -> list[int]:
-    """Copies `ids` between the i-th `open_id` and the i-th `close_id`, both included; IGNORED_LABEL
-    elsewhere.
+    """Copies `ids` from the i-th `open_id` to the i-th `close_id`, both included.
+
+    All other labels are IGNORED_LABEL.
     """
     opens = [position for position, token_id in enumerate(ids) if token_id == open_id]
     closes = [position for position, token_id in enumerate(ids) if token_id == close_id]

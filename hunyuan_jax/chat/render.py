@@ -25,7 +25,7 @@ def render_chat(
     enable_thinking: bool | None = None,
     **variables: Any,
 ) -> list[int]:
-    """Return the ids of a chat, a list of int: by the template of the tokenizer's folder if it has
+    """Returns the ids of a chat, a list of int: by the template of the tokenizer's folder if it has
     one, else by Hunyuan-Large's own.
 
     `messages` are {"role": "system" | "user" | "assistant", "content": str}.  A chat that ends
@@ -106,7 +106,7 @@ def _with_thinking_command(
 def _template_pieces(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 ) -> list[int | str]:
-    """Return the chat as special ids (int) and texts (str) in order."""
+    """Returns the chat as special ids (int) and texts (str) in order."""
     start, system_end, user_end, assistant_end = map(
         tokenizer.special_id, (_START, _SYSTEM_END, USER_END, ASSISTANT_END)
     )
@@ -132,13 +132,16 @@ def _template_pieces(
 def _find_fault(
     messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...] | None
 ) -> str | None:
-    """Return one line about the first thing that the template cannot hold, or None.
+    """Returns one line about the first thing that the template cannot hold, or None.
 
     With `roles` None a jinja template decides about roles, and about messages that have other
     fields than a content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        return f'messages is a {type(messages).__name__}: a chat is a list of {{"role", "content"}}; pass the list itself'
+        return (
+            f"messages is a {type(messages).__name__}: a chat is a list of "
+            '{"role", "content"}; pass the list itself'
+        )
     if not messages:
         return (
             "messages is empty: a chat has at least one message; drop the record or add a message"
@@ -146,11 +149,20 @@ def _find_fault(
     for index, message in enumerate(messages):
         needed = {"role"} if roles is None else {"role", "content"}
         if not isinstance(message, Mapping) or not needed <= message.keys():
-            return f'messages[{index}] is {reprlib.repr(message)}: a message is {{"role", "content"}}; add what is missing'
+            return (
+                f"messages[{index}] is {reprlib.repr(message)}: a message is "
+                '{"role", "content"}; add what is missing'
+            )
         role, content = message["role"], message.get("content", "")
         if role not in (roles or (role,)) or not isinstance(role, str):
             known = ", ".join(roles or ("a string",))
-            return f"messages[{index}] has role {reprlib.repr(role)}: it must be {known}; rename the role or drop the message"
+            return (
+                f"messages[{index}] has role {reprlib.repr(role)}: it must be {known}; rename the "
+                "role or drop the message"
+            )
         if not isinstance(content, str):
-            return f"messages[{index}] has content {reprlib.repr(content)}: it must be a string; join its text parts into one"
+            return (
+                f"messages[{index}] has content {reprlib.repr(content)}: it must be a string; join "
+                "its text parts into one"
+            )
     return None

@@ -4,17 +4,20 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_jax.config.run import Config
 from hunyuan_jax.config.section import as_type, field_types
 from hunyuan_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-def to_config_dict(config: Config) -> ConfigDict:
+
+def to_config_dict(config: Config) -> "ConfigDict":
     """The locked ConfigDict of a recipe; every field can be overridden, none can be added."""
+    from ml_collections import ConfigDict  # only recipes need it, `import hunyuan_jax` does not
+
     return ConfigDict(to_dict(config)).lock()
 
 
@@ -23,13 +26,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
     """The frozen Config of a recipe's ConfigDict or of a plain dict.
 
     Raises:
       ConfigError: unknown key (naming the nearest), wrong type, or a broken rule.
     """
-    return from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else config)
+    return from_dict(Config, config if isinstance(config, Mapping) else config.to_dict())
 
 
 def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -79,7 +79,7 @@ class TrainConfig(Section):
         require(
             self.batch_size % self.grad_accum_steps == 0,
             f"config.train.batch_size = {self.batch_size} does not split into "
-            f"config.train.grad_accum_steps = {self.grad_accum_steps} equal parts. Use a "
+            f"config.train.grad_accum_steps = {self.grad_accum_steps} equal micro-batches. Use a "
             f"grad_accum_steps from {divisors(self.batch_size)}.",
         )
 

@@ -4,7 +4,7 @@ Shapes: B rows of the global batch, R of them kept by one process, T positions o
 is a dict of numpy arrays, all [R, T]:
 
   tokens        int32    input ids; pad_id where the segment is 0
-  targets       int32    the id that follows the token in its document; pad_id where the segment is 0
+  targets       int32    the id that follows the token in its document; pad_id like tokens
   segment_ids   int32    1, 2, ... per document piece in the row, 0 for padding
   positions     int32    0, 1, ... restarting at every document piece
   loss_weights  float32  1 where there is a target, 0 for padding
@@ -32,6 +32,7 @@ from hunyuan_jax.data import pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.tokenizer import Tokenizer
 
 
@@ -94,9 +95,7 @@ def damaged_shards(config: DataConfig) -> list[str]:
 
 
 def _paths(config: DataConfig) -> list[str]:
-    return [os.path.expanduser(entry.path) for entry in config.sources] or [
-        os.path.expanduser(config.source)
-    ]
+    return [user_path(entry.path) for entry in config.sources] or [user_path(config.source)]
 
 
 class PackedRows:
@@ -129,11 +128,11 @@ class PackedRows:
         return self._stack([(self._training[index], epoch, row) for index, epoch, row in places])
 
     def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """Returns the first `num_batches` batches of one fixed shuffle of what is held out of all sources,
-        fewer if it ends; [] if nothing is.
+        """Returns at most `num_batches` batches of held-out rows; [] if nothing is held out.
 
-        The shuffle does not depend on the run's seed: runs are compared on the same rows.  Each
-        process keeps its own `rows` (all if None).  The last batch is filled with rows of padding.
+        They come from one fixed shuffle over all sources that does not depend on the run's seed,
+        so runs are compared on the same rows.  Each process keeps its own `rows` (all if None).
+        The last batch is filled with rows of padding.
         """
         ends = np.cumsum([len(held_out) for held_out in self._held_out])
         batches = []

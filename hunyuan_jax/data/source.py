@@ -76,7 +76,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bad:
-    """What could not be used, and why; `where` is the file's name, with the row if there is one."""
+    """What could not be used, and why; `where` is the file's name, and the row if any."""
 
     where: str
     reason: str
@@ -273,7 +273,7 @@ def _kind(path: str) -> str | None:
 
 def _find_local(source: str) -> list[tuple[str, str]]:
     """(name relative to the source's root, path) of a file, a folder or a glob."""
-    path = os.path.expanduser(source)
+    path = files.user_path(source)
     if os.path.isfile(path):
         root, paths = os.path.dirname(path), [path]
     elif os.path.isdir(path):
@@ -336,7 +336,8 @@ def _glob_root(pattern: str) -> str:
 
 
 def _kinds() -> str:
-    return f"{', '.join((*TEXT_SUFFIXES, '.jsonl'))} (plain, {', '.join(COMPRESSIONS)}), .parquet, .array_record"
+    plain = ", ".join((*TEXT_SUFFIXES, ".jsonl"))
+    return f"{plain} (plain, {', '.join(COMPRESSIONS)}), .parquet, .array_record"
 
 
 def _printable(name: str) -> str:

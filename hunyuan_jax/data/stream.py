@@ -97,7 +97,7 @@ class BatchIterator(Iterator[Batch]):
 def read_ahead(
     stream: DataStream, rows: np.ndarray | None = None, num_threads: int = _NUM_THREADS
 ) -> BatchIterator:
-    """Returns endless batches, `rows` of each (all if None), read ahead by `num_threads` threads."""
+    """Returns endless batches, read ahead by `num_threads` threads; `rows` of each (None: all)."""
     import grain
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_PREFETCH_BATCHES)

@@ -272,6 +272,6 @@ def _rows(shared: Any) -> np.ndarray:
 def _described(counts: np.ndarray, speed: float) -> str:
     """What is done, for the progress bar; `speed` in bytes a second."""
     return (
-        f"{counts[_DOCUMENTS]:,} documents, {counts[_BYTES] / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
-        f"{counts[_BAD]:,} bad rows"
+        f"{counts[_DOCUMENTS]:,} documents, {counts[_BYTES] / 1e6:,.0f} MB, "
+        f"{speed / 1e6:.1f} MB/s, {counts[_BAD]:,} bad rows"
     )

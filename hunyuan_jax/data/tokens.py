@@ -61,7 +61,7 @@ class Tokens(Protocol):
         """Name of the document that a piece belongs to."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this text from another, for the checkpoint: a small dict that survives JSON."""
+        """Returns what tells this text from any other: a small dict that survives JSON."""
 
 
 class MemoryTokens:

@@ -7,8 +7,7 @@ layers, P CLA groups.
 import dataclasses
 
 from hunyuan_jax.config import ModelConfig
-
-_BYTES = {"float32": 4, "bfloat16": 2}
+from hunyuan_jax.model.layout import group_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,39 +53,28 @@ def count(cfg: ModelConfig, seq_len: int = 4096) -> Counts:
     embedding is a lookup.  Not counted: norms, softmax, activations, padding of expert buffers,
     the work of rematerialisation.
     """
-    moe, D, V, L, P = cfg.moe, cfg.hidden_size, cfg.vocab_size, cfg.num_layers, cfg.num_groups
-    q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    projections = 2 * L * D * q_width + 2 * P * D * kv_width
-    biases = L * (q_width + D) + 2 * P * kv_width if cfg.attention_bias else 0
-    expert = 3 * D * cfg.intermediate_size  # gate, up and down
-    parts = {
+    D, V, L = cfg.hidden_size, cfg.vocab_size, cfg.num_layers
+    layers = [
+        part for layer in group_layout(cfg) for part in layer.count(cfg, seq_len)
+    ] * cfg.num_groups
+    parts = dict.fromkeys(_PARTS, 0)
+    parts |= {
         "embedding": V * D,
         "head": 0 if cfg.tie_embeddings else V * D,
-        "attention": projections + biases,
-        "mlp": 0 if cfg.is_moe else L * expert,
-        "experts": L * moe.num_experts * expert if cfg.is_moe else 0,
-        "shared": L * moe.num_shared_experts * expert,
-        "router": L * D * moe.num_experts if cfg.is_moe else 0,
-        "norms": L * (2 * D + (2 * cfg.head_dim if cfg.use_qk_norm else 0)) + D,
+        "norms": (2 * L + 1) * D,  # two a layer, and the final one
     }
-    idle = L * (moe.num_experts - moe.top_k) * expert
-    total = sum(parts.values())
-    matmul_weights = (
-        projections
-        + parts["mlp"]
-        + parts["experts"]
-        - idle
-        + parts["shared"]
-        + parts["router"]
-        + V * D
-    )
-    assert total - idle == matmul_weights + biases + parts["norms"] + parts["head"], (
-        "a part is missing or counted twice"
-    )
+    for layer in layers:
+        for name, number in layer.parameters.items():
+            parts[name] += number
+    total, idle = sum(parts.values()), sum(layer.idle for layer in layers)
+    matmul_weights = V * D + sum(layer.matmul_weights for layer in layers)
     return Counts(
         total=total,
         active=total - idle,
         **parts,
-        flops_per_token=6 * matmul_weights + 6 * L * q_width * (seq_len + 1),
-        kv_bytes_per_token=2 * P * kv_width * _BYTES[cfg.dtype],
+        flops_per_token=6 * matmul_weights + sum(layer.flops_per_token for layer in layers),
+        kv_bytes_per_token=sum(layer.cache_bytes_per_token for layer in layers),
     )
+
+
+_PARTS = ("embedding", "head", "attention", "mlp", "experts", "shared", "router", "norms")

@@ -1,12 +1,19 @@
-"""Which layers a model has: the one place that turns a config into kinds of layers."""
+"""The modules of the layers that model/layout.py says a model has."""
 
 from typing import NamedTuple
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers.ffn import swiglu_facts
+from hunyuan_jax.layers.ffn.moe import facts as moe_facts
 from hunyuan_jax.layers.ffn.moe.layer import Moe
 from hunyuan_jax.layers.ffn.swiglu import Mlp
+from hunyuan_jax.layers.mixer import attention_facts
 from hunyuan_jax.layers.mixer.attention import Attention
 from hunyuan_jax.layers.protocols import FeedForward, Mixer
+from hunyuan_jax.model.layout import group_layout
+
+_MIXERS = {attention_facts: Attention}
+_FFNS = {swiglu_facts: Mlp, moe_facts: Moe}
 
 
 class LayerSpec(NamedTuple):
@@ -23,12 +30,8 @@ class LayerSpec(NamedTuple):
 
 
 def pattern(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
-    """The layers of one group; the model repeats them cfg.num_groups times.
-
-    A group is a CLA group: a producer of keys and values and its consumers.
-    """
-    ffn = Moe if cfg.is_moe else Mlp
+    """The layers of one group; the model repeats them cfg.num_groups times."""
     return tuple(
-        LayerSpec(Attention, ffn, shares_kv_with=None if place == 0 else 0)
-        for place in range(cfg.cla_share_factor)
+        LayerSpec(_MIXERS[layer.mixer], _FFNS[layer.ffn], layer.shares_kv_with)
+        for layer in group_layout(cfg)
     )

@@ -280,7 +280,7 @@ def _clip_factor(cfg: OptimizerConfig, grad_norm: jax.Array) -> jax.Array:
 def _scale_by_adam(
     cfg: OptimizerConfig, dtype: jax.typing.DTypeLike
 ) -> optax.GradientTransformation:
-    """float32 gradients -> m / (sqrt(v) + eps); both moments kept in `dtype`, computed in float32."""
+    """float32 gradients -> m / (sqrt(v) + eps); moments are kept in `dtype`, used in float32."""
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
 
     def cast(state, dtype):

@@ -12,7 +12,7 @@ import jax
 
 from hunyuan_jax.config import OptimizerConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.params.tree import path_of
 
 _NUM_PATHS_SHOWN = 5

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.params.declare import LOW_PRECISION_ROLES, Role
+from hunyuan_jax.params.roles import LOW_PRECISION_ROLES, Role
 from hunyuan_jax.params.tree import path_of
 
 # Dims along which a stored array stacks matrices of their own.

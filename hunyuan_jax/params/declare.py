@@ -5,7 +5,6 @@ The role says what a parameter is for.  Optimizer groups, the dtype in which it 
 parameters can be quantised and which are adapters follow from it, never from a name.
 """
 
-import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,24 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled
-
-
-class Role(enum.StrEnum):
-    """What a parameter is for."""
-
-    MATRIX = enum.auto()  # a projection that every token meets; an untied head is one
-    EXPERT = enum.auto()  # a projection of the routed experts
-    EMBEDDING = enum.auto()  # the table that tokens are looked up in
-    NORM = enum.auto()  # a scale
-    BIAS = enum.auto()
-    ROUTER = enum.auto()  # the matrix that chooses experts
-    ADAPTER = enum.auto()  # one of the two matrices of a LoRA adapter
-
-
-# Used in the model's dtype, and quantisable.  The others stay float32: they are few, and the
-# router decides between near-equal numbers.
-LOW_PRECISION_ROLES = (Role.MATRIX, Role.EXPERT, Role.EMBEDDING, Role.ADAPTER)
 
 
 def param(

@@ -17,14 +17,15 @@ from jax.sharding import AbstractMesh
 
 from hunyuan_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from hunyuan_jax.layers import embedding, loss
+from hunyuan_jax.layers.facts import DTYPE_BYTES
 from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.model.layout import group_layout
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.objective import build_objective
 from hunyuan_jax.train.state import Program, abstract_state, build_program
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # Arrays of the size of one part's float32 logits that are alive at once: the logits, and their
 # gradient.
 _LOGIT_COPIES = 2
@@ -71,7 +72,7 @@ class Sizes:
     """What the formulas need of a config on a mesh; all of it per device.
 
     batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a
-    step makes `parts` (config.train.grad_accum_steps); rows: of the expert buffers, tokens * top_k
+    step makes num_micro_batches; rows: of the expert buffers, tokens * top_k
     with the slack of their capacity; part_rows: of the vocabulary, in one of the parts in which
     the loss takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
     """
@@ -80,7 +81,7 @@ class Sizes:
     batch_bytes: int
     batch_tokens: int
     tokens: int
-    parts: int
+    num_micro_batches: int
     rows: int
     part_rows: int
     expert_ways: int
@@ -90,7 +91,7 @@ class Sizes:
     @property
     def element(self) -> int:
         """Bytes of an activation's element."""
-        return _DTYPE_BYTES[self.model.dtype]
+        return DTYPE_BYTES[self.model.dtype]
 
 
 def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
@@ -112,7 +113,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
     sizes, state = sizes_of(config, num_devices), _state_of(config, num_devices)
     kept = kept_activations(sizes)
     # With several passes a step, their sum in float32 besides those of one pass.
-    gradients = state.gradients + (4 * state.parameters if sizes.parts > 1 else 0)
+    gradients = state.gradients + (4 * state.parameters if sizes.num_micro_batches > 1 else 0)
     return Estimate(
         (
             Item("weights", state.weights, ALWAYS),
@@ -145,7 +146,7 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         batch_bytes=_bytes(batch),
         batch_tokens=batch_tokens,
         tokens=tokens,
-        parts=config.train.grad_accum_steps,
+        num_micro_batches=config.train.grad_accum_steps,
         rows=_expert_rows(config, tokens),
         part_rows=_part_rows(config, tokens, mesh),
         expert_ways=mesh.expert,
@@ -178,7 +179,7 @@ def group_activations(sizes: Sizes) -> int:
     """
     layer = _products(sizes) + _elementwise(sizes)
     recomputed = {"full": layer, "dots": _elementwise(sizes), "none": 0}[sizes.model.remat]
-    return sizes.model.cla_share_factor * recomputed + _ffn_activations(sizes)
+    return sizes.model.cla_share_factor * recomputed + _backward(sizes)
 
 
 def gathered_weights(sizes: Sizes) -> int:
@@ -187,19 +188,8 @@ def gathered_weights(sizes: Sizes) -> int:
 
 
 def layer_weights(sizes: Sizes) -> int:
-    """Elements of one layer's weights when gathered: only the expert and tensor axes still split
-    them.
-    """
-    model, moe = sizes.model, sizes.model.moe
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    attention = (
-        2
-        * model.hidden_size
-        * model.head_dim
-        * (model.num_heads + model.num_kv_heads / model.cla_share_factor)
-    )
-    mlps = moe.num_experts / sizes.expert_ways + moe.num_shared_experts if model.is_moe else 1
-    return math.ceil((mlps * mlp + attention) / sizes.tensor_ways)
+    """Elements of one layer's weights when gathered, the mean over layers."""
+    return math.ceil(_layer_mean(sizes, "weights"))
 
 
 def gathered_vocabulary(sizes: Sizes) -> int:
@@ -215,48 +205,31 @@ def logits(sizes: Sizes) -> int:
 
 
 def _products(sizes: Sizes) -> int:
-    """Bytes per layer of all that remat "dots" keeps: the wide matmuls' results, and what
-    attention and the exchange bring.
-    """
-    model = sizes.model
-    heads = (
-        (2 * model.num_heads + 2 * model.num_kv_heads / model.cla_share_factor)
-        * model.head_dim
-        / sizes.tensor_ways
-    )
-    per_token = (
-        heads + model.hidden_size
-    )  # queries, attended, keys, values; the attention's output
-    if not model.is_moe or model.moe.num_shared_experts:
-        per_token += 2 * _mlp_width(sizes)  # gate and up
-    per_row = (
-        model.hidden_size + 2 * model.intermediate_size / sizes.tensor_ways if model.is_moe else 0
-    )  # dispatched; gate and up
-    return math.ceil((sizes.tokens * per_token + sizes.rows * per_row) * sizes.element)
+    """Bytes per layer of all that remat "dots" keeps."""
+    return math.ceil(_layer_mean(sizes, "products"))
 
 
 def _elementwise(sizes: Sizes) -> int:
-    """Bytes per layer of the rest: two norms, the residual sums, the MLP's output, and the packed,
-    served and returned rows.
+    """Bytes per layer of the rest: two norms, the residual sums, the MLP's output, and what mixer
+    and feed-forward network add.
     """
-    return (5 * sizes.tokens + 3 * sizes.rows) * sizes.model.hidden_size * sizes.element
+    stream = 5 * sizes.tokens * sizes.model.hidden_size * sizes.element
+    return math.ceil(stream + _layer_mean(sizes, "elementwise"))
 
 
-def _ffn_activations(sizes: Sizes) -> int:
-    """Bytes of the backward pass of one SwiGLU: its hidden activation and the gradients of that,
-    of gate and of up.
-    """
-    width = sizes.model.intermediate_size / sizes.tensor_ways
-    return 4 * math.ceil(max(sizes.rows * width, sizes.tokens * _mlp_width(sizes)) * sizes.element)
+def _backward(sizes: Sizes) -> int:
+    """Bytes per layer of the backward pass besides those of the forward pass."""
+    return math.ceil(_layer_mean(sizes, "backward"))
 
 
-def _mlp_width(sizes: Sizes) -> float:
-    """F of the dense or shared MLP on a device."""
-    return (
-        sizes.model.intermediate_size
-        * max(1, sizes.model.moe.num_shared_experts)
-        / sizes.tensor_ways
-    )
+def _layer_mean(sizes: Sizes, field: str) -> float:
+    """The mean over layers of a field of `Activations`."""
+    layers = group_layout(sizes.model)
+    return sum(
+        getattr(part, field)
+        for layer in layers
+        for part in layer.activation_bytes(sizes.model, sizes)
+    ) / len(layers)
 
 
 def _expert_rows(config: Config, tokens: int) -> int:

@@ -187,4 +187,4 @@ def _exchanged_bytes(config: Config, num_devices: int) -> float:
     rows = 4 * sizes.rows if sizes.expert_ways > 1 else 0
     summed = 8 * sizes.tokens if sizes.tensor_ways > 1 else 0
     activations = (rows + summed) * model.hidden_size * model.num_layers * sizes.element
-    return sizes.parts * (3 * weights + activations) / sizes.batch_tokens
+    return sizes.num_micro_batches * (3 * weights + activations) / sizes.batch_tokens

@@ -1,10 +1,9 @@
-"""`python -m hunyuan_jax report`: one self-contained HTML page about a run, from the files in its
-workdir.
+"""Writes one self-contained HTML page about a run, from the files in its workdir.
 
-Drawn by plotly (extra `report`) rather than as still pictures: a spike in a run of weeks must be
-zoomed into, and a cell of the heatmap must say its number.  Its script is in the page; a content
-security policy admits that script and ours by their hashes and nothing from elsewhere, so the page
-loads nothing, and text of the run that looked like a script would not run.
+The plots are interactive (plotly, extra `report`): one can zoom into a spike of a run of weeks,
+and read the number of a heatmap's cell.  plotly's script is in the page.  A content security
+policy admits only that script and ours, by their hashes, so the page loads nothing, and a script
+hidden in the run's texts does not run.
 """
 
 import base64
@@ -24,7 +23,7 @@ from hunyuan_jax.config import flat_fields
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.runlog import goodput, metrics
 
-_MAX_POINTS = 1200  # of a curve; more than a screen has pixels
+_MAX_POINTS = 1200  # per curve; more than a screen has pixels
 _MAX_COLUMNS = 160  # of the heatmap
 _INK, _GREY, _GRID, _BLUE, _ORANGE, _GREEN, _RED = (
     "#1b2430",
@@ -58,10 +57,11 @@ _SCALE = [
 
 
 def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
-    """Writes the page, by default to DIR/report.html, and returns its path.
+    """Writes the page, by default to WORKDIR/report.html, and returns its path.
 
     Raises:
-      ConfigError: no metrics in the workdir, or plotly is missing.
+      ConfigError: the workdir has no metrics, the output's folder does not exist, or plotly is
+        missing.
     """
     workdir = Path(workdir)
     rows = [
@@ -86,8 +86,11 @@ def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -
 
 
 def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
-    """The HTML of a run's rows of metrics.jsonl, rising by step, and of the other files of its
-    workdir.
+    """Returns the HTML of a run.
+
+    Args:
+      workdir: folder of the run; its config, environment and goodput ledger are read if present.
+      rows: rows of metrics.jsonl, ascending by step.
     """
     from plotly.offline import get_plotlyjs
 
@@ -97,9 +100,8 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     figures = _figures(rows, ledger)
     cards = "".join(
-        '<section class="card '
-        f'{width}"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div '
-        f'id="{key}"></div></section>'
+        f'<section class="card {width}"><h2>{html.escape(title)}</h2>'
+        f'<p>{html.escape(note)}</p><div id="{key}"></div></section>'
         for key, (title, note, width, _) in figures.items()
     )
     data = json.dumps({key: json.loads(figure.to_json()) for key, (*_, figure) in figures.items()})
@@ -112,14 +114,17 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(name)}</title><style>{_STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)}</title><style>{_STYLE}</style></head>
 <body><header><h1>{html.escape(name)}</h1><span>{html.escape(_subtitle(environment))}</span>
 <span class="right">{html.escape(now)}</span></header>
 <div class="tiles">{_tiles(rows, ledger, config)}</div>
 <main>{cards}
 <section class="card half"><h2>Environment</h2>{_table(environment)}</section>
-<section class="card half"><h2>Configuration</h2>{_table(dict(flat_fields(config)))}</section></main>
+<section class="card half"><h2>Configuration</h2>{_table(dict(flat_fields(config)))}</section>
+</main>
 <script type="application/json" id="data">{_for_script(data)}</script>
 <script>{scripts[0]}</script><script>{scripts[1]}</script></body></html>
 """
@@ -137,17 +142,23 @@ _STYLE = f"""
 body {{ margin: 0 auto; padding: 28px 32px; max-width: 1320px; background: #f5f6f8; color: {_INK};
   font: 14px/1.45 system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif }}
 header {{ display: flex; align-items: baseline; gap: 14px; color: {_GREY}; margin-bottom: 16px }}
-h1 {{ margin: 0; font-size: 25px; color: {_INK}; overflow-wrap: anywhere }} .right {{ margin-left: auto; white-space: nowrap }}
-h2 {{ margin: 0; font-size: 15px }} .card > p {{ margin: 1px 0 4px; color: {_GREY}; font-size: 12.5px }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; margin-bottom: 12px }}
+h1 {{ margin: 0; font-size: 25px; color: {_INK}; overflow-wrap: anywhere }}
+.right {{ margin-left: auto; white-space: nowrap }}
+h2 {{ margin: 0; font-size: 15px }}
+.card > p {{ margin: 1px 0 4px; color: {_GREY}; font-size: 12.5px }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px;
+  margin-bottom: 12px }}
 .tile, .card {{ background: #fff; border: 1px solid #e1e5ea; border-radius: 10px; min-width: 0 }}
-.tile {{ padding: 11px 14px }} .tile b {{ display: block; font-size: 22px; font-weight: 650; white-space: nowrap }}
+.tile {{ padding: 11px 14px }}
+.tile b {{ display: block; font-size: 22px; font-weight: 650; white-space: nowrap }}
 .tile span, .tile small {{ color: {_GREY}; font-size: 12px; white-space: nowrap }}
 main {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px }}
 .half {{ grid-column: span 2 }} .card {{ padding: 13px 16px }} .wide {{ grid-column: span 4 }}
-@media (max-width: 860px) {{ main {{ grid-template-columns: 1fr }} .half, .wide {{ grid-column: span 1 }} }}
+@media (max-width: 860px) {{ main {{ grid-template-columns: 1fr }}
+  .half, .wide {{ grid-column: span 1 }} }}
 table {{ border-collapse: collapse; width: 100%; margin-top: 6px; font-size: 12.5px }}
-td {{ padding: 3px 0; border-top: 1px solid #f0f2f4; vertical-align: top; overflow-wrap: anywhere }}
+td {{ padding: 3px 0; border-top: 1px solid #f0f2f4; vertical-align: top;
+  overflow-wrap: anywhere }}
 td:first-child {{ color: {_GREY}; width: 46% }}
 """
 
@@ -167,23 +178,23 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
     notes += [f"{skipped:,.0f} skipped"] if skipped else []
     tiles = [
         ("Step", f"{step:,}", ", ".join(notes)),
-        ("Training loss", _number(last.get("loss"), ".4f"), "nats a token"),
+        ("Training loss", _number(last.get("loss"), ".4f"), "nats per token"),
         (
             "Validation loss",
             _number(last.get("validation_loss"), ".4f"),
-            f"{last['validation_bits_per_byte']:.3f} bits a byte"
+            f"{last['validation_bits_per_byte']:.3f} bits per byte"
             if "validation_bits_per_byte" in last
-            else "nats a token",
+            else "nats per token",
         ),
         (
             "Tokens/s",
             _number(float(np.median(speed)) if speed else None, ",.0f"),
-            "median of the last rows",
+            "median of the last 20 rows",
         ),
         (
             "MFU",
             _number(last.get("mfu"), ".1%"),
-            "of the bf16 peak" if "mfu" in last else "peak not known",
+            "of the bf16 peak" if "mfu" in last else "unknown peak",
         ),
         (
             "Goodput",
@@ -197,7 +208,8 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
         ),
     ]
     return "".join(
-        f'<div class="tile"><span>{html.escape(name)}</span><b>{html.escape(value)}</b><small>{html.escape(note)}&nbsp;</small></div>'
+        f'<div class="tile"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>'
+        f"<small>{html.escape(note)}&nbsp;</small></div>"
         for name, value, note in tiles
     )
 
@@ -205,7 +217,7 @@ def _tiles(rows: list[dict[str, Any]], ledger: goodput.Ledger, config: dict[str,
 def _figures(
     rows: list[dict[str, Any]], ledger: goodput.Ledger
 ) -> dict[str, tuple[str, str, str, Any]]:
-    """{id: (title, note, width class, figure)} of what the run has."""
+    """Returns {id: (title, note, width class, figure)} of the plots that the run has data for."""
     import plotly.graph_objects as go
 
     def lines(height, form, *curves, kind="auto"):
@@ -253,10 +265,10 @@ def _figures(
         ("validation_loss", "validation", _ORANGE, "lines+markers"),
     )
     found = {
-        "loss": ("Loss", "cross entropy, nats a token", "wide", loss),
+        "loss": ("Loss", "cross entropy, nats per token", "wide", loss),
         "lr": (
             "Learning rate",
-            "of the dense matrices; others by their ratio",
+            "of the dense matrices; other parameters multiply it by their ratio",
             "half",
             lines(230, ".3~g", ("learning_rate", "", _BLUE, "lines"), kind="linear"),
         ),
@@ -268,7 +280,7 @@ def _figures(
         ),
         "speed": (
             "Throughput",
-            "tokens a second, without evaluation and saving",
+            "tokens per second, without evaluation and saving",
             "half",
             lines(230, ",.0f", ("tokens_per_second", "", _BLUE, "lines"), kind="linear"),
         ),
@@ -276,12 +288,15 @@ def _figures(
     if ledger.total:
         found["goodput"] = (
             "Where the time went",
-            f"{_duration(ledger.total)} of wall time, all restarts",
+            f"{_duration(ledger.total)} of wall time, over all restarts",
             "half",
             _goodput_figure(ledger),
         )
     if any("moe/demand" in row or "moe/load" in row for row in rows):
-        note = "share of a layer's choices against an even share; a column is a logged step, a row an expert"
+        note = (
+            "each expert's share of its layer's choices, relative to an even share; columns are "
+            "logged steps"
+        )
         found["experts"] = ("Experts by layer and time", note, "wide", _heatmap(rows))
         curves = (
             ("moe/recycled", "recycled", _ORANGE, "lines"),
@@ -289,7 +304,7 @@ def _figures(
         )
         found["moved"] = (
             "Recycled and dropped",
-            "share of choices that their expert had no room for",
+            "share of choices whose expert was full",
             "half",
             lines(230, ".2%", *curves, kind="linear"),
         )
@@ -304,7 +319,7 @@ def _figures(
             "quarter",
             lines(230, ".3f", entropy, kind="linear"),
         )
-        note = "of all layers: named by under 1 % of an even share"
+        note = "over all layers; chosen for under 1 % of an even share"
         found["dead"] = ("Dead experts", note, "quarter", lines(230, ".0f", dead, kind="linear"))
     return found
 
@@ -337,15 +352,16 @@ def _goodput_figure(ledger: goodput.Ledger) -> Any:
 
 
 def _heatmap(rows: list[dict[str, Any]]) -> Any:
-    """Experts of all layers over time, as powers of two of an even share; a button for each of
-    demand and load.
+    """Returns a heatmap of all experts over time, with buttons for demand and load.
+
+    Colours show powers of two relative to an even share.
     """
     import plotly.graph_objects as go
 
     figure = go.Figure()
     names = {
-        "moe/demand": "demand (what the router wishes)",
-        "moe/load": "load (what experts serve)",
+        "moe/demand": "demand (the router's choices)",
+        "moe/load": "load (choices served)",
     }
     labels, ticks = {}, []
     for name, label in names.items():
@@ -430,7 +446,7 @@ def _lay_out(figure: Any, height: int, **layout: Any) -> None:
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a scalar where it is a finite number."""
+    """Returns (steps, values) of a scalar, where it is a finite number."""
     found = [
         (row["step"], row[name])
         for row in rows
@@ -440,9 +456,7 @@ def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 
 
 def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """At most _MAX_POINTS points: of each stretch the lowest and the highest, so that no spike is
-    lost.
-    """
+    """Returns at most _MAX_POINTS points: each stretch's lowest and highest, to keep spikes."""
     if len(values) <= _MAX_POINTS:
         return steps, values
     kept = {0, len(values) - 1}
@@ -453,12 +467,12 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 
 
 def _tables(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[np.ndarray]]:
-    """(steps, [L, E] each) where the row holds numbers of the shape that the last row has."""
+    """Returns (steps, their [L, E] tables), for the rows whose table has the last one's shape."""
     found = []
     for row in rows:
         try:
             table = np.array(row.get(name), np.float64)
-        except (TypeError, ValueError):  # no rectangle of numbers
+        except (TypeError, ValueError):  # not a rectangle of numbers
             continue
         if table.ndim == 2 and table.size and np.isfinite(table).all():
             found.append((row["step"], table))
@@ -467,7 +481,7 @@ def _tables(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[np.n
 
 
 def _bucketed(tables: list[np.ndarray], steps: list[int]) -> tuple[np.ndarray, list[int]]:
-    """([L, E, C], step of each column): means over stretches, at most _MAX_COLUMNS columns."""
+    """Returns (means over at most _MAX_COLUMNS stretches [L, E, C], last step of each)."""
     parts = np.array_split(np.arange(len(tables)), min(len(tables), _MAX_COLUMNS))
     return np.stack([np.mean([tables[i] for i in part], axis=0) for part in parts], axis=-1), [
         steps[part[-1]] for part in parts
@@ -475,7 +489,7 @@ def _bucketed(tables: list[np.ndarray], steps: list[int]) -> tuple[np.ndarray, l
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is none."""
+    """Returns the JSON object of a file, or {} if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -512,5 +526,5 @@ def _duration(seconds: float) -> str:
 
 
 def _for_script(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Escapes JSON so that it cannot end the script element that holds it."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

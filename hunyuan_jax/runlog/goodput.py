@@ -56,7 +56,7 @@ class Ledger:
             self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Takes one more row into account."""
+        """Adds a row to the totals."""
         if "start" in row:
             self.num_starts += 1
             if self._last is not None and self._last.get("end") != "finished":
@@ -107,8 +107,9 @@ class Goodput:
         self.ledger = Ledger()
 
     def start(self, workdir: str | os.PathLike | None, step: int) -> None:
-        """Takes up the ledger of a workdir after `step` steps; without a workdir (one process
-        writes for all) only in memory.
+        """Opens the workdir's ledger, resuming at `step`.
+
+        Without a workdir it is kept in memory only: process 0 writes for all.
         """
         if workdir is not None:
             path = Path(workdir) / FILE
@@ -123,8 +124,10 @@ class Goodput:
         self.flush(step)
 
     def switch(self, cause: str, spent_on: str | None = None) -> None:
-        """From here on time belongs to `cause`; what passed since the last switch to `spent_on`,
-        by default to the cause announced then.
+        """Counts the time from here on as `cause`.
+
+        The time since the last switch is counted as `spent_on`, by default as the cause named
+        then.
         """
         now = self._now()
         self._spent[spent_on or self._cause] += now - self._since
@@ -132,7 +135,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def time(self, cause: str) -> Iterator[None]:
-        """The time inside belongs to `cause`, except what an inner `time` takes."""
+        """Counts the time inside as `cause`, except that of an inner `time`."""
         outer = self._cause
         self.switch(cause)
         try:
@@ -145,8 +148,9 @@ class Goodput:
         return sum(self._spent[cause] for cause in causes)
 
     def flush(self, step: int, skipped: float = 0.0) -> None:
-        """Writes a row: `step` steps are done, and all that they took has passed; `skipped` is the
-        share of them that were skipped.
+        """Writes a row after `step` steps, none of them still running.
+
+        `skipped` is the share of the steps since the last row that were skipped.
         """
         self.switch(self._cause)
         spent, self._spent = self._spent, Counter()
@@ -166,7 +170,9 @@ class Goodput:
         self._add({"time": self._offset + self._since, "step": step, "end": reason})
 
     def close(self) -> None:
-        """Closes the file; what was not flushed is lost, and the next process calls it "down"."""
+        """Closes the file.  Time that was not flushed is lost: the next process counts it as
+        "down".
+        """
         if self._file:
             self._file.close()
 
@@ -181,8 +187,8 @@ class Goodput:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger that may not exist; what is no row (cut off by a crash, damaged) is
-    left out.
+    """Returns the rows of a ledger; [] if there is none.  Damaged rows are left out, such as one
+    that a crash cut off.
     """
     return [row for row in read_objects(path) if _is_row(row)]
 

@@ -1,4 +1,4 @@
-"""What a run tells the world: rows of metrics, the progress line, where the time goes, and traces."""
+"""The log of a run: rows of metrics, the progress bar, where the time goes, and traces."""
 
 import contextlib
 import dataclasses
@@ -91,24 +91,23 @@ class Log:
         )
 
     def print(self, text: str) -> None:
-        """A line that stays, also before `open`."""
+        """Prints a line on process 0; may be called before `open`."""
         if self._progress:
             self._progress.print(text)
         elif hosts.is_first():
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line about this process, also from other processes than the first and from other
-        threads.
-        """
+        """Prints a line about this process, on any process and from any thread."""
         if hosts.is_first():
             self.print(text)
         else:
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
     def start(self, step: int, num_skipped: int, mesh: jax.sharding.Mesh) -> None:
-        """Startup is over; `step` steps are done, `num_skipped` of them skipped, and the next one
-        compiles.
+        """Ends the startup, with `step` steps done, `num_skipped` of them skipped.
+
+        The next step compiles.
         """
         self._step = self._logged_step = self._flushed_step = step
         self._num_skipped = num_skipped
@@ -122,10 +121,10 @@ class Log:
 
     @contextlib.contextmanager
     def time(self, cause: str) -> Iterator[None]:
-        """The loop waits for `cause`, one of `goodput.CAUSES`.
+        """Counts the time inside as spent on `cause`, one of `goodput.CAUSES`.
 
-        The devices' unfinished steps are waited for first, and are no part of it; "data" alone is
-        not waited for and counts only where the devices ran out of work meanwhile.
+        Waits for the devices' unfinished steps first; that time is not part of it.  "data" is the
+        exception: it waits for nothing, and counts only if the devices ran out of work meanwhile.
         """
         if cause == "data":
             self._goodput.switch(cause)
@@ -141,8 +140,8 @@ class Log:
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
-        """Around the call of the train step: the first one compiles, and a trace shows each by its
-        number.
+        """Wraps the call of the train step: counts the first as compiling, and names each in a
+        trace by its number.
         """
         if hosts.is_first() and step in self._config.train.profiled and not self._is_profiling:
             options = jax.profiler.ProfileOptions()
@@ -160,8 +159,10 @@ class Log:
         self._is_compiled = True
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """A step was given to the devices; every train.log_every steps (and at both ends) it is
-        waited for and logged: then True.
+        """Records a dispatched step and returns whether it was logged.
+
+        Every train.log_every steps, and for the first and the last, it waits for the step and logs
+        it.
         """
         train, is_first = self._config.train, self._metrics is None
         self._step, self._metrics = step, metrics
@@ -173,17 +174,16 @@ class Log:
         return is_logged
 
     def validation(self, step: int, row: dict[str, float]) -> None:
-        """Logs what `evaluate` found."""
+        """Logs what `evaluate` found: figures named validation_NAME."""
         self._write(step, row)
-        bits = (
-            f", {row['validation_bits_per_byte']:.4f} bits a byte"
-            if "validation_bits_per_byte" in row
-            else ""
+        figures = (
+            f"{name.removeprefix('validation_').replace('_', ' ')} {value:.4f}"
+            for name, value in row.items()
         )
-        self.print(f"step {step}: validation loss {row['validation_loss']:.4f} nats a token{bits}")
+        self.print(f"step {step}: validation {', '.join(figures)}")
 
     def stop(self, is_finished: bool) -> None:
-        """There are no more steps: from here to `close` saves in progress are waited for."""
+        """Ends the last step; the time from here to `close` is spent waiting for saves."""
         jax.block_until_ready(self._metrics)
         self._flush()
         self._goodput.switch("checkpoint")
@@ -260,20 +260,21 @@ class Log:
 
 
 def _finite(x: np.ndarray) -> float | None:
-    """A number of a skipped step may not be finite, and then is none in JSON."""
+    """Returns the number, or None if it is not finite: JSON has no such numbers."""
     return float(x) if np.isfinite(x) else None
 
 
 def _describe(work: Work, mesh: jax.sharding.Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
-        f"{work.parameters / 1e6:,.1f} M parameters, {work.active_parameters / 1e6:,.1f} M active; "
+        f"{work.parameters / 1e6:,.1f} M parameters, "
+        f"{work.active_parameters / 1e6:,.1f} M active; "
         f"{mesh.size} device(s), {axes}"
     )
 
 
 def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What a report says about the machine: versions, devices, host."""
+    """Returns what a report says about the machine: versions, devices, host."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(

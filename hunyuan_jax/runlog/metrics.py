@@ -122,8 +122,8 @@ def _rounded(values: np.ndarray) -> list:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines that may not exist; lines that are none (cut off by a
-    crash, damaged) are left out.
+    """Returns the JSON objects of a file with one a line; [] if there is no file.  Damaged lines
+    are left out, such as one that a crash cut off.
     """
     if not path.is_file():
         return []

@@ -1,5 +1,6 @@
-"""What every thread is doing, written down when a run makes no progress: a hung collective says
-nothing by itself.
+"""Writes the stacks of all threads when a run makes no progress.
+
+A hung collective prints nothing by itself.
 """
 
 import contextlib
@@ -12,8 +13,10 @@ from pathlib import Path
 
 
 class Watchdog:
-    """A thread that writes the stacks of all threads to standard error and a file when no step has
-    finished for some minutes, the start-up counted, and again after as long; it stops nothing.
+    """A thread that writes the stacks of all threads to standard error and a file.
+
+    It does so when no step has finished for some minutes, start-up included, and again after each
+    further such time.  It never stops the run.
     """
 
     def __init__(self, minutes: float, file: Path, process: str):
@@ -26,13 +29,14 @@ class Watchdog:
             self._thread.start()
 
     def finished(self, step: int) -> None:
-        """`step` steps are done."""
+        """Records that `step` steps are done."""
         self._step, self._since = step, time.monotonic()
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """The run is busy with something that may last, such as "saving"; what it says of
-        compiling tells a long wait from a hang.
+        """Names what the run is busy with inside, such as "saving".
+
+        The report shows it, so that a long compilation is not taken for a hang.
         """
         before, self._doing = self._doing, what
         try:
@@ -68,7 +72,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Of all other threads that run Python, by name; innermost call last."""
+    """Returns the stacks of all other Python threads, by name; innermost call last."""
     # Not by faulthandler: it follows the frames of threads that go on running, and has crashed a
     # run that was only slow.
     names = {thread.ident: thread.name for thread in threading.enumerate()}

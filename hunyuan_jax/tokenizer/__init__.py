@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
@@ -106,7 +107,7 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
     """
     if name_or_path == "byte":
         return ByteTokenizer()
-    path = pathlib.Path(name_or_path)
+    path = pathlib.Path(user_path(str(name_or_path)))
     if not path.is_dir():
         return HfTokenizer(path) if path.suffix == ".json" else HyTokenizer(path)
     if (path / "tokenizer.json").is_file():

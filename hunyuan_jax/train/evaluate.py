@@ -15,8 +15,9 @@ def evaluate(
     params: Any,
     batches: Iterable[Any],
 ) -> dict[str, float]:
-    """Returns the row of metrics.jsonl for one validation: `objective.summary` of the sums over all
-    batches.
+    """Returns the row of metrics.jsonl for one validation.
+
+    It is `objective.summary` of the sums over all batches.
     """
     totals: Counter[str] = Counter()
     for sums in [eval_step(params, batch) for batch in batches]:  # dispatched before any is read

@@ -1,5 +1,6 @@
-"""The training loop: resume, step, log, evaluate, save; on one process or, in step, on all that
-the run was started as.
+"""The training loop: resume, step, log, evaluate, save.
+
+Every process of a run executes it in lock-step.
 """
 
 import contextlib
@@ -45,11 +46,13 @@ from hunyuan_jax.train.state import (
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:
-    """Trains to config.train.num_steps, continuing from the newest checkpoint of workdir.  Returns
-    the exit status.
+    """Trains to config.train.num_steps, from the newest checkpoint of workdir if there is one.
 
-    SIGTERM and Ctrl-C save and stop, on all processes if one receives it: 0 after SIGTERM (the
-    same command continues), 130 where Ctrl-C was pressed.
+    SIGTERM and Ctrl-C save and stop all processes, whichever of them receives the signal.  The
+    same command then continues.
+
+    Returns:
+      The exit status: 130 after Ctrl-C, else 0.
 
     Raises:
       ConfigError: something the user must change.
@@ -216,10 +219,10 @@ def _restored(
     store: Store,
     log: Log,
 ) -> tuple[int, TrainState, manifest.Facts] | None:
-    """(steps done, state, facts) of the newest good checkpoint, None if there is none yet.
+    """Returns (steps done, state, facts) of the newest good checkpoint; None if there is none.
 
     Raises:
-      ConfigError: it is of another run or text, or only damaged ones are there.
+      ConfigError: it is of another run or text, or all checkpoints are damaged.
     """
 
     def target_of(facts):
@@ -260,14 +263,16 @@ def _work(program: Program) -> Work:
 
 
 class _Saves:
-    """When the next checkpoint is due; the same on all processes."""
+    """Decides when the next checkpoint is due; the same on all processes."""
 
     def __init__(self, config: Config):
         self._cfg, self._last = config.checkpoint, time.monotonic()
 
     def is_due(self, step: int, is_logged: bool) -> bool:
-        """Whether to save after `step`; is_logged: the loop waits for the devices now, and may
-        wait for the other processes too.
+        """Whether to save after `step`.
+
+        Only if `is_logged` may it wait for the other processes: the loop then waits for the
+        devices anyway.
         """
         if self._cfg.every and step % self._cfg.every == 0:
             return True
@@ -280,12 +285,12 @@ class _Saves:
         )
 
     def saved(self) -> None:
-        """There is a new checkpoint."""
+        """Records that a checkpoint was saved."""
         self._last = time.monotonic()
 
 
 def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
-    """Waits for the save of the last step, and says how long it takes."""
+    """Waits for the save of the last step, and prints how long it takes."""
     usual = (
         f"the last one took {store.save_seconds:.1f} s"
         if store.save_seconds
@@ -302,7 +307,7 @@ def _stop(received: signal.Signals, step: int, store: Store, log: Log) -> None:
 
 @contextlib.contextmanager
 def _waited_for(store: Store, watchdog: Watchdog) -> Iterator[None]:
-    """At the end saves and uploads in progress are waited for, unless Ctrl-C was pressed twice."""
+    """Waits at the end for saves and uploads, unless Ctrl-C was pressed twice."""
 
     def close():
         with watchdog.doing("waiting for saves and uploads"):
@@ -319,7 +324,7 @@ def _waited_for(store: Store, watchdog: Watchdog) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_full_explained(store: Store) -> Iterator[None]:
-    """Metrics and logs need space too, on what usually is the same disk."""
+    """Explains a full disk wherever it is met: metrics and logs need space too."""
     try:
         yield
     except OSError as error:
@@ -329,7 +334,7 @@ def _disk_full_explained(store: Store) -> Iterator[None]:
 
 
 def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -> str:
-    """What a checkpoint was made with, where that is something else today."""
+    """Returns the versions that a checkpoint was made with and that differ now, as text."""
     today = manifest.facts(config, program.mesh.shape, {}, None)["versions"]
     return ", ".join(
         f"{name} {version}"
@@ -340,10 +345,10 @@ def _changed_versions(facts: dict[str, Any], config: Config, program: Program) -
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM or Ctrl-C put themselves into; the second Ctrl-C interrupts at once.
+    """Yields a list that receives SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
 
-    Among several processes SIGTERM is left to jax, whose handler tells the others
-    (`hosts.reached_stop`); Ctrl-C is passed on to it.
+    With several processes jax handles SIGTERM and tells the others (`hosts.reached_stop`); Ctrl-C
+    is passed on to it as SIGTERM.
     """
     received: list[signal.Signals] = []
     is_alone = jax.process_count() == 1

@@ -47,7 +47,7 @@ class Objective(Protocol):
     """Made from a Config.  Its methods see a micro-batch at a time: part of the batch's examples.
 
     The train step divides a loss by the weight of the whole batch, over all micro-batches and
-    hosts.  Micro-batches with different numbers of labelled tokens therefore count each token once.
+    hosts.  Every labelled token therefore counts the same, however many its micro-batch has.
     """
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.declare import Role
+from hunyuan_jax.params.roles import Role
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
 
@@ -90,7 +90,7 @@ def params_of(cfg: ModelConfig) -> dict[str, Param]:
         found[entry.path] = Param(
             entry.path.replace("/", "."),
             table.stacked_shape(entry, cfg),
-            table.our_shape(entry, cfg),
+            entry.our_shape,
             dtype,
         )
     return found
@@ -114,8 +114,11 @@ def tree_metadata(params: dict[str, Param]) -> bytes:
     ).encode()
 
 
-def encode(tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int) -> np.ndarray:
-    """One chunk of an official tensor in our layout and dtype.
+def encode(
+    tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int, scale: float | None
+) -> np.ndarray:
+    """One chunk of an official tensor in our layout and dtype, multiplied by `scale` if there is
+    one.
 
     Raises:
       ConfigError: it holds a value that is not a finite number.
@@ -129,6 +132,8 @@ def encode(tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int) -> 
         transpose_into(rows, columns)
     else:
         rows = tensor.reshape(param.piece[0], -1)[begin:end]
+    if scale is not None:
+        rows = rows.astype(np.float32) * np.float32(scale)
     block = np.ascontiguousarray(rows, param.dtype).reshape(end - begin, -1)
     exponent = _EXPONENTS[param.dtype.itemsize]
     if ((block.view(exponent.dtype) & exponent) == exponent).any():

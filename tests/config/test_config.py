@@ -417,8 +417,7 @@ BROKEN = [
     (
         {"train__grad_accum_steps": 3},
         "config.train.batch_size = 8 does not split into config.train.grad_accum_steps = 3 equal "
-        "parts. Use a grad_accum_steps from "
-        "[1, 2, 4, 8].",
+        "micro-batches. Use a grad_accum_steps from [1, 2, 4, 8].",
     ),
     (
         {"model__moe__group_size": 100},
@@ -642,7 +641,7 @@ def test_schedule_names_are_all_accepted():
         "import hunyuan_jax",
         "import hunyuan_jax.config, hunyuan_jax.presets",
         "import hunyuan_jax; hunyuan_jax.presets.tiny()",
-        "import hunyuan_jax.flags, hunyuan_jax.cli",
+        "import hunyuan_jax.cli, hunyuan_jax.flags.parse",
     ],
 )
 def test_configuration_loads_no_jax(statement):

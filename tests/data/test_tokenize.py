@@ -73,10 +73,10 @@ def run(*arguments, timeout=120):
 
 def main(*arguments):
     """The command in this process; overrides of the config are read from sys.argv."""
-    argv = ["hunyuan_jax", *map(str, arguments)]
+    arguments = [*map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        return cli.main(argv)
+        patch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
+        return cli.run(arguments)
 
 
 def contents(folder):

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from hunyuan_jax import cli
+from hunyuan_jax import cli, from_pretrained
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import command as command_lib
 from hunyuan_jax.infer import cpu_layout, text
 from hunyuan_jax.infer import engine as engine_lib
 from hunyuan_jax.infer.pretrained import Pretrained
@@ -287,7 +288,8 @@ def test_a_tokenizer_without_chat_tokens_is_refused(talker):
 def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=f"{tmp_path}/absent is not a model folder: it has no config.json",
+        match=f"checkpoint = '{tmp_path}/absent' is no folder; give the workdir of a run or a "
+        "model folder",
     ):
         text.load(tmp_path / "absent")
 
@@ -296,28 +298,35 @@ def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monke
     talker[0].save_pretrained(tmp_path)
     shutil.copy(ranks, tmp_path)
     command = [
-        "hunyuan_jax",
         "chat",
         f"--checkpoint={tmp_path}",
         "--temperature=0",
         "--max_new_tokens=4",
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\nHello\n"))
-    assert cli.main(command) == 0
+    assert cli.run(command) == 0
     chat = text.Chat(*talker, max_new_tokens=4, temperature=0.0)
     first, second = "".join(chat.ask("Hello")), "".join(chat.ask("Hello"))
     assert capsys.readouterr().out == f"{first}\n{first}\n{second}\n"
     for option, message in (
-        ("--mesh=expert", "'expert' is no AXIS:SIZE; axes are replica, data, expert, tensor"),
+        ("--mesh=expert", "'expert' is not AXIS:SIZE; axes are replica, data, expert, tensor"),
         ("--mesh=expert:3", "does not use the 8 devices exactly"),
         ("--top_p=2", "top_p = 2.0"),
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         with pytest.raises(ConfigError, match=message):
-            cli.main([*command, option])
+            cli.run([*command, option])
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    assert cli.main([*command, "--mesh=data:4,tensor:2"]) == 0
+    assert cli.run([*command, "--mesh=data:4,tensor:2"]) == 0
     assert capsys.readouterr().out == f"{first}\n"
+
+
+def test_the_folders_eos_goes_before_that_of_its_config(talker, tmp_path):
+    talker[0].save_pretrained(tmp_path)
+    own = talker[0].config.eos_token_ids
+    assert from_pretrained(tmp_path).config.eos_token_ids == own != (9, 3)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 3]}')
+    assert from_pretrained(tmp_path).config.eos_token_ids == (9, 3)
 
 
 def test_chat_in_a_terminal_survives_ctrl_c(talker, monkeypatch, capsys):
@@ -332,11 +341,11 @@ def test_chat_in_a_terminal_survives_ctrl_c(talker, monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert list(cli._questions()) == ["Hello"]
+    assert list(command_lib._questions()) == ["Hello"]
 
     def pieces():
         yield "half"
         raise KeyboardInterrupt
 
-    cli._print_answer(pieces())
+    command_lib._print_answer(pieces())
     assert capsys.readouterr().out.endswith("half\n")

@@ -261,3 +261,8 @@ def test_counts_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         count(SMALL).total = 1
     assert [field.name for field in dataclasses.fields(Counts)][2:-2] == list(PARTS)
+
+
+def test_counting_imports_no_jax():
+    code = "import sys, hunyuan_jax.model.count; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,7 +26,7 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import mesh as mesh_lib
 from hunyuan_jax.params.abstract import structs
-from hunyuan_jax.params.declare import LOW_PRECISION_ROLES
+from hunyuan_jax.params.roles import LOW_PRECISION_ROLES
 from hunyuan_jax.train.state import abstract_model, abstract_state, build_program
 from hunyuan_jax.train.step import abstract_batch, make_train_step
 

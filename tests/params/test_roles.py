@@ -12,7 +12,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.optim.groups import assign_groups, default_groups
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.parallel.rules import RULES, stored_spec
-from hunyuan_jax.params.declare import LOW_PRECISION_ROLES
+from hunyuan_jax.params.roles import LOW_PRECISION_ROLES
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.weights import names as table
 
@@ -188,6 +188,7 @@ def test_the_presets(name):
         is_matrix = len(spec.shape) - spec.num_stacked >= 2
         assert is_matrix == (spec.role in (*LOW_PRECISION_ROLES, "router")), path
     # The table of official names says the same.
-    assert {entry.path: entry.role for entry in table.entries(cfg)} == {
-        path: spec.role for path, spec in specs.items()
-    }
+    assert {
+        entry.path: (entry.role, (*table.stacked_shape(entry, cfg), *entry.our_shape))
+        for entry in table.entries(cfg)
+    } == {path: (spec.role, spec.shape) for path, spec in specs.items()}

@@ -47,9 +47,10 @@ def plan(monkeypatch):
     """Runs the command in this process."""
 
     def run(*options):
-        argv = ["hunyuan_jax", "plan", TINY, *options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        return cli.main(argv)
+        arguments = ["plan", TINY, *options]
+        # where ml_collections looks for overrides
+        monkeypatch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
+        return cli.run(arguments)
 
     return run
 
@@ -840,7 +841,7 @@ def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
     ]
     assert [bool(trial.report) for trial in trials] == [False] * (len(trials) - 1) + [True]
     assert trials[0].estimate is None and "config.mesh" in trials[0].outcome
-    assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials)
+    assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials[1:])
     assert len(compiled) == sum(
         trial.outcome != "too little memory, by estimate" for trial in trials[1:]
     )

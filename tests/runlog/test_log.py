@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from hunyuan_jax import presets
-from hunyuan_jax.config import Config, TrainConfig
+from hunyuan_jax.config import Config, ScheduleConfig, TrainConfig
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.runlog.log import Log, Work
 from pallas_kernels import chips
@@ -20,7 +20,12 @@ def metrics_of(**changes):
 def test_a_row_has_the_objectives_figures_and_the_speed_of_its_work(tmp_path, monkeypatch):
     monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e6)  # a CPU's is not known
     mesh = single_device_mesh()
-    log = Log(Config(presets.tiny(), train=TrainConfig(num_steps=1, log_every=1)), tmp_path)
+    config = Config(
+        presets.tiny(),
+        schedule=ScheduleConfig(warmup_steps=0),
+        train=TrainConfig(num_steps=1, log_every=1),
+    )
+    log = Log(config, tmp_path)
     work = Work(parameters=10, active_parameters=8, flops_per_token=50, tokens_per_step=64)
     log.open(0, mesh, lambda num_updates: jnp.float32(0.5), work)
     log.start(0, 0, mesh)

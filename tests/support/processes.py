@@ -9,6 +9,14 @@ import sys
 
 from support import paths
 
+# Those of the tests (conftest.py), with two devices a process; the last word counts.
+XLA_FLAGS = " ".join(
+    [
+        os.environ["XLA_FLAGS"],
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    ]
+)
+
 # A run of a few steps.
 NUM_STEPS = 4
 SMALL = {
@@ -51,7 +59,7 @@ def processes(fields_of_each, workdir, script=("train.py",)):
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(len(fields_of_each)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": XLA_FLAGS,
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     }
     started = []
@@ -151,7 +159,7 @@ def start(corpus, workdir, script=("train.py",), **fields):
     command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": XLA_FLAGS,
         # Each process would compile the same for seconds.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

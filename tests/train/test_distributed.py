@@ -236,10 +236,10 @@ def test_rows_follow_from_the_mesh():
     np.testing.assert_array_equal(
         hosts.process_rows(sharding, (6, 3)), np.arange(6)
     )  # this process holds all
-    assert (
-        hosts.global_batch({"tokens": np.ones((6, 3))}, sharding, (6, 3))["tokens"].sharding
-        == sharding
+    made = hosts.global_batch(
+        {"tokens": np.ones((6, 3))}, {"tokens": sharding}, {"tokens": (6, 3)}
     )
+    assert made["tokens"].sharding == sharding
 
 
 # Joining

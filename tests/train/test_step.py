@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hunyuan_jax import bench
+from hunyuan_jax.bench import speed
 from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import OptimizerConfig
 from hunyuan_jax.errors import ConfigError
@@ -252,7 +252,7 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     assert run.cfg == config.model
     shardings = build_program(config, mesh_of(*SIZES)).shardings.params
     plain = jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), shardings, is_leaf=is_scaled)
-    params = run.read(plain)
+    params = run.read("float32", plain)
     assert_same(params, load_params(state.params))
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -367,4 +367,4 @@ def moments(state):
 def test_bench_prefills_from_a_state_of_scaled_matrices():
     config = config_for(state_dtype="fp8_lm")
     program = build_program(config, mesh_of(*SIZES))
-    assert bench._prefill_seconds(config, program, random_state(program).params, num_runs=1) > 0
+    assert speed._prefill_seconds(config, program, random_state(program).params, num_runs=1) > 0

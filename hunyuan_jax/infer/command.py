@@ -1,0 +1,156 @@
+"""The commands `generate` and `chat`."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from hunyuan_jax import flags
+from hunyuan_jax.config import MeshConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
+
+# Without a flag and without a generation_config.json in the model's folder.
+_DEFAULTS = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.0}
+
+
+def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
+    where = f"generation_config.json's, else {_DEFAULTS[name]}"
+    return flags.Option(name, kind, meaning, default_meaning=where)
+
+
+_MODEL = (
+    flags.Option(
+        "checkpoint", user_path, "Workdir of a run, or a model folder.", is_required=True
+    ),
+    flags.Option(
+        "tokenizer",
+        user_path,
+        "byte, a folder or a file.",
+        default_meaning="the checkpoint's",
+    ),
+    flags.Option(
+        "mesh",
+        str,
+        "Mesh axes to spread the model over, such as expert:2,tensor:4.",
+        default_meaning="one device",
+    ),
+    flags.Option("max_new_tokens", int, "Stop after this many tokens.", 256),
+    _sampling_option("temperature", float, "Sampling temperature; 0 is greedy."),
+    _sampling_option("top_k", int, "Draw from the k most likely tokens; 0 is off."),
+    _sampling_option("top_p", float, "Draw from the most likely tokens of this mass; 1 is off."),
+    _sampling_option("repetition_penalty", float, "Penalty of tokens seen before; 1 is off."),
+    flags.Option("seed", int, "Random seed for sampling.", 0),
+)
+
+
+@flags.command(
+    *_MODEL, flags.Option("prompt", str, "Text to continue; not empty.", is_required=True)
+)
+def generate(values) -> int:
+    """Continues --prompt, printing as it goes."""
+    from hunyuan_jax.infer import text
+
+    start, num_tokens = time.perf_counter(), 0
+    with _values_are_settings():
+        pieces = text.stream(
+            *text.load(values.checkpoint, values.tokenizer, _mesh(values.mesh)),
+            values.prompt,
+            **_sampling(values),
+        )
+        print(values.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            num_tokens += 1
+    print()
+    print(
+        f"({num_tokens} tokens in {time.perf_counter() - start:.1f} s with loading and compiling)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+@flags.command(*_MODEL, flags.Option("system", str, "System message.", ""))
+def chat(values) -> int:
+    """Chats with a model, on the terminal or with questions from a pipe, one a line.
+
+    /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    from hunyuan_jax.infer import text
+
+    with _values_are_settings():
+        model, vocabulary = text.load(values.checkpoint, values.tokenizer, _mesh(values.mesh))
+        conversation = text.Chat(model, vocabulary, values.system, **_sampling(values))
+        for question in _questions():
+            if question == "/reset":
+                conversation.reset()
+            elif question:
+                _print_answer(conversation.ask(question))
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    """Lines of a terminal, or of a pipe, until they end."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401  (gives input() a history and editing keys)
+
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _print_answer(pieces: Iterator[str]) -> None:
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+
+
+@contextlib.contextmanager
+def _values_are_settings() -> Iterator[None]:
+    """Turns a ValueError of the library, here about what an option said, into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _sampling(values) -> dict[str, Any]:
+    """Keywords of `Pretrained.stream`: an option that is given goes before the model folder's
+    generation_config.json, and that before the default.
+    """
+    from hunyuan_jax.infer.generation_config import read_sampling
+
+    given = {name: getattr(values, name) for name in _DEFAULTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = _DEFAULTS | read_sampling(values.checkpoint) | given
+    return settings | {"max_new_tokens": values.max_new_tokens, "seed": values.seed}
+
+
+def _mesh(spec: str | None) -> Any:
+    """The mesh that --mesh names over all devices, or None."""
+    if spec is None:
+        return None
+    names = list(MeshConfig().axis_sizes)
+    pairs = [part.split(":") for part in spec.split(",")]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] not in names or not pair[1].isdecimal():
+            raise ConfigError(
+                f"--mesh={spec}: {':'.join(pair)!r} is not AXIS:SIZE; axes are {', '.join(names)}."
+            )
+    from hunyuan_jax.parallel.mesh import make_mesh
+
+    sizes = {name: int(size) for name, size in pairs}
+    return make_mesh(MeshConfig(**dict.fromkeys(names, 1) | sizes))

@@ -1,0 +1,56 @@
+"""Which layers a model has: the one place that turns a config into kinds of layers, by their facts
+(layers/facts.py).  Imports no jax; model/pattern.py has the modules.
+"""
+
+from typing import Any, NamedTuple
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers.facts import Activations, Count, Sizes, Tensor
+from hunyuan_jax.layers.ffn import swiglu_facts
+from hunyuan_jax.layers.ffn.moe import facts as moe_facts
+from hunyuan_jax.layers.mixer import attention_facts
+
+
+class LayerFacts(NamedTuple):
+    """One layer of the pattern.
+
+    mixer, ffn: facts files, see layers/facts.py.
+    shares_kv_with: place in the pattern of the earlier layer whose keys and values it uses; None:
+      it makes its own.
+    """
+
+    mixer: Any
+    ffn: Any
+    shares_kv_with: int | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether it uses the keys and values of an earlier layer."""
+        return self.shares_kv_with is not None
+
+    def count(self, cfg: ModelConfig, seq_len: int) -> tuple[Count, ...]:
+        """Of the mixer and the feed-forward network."""
+        mixer = self.mixer.count(cfg, seq_len, shares=self.shares)
+        return mixer, self.ffn.count(cfg, seq_len)
+
+    def activation_bytes(self, cfg: ModelConfig, sizes: Sizes) -> tuple[Activations, ...]:
+        """Of the mixer and the feed-forward network."""
+        mixer = self.mixer.activation_bytes(cfg, sizes, shares=self.shares)
+        return mixer, self.ffn.activation_bytes(cfg, sizes)
+
+    def official_names(self, cfg: ModelConfig) -> list[Tensor]:
+        """Of the mixer, then of the feed-forward network."""
+        mixer = self.mixer.official_names(cfg, shares=self.shares)
+        return mixer + self.ffn.official_names(cfg)
+
+
+def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
+    """The layers of one group; the model repeats them cfg.num_groups times.
+
+    A group is a CLA group: a producer of keys and values and its consumers.
+    """
+    ffn = moe_facts if cfg.is_moe else swiglu_facts
+    return tuple(
+        LayerFacts(attention_facts, ffn, shares_kv_with=None if place == 0 else 0)
+        for place in range(cfg.cla_share_factor)
+    )

@@ -1,0 +1,91 @@
+"""The command `plan`."""
+
+import json
+
+from hunyuan_jax import flags
+from hunyuan_jax.errors import ConfigError
+
+_OPTIONS = (
+    flags.Option(
+        "topology",
+        str,
+        "GENERATION:SHAPE of a slice, such as v5p:4x8x8; for several slices set "
+        "config.mesh.num_slices.",
+    ),
+    flags.Option(
+        "batch_per_chip",
+        int,
+        "Sequences per device (half a chip on tpu7x).",
+        default_meaning="the config's batch; 1 with --fit; 1, 2 and 4 with --search",
+        minimum=1,
+    ),
+    flags.Option(
+        "search",
+        bool,
+        "Rank meshes, remat policies, batches and optimizer dtypes on --topology.",
+        False,
+    ),
+    flags.Option(
+        "compile_top",
+        int,
+        "--search: compile this many of the best.",
+        default_meaning="3",
+        minimum=0,
+    ),
+    flags.Option(
+        "fit",
+        bool,
+        "Find the smallest slice of each TPU generation on which the config trains.",
+        False,
+    ),
+    flags.Option("generation", str, "--fit: this TPU generation only."),
+)
+
+
+@flags.command(flags.CONFIG, flags.JSON, *_OPTIONS)
+def plan(values) -> int:
+    """Compiles the train step for a TPU slice, on this machine: memory, estimated time and
+    collectives.
+    """
+    if values.search and values.fit:
+        raise ConfigError("--search and --fit are two questions; ask one at a time.")
+    for option, mode in (("compile_top", "search"), ("generation", "fit")):
+        if getattr(values, option) is not None and not getattr(values, mode):
+            raise ConfigError(f"--{option} acts with --{mode} only; add --{mode} or leave it out.")
+    if (values.topology is None) != values.fit:
+        raise ConfigError(
+            "--fit walks over all slices; leave --topology out."
+            if values.fit
+            else "--topology is missing, such as --topology=v5p:4x8x8."
+        )
+    from hunyuan_jax.plan import aot, search, show, topology
+
+    config, batch = values.config, values.batch_per_chip
+    if values.fit:
+        if values.generation not in (None, *topology.SLICES):
+            raise ConfigError(
+                f"--generation={values.generation} is not one of {', '.join(topology.SLICES)}."
+            )
+        generations = [values.generation] if values.generation else list(topology.SLICES)
+        trials = search.fit(config, generations, batch or 1)
+        title = "Slices up to the smallest of each generation on which the config trains"
+    elif values.search:
+        num_compiled = 3 if values.compile_top is None else values.compile_top
+        batches = [batch] if batch else [1, 2, 4]
+        trials = search.search(config, values.topology, batches, num_compiled)
+        title = f"Ways to run the config on {values.topology}, best first"
+    else:
+        if batch:
+            num_devices = topology.num_devices(values.topology, config.mesh.num_slices)
+            config = search.with_batch(config, num_devices, batch)
+        report = aot.report(config, values.topology)
+        if values.json:
+            print(json.dumps(show.report_data(report)))
+        else:
+            show.print_report(report)
+        return 0
+    if values.json:
+        print(json.dumps(show.trials_data(trials)))
+    else:
+        show.print_trials(trials, title)
+    return 0

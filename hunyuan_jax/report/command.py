@@ -1,0 +1,16 @@
+"""The command `report`."""
+
+from hunyuan_jax import flags
+from hunyuan_jax.files import user_path
+
+
+@flags.command(
+    flags.Option("workdir", user_path, "folder of the run, such as runs/tiny.", is_required=True),
+    flags.Option("output", user_path, "File to write.", default_meaning="WORKDIR/report.html"),
+)
+def report(values) -> int:
+    """Writes one HTML page about a run: curves, goodput, expert load, config; also while it runs."""
+    from hunyuan_jax.report import page
+
+    print(page.write(values.workdir, values.output))
+    return 0

@@ -1,0 +1,109 @@
+"""The commands `import`, `export` and `verify`."""
+
+import os
+import sys
+
+from hunyuan_jax import flags
+from hunyuan_jax.files import user_path
+
+_SOURCE = flags.Option("source", user_path, "Official model folder.", is_required=True)
+_OUTPUT = flags.Option("output", user_path, "Folder to write.", is_required=True)
+_CHECKPOINT = flags.Option(
+    "checkpoint", user_path, "Converted checkpoint, or workdir of a run.", is_required=True
+)
+
+
+@flags.command(
+    _SOURCE,
+    _OUTPUT,
+    flags.Option(
+        "dtype",
+        str,
+        "Dtype of the parameters.",
+        default_meaning="config.json's",
+        choices=("float32", "bfloat16"),
+    ),
+)
+def import_(values) -> int:
+    """Converts safetensors or .bin shards to a checkpoint with its config and tokenizer."""
+    from hunyuan_jax.weights import stream
+
+    count = stream.import_model(values.source, values.output, values.dtype)
+    print(f"{values.output}: complete; {count} tensors converted now.")
+    return 0
+
+
+@flags.command(
+    _CHECKPOINT,
+    _OUTPUT,
+    flags.Option(
+        "adapter",
+        bool,
+        "Write only the LoRA adapter of a run, for PEFT: adapter_config.json and "
+        "adapter_model.safetensors.",
+        False,
+    ),
+)
+def export(values) -> int:
+    """Writes a model as an official folder (names, dtypes and shards), adapters merged."""
+    if values.adapter:
+        from hunyuan_jax.weights import peft
+        from hunyuan_jax.weights.run import Run
+
+        run = Run(values.checkpoint)
+        model_cfg, params = run.read_adapters()
+        peft.write_adapter(values.output, model_cfg, params, run.config.train.init_from)
+        if warning := peft.peft_warning(model_cfg):
+            print(warning, file=sys.stderr)
+        return 0
+    written = _export(values.checkpoint, values.output)
+    print(f"{values.output}: complete{written}.")
+    return 0
+
+
+def _export(checkpoint: str, output: str) -> str:
+    """Writes the official folder of a run, a model folder or a converted checkpoint; returns what
+    to say about it.
+    """
+    from hunyuan_jax.weights import stream
+
+    is_run = os.path.isdir(os.path.join(checkpoint, "checkpoints"))
+    is_official = os.path.isfile(os.path.join(checkpoint, "config.json"))
+    if stream.is_converted(checkpoint) or not (is_run or is_official):
+        count = stream.export_model(checkpoint, output)
+        return f"; {count} files of weights written now"
+    import jax
+    import numpy as np
+
+    from hunyuan_jax.weights import torch_io
+
+    if is_run:
+        from hunyuan_jax.model.abstract import abstract_model
+        from hunyuan_jax.parallel.mesh import single_device_mesh
+        from hunyuan_jax.weights.run import Run
+
+        run = Run(checkpoint)
+        shardings = abstract_model(run.cfg, single_device_mesh())[2]
+        cfg, params, source = run.cfg, run.read(run.cfg.dtype, shardings), None
+    else:
+        cfg, params, source = torch_io.read_model(checkpoint)
+    torch_io.write_model(output, cfg, jax.tree.map(np.asarray, params), source)
+    return ""
+
+
+@flags.command(_SOURCE, _CHECKPOINT)
+def verify(values) -> int:
+    """Compares a converted checkpoint with its source, tensor by tensor, then layer by layer
+    through both forward passes.
+    """
+    from hunyuan_jax.weights import verify as verify_lib
+
+    differences = verify_lib.verify(values.source, values.checkpoint)
+    for line in differences:
+        print(line)
+    print(
+        f"{len(differences)} differences"
+        if differences
+        else f"{values.checkpoint} is {values.source}."
+    )
+    return 1 if differences else 0

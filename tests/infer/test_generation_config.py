@@ -1,0 +1,80 @@
+"""Where `generate` and `chat` get their sampling settings: an option, the model folder, a default."""
+
+import json
+
+import pytest
+
+from hunyuan_jax import cli
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import text
+from hunyuan_jax.infer.generation_config import read_sampling
+
+DEFAULTS = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.0}
+STATED = {"temperature": 0.7, "top_k": 5, "top_p": 0.6, "repetition_penalty": 1.05}
+GIVEN = {"temperature": 0.1, "top_k": 7, "top_p": 0.5, "repetition_penalty": 1.2}
+
+
+@pytest.fixture
+def used(monkeypatch, tmp_path):
+    """Runs `generate` on a folder with these recommendations; the settings that reach the model."""
+
+    def run(stated, *options):
+        if stated is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(stated))
+        seen = {}
+
+        def stream(model, vocabulary, prompt, **sampling):
+            seen.update(sampling)
+            return iter(())
+
+        monkeypatch.setattr(text, "load", lambda *_: (None, None))
+        monkeypatch.setattr(text, "stream", stream)
+        assert cli.run(["generate", f"--checkpoint={tmp_path}", "--prompt=x", *options]) == 0
+        return {name: seen[name] for name in DEFAULTS}
+
+    return run
+
+
+def test_without_a_file_the_defaults_hold(used):
+    assert used(None) == DEFAULTS
+
+
+def test_the_folder_goes_before_the_defaults(used):
+    assert used(STATED) == STATED
+    assert used({"top_p": 0.6}) == DEFAULTS | {"top_p": 0.6}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_option_goes_before_the_folder(used, name):
+    assert used(STATED, f"--{name}={GIVEN[name]}") == STATED | {name: GIVEN[name]}
+
+
+def test_an_option_that_says_the_default_is_given_too(used):
+    options = [f"--{name}={value}" for name, value in DEFAULTS.items()]
+    assert used(STATED, *options) == DEFAULTS
+
+
+def test_greedy_folders_and_top_k_off(used):
+    assert used({"do_sample": False, "temperature": 0.7})["temperature"] == 0.0
+    assert used({"do_sample": True, "temperature": 0.7})["temperature"] == 0.7
+    assert used({"top_k": -1})["top_k"] == 0
+    assert used({"top_k": None, "temperature": None}) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ('{"temperature": -1}', "temperature = -1 must be a number that is not negative"),
+        ('{"temperature": "hot"}', "temperature = 'hot' must be a number"),
+        ('{"temperature": NaN}', "temperature = nan must be a number"),
+        ('{"top_k": 2.5}', "top_k = 2.5 must be an integer"),
+        ('{"top_p": 0}', r"top_p = 0 must be in \(0, 1\]"),
+        ('{"repetition_penalty": 0}', "repetition_penalty = 0 must be a positive number"),
+        ("[]", "must be an object of fields"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, stated, message):
+    (tmp_path / "generation_config.json").write_text(stated)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json.*{message}"):
+        read_sampling(tmp_path)
