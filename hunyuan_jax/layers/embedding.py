@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.parallel import island, rules
+from hunyuan_jax.parallel import island, rules, xla_workarounds
 from hunyuan_jax.params import declare as params
 
 TABLES = (("vocab", "embed"), ("odd_vocab", "wide_embed"))
@@ -65,7 +65,7 @@ def lookup(
     a token's columns together: the table never is whole on a chip.
     """
     vocab, embed = logical
-    w_Vd = island.gather_stored(island.cast(w_VD, dtype), vocab, dim=0)
+    w_Vd = island.gather_stored(xla_workarounds.cast_where_used(w_VD, dtype), vocab, dim=0)
     tokens_nT = island.gather_stored(
         tokens_BT, embed, dim=0
     )  # n: the sequences of all shards in question
@@ -86,7 +86,7 @@ def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
 
     def fn(w_VD, hidden_BTD):
         hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        w_VD = island.whole(w_VD, logical, hidden_BTD.dtype)
+        w_VD = island.gather_param(w_VD, logical, hidden_BTD.dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32)
         return logits_MV.reshape(*hidden_BTD.shape[:2], -1)
 

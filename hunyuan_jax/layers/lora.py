@@ -92,7 +92,9 @@ def added(
     input.  Runs inside an island.
     """
     _, a_name, b_name = names(target)
-    a, b = (island.whole(weights[name], logical[name], x_BTI.dtype) for name in (a_name, b_name))
+    a, b = (
+        island.gather_param(weights[name], logical[name], x_BTI.dtype) for name in (a_name, b_name)
+    )
     rank = cfg.lora.rank
     return linear(linear(x_BTI, a.reshape(-1, rank)), b.reshape(rank, -1)) * cfg.lora.scale
 

@@ -1,8 +1,8 @@
-"""Training loss: cross entropy per target, computed over parts of the vocabulary, and the
+"""Training loss: cross entropy per target, computed over vocabulary chunks, and the
 auxiliary router losses.
 
-Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n parts of it, v rows
-of the table that a shard stores of one part, d = D / shards in storage; Vn: a part, whole.
+Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n chunks of it, v
+rows of a chunk that one shard stores, d = D / shards in storage, Vn rows of a whole chunk.
 """
 
 import functools
@@ -15,12 +15,9 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.layers.embedding import ROWS, TOKENS
-from hunyuan_jax.layers.linear import apart
-from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel import island, xla_workarounds
+from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 
-# Of one part, float32, on one shard.  With twice as much, the part's gradient is above what the
-# TPU compiler (libtpu 0.0.50) turns into a reduce-scatter: it then all-reduces.
-_MAX_LOGITS_BYTES = 2**28
 _LANES = 128
 
 
@@ -30,7 +27,7 @@ def token_losses(
     """-log p(target) in nats, float32 [B, T]; targets are already shifted.
 
     The [tokens, vocabulary] logits are never whole in memory: the table is gathered and multiplied
-    in parts, and the backward pass computes each part's logits again.
+    in chunks, and the backward pass computes each chunk's logits again.
 
     Args:
       table_VD: the output projection, as declared in embedding.py.
@@ -65,15 +62,18 @@ def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
     )
 
 
-def num_parts(num_tokens: int, num_rows: int, num_shards: int) -> int:
-    """In how many parts num_rows rows of the table on each of num_shards shards are multiplied
-    with num_tokens tokens.
+def num_chunks(num_tokens: int, num_rows: int, num_shards: int) -> int:
+    """Number of vocabulary chunks: the smallest divisor of num_rows that keeps a chunk's logits
+    small.
 
-    The smallest divisor of num_rows that keeps a part's logits small.  Where that is more than
-    twice as many parts as are needed (128167 is 13 times a prime, and 13 rows are no matrix) their
-    number is what is needed, and the last part is filled up with zeros.
+    Where that is more than twice as many as are needed (128167 is 13 times a prime, and 13 rows are
+    no matrix), it is as many as are needed, and the last chunk is padded with zeros.
+
+    Args:
+      num_tokens: that are multiplied with the table, on one shard.
+      num_rows: of the table, on each of num_shards shards in storage.
     """
-    most_rows = max(1, _MAX_LOGITS_BYTES // (4 * num_tokens * num_shards))
+    most_rows = max(1, xla_workarounds.MAX_LOGITS_BYTES // (4 * num_tokens * num_shards))
     needed = -(-num_rows // most_rows)
     divisor = next((n for n in range(needed, num_rows) if num_rows % n == 0), num_rows)
     if divisor <= 2 * needed:
@@ -81,13 +81,13 @@ def num_parts(num_tokens: int, num_rows: int, num_shards: int) -> int:
     return -(-num_rows // (most_rows // _LANES * _LANES or most_rows))
 
 
-def rows_of_part(num_rows: int, num_parts: int) -> int:
-    """Rows of the table in each part; more than num_rows in all parts together where num_parts is
-    no divisor.
+def rows_of_chunk(num_rows: int, num_chunks: int) -> int:
+    """Rows of the table in each chunk; in all chunks together more than num_rows if num_chunks does
+    not divide it.
     """
-    rows = -(-num_rows // num_parts)
+    rows = -(-num_rows // num_chunks)
     # Filled up in any case, it may as well be whole tiles of a TPU.
-    return rows if num_rows % num_parts == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
+    return rows if num_rows % num_chunks == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,12 +98,12 @@ def _losses_of_shard(
 
 
 def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
-    parts = _parts(logical, w_Vd, hidden_MD)
+    chunks = _chunks(logical, w_Vd, hidden_MD)
 
-    def add_part(carry, part):
+    def add_chunk(carry, chunk):
         max_M, sum_M, target_M = carry
-        logits_MVn, is_target_MVn = _part_logits(
-            logical, part, hidden_MD, targets_M, w_Vd.shape[0]
+        logits_MVn, is_target_MVn = _chunk_logits(
+            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0]
         )
         new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
         sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.exp(logits_MVn - new_max_M[:, None]).sum(
@@ -117,7 +117,7 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
 
     zeros_M = jnp.zeros(targets_M.shape, jnp.float32)
     (max_M, sum_M, target_M), _ = jax.lax.scan(
-        add_part, (zeros_M - jnp.inf, zeros_M, zeros_M), parts
+        add_chunk, (zeros_M - jnp.inf, zeros_M, zeros_M), chunks
     )
     all_max_M = island.reduce_max(max_M, "vocab")
     sum_M = island.reduce_sum(sum_M * jnp.exp(max_M - all_max_M), "vocab")
@@ -132,19 +132,19 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
 
 def _losses_bwd(logical, residuals, dloss_M):
     w_Vd, hidden_MD, targets_M, log_sum_M = residuals
-    parts = _parts(logical, w_Vd, hidden_MD)
+    chunks = _chunks(logical, w_Vd, hidden_MD)
     # An island hands each shard along `vocab` an equal share of the cotangent.
     dloss_M = island.reduce_sum(dloss_M, "vocab")
 
-    def add_part(dhidden_MD, part):
+    def add_chunk(dhidden_MD, chunk):
         w_DVn, to_storage = jax.vjp(
-            lambda w_vd: _whole_part(logical, w_vd, hidden_MD.dtype), part[1]
+            lambda w_vd: _gather_chunk(logical, w_vd, hidden_MD.dtype), chunk[1]
         )
-        logits_MVn, is_target_MVn = _part_logits(
-            logical, part, hidden_MD, targets_M, w_Vd.shape[0], w_DVn
+        logits_MVn, is_target_MVn = _chunk_logits(
+            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0], w_DVn
         )
         probs_MVn = jnp.exp(logits_MVn - log_sum_M[:, None])
-        dlogits_MVn = apart(
+        dlogits_MVn = fusion_barrier(
             (dloss_M[:, None] * (probs_MVn - is_target_MVn.astype(jnp.float32))).astype(
                 hidden_MD.dtype
             )
@@ -152,9 +152,11 @@ def _losses_bwd(logical, residuals, dloss_M):
         dhidden_MD = dhidden_MD + jnp.einsum(
             "MV,DV->MD", dlogits_MVn, w_DVn, preferred_element_type=jnp.float32
         )
-        return dhidden_MD, to_storage(apart(jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MVn)))[0]
+        return dhidden_MD, to_storage(
+            fusion_barrier(jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MVn))
+        )[0]
 
-    dhidden_MD, dw_nvd = jax.lax.scan(add_part, jnp.zeros(hidden_MD.shape, jnp.float32), parts)
+    dhidden_MD, dw_nvd = jax.lax.scan(add_chunk, jnp.zeros(hidden_MD.shape, jnp.float32), chunks)
     return (
         dw_nvd.reshape(-1, w_Vd.shape[1])[: w_Vd.shape[0]],
         dhidden_MD.astype(hidden_MD.dtype),
@@ -165,36 +167,34 @@ def _losses_bwd(logical, residuals, dloss_M):
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
 
 
-def _parts(
+def _chunks(
     logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(index [n], rows [n, v, d]): part i is the i-th stretch of v rows of every shard; the last
+    """(index [n], rows [n, v, d]): chunk i is the i-th stretch of v rows of every shard; the last
     may be filled up with zeros.
     """
     num_rows, width = w_Vd.shape
-    n = num_parts(hidden_MD.shape[0], num_rows, island.num_stored_shards(logical[0]))
-    v = rows_of_part(num_rows, n)
+    n = num_chunks(hidden_MD.shape[0], num_rows, island.num_stored_shards(logical[0]))
+    v = rows_of_chunk(num_rows, n)
     w_Vd = w_Vd if n * v == num_rows else jnp.pad(w_Vd, ((0, n * v - num_rows), (0, 0)))
     return jnp.arange(n), w_Vd.reshape(n, v, width)
 
 
-def _whole_part(logical, w_vd, dtype):
-    # Turned round, the columns of a shard are rows; a TPU can reduce-scatter their gradient, where
-    # it would all-reduce columns.
-    return island.whole(w_vd.T, logical[::-1], dtype)
+def _gather_chunk(logical, w_vd, dtype):
+    return island.gather_param(xla_workarounds.rows_as_columns(w_vd), logical[::-1], dtype)
 
 
-def _part_logits(logical, part, hidden_MD, targets_M, num_rows, w_DVn=None):
-    """Logits float32 [M, Vn] of a part of the vocabulary, and whether each is the target's;
+def _chunk_logits(logical, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
+    """Logits float32 [M, Vn] of a chunk of the vocabulary, and whether each is the target's;
     num_rows: that a shard really stores.
     """
-    index, w_vd = part
+    index, w_vd = chunk
     v = w_vd.shape[0]
-    w_DVn = _whole_part(logical, w_vd, hidden_MD.dtype) if w_DVn is None else w_DVn
-    logits_MVn = apart(
+    w_DVn = _gather_chunk(logical, w_vd, hidden_MD.dtype) if w_DVn is None else w_DVn
+    logits_MVn = fusion_barrier(
         jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32)
     )
-    # Row r of the part is row r % v of the stretch that shard r // v stores.
+    # Row r of the chunk is row r % v of the stretch that shard r // v stores.
     num_shards, row_Vn = island.num_stored_shards(logical[0]), jnp.arange(w_DVn.shape[1])
     shard_Vn = island.shard_index("vocab") * num_shards + row_Vn // v
     stored_row_Vn = index * v + row_Vn % v

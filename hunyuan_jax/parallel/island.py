@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hunyuan_jax.parallel import xla_workarounds
 from hunyuan_jax.parallel.rules import RULES, partition_spec, stored_spec
 
 _LANES = 128  # a TPU stores arrays in tiles of 8 x 128 elements
@@ -20,7 +21,7 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
       fn: the function of one shard.
       mesh: over which it runs.
       stored: logical names of the parameters, a tree of tuples; the shards that fn sees are those
-        in storage, see `whole`.
+        in storage, see `gather_param`.
       in_logical: the same for each of the activations, a tuple of trees.
       out_logical: of the results.
     """
@@ -40,35 +41,35 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
     )
 
 
-def whole(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
+def gather_param(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
     """A parameter's shard in `dtype`, gathered from storage (FSDP); its gradient comes back as a
     reduce-scatter in `dtype`.
 
     Dims stay split over their compute axes.
     """
-    w = cast(w, dtype)
+    w = xla_workarounds.cast_where_used(w, dtype)
     for name in sorted(logical, key=_is_rows):
         w = gather_stored(w, name, list(logical).index(name))
     return w
 
 
-def whole_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) -> jax.Array:
-    """As `whole`, with the first num_in dims made one and the others another: [in, out]; "embed"
-    is one of the two.
+def gather_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) -> jax.Array:
+    """As `gather_param`, with the first num_in dims made one and the others another: [in, out];
+    "embed" is one of the two.
 
     Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6
     times the size.
     """
-    w = cast(w, dtype)
+    w = xla_workarounds.cast_where_used(w, dtype)
     for dim, name in enumerate(logical):
         w = w if _is_rows(name) else gather_stored(w, name, dim)
     w = w.reshape(math.prod(w.shape[:num_in]), -1)
     return gather_stored(w, "embed", 0 if logical[0] == "embed" else 1)
 
 
-def whole_in_tiles(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
-    """As `whole`, but each shard's part of the dim `tiled` is filled up with zeros to whole tiles
-    where that takes little.
+def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
+    """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to a multiple of 128
+    lanes if that adds under 1/32.
 
     So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The
     gather is then a plain concatenation of tiles; without, the TPU compiler moves the parts
@@ -78,25 +79,15 @@ def whole_in_tiles(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str)
     if jax.lax.axis_size(RULES[tiled].storage) > 1:
         missing = -w.shape[dim] % _LANES
         if missing * 32 <= w.shape[dim]:
-            # The barrier: libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient
-            # with the slice that undoes the padding.
-            w = jax.lax.optimization_barrier(
-                jnp.pad(w, [(0, missing if i == dim else 0) for i in range(w.ndim)])
-            )
-    return whole(w, logical, dtype)
+            pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
+            w = xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
+    return gather_param(w, logical, dtype)
 
 
 def _is_rows(logical: str) -> bool:
     # Gathered last: the other dims' parts are not always whole tiles of a TPU, and gathering those
     # is cheaper for small arrays.
     return logical in ("embed", "wide_embed")
-
-
-def cast(w: jax.Array, dtype: Any) -> jax.Array:
-    """w in dtype, converted where it is used."""
-    # The barrier keeps the compiler from converting all layers' weights before the loop over
-    # layers: a second copy of the model.
-    return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
 
 
 def gather_stored(x: jax.Array, logical: str, dim: int) -> jax.Array:
@@ -106,9 +97,7 @@ def gather_stored(x: jax.Array, logical: str, dim: int) -> jax.Array:
     axes = RULES[logical].storage
     if not axes or jax.lax.axis_size(axes) == 1:
         return x  # here and below: XLA:CPU copies the array even when nothing moves
-    # The barrier is for the gradient: the TPU compiler turns a reduce-scatter that it merges with
-    # what follows into an all-reduce.
-    x = jax.lax.optimization_barrier(x)
+    x = xla_workarounds.keep_reduce_scatter(x)
     if dim == 0:
         return jax.lax.all_gather(x, axes, axis=0).reshape(-1, *x.shape[1:])
     return jax.lax.all_gather(x, axes, axis=dim, tiled=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hunyuan_jax.parallel import xla_workarounds
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled
 
@@ -49,9 +50,6 @@ def zeros(shape: tuple[int, ...]) -> jax.Array:
     return jnp.zeros(shape, jnp.float32)
 
 
-_MAX_GROUPS = 2**30
-
-
 class Declared(NamedTuple):
     """A module's own parameters by attribute name: their arrays, and the names of their dims."""
 
@@ -87,14 +85,8 @@ class Weight(NamedTuple):
         to, inside the loop over them.
         """
         w = dequantize(self.stored, jnp.float32) if is_scaled(self.stored) else self.stored
-        if w.dtype != self.tap.dtype:
-            if group is not None:
-                # A factor of one that the compiler cannot know before the loop: it would convert
-                # the weights of all layers there, a second copy of the model.  It moves a plain
-                # conversion past barriers (libtpu 0.0.50).
-                w = w * jnp.where(group < _MAX_GROUPS, 1.0, 0.0)
-            w = w.astype(self.tap.dtype)
-        return _with_gradient_at(jax.lax.optimization_barrier(w), self.tap)
+        w = xla_workarounds.cast_inside_loop(w, self.tap.dtype, group)
+        return _with_gradient_at(xla_workarounds.fusion_barrier(w), self.tap)
 
 
 def in_use(tree: Any, group: jax.Array | None = None) -> Any:

@@ -255,7 +255,7 @@ def _part_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
         mesh, first_that_divides(axes, table, embedding.TABLES, "the table of tokens")[0]
     )
     stored = config.model.vocab_size // mesh.tensor // storage_ways
-    return loss.rows_of_part(stored, loss.num_parts(tokens, stored, storage_ways)) * storage_ways
+    return loss.rows_of_chunk(stored, loss.num_chunks(tokens, stored, storage_ways)) * storage_ways
 
 
 def _storage_ways(mesh: MeshConfig, logical: str) -> int:

@@ -109,7 +109,7 @@ def gradients(
     """Returns (gradients, loss, metrics) of one batch, in train.grad_accum_steps micro-batches.
 
     The loss and the metrics' sums are divided by the objective's weight of the whole batch.
-    Router figures are [P, F, ...].
+    Router figures are [P, f, ...].
 
     A gradient has the dtype in which its parameter is used, so bfloat16 for the matrices of a
     bfloat16 model: it is reduced over the mesh in that dtype anyway.  Those of several
@@ -216,7 +216,7 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Ar
 
 
 def router_metrics(stats: dict[str, jax.Array]) -> Metrics:
-    """Health of the mixtures of one step from router figures [P, F, ...], {} for a dense model.
+    """Health of the mixtures of one step from router figures [P, f, ...], {} for a dense model.
 
     demand_LE: share of a layer's choices that name the expert, before any capacity; load_LE: share
     of the served choices that it serves;

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import embedding, loss
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import rules, xla_workarounds
 from support.models import assert_close, cross_entropy, fast_jit, filled, mesh_of
 
 BATCH, LENGTH, WIDTH = 8, 6, 16
@@ -30,13 +30,13 @@ def table_layout(mesh, vocab):
     return rules.first_that_divides(mesh, (vocab, WIDTH), embedding.TABLES, "the table of tokens")
 
 
-def limit_for(num_parts, mesh, vocab, num_tokens=BATCH * LENGTH):
-    """The limit on a part's bytes with which a table is multiplied in `num_parts` parts."""
+def limit_for(num_chunks, mesh, vocab, num_tokens=BATCH * LENGTH):
+    """The limit on a chunk's bytes with which a table is multiplied in `num_chunks` chunks."""
     name = table_layout(mesh, vocab)[0]
     shards = math.prod(mesh.shape[axis] for axis in rules.RULES[name].storage)
     rows = vocab // shards // mesh.shape["tensor"]
     tokens = num_tokens // math.prod(mesh.shape[axis] for axis in rules.RULES["batch"].compute)
-    return tokens * shards * -(-rows // num_parts) * 4
+    return tokens * shards * -(-rows // num_chunks) * 4
 
 
 def losses(w_VD, hidden_BTD, targets_BT, mesh):
@@ -80,12 +80,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "vocab", "num_parts"), CASES)
-def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, vocab, num_parts):
+@pytest.mark.parametrize(("sizes", "vocab", "num_chunks"), CASES)
+def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, vocab, num_chunks):
     mesh = mesh_of(*sizes)
-    monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(num_parts, mesh, vocab))
-    used, original = [], loss.num_parts
-    monkeypatch.setattr(loss, "num_parts", lambda *args: used.append(original(*args)) or used[-1])
+    monkeypatch.setattr(xla_workarounds, "MAX_LOGITS_BYTES", limit_for(num_chunks, mesh, vocab))
+    used, original = [], loss.num_chunks
+    monkeypatch.setattr(loss, "num_chunks", lambda *args: used.append(original(*args)) or used[-1])
     w_VD, hidden_BTD, targets_BT, weights_BT = random_case(vocab)
     layout = table_layout(mesh, vocab)
     assert layout == embedding.TABLES[vocab == 42 or (vocab == 94 and sizes[1] > 1)]
@@ -108,7 +108,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, voca
     (mean, loss_BT), grads = fast_jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
         *placed
     )
-    assert set(used) == {num_parts}
+    assert set(used) == {num_chunks}
     (expected_mean, expected_BT), expected = jax.value_and_grad(
         whole, argnums=(0, 1), has_aux=True
     )(w_VD, hidden_BTD)
@@ -120,7 +120,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, voca
 
 def test_huge_logits_and_bfloat16_activations_stay_finite_and_near(monkeypatch):
     mesh = mesh_of(1, 2, 1)
-    monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(4, mesh, 48))
+    monkeypatch.setattr(xla_workarounds, "MAX_LOGITS_BYTES", limit_for(4, mesh, 48))
     w_VD, hidden_BTD, targets_BT, _ = random_case(
         48, scale=100.0
     )  # logits of a few thousand: exp overflows without the maximum
@@ -156,7 +156,7 @@ def test_huge_logits_and_bfloat16_activations_stay_finite_and_near(monkeypatch):
 )
 def test_tied_and_untied_models_learn_through_the_right_table(monkeypatch, tie, vocab, sizes):
     mesh = mesh_of(*sizes)
-    monkeypatch.setattr(loss, "_MAX_LOGITS_BYTES", limit_for(3, mesh, vocab))
+    monkeypatch.setattr(xla_workarounds, "MAX_LOGITS_BYTES", limit_for(3, mesh, vocab))
     cfg = ModelConfig(
         vocab,
         WIDTH,
@@ -206,10 +206,10 @@ def test_parts_keep_the_limit_and_are_divisors_unless_those_are_many(
     num_tokens, num_rows, num_shards
 ):
     def fits(rows):
-        return 4 * num_tokens * num_shards * rows <= loss._MAX_LOGITS_BYTES
+        return 4 * num_tokens * num_shards * rows <= xla_workarounds.MAX_LOGITS_BYTES
 
-    n = loss.num_parts(num_tokens, num_rows, num_shards)
-    rows = loss.rows_of_part(num_rows, n)
+    n = loss.num_chunks(num_tokens, num_rows, num_shards)
+    rows = loss.rows_of_chunk(num_rows, n)
     assert 1 <= n <= num_rows <= n * rows and (fits(rows) or rows == 1)
     needed = next((n for n in range(1, num_rows) if fits(-(-num_rows // n))), num_rows)
     divisor = next(n for n in range(needed, num_rows + 1) if num_rows % n == 0)
@@ -219,8 +219,8 @@ def test_parts_keep_the_limit_and_are_divisors_unless_those_are_many(
 def test_the_vocabularies_of_the_family_are_taken_in_few_parts():
     # 8192 tokens on a chip: 128167 rows were 9859 parts of 13, 120818 were 193 of 626.
     for vocab, most in ((128_512, 18), (129_024, 18), (128_167, 17), (120_818, 16)):
-        n = loss.num_parts(8192, vocab, 1)
-        assert n <= most and loss.rows_of_part(vocab, n) * n < 1.05 * vocab
+        n = loss.num_chunks(8192, vocab, 1)
+        assert n <= most and loss.rows_of_chunk(vocab, n) * n < 1.05 * vocab
 
 
 # Memory
@@ -242,10 +242,10 @@ def test_no_array_of_all_tokens_and_the_whole_vocabulary_exists(monkeypatch):
     targets_BT = np.zeros((BATCH, length), np.int32)
     arguments = (jnp.zeros((vocab, WIDTH)), jnp.zeros((BATCH, length, WIDTH)))
 
-    def largest(num_parts):
+    def largest(num_chunks):
         """(in the traced program, in the compiled one)"""
         monkeypatch.setattr(
-            loss, "_MAX_LOGITS_BYTES", limit_for(num_parts, mesh, vocab, num_tokens)
+            xla_workarounds, "MAX_LOGITS_BYTES", limit_for(num_chunks, mesh, vocab, num_tokens)
         )
         step = jax.value_and_grad(
             lambda w_VD, hidden_BTD: losses(w_VD, hidden_BTD, targets_BT, mesh).sum(),

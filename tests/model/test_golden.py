@@ -2,7 +2,7 @@
 gradients, training, sampling.
 
 Letters: B batch, S tokens of a row, T = B * S, D model, K kv heads, H head dim, E experts, k
-choices, V vocabulary, P CLA groups, F layers of a group, L layers.
+choices, V vocabulary, P CLA groups, f layers of a group, L layers.
 """
 
 import dataclasses

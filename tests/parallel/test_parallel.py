@@ -341,7 +341,11 @@ def in_use(gather, mesh, logical, w, out_logical):
 def test_a_parameter_in_use_is_the_stored_one_and_its_gradient_comes_back(sizes, logical, shape):
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     value, gradient = in_use(
-        lambda w: island.whole(w, logical, jnp.float32), mesh_of(*sizes), logical, w, logical
+        lambda w: island.gather_param(w, logical, jnp.float32),
+        mesh_of(*sizes),
+        logical,
+        w,
+        logical,
     )
     np.testing.assert_array_equal(value, w)
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
@@ -357,7 +361,7 @@ def test_a_matrix_in_use_is_flattened_in_order(sizes, logical, num_in):
     w = np.random.default_rng(0).normal(size=[shape[name] for name in logical]).astype(np.float32)
     flat = ("embed", "heads") if num_in == 1 else ("heads", "embed")
     gather = functools.partial(
-        island.whole_matrix, logical=logical, dtype=jnp.float32, num_in=num_in
+        island.gather_matrix, logical=logical, dtype=jnp.float32, num_in=num_in
     )
     value, gradient = in_use(gather, mesh_of(*sizes), logical, w, flat)
     np.testing.assert_array_equal(value, w.reshape(value.shape))
@@ -369,7 +373,7 @@ def test_a_dim_in_tiles_is_filled_up_with_zeros_where_that_takes_little(num_colu
     # 250 columns a shard become 256; 4 are left alone, and 256 are whole tiles.
     w = np.random.default_rng(0).normal(size=(4, num_columns)).astype(np.float32)
     gather = functools.partial(
-        island.whole_in_tiles, logical=("embed", "ffn"), dtype=jnp.float32, tiled="ffn"
+        island.gather_padded, logical=("embed", "ffn"), dtype=jnp.float32, tiled="ffn"
     )
     value, gradient = in_use(gather, mesh_of(2, 2, 1), ("embed", "ffn"), w, ("seq", "seq"))
     filled = 512 if num_columns == 500 else num_columns

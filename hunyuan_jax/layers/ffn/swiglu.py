@@ -76,8 +76,8 @@ def serve(
 
     def whole(name):
         if "ffn" not in dims[name]:
-            return island.whole(weights[name], dims[name], x_BTD.dtype)
-        return island.whole_in_tiles(weights[name], dims[name], x_BTD.dtype, tiled="ffn")
+            return island.gather_param(weights[name], dims[name], x_BTD.dtype)
+        return island.gather_padded(weights[name], dims[name], x_BTD.dtype, tiled="ffn")
 
     # Zeros that fill up F give zeros in between, and nothing in the end.  One expert that serves
     # all rows.

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
-from hunyuan_jax.layers.linear import apart, linear
+from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.mixer import kv_cache
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 from hunyuan_jax.params import declare as params
 from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention
 from pallas_kernels.flash_attention import flash_attention, head_seeds
@@ -161,7 +162,7 @@ def keys_values(
     )
     if cfg.attention_bias:
         k_bias_KH, v_bias_KH = (
-            island.whole(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH")
+            island.gather_param(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH")
         )
         k_BTKH, v_BTKH = k_BTKH + k_bias_KH, v_BTKH + v_bias_KH
     k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
@@ -184,7 +185,7 @@ def queries(
         *y_BTD.shape[:2], -1, cfg.head_dim
     )
     if cfg.attention_bias:
-        q_BTNH = q_BTNH + island.whole(weights["bq_NH"], logical["bq_NH"], dtype)
+        q_BTNH = q_BTNH + island.gather_param(weights["bq_NH"], logical["bq_NH"], dtype)
     q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
     if cfg.use_qk_norm:
         q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (
@@ -199,7 +200,7 @@ def project_out(
     """The heads' outputs back to [B, T, D], summed over the shards of the heads."""
     dtype = out_BTNH.dtype
     out_BTR = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-    out_BTD = apart(_project(weights, logical, "o", out_BTR, cfg, num_in=2))
+    out_BTD = fusion_barrier(_project(weights, logical, "o", out_BTR, cfg, num_in=2))
     out_BTD = island.reduce_sum(out_BTD, "heads")
     return out_BTD + weights["bo_D"].astype(dtype) if cfg.attention_bias else out_BTD
 
@@ -217,7 +218,7 @@ def _project(
     """
     name = lora.names(target)[0]
     out_BTO = linear(
-        x_BTI, island.whole_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in)
+        x_BTI, island.gather_matrix(weights[name], logical[name], x_BTI.dtype, num_in=num_in)
     )
     return (
         out_BTO + lora.added(x_BTI, weights, logical, target, cfg)

@@ -177,27 +177,27 @@ def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _gather(x_AD: jax.Array, index_B: jax.Array, users_Am: jax.Array) -> jax.Array:
-    """x[index] [B, D], zero where the index is out of range; users_Am lists the positions in
-    index_B that hold a (or len(B)).
+def _gather(x_AD: jax.Array, index_B: jax.Array, inverse_Am: jax.Array) -> jax.Array:
+    """x[index] [B, D], zero where the index is out of range.
 
-    The users make the gradient a gather too; as the transpose of a gather it would be a scatter,
-    which is slow on TPUs.
+    inverse_Am: for each row of x, the positions in index_B that read it, filled up with len(B).  It
+    makes the gradient a gather too; as the transpose of a gather it would be a scatter, which is
+    slow on TPUs.
     """
     return x_AD.at[index_B].get(mode="fill", fill_value=0)
 
 
-def _gather_fwd(x_AD, index_B, users_Am):
-    return _gather(x_AD, index_B, users_Am), (index_B, users_Am)
+def _gather_fwd(x_AD, index_B, inverse_Am):
+    return _gather(x_AD, index_B, inverse_Am), (index_B, inverse_Am)
 
 
 def _gather_bwd(residuals, dy_BD):
-    index_B, users_Am = residuals
-    dx_AD = _sum_of_few(dy_BD.at[users_Am].get(mode="fill", fill_value=0))
+    index_B, inverse_Am = residuals
+    dx_AD = _sum_of_few(dy_BD.at[inverse_Am].get(mode="fill", fill_value=0))
     return (
         dx_AD,
         np.zeros(index_B.shape, jax.dtypes.float0),
-        np.zeros(users_Am.shape, jax.dtypes.float0),
+        np.zeros(inverse_Am.shape, jax.dtypes.float0),
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.layers.linear import apart
 from hunyuan_jax.layers.lora import Adapted
+from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 
 
 @jax.custom_vjp
@@ -43,11 +43,12 @@ def swiglu_tiles(
 def _swiglu_fwd(x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD):
     product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
     gate_nbF, up_nbF = (
-        checkpoint_name(apart(product(x_nbD, w)), "product") for w in (w_gate_eDF, w_up_eDF)
+        checkpoint_name(fusion_barrier(product(x_nbD, w)), "product")
+        for w in (w_gate_eDF, w_up_eDF)
     )
-    h_nbF = apart(_gated(gate_nbF, up_nbF, weight_nb))
+    h_nbF = fusion_barrier(_gated(gate_nbF, up_nbF, weight_nb))
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    return apart(product(h_nbF, w_down_eFD)), (
+    return fusion_barrier(product(h_nbF, w_down_eFD)), (
         x_nbD,
         gate_nbF,
         up_nbF,
@@ -71,7 +72,7 @@ def _swiglu_bwd(residuals, dy_nbD):
     product = functools.partial(tile_matmul, tile_expert_n=tile_expert_n, num_tiles=num_tiles)
     h_nbF, gated_vjp = jax.vjp(_gated, gate_nbF, up_nbF, weight_nb)
     dh_nbF, dw_down_eFD = jax.vjp(product, h_nbF, w_down_eFD)[1](dy_nbD)
-    dgate_nbF, dup_nbF, dweight_nb = apart(gated_vjp(apart(dh_nbF)))
+    dgate_nbF, dup_nbF, dweight_nb = fusion_barrier(gated_vjp(fusion_barrier(dh_nbF)))
     dx_gate_nbD, dw_gate_eDF = jax.vjp(product, x_nbD, w_gate_eDF)[1](dgate_nbF)
     dx_up_nbD, dw_up_eDF = jax.vjp(product, x_nbD, w_up_eDF)[1](dup_nbF)
     # Integer arguments have the empty cotangent type.

@@ -16,7 +16,7 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn import swiglu as mlp
 from hunyuan_jax.layers.ffn.moe import dispatch, experts, routing
 from hunyuan_jax.layers.kernels import kernel_options
-from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel import island, xla_workarounds
 from hunyuan_jax.params import declare as params
 from pallas_kernels import expert_matmul
 
@@ -187,7 +187,7 @@ def route_and_serve(
             f"{T}. Use a config.model.moe.group_size that divides {B * T}, or fewer batch shards."
         )
     num_groups = B * T // group_size
-    router_DE = island.whole(
+    router_DE = island.gather_param(
         weights["router"]["router_DE"], dims["router"]["router_DE"], jnp.float32
     )
     logits_BTE = router_logits(x_BTD, router_DE)
@@ -231,10 +231,9 @@ def serve(
     def whole(name):
         w = weights[name]
         if w.shape[0] == 1:
-            # As a matrix: the TPU compiler then lays its gradient out so that the rows can be
-            # reduce-scattered, not all-reduced.
-            return island.whole(w[0], dims[name][1:], x_gTD.dtype)[None]
-        return island.whole(w, dims[name], x_gTD.dtype)
+            w_IO = xla_workarounds.one_expert_as_matrix(w)
+            return island.gather_param(w_IO, dims[name][1:], x_gTD.dtype)[None]
+        return island.gather_param(w, dims[name], x_gTD.dtype)
 
     projections = tuple(lora.adapted(weights, target, lora_cfg, whole) for target in _TARGETS)
     is_adapted = any(projection.a is not None for projection in projections)
