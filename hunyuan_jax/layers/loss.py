@@ -66,8 +66,8 @@ def num_chunks(num_tokens: int, num_rows: int, num_shards: int) -> int:
     """Number of vocabulary chunks: the smallest divisor of num_rows that keeps a chunk's logits
     small.
 
-    Where that is more than twice as many as are needed (128167 is 13 times a prime, and 13 rows are
-    no matrix), it is as many as are needed, and the last chunk is padded with zeros.
+    Where that is more than twice as many as are needed (128167 is 13 times a prime, and 13 rows
+    are no matrix), it is as many as are needed, and the last chunk is padded with zeros.
 
     Args:
       num_tokens: that are multiplied with the table, on one shard.
@@ -82,8 +82,8 @@ def num_chunks(num_tokens: int, num_rows: int, num_shards: int) -> int:
 
 
 def rows_of_chunk(num_rows: int, num_chunks: int) -> int:
-    """Rows of the table in each chunk; in all chunks together more than num_rows if num_chunks does
-    not divide it.
+    """Rows of the table in each chunk; in all chunks together more than num_rows if num_chunks
+    does not divide it.
     """
     rows = -(-num_rows // num_chunks)
     # Filled up in any case, it may as well be whole tiles of a TPU.

@@ -68,8 +68,8 @@ def gather_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int)
 
 
 def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
-    """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to a multiple of 128
-    lanes if that adds under 1/32.
+    """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to a multiple of
+    128 lanes if that adds under 1/32.
 
     So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The
     gather is then a plain concatenation of tiles; without, the TPU compiler moves the parts

@@ -267,8 +267,8 @@ def extend_attention(
 ) -> jax.Array:
     """As `decode_attention`, for any number of new tokens, by flash attention.
 
-    Flash attention takes one offset for the whole batch, S - T: the last query at the last key.  So
-    each row's slots are shifted until its last token is in the last slot, which costs one copy.
+    Flash attention takes one offset for the whole batch, S - T: the last query at the last key.
+    So each row's slots are shifted until its last token is in the last slot, which costs one copy.
     """
     num_slots = k_BSKH.shape[1]
     # Slot of every key after the shift; negative numbers are slots before the first.

@@ -172,7 +172,7 @@ def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Arr
 
 
 def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
-    """Sum over the middle dim; nothing to do where it has one entry, which a TPU would still copy."""
+    """Sum over the middle dim; one entry is taken as it is, where a TPU would copy it."""
     return x_AmD[:, 0] if x_AmD.shape[1] == 1 else x_AmD.sum(1)
 
 
@@ -180,7 +180,7 @@ def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
 def _gather(x_AD: jax.Array, index_B: jax.Array, inverse_Am: jax.Array) -> jax.Array:
     """x[index] [B, D], zero where the index is out of range.
 
-    inverse_Am: for each row of x, the positions in index_B that read it, filled up with len(B).  It
+    inverse_Am: for each row of x, the positions in index_B that read it, padded with len(B).  It
     makes the gradient a gather too; as the transpose of a gather it would be a scatter, which is
     slow on TPUs.
     """

@@ -141,7 +141,7 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 def route(
     logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array
 ) -> tuple[routing.Choice, routing.Assignment]:
-    """What each routing group wishes, and what it gets; see `routing.choose` and `routing.assign`."""
+    """The choice and the assignment of each group; see `routing.choose`, `routing.assign`."""
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(
         choice, is_valid_gT, key_g
