@@ -23,12 +23,10 @@ class Cost(NamedTuple):
 
     cycles: of the whole program.
     by_op: cycles by name of the compiled operation.
-    hbm_bytes: temporaries and outputs.
     """
 
     cycles: int
     by_op: dict[str, int]
-    hbm_bytes: int
 
 
 def cost(chip: str, fn: Callable, *shapes: Any, **options: Any) -> Cost:
@@ -40,7 +38,7 @@ def cost(chip: str, fn: Callable, *shapes: Any, **options: Any) -> Cost:
     folder = tpu_compiler.profiles_folder()
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
-    memory = tpu_compiler.compile_for(chip, fn, *shapes, **options).memory_analysis()
+    tpu_compiler.compile_for(chip, fn, *shapes, **options)
     by_op = {}
     for path in glob.glob(f"{folder}/*profile.textproto"):
         with open(path) as file:
@@ -49,9 +47,7 @@ def cost(chip: str, fn: Callable, *shapes: Any, **options: Any) -> Cost:
             name = re.search(r'hlo_op_name: "(.*)"', estimate)[1]
             number = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", estimate)}
             by_op[name] = number["estimated_cycles"] * number.get("num_equivalent_hlos", 1)
-    return Cost(
-        sum(by_op.values()), by_op, memory.temp_size_in_bytes + memory.output_size_in_bytes
-    )
+    return Cost(sum(by_op.values()), by_op)
 
 
 def kernels_alone(chip: str, fn: Callable, *shapes: Any) -> int:
