@@ -841,7 +841,7 @@ def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
     ]
     assert [bool(trial.report) for trial in trials] == [False] * (len(trials) - 1) + [True]
     assert trials[0].estimate is None and "config.mesh" in trials[0].outcome
-    assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials[1:])
+    assert all(trial.config.train.batch_size == 2 * trial.num_devices for trial in trials)
     assert len(compiled) == sum(
         trial.outcome != "too little memory, by estimate" for trial in trials[1:]
     )
