@@ -17,7 +17,7 @@ TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
 
 
 class Embedding(nnx.Module):
-    """Token embedding; the padding row is zero and gets no gradient from the lookup (docs/model.md,
+    """Token embedding.  The padding row is zero, and the lookup gives it no gradient (docs/model.md,
     Attention).
     """
 

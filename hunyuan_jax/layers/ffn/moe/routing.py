@@ -96,9 +96,9 @@ def assign(
     dropless, which has room for all, serves it like any token, as the official code does.  Choices
     compete first come first served in choice-major order: all first choices in token order, then
     all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`) or moved to
-    free slots (`"recycle"`, docs/model.md, Capacity): the draw is proportional to free slots, without
-    replacement, and the weight is the token's own probability of the new expert, over the same
-    normaliser as its other choices.
+    free slots (`"recycle"`; docs/model.md, Capacity): the draw is proportional to free slots,
+    without replacement, and the weight is the token's own probability of the new expert, over the
+    same normaliser as its other choices.
 
     Args:
       choice: from `choose`, of one group.
