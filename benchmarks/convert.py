@@ -19,9 +19,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from hunyuan_jax.weights import folder as weights
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights.write import header
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ def write_source(folder: Path, hf: dict, num_shards: int) -> int:
     for file in dict.fromkeys(files.values()):
         part = [e for e in entries if files[e.name] == file]
         with open(folder / file, "wb") as f:
-            f.write(weights.header([(e.name, dtype, e.shape) for e in part]))
+            f.write(header([(e.name, dtype, e.shape) for e in part]))
             for entry in part:
                 scale = 0.05 if len(entry.shape) == 2 else 1.0
                 data = (rng.standard_normal(entry.shape, np.float32) * scale).astype(dtype)

@@ -1,9 +1,9 @@
 """`from_pretrained`: a model folder or a training checkpoint as one object for notebooks."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Sampling
 from hunyuan_jax.layers import lora
@@ -22,10 +21,10 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
+from hunyuan_jax.weights import names, write
 from hunyuan_jax.weights import peft as peft_io
-from hunyuan_jax.weights import stream as scale
-from hunyuan_jax.weights import torch_io
-from hunyuan_jax.weights.run import Run
+from hunyuan_jax.weights.open import Model, open_model
+from hunyuan_jax.weights.storage import Place
 
 
 class Pretrained:
@@ -40,11 +39,11 @@ class Pretrained:
         self,
         config: ModelConfig,
         params: dict[str, Any],
-        source: torch_io.Source | None = None,
+        layout: write.Layout | None = None,
         mesh: Mesh | None = None,
     ):
         self.config = dropless(config)
-        self._source = source
+        self._layout = layout
         self._mesh = single_device_mesh() if mesh is None else mesh
         graph_def, specs = abstract_model(self.config, self._mesh)
         self.params = jax.device_put(params, abstract.shardings(specs))
@@ -169,9 +168,10 @@ class Pretrained:
         """Writes a model folder with the official names; one that was loaded unchanged comes out
         byte for byte the same.
         """
-        torch_io.write_model(
-            folder, self.config, jax.tree.map(np.asarray, self.params), self._source
-        )
+        layout, target = self._layout or write.new_layout(self.config), Place(folder)
+        read = functools.partial(names.read_tensor, self.params)
+        write.write_folder(target, layout, self.config, read)
+        write.remove_stale(target, layout)
 
     def _filled_up(self, array_BS: np.ndarray, value: int = 0) -> np.ndarray:
         """With rows of `value` that make the batch divide over the mesh."""
@@ -217,32 +217,20 @@ def from_pretrained(
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
-    if (Path(path) / "checkpoints").is_dir():
-        model = _read_run(path, dtype, mesh or single_device_mesh())
-    elif scale.is_converted(path):
-        model = scale.read_params(path, dtype)
-    else:
-        model = torch_io.read_model(path, dtype)
-    return Pretrained(*(model if adapter is None else _with_adapter(adapter, *model)), mesh=mesh)
+    return load(open_model(path, dtype), mesh, adapter)
 
 
-def _read_run(
-    workdir: str | os.PathLike, dtype: str | None, mesh: Mesh
-) -> tuple[ModelConfig, dict[str, Any]]:
-    run = Run(workdir)
-    cfg = dataclasses.replace(run.cfg, dtype=dtype or run.cfg.dtype)
-    return cfg, run.read(cfg.dtype, abstract.shardings(abstract_model(cfg, mesh)[1]))
-
-
-def _with_adapter(
-    adapter: str | os.PathLike, cfg: ModelConfig, params: dict[str, Any], *source: torch_io.Source
-) -> tuple[Any, ...]:
-    """The model with a PEFT adapter merged into its weights."""
-    adapted_cfg, adapters = peft_io.read_adapter(adapter, cfg)
-    _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
-    return cfg, jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params), *source
+def load(
+    opened: Model, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
+) -> Pretrained:
+    """As `from_pretrained`, of a model that is open already."""
+    mesh = single_device_mesh() if mesh is None else mesh
+    params = opened.read(abstract.shardings(abstract_model(opened.cfg, mesh)[1]))
+    if adapter is not None:
+        adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
+        _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
+    return Pretrained(opened.cfg, params, opened.layout, mesh)
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:

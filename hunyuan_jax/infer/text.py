@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from hunyuan_jax.chat.render import render_chat
-from hunyuan_jax.checkpoint.store import read_config
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
+from hunyuan_jax.infer import pretrained
+from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from hunyuan_jax.weights.open import open_model
 
 
 def load(
@@ -28,14 +28,14 @@ def load(
     Raises:
       ConfigError: no model there, or no tokenizer that fits it.
     """
-    vocabulary = load_tokenizer(tokenizer or _tokenizer_of(checkpoint))
-    model = from_pretrained(checkpoint, mesh=mesh)
-    if vocabulary.vocab_size > model.config.vocab_size:
+    opened = open_model(checkpoint)
+    vocabulary = load_tokenizer(tokenizer or opened.tokenizer_folder)
+    if vocabulary.vocab_size > opened.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocabulary.vocab_size} ids, the model {model.config.vocab_size}; "
+            f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "
             "pass the one it was trained with."
         )
-    return model, vocabulary
+    return pretrained.load(opened, mesh), vocabulary
 
 
 def stream(
@@ -127,14 +127,3 @@ def _texts(tokens: Iterator[np.ndarray], decoder: StreamDecoder) -> Iterator[str
     for token_B in tokens:
         yield decoder.push(int(token_B[0]))
     yield decoder.finish()
-
-
-def _tokenizer_of(checkpoint: str | os.PathLike) -> str:
-    if (Path(checkpoint) / "checkpoints").is_dir():
-        return read_config(checkpoint).data.tokenizer
-    if not Path(checkpoint).is_dir():
-        raise ConfigError(
-            f"checkpoint = {str(checkpoint)!r} is no folder; give the workdir of a run or a model "
-            "folder."
-        )
-    return str(checkpoint)

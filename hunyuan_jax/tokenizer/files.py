@@ -51,14 +51,28 @@ def read_settings(folder: pathlib.Path) -> Settings:
                     f'{{"content": string}}.'
                 )
             named[name] = text
-    eos = _read_object(folder / "generation_config.json").get("eos_token_id")
-    stop_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    generation = folder / "generation_config.json"
     return Settings(
         named,
         _template(folder, config),
-        stop_ids,
+        stop_ids(str(generation), _read_object(generation).get("eos_token_id")),
         _read_object(folder / "config.json").get("vocab_size"),
     )
+
+
+def stop_ids(where: str, eos_token_id: Any) -> tuple[int, ...]:
+    """The eos_token_id of a JSON file as a tuple; `where` names the file.
+
+    Raises:
+      ConfigError: something else than null, an integer or a list of integers.
+    """
+    ids = () if eos_token_id is None else eos_token_id
+    ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    if any(type(i) is not int for i in ids):
+        raise ConfigError(
+            f"{where}: eos_token_id = {eos_token_id!r} must be an integer or a list of integers."
+        )
+    return ids
 
 
 def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:

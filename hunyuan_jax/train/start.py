@@ -3,7 +3,6 @@ the run is to train.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -13,9 +12,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
-from hunyuan_jax.weights import stream as scale
-from hunyuan_jax.weights import torch_io
-from hunyuan_jax.weights.run import Run
+from hunyuan_jax.weights.open import open_model
 
 # How the model is computed, trained and ended: a run may choose these anew.  Everything else
 # decides what the weights mean.
@@ -43,26 +40,18 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a
     workdir, a nested dict of arrays.
 
-    They are float32, as a run's master weights are, or in the dtype of `cfg` where LoRA freezes
-    them.  Those of a workdir are on the mesh; of the others every process reads all.
+    They are on the mesh: float32, as a run's master weights are, or in the dtype of `cfg` where
+    LoRA freezes them.
 
     Raises:
       ConfigError: no such folder, or another model than `cfg`, naming the first field that
         differs.
     """
     path = user_path(path)
-    dtype = cfg.dtype if cfg.lora.rank else "float32"
-    if (Path(path) / "checkpoints").is_dir():
-        run = Run(path)
-        require_same_model(path, run.cfg, cfg)
-        plain = dataclasses.replace(cfg, lora=LoraConfig())
-        return run.read(dtype, abstract.shardings(abstract_model(plain, mesh)[1]))
-    if scale.is_converted(path):
-        theirs, params, _ = scale.read_params(path, dtype)
-    else:
-        theirs, params, _ = torch_io.read_model(path, dtype)
-    require_same_model(path, theirs, cfg)
-    return params
+    opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
+    require_same_model(path, opened.cfg, cfg)
+    plain = dataclasses.replace(cfg, lora=LoraConfig())
+    return opened.read(abstract.shardings(abstract_model(plain, mesh)[1]))
 
 
 def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -114,11 +114,8 @@ def tree_metadata(params: dict[str, Param]) -> bytes:
     ).encode()
 
 
-def encode(
-    tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int, scale: float | None
-) -> np.ndarray:
-    """One chunk of an official tensor in our layout and dtype, multiplied by `scale` if there is
-    one.
+def encode(tensor: np.ndarray, entry: table.Entry, param: Param, chunk: int) -> np.ndarray:
+    """One chunk of an official tensor in our layout and dtype.
 
     Raises:
       ConfigError: it holds a value that is not a finite number.
@@ -132,8 +129,6 @@ def encode(
         transpose_into(rows, columns)
     else:
         rows = tensor.reshape(param.piece[0], -1)[begin:end]
-    if scale is not None:
-        rows = rows.astype(np.float32) * np.float32(scale)
     block = np.ascontiguousarray(rows, param.dtype).reshape(end - begin, -1)
     exponent = _EXPONENTS[param.dtype.itemsize]
     if ((block.view(exponent.dtype) & exponent) == exponent).any():

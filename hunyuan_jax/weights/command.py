@@ -1,6 +1,5 @@
 """The commands `import`, `export` and `verify`."""
 
-import os
 import sys
 
 from hunyuan_jax import flags
@@ -56,39 +55,11 @@ def export(values) -> int:
         if warning := peft.peft_warning(model_cfg):
             print(warning, file=sys.stderr)
         return 0
-    written = _export(values.checkpoint, values.output)
-    print(f"{values.output}: complete{written}.")
+    from hunyuan_jax.weights.open import export_model
+
+    count = export_model(values.checkpoint, values.output)
+    print(f"{values.output}: complete; {count} files of weights written now.")
     return 0
-
-
-def _export(checkpoint: str, output: str) -> str:
-    """Writes the official folder of a run, a model folder or a converted checkpoint; returns what
-    to say about it.
-    """
-    from hunyuan_jax.weights import stream
-
-    is_run = os.path.isdir(os.path.join(checkpoint, "checkpoints"))
-    is_official = os.path.isfile(os.path.join(checkpoint, "config.json"))
-    if stream.is_converted(checkpoint) or not (is_run or is_official):
-        count = stream.export_model(checkpoint, output)
-        return f"; {count} files of weights written now"
-    import jax
-    import numpy as np
-
-    from hunyuan_jax.weights import torch_io
-
-    if is_run:
-        from hunyuan_jax.model.abstract import abstract_model
-        from hunyuan_jax.parallel.mesh import single_device_mesh
-        from hunyuan_jax.weights.run import Run
-
-        run = Run(checkpoint)
-        shardings = abstract_model(run.cfg, single_device_mesh())[2]
-        cfg, params, source = run.cfg, run.read(run.cfg.dtype, shardings), None
-    else:
-        cfg, params, source = torch_io.read_model(checkpoint)
-    torch_io.write_model(output, cfg, jax.tree.map(np.asarray, params), source)
-    return ""
 
 
 @flags.command(_SOURCE, _CHECKPOINT)

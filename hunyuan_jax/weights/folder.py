@@ -1,12 +1,15 @@
 """The tensors of an official model folder, found by their headers and read one at a time:
-safetensors or .bin shards, BF16 or FP8.
+safetensors or .bin shards, float32, BF16 or FP8, experts one by one or fused.
 """
 
+import functools
 import hashlib
 import json
+import math
 import re
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -14,8 +17,9 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.params.roles import Role
-from hunyuan_jax.weights import hf_config
-from hunyuan_jax.weights import names as table
+from hunyuan_jax.params.tree import path_of
+from hunyuan_jax.tokenizer.files import stop_ids
+from hunyuan_jax.weights import hf_config, names
 from hunyuan_jax.weights.storage import Place
 
 DTYPES = {
@@ -24,9 +28,17 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SCALE = re.compile(r"(.*)\.(weight_scale|input_scale|kv_scale|k_scale|v_scale)")
+# Experts as transformers 5 has them in memory and can save them: gate_up_proj [E, 2 F, D] is gate
+# above up, down_proj [E, D, F].
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+_FUSED = {
+    "gate": ("gate_up_proj", 0, 2),
+    "up": ("gate_up_proj", 1, 2),
+    "down": ("down_proj", 0, 1),
+}
 _SAMPLE = 65_536
+_BLOCK = 1 << 20
 _MAX_LISTED = 40
 
 
@@ -45,8 +57,30 @@ class Stored(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-class Weights:
-    """A folder of weights.  Opening it reads headers only.
+class Piece(NamedTuple):
+    """Where the values of one entry lie: all of a tensor, or a part of a fused one.
+
+    first: its first element in the tensor; shape: official; scale: name of its FP8 factor, or "".
+    """
+
+    stored: Stored
+    first: int
+    shape: tuple[int, ...]
+    scale: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.size * self.stored.dtype.itemsize
+
+
+class OfficialFolder:
+    """A folder with official weights.  Opening it reads headers only.
 
     config: config.json; tensors: by official name, in the order of the files; headers: raw header
     of each safetensors file by file name; index: bytes of the index, or None; others: names of the
@@ -54,21 +88,27 @@ class Weights:
     """
 
     def __init__(self, place: Place):
-        """Raises ConfigError: no config, no weights, missing or truncated shards, tensors twice,
-        each by name.
+        """Raises ConfigError: no config, what `from_hf` refuses, no weights, missing or truncated shards, duplicate
+        tensors; the message lists them.
         """
         self.place = place
         sizes = place.sizes()
         if "config.json" not in sizes:
-            raise ConfigError(f"{place} is no model folder: it has no config.json.")
+            raise ConfigError(
+                f"{place} is not a model folder: it has no config.json. Give a folder with "
+                "official weights, the --output of an import, or the --workdir of a run that has "
+                "a checkpoint."
+            )
         self.config_bytes = place.read("config.json")
         self.config = json_object(f"{place}/config.json", self.config_bytes)
+        # An architecture that cannot be loaded is refused before its headers are read.
+        hf_config.from_hf(hf_config.with_dtype(self.config, "float32"))
         self.index_name, files = self._files(sizes)
         self.index = place.read(self.index_name) if self.index_name else None
         self.headers: dict[str, bytes] = {}
         self.tensors: dict[str, Stored] = {}
-        self._torch: tuple[str, dict[str, Any]] = ("", {})
-        digest = hashlib.sha256(self.config_bytes)
+        self._bins: dict[str, dict[str, Any]] = {}
+        self._sizes = {file: sizes[file] for file in files}
         for file in files:
             found = (
                 self._headers_of_bin(file)
@@ -82,20 +122,6 @@ class Weights:
                         f"{file}."
                     )
                 self.tensors[stored.name] = stored
-            # The header tells the shapes, both ends of the data tell two trainings of one model
-            # apart.
-            ends = (
-                place.read(file, 0, min(_SAMPLE, sizes[file])),
-                place.read(file, max(0, sizes[file] - _SAMPLE), sizes[file]),
-            )
-            for part in (
-                file.encode(),
-                str(sizes[file]).encode(),
-                self.headers.get(file, b""),
-                *ends,
-            ):
-                digest.update(len(part).to_bytes(8, "little") + part)
-        self.fingerprint = digest.hexdigest()
         is_weight = re.compile(r".*\.(safetensors|bin)(\.index\.json)?")
         self.others = [
             name
@@ -115,13 +141,63 @@ class Weights:
                     f"{place}/{self.index_name} and the shards disagree about {listed(wrong)}."
                 )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, read-only."""
-        stored = self.tensors[name]
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells folders apart: config, headers, sizes, and both ends of each file, which differ
+        for two trainings of one model.
+        """
+        digest = hashlib.sha256(self.config_bytes)
+        for file, size in self._sizes.items():
+            ends = (
+                self.place.read(file, 0, min(_SAMPLE, size)),
+                self.place.read(file, max(0, size - _SAMPLE), size),
+            )
+            for part in (file.encode(), str(size).encode(), self.headers.get(file, b""), *ends):
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+    def read(self, piece: Piece, dtype: np.dtype | None = None) -> np.ndarray:
+        """The values of an entry in the official layout, multiplied out if they are FP8; read-only.
+
+        Args:
+          piece: of a `Plan`.
+          dtype: None is that of the file.
+        """
+        stored, end = piece.stored, piece.first + piece.size
         if stored.start < 0:
-            return _of_torch(self._load_bin(stored.file)[name])
-        data = self.place.read(stored.file, stored.start, stored.start + stored.num_bytes)
-        return np.frombuffer(data, stored.dtype).reshape(stored.shape)
+            flat = _of_torch(self._load_bin(stored.file)[stored.name]).reshape(-1)
+            flat = flat[piece.first : end]
+        else:
+            begin, width = stored.start, stored.dtype.itemsize
+            data = self.place.read(stored.file, begin + piece.first * width, begin + end * width)
+            flat = np.frombuffer(data, stored.dtype)
+        if piece.scale:
+            factor = np.float32(self.read_scale(piece.scale))
+            scaled = np.empty(flat.shape, np.dtype(np.float32) if dtype is None else dtype)
+            for i in range(0, flat.size, _BLOCK):
+                scaled[i : i + _BLOCK] = flat[i : i + _BLOCK].astype(np.float32) * factor
+            flat = scaled
+        flat = flat if dtype is None else flat.astype(dtype, copy=False)
+        return flat.reshape(piece.shape)
+
+    def read_tensor(self, name: str) -> np.ndarray:
+        """A tensor of the files as it is."""
+        stored = self.tensors[name]
+        return self.read(Piece(stored, 0, stored.shape))
+
+    def read_scale(self, name: str) -> float:
+        """One per-tensor FP8 factor.
+
+        Raises:
+          ConfigError: not one positive finite number.
+        """
+        value = self.read_tensor(name).astype(np.float32).reshape(-1)
+        if value.size != 1 or not np.isfinite(value[0]) or value[0] <= 0:
+            raise ConfigError(
+                f"{self.place}: {name} = {value[:4]} must be one positive number: only per-tensor "
+                "FP8 scales can be read."
+            )
+        return float(value[0])
 
     def _files(self, sizes: dict[str, int]) -> tuple[str, list[str]]:
         """(index name or "", weight files)."""
@@ -154,7 +230,7 @@ class Weights:
         length = int.from_bytes(self.place.read(file, 0, 8), "little") if size >= 8 else size
         if length + 8 > size:
             raise ConfigError(
-                f"{where} is no safetensors file or is truncated; was it downloaded whole, and "
+                f"{where} is not a safetensors file or is truncated; was it downloaded whole, and "
                 "not as a git-lfs pointer?"
             )
         raw = self.place.read(file, 0, 8 + length)
@@ -167,7 +243,7 @@ class Weights:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ConfigError(
-                f"{where} is no safetensors file: its header cannot be read ({e})."
+                f"{where} is not a safetensors file: its header cannot be read ({e})."
             ) from e
         self.headers[file] = raw
         tensors, position = [], 0
@@ -201,9 +277,8 @@ class Weights:
         ]
 
     def _load_bin(self, file: str) -> dict[str, Any]:
-        opened, tensors = self._torch
-        if opened == file:
-            return tensors
+        if file in self._bins:
+            return self._bins[file]
         if not self.place.is_local:
             raise ConfigError(
                 f"{self.place}/{file} is a PyTorch pickle, which is mapped from a local disk "
@@ -227,41 +302,41 @@ class Weights:
                 f"{self.place}/{file} cannot be read by torch.load(weights_only=True): "
                 f"{str(e).splitlines()[0]}"
             ) from e
-        self._torch = (file, tensors)
+        self._bins[file] = tensors
         return tensors
 
 
 class Plan(NamedTuple):
-    """Which source tensor is used for what.
+    """What is read for what.
 
-    cfg: of the checkpoint to be made; hf: its config.json; tensors: entry -> source tensor;
-    scales: entry name -> name of its factor;
-    extra_scales: values of activation and cache scales, which the model does not use; dropped:
-    tensors that are not kept;
-    is_exact: whether an export can give the same bytes again.
+    cfg: of the model; hf: its config.json; pieces: entry -> where its values lie; extra_scales:
+    values of activation and cache scales, which the model does not use; dropped: tensors that are
+    not kept; rounded: tensors in another dtype than the one that config.json promises; is_exact:
+    whether the same bytes can be written again.
     """
 
     cfg: ModelConfig
     hf: dict[str, Any]
-    tensors: dict[table.Entry, Stored]
-    scales: dict[str, str]
+    pieces: dict[names.Entry, Piece]
     extra_scales: dict[str, float]
     dropped: list[str]
+    rounded: list[str]
     is_exact: bool
 
 
-def plan(weights: Weights, dtype: str | None) -> Plan:
-    """Gives every source tensor exactly one use and every target exactly one source.
+def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
+    """Gives every tensor exactly one use and every entry exactly one source.
 
     Args:
+      folder: opened.
       dtype: of the parameters; None keeps torch_dtype of config.json.  The router is float32
         always.
 
     Raises:
-      ConfigError: what `from_hf` refuses; tensors without a use, targets without a tensor, other
+      ConfigError: what `from_hf` refuses; tensors without a use, entries without a tensor, other
         shapes: all of them, by name.
     """
-    hf = weights.config if dtype is None else hf_config.with_dtype(weights.config, dtype)
+    hf = folder.config if dtype is None else hf_config.with_dtype(folder.config, dtype)
     quantization = hf.get("quantization_config")
     if quantization is not None:
         if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
@@ -271,127 +346,158 @@ def plan(weights: Weights, dtype: str | None) -> Plan:
             )
         hf = {name: value for name, value in hf.items() if name != "quantization_config"}
     cfg = hf_config.from_hf(hf)
-    unused, tensors, scales, extra = dict(weights.tensors), {}, {}, {}
-    missing, wrong = [], []
-    for entry in table.entries(cfg):
-        stored = unused.pop(entry.name, None)
-        if stored is None:
+    unused, pieces, missing, wrong = dict(folder.tensors), {}, [], []
+    for entry in names.entries(cfg):
+        piece = _piece(folder.tensors, entry, cfg)
+        if piece is None:
             missing.append(entry.name)
-        elif stored.shape != entry.shape:
-            wrong.append(f"{entry.name} {stored.shape}, not {entry.shape}")
-        else:
-            tensors[entry] = stored
-        if stored is not None and stored.dtype == DTYPES["F8_E4M3"]:
-            scale = entry.name.removesuffix("weight") + "weight_scale"
-            if unused.pop(scale, None) is None:
-                missing.append(scale)
-            scales[entry.name] = scale
-    dropped = [
-        name for name in unused if name.endswith("rotary_emb.inv_freq")
-    ]  # a buffer old saves hold; computed from the config
+            continue
+        unused.pop(piece.stored.name, None)
+        if piece.shape != entry.shape:
+            wrong.append(f"{entry.name} {piece.shape}, not {entry.shape}")
+        if piece.stored.dtype == DTYPES["F8_E4M3"]:
+            piece = piece._replace(
+                scale=piece.stored.name.removesuffix(".weight") + ".weight_scale"
+            )
+            unused.pop(piece.scale, None)
+            if piece.scale not in folder.tensors:
+                missing.append(piece.scale)
+        pieces[entry] = piece
+    # A buffer that old saves hold; it is computed from the config.
+    dropped = [name for name in unused if name.endswith("rotary_emb.inv_freq")]
     tied_head = "lm_head.weight" if cfg.tie_embeddings and "lm_head.weight" in unused else None
-    for name in dropped + [tied_head] * (tied_head is not None):
-        del unused[name]
-    for name in [
+    extra = [
         name
         for name in unused
         if quantization and _SCALE.fullmatch(name) and not name.endswith("weight_scale")
-    ]:
-        extra[name] = read_scale(weights, name)
+    ]
+    for name in dropped + extra + [tied_head] * (tied_head is not None):
         del unused[name]
     problems = [
-        f"{what}: {listed(names)}"
-        for what, names in (
+        f"{what}: {listed(found)}"
+        for what, found in (
             ("tensors that its config.json asks for are missing", missing),
             ("tensors that such a model does not have", list(unused)),
             ("tensors of another shape", wrong),
         )
-        if names
+        if found
     ]
     if problems:
-        raise ConfigError(f"{weights.place}: " + "; ".join(problems) + ".")
-    target = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[cfg.dtype]]
-    other = [e.name for e, s in tensors.items() if s.dtype != target and e.role != Role.ROUTER]
-    if other and dtype is None and not quantization:
-        raise ConfigError(
-            f"{weights.place}: config.json says torch_dtype {cfg.dtype}, but other dtypes are "
-            f"stored in {listed(other)}; "
-            f"say --dtype={cfg.dtype} to round them, or --dtype=float32."
-        )
+        raise ConfigError(f"{folder.place}: " + "; ".join(problems) + ".")
     if tied_head:
-        head, embedding = weights.read(tied_head), weights.read("model.embed_tokens.weight")
-        if (
-            head.dtype != embedding.dtype
-            or head.shape != embedding.shape
-            or not np.array_equal(_bits(head), _bits(embedding))
-        ):
-            raise ConfigError(
-                f"{weights.place}: lm_head.weight differs from model.embed_tokens.weight although "
-                "config.json says tie_word_embeddings; "
-                "set it to false to keep both."
-            )
+        _check_tied_head(folder, tied_head)
         dropped.append(tied_head)
-    is_same_dtype = hf_config.dtype_of(hf) == hf_config.dtype_of(weights.config)
+    target = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[cfg.dtype]]
+    rounded = [
+        entry.name
+        for entry, piece in pieces.items()
+        if piece.stored.dtype != target and not is_router(entry)
+    ]
+    is_same_dtype = hf_config.dtype_of(hf) == hf_config.dtype_of(folder.config)
     is_exact = (
-        bool(weights.headers)
+        bool(folder.headers)
         and is_same_dtype
-        and not other
+        and not rounded
         and not quantization
         and set(dropped) <= {tied_head}
+        and all(piece.shape == piece.stored.shape for piece in pieces.values())
     )
-    return Plan(cfg, hf, tensors, scales, extra, dropped, is_exact)
+    rounded = rounded if dtype is None and not quantization else []
+    extra_scales = {name: folder.read_scale(name) for name in extra}
+    return Plan(cfg, hf, pieces, extra_scales, dropped, rounded, is_exact)
 
 
-def read_scale(weights: Weights, name: str) -> float:
-    """One per-tensor FP8 factor.
+def read_params(folder: OfficialFolder, plan: Plan, shardings: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a folder, each in the memory of this process as a whole until it is on the
+    devices of `shardings`.
+    """
+    entries: dict[str, list[names.Entry]] = {}
+    for entry in plan.pieces:
+        entries.setdefault(entry.path, []).append(entry)
+
+    def read(path, sharding):
+        found = entries[path_of(path)]
+        shape = found[0].our_shape
+        dtype = dtype_of(found[0], plan.cfg.dtype)
+        array = np.empty((*names.stacked_shape(found[0], plan.cfg), *shape), dtype)
+        for entry in found:
+            tensor = folder.read(plan.pieces[entry], dtype)
+            array[entry.index] = names.to_ours(tensor, entry, shape)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map_with_path(read, shardings)
+
+
+def dtype_of(entry: names.Entry, dtype: str) -> np.dtype:
+    """Of the parameter of an entry in a model of `dtype`: the router is float32 always."""
+    return np.dtype(np.float32 if is_router(entry) else getattr(ml_dtypes, dtype, dtype))
+
+
+def is_router(entry: names.Entry) -> bool:
+    """Whether it is the router's matrix."""
+    return entry.role == Role.ROUTER
+
+
+def generation_stop_ids(place: Place) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, which is what `generate` of transformers stops at;
+    () if there is none.
 
     Raises:
-      ConfigError: not one positive finite number.
+      ConfigError: something else than an integer or a list of integers.
     """
-    value = weights.read(name).astype(np.float32).reshape(-1)
-    if value.size != 1 or not np.isfinite(value[0]) or value[0] <= 0:
+    if not place.is_file("generation_config.json"):
+        return ()
+    where = f"{place}/generation_config.json"
+    fields = json_object(where, place.read("generation_config.json"))
+    return stop_ids(where, fields.get("eos_token_id"))
+
+
+def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> Piece | None:
+    """Where an entry's values lie: in a tensor of its name, or in a fused one of the right shape."""
+    if stored := tensors.get(entry.name):
+        return Piece(stored, 0, stored.shape)
+    expert = _EXPERT.fullmatch(entry.name)
+    if not expert:
+        return None
+    name, part, num_parts = _FUSED[expert[3]]
+    stored, (rows, columns) = tensors.get(expert[1] + name), entry.shape
+    if not stored or stored.shape != (cfg.moe.num_experts, num_parts * rows, columns):
+        return None
+    return Piece(stored, (int(expert[2]) * num_parts + part) * rows * columns, entry.shape)
+
+
+def _check_tied_head(folder: OfficialFolder, name: str) -> None:
+    """Raises ConfigError unless the head is the copy of the embedding that .bin saves hold."""
+    head, embedding = (folder.read_tensor(n) for n in (name, "model.embed_tokens.weight"))
+    if (
+        head.dtype != embedding.dtype
+        or head.shape != embedding.shape
+        or not np.array_equal(_bits(head), _bits(embedding))
+    ):
         raise ConfigError(
-            f"{weights.place}: {name} = {value[:4]} must be one positive number: only per-tensor "
-            "FP8 scales can be read."
+            f"{folder.place}: {name} differs from model.embed_tokens.weight although config.json "
+            "says tie_word_embeddings; set it to false to keep both."
         )
-    return float(value[0])
 
 
-def header(tensors: list[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
-    """The first bytes of a safetensors file that holds these tensors in this order."""
-    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, dtype, shape in tensors:
-        end = position + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        about[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(about, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def listed(names: list[str]) -> str:
+def listed(found: list[str]) -> str:
     """Names for a message: all of them, up to a screenful."""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return f"{len(names)} ({', '.join(names[:_MAX_LISTED])}{more})" if len(names) > 1 else names[0]
+    more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+    return f"{len(found)} ({', '.join(found[:_MAX_LISTED])}{more})" if len(found) > 1 else found[0]
 
 
 def _numpy_dtype(place: Place, name: str, tensor: Any) -> np.dtype:
-    names = {
+    dtypes = {
         "torch.float32": "F32",
         "torch.bfloat16": "BF16",
         "torch.float16": "F16",
         "torch.float8_e4m3fn": "F8_E4M3",
     }
-    if str(tensor.dtype) not in names:
+    if str(tensor.dtype) not in dtypes:
         raise ConfigError(
-            f"{place}: {name} has dtype {tensor.dtype}; only {', '.join(names)} can be read."
+            f"{place}: {name} has dtype {tensor.dtype}; only {', '.join(dtypes)} can be read."
         )
-    return DTYPES[names[str(tensor.dtype)]]
+    return DTYPES[dtypes[str(tensor.dtype)]]
 
 
 def _of_torch(tensor: Any) -> np.ndarray:

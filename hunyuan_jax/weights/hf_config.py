@@ -6,12 +6,12 @@ the HF family).  They differ in what follows from the same numbers, see docs/fam
 """
 
 import math
-from collections.abc import Sequence
 from types import NoneType
 from typing import Any
 
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.tokenizer.files import stop_ids
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
 _ARCHITECTURES = {
@@ -135,11 +135,6 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         if hf[name] <= 0:
             raise ConfigError(f"config.json: {name} = {hf[name]} must be positive.")
     _check_experts(hf, kind)
-    eos = hf["eos_token_id"]
-    if isinstance(eos, list) and any(type(e) is not int for e in eos):
-        raise ConfigError(
-            f"config.json: eos_token_id = {eos} must be an integer or a list of integers."
-        )
     num_heads = hf["num_attention_heads"]
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -161,7 +156,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         init_std=float(hf["initializer_range"]),
         pad_token_id=-1 if hf["pad_token_id"] is None else hf["pad_token_id"],
         bos_token_id=-1 if hf["bos_token_id"] is None else hf["bos_token_id"],
-        eos_token_ids=stop_ids(eos),
+        eos_token_ids=stop_ids("config.json", hf["eos_token_id"]),
         dtype=hf["torch_dtype"],
         moe=_moe(hf, kind),
     )
@@ -225,17 +220,6 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json with another dtype, in the spelling it has."""
     names = [name for name in ("dtype", "torch_dtype") if name in hf] or ["torch_dtype"]
     return {**hf, **dict.fromkeys(names, dtype)}
-
-
-def stop_ids(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The eos_token_id of a config.json or a generation_config.json as a tuple."""
-    return (
-        ()
-        if eos_token_id is None
-        else tuple(eos_token_id)
-        if isinstance(eos_token_id, Sequence)
-        else (eos_token_id,)
-    )
 
 
 def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:

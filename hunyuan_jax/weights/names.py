@@ -4,9 +4,7 @@ Only this file knows that layer l is (group l // F, layer l % F) with F = cla_sh
 that torch linears are [out, in].
 """
 
-import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,35 +59,6 @@ def entries(cfg: ModelConfig) -> list[Entry]:
     return table
 
 
-_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
-
-
-def unfused(
-    tensors: Iterator[tuple[str, np.ndarray, str]], cfg: ModelConfig
-) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(name, array, file) with experts apart where they are one tensor, as transformers 5 has them
-    in memory and can save them.
-
-    gate_up_proj [E, 2 F, D] is gate above up, down_proj [E, D, F]; their parts come with the file
-    "".  A fused tensor of another shape is passed on, and then is one that the model does not
-    have.
-    """
-    E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
-    for name, tensor, file in tensors:
-        fused = _FUSED.fullmatch(name)
-        kinds = (
-            {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused[2]]
-            if fused
-            else ()
-        )
-        if not fused or tensor.shape != {2: (E, 2 * F, D), 1: (E, D, F)}[len(kinds)]:
-            yield name, tensor, file
-            continue
-        for expert in range(E):
-            for kind, part in zip(kinds, np.split(tensor[expert], len(kinds)), strict=True):
-                yield f"{fused[1]}{expert}.{kind}.weight", part, ""
-
-
 def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
     """The official tensor in our layout; `shape` is that of our parameter without its stacked
     dims.
@@ -102,6 +71,14 @@ def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
     if not entry.is_transposed:
         return np.ascontiguousarray(array.reshape(entry.shape))
     return np.ascontiguousarray(array.reshape(entry.shape[::-1]).T)
+
+
+def read_tensor(params: dict[str, Any], entry: Entry) -> np.ndarray:
+    """The official tensor of an entry out of our parameters, a nested dict of arrays."""
+    node: Any = params
+    for name in entry.path.split("/"):
+        node = node[name]
+    return to_official(np.asarray(node[entry.index] if entry.index else node), entry)
 
 
 def stacked_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:

@@ -17,30 +17,39 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import abstract_stored_params
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import abstract
 from hunyuan_jax.params.abstract import ParamSpec
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
+from hunyuan_jax.weights import names
 
 
 class Run:
-    """The newest checkpoint of a workdir whose parameters are not damaged; nothing is changed in
-    the workdir.
+    """The newest checkpoint of a workdir whose parameters are not damaged, as a `Model` (open.py).
+    Nothing is changed in the workdir.
 
     config: of the run; cfg: of the plain model, into which adapters are merged.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    layout = others = None
+
+    def __init__(self, workdir: str | os.PathLike, dtype: str | None = None):
         """Raises ConfigError: no run, or no finished checkpoint yet."""
         self.config = read_config(workdir)
-        self.cfg = dataclasses.replace(self.config.model, lora=LoraConfig())
+        self.cfg = dataclasses.replace(
+            self.config.model, lora=LoraConfig(), dtype=dtype or self.config.model.dtype
+        )
+        self.tokenizer_folder = self.config.data.tokenizer
         self._workdir = workdir
         with self._store() as store:
             self._step, self._facts = store.newest_good(("params",))
+        self.fingerprint = f"{self._facts['config_hash']} {self._step}"
 
-    def read(self, dtype: str, shardings: dict[str, Any]) -> dict[str, Any]:
+    def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
         """The parameters of `cfg` on the devices of `shardings`, adapters merged; the router in
-        float32, all others in `dtype`.
+        float32, all others in the dtype of `cfg`.
         """
+        dtype = self.cfg.dtype
         adapted, mesh = self.config.model, jax.tree.leaves(shardings)[0].mesh
         target, specs = self._target(adapted, mesh), abstract_model(self.cfg, mesh)[1]
         if not adapted.lora.rank:
@@ -49,6 +58,14 @@ class Run:
             return _plain(self._restore(target), specs, dtype)
         _, merged = lora.merge(adapted, load_params(self._restore(target)))
         return jax.device_put(_plain(merged, specs, dtype), shardings)
+
+    def tensor(self, entry: names.Entry) -> np.ndarray:
+        """One tensor in the official layout; the first call reads them all."""
+        return names.read_tensor(self._params, entry)
+
+    @functools.cached_property
+    def _params(self) -> dict[str, Any]:
+        return self.read(abstract.shardings(abstract_model(self.cfg, single_device_mesh())[1]))
 
     def read_adapters(self) -> tuple[ModelConfig, dict[str, Any]]:
         """(model config with its lora section, the adapters alone as float32 numpy arrays).

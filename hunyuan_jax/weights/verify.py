@@ -1,4 +1,4 @@
-"""Is a checkpoint the model of an official folder?  Tensor by tensor, then through both forward
+"""Checks a converted checkpoint against its source: tensor by tensor, then through both forward
 passes, one expert in memory at a time.
 
 Letters: T tokens of the one sequence, V vocabulary, D model, F ffn, E experts, g = B = 1.
@@ -28,7 +28,7 @@ from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, reference
-from hunyuan_jax.weights import folder as weights
+from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
 from hunyuan_jax.weights.stream import Converted, open_converted
@@ -47,13 +47,13 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
     Raises:
       ConfigError: one of the two cannot be opened.
     """
-    opened, converted = weights.Weights(Place(source)), open_converted(checkpoint)
+    opened, converted = official.OfficialFolder(Place(source)), open_converted(checkpoint)
     found = compare_configs(opened, converted)
     # Sizes differ: tensors cannot be matched.
     return found or [*compare_tensors(opened, converted), *compare_layers(opened, converted)]
 
 
-def compare_configs(opened: weights.Weights, converted: Converted) -> list[str]:
+def compare_configs(opened: official.OfficialFolder, converted: Converted) -> list[str]:
     """The fields of the two models that differ; the parameters' dtype is the converter's choice."""
     hf = hf_config.with_dtype(opened.config, converted.cfg.dtype)
     return [
@@ -63,21 +63,17 @@ def compare_configs(opened: weights.Weights, converted: Converted) -> list[str]:
     ]
 
 
-def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
+def compare_tensors(opened: official.OfficialFolder, converted: Converted) -> list[str]:
     """The tensors whose bits in the checkpoint are not those that an import of the source writes."""
-    plan = weights.plan(opened, converted.cfg.dtype)
+    plan = official.plan(opened, converted.cfg.dtype)
     place = Place(f"{converted.place}/params")
 
     def differences(entry: table.Entry) -> str | None:
-        tensor, param = opened.read(entry.name), converted.params[entry.path]
-        scale = (
-            weights.read_scale(opened, plan.scales[entry.name])
-            if entry.name in plan.scales
-            else None
-        )
+        piece, param = plan.pieces[entry], converted.params[entry.path]
+        tensor = opened.read(piece, param.dtype if piece.scale else None)
         num_different = 0
         for chunk in range(param.num_chunks):
-            expected = chunks.encode(tensor, entry, param, chunk, scale)
+            expected = chunks.encode(tensor, entry, param, chunk)
             actual = chunks.read_chunk(place, param, entry.index, chunk)
             bits = np.dtype(f"u{param.dtype.itemsize}")
             actual = actual.reshape(len(actual), -1).view(bits)
@@ -89,37 +85,30 @@ def compare_tensors(opened: weights.Weights, converted: Converted) -> list[str]:
         )
 
     found = []
-    with Meter(
-        "compare tensors", sum(stored.num_bytes for stored in plan.tensors.values())
-    ) as meter:
-        for entry, line in in_order(differences, plan.tensors):
-            meter.add(plan.tensors[entry].num_bytes)
+    with Meter("compare tensors", sum(piece.num_bytes for piece in plan.pieces.values())) as meter:
+        for entry, line in in_order(differences, plan.pieces):
+            meter.add(plan.pieces[entry].num_bytes)
             found += [line] * (line is not None)
     return found
 
 
-def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
+def compare_layers(opened: official.OfficialFolder, converted: Converted) -> list[str]:
     """The parts of the model whose outputs differ between the plain official forward pass and
     ours.
 
     Each part gets the official pass's own input, so a fault is reported where it is.
     """
-    plan = weights.plan(opened, converted.cfg.dtype)
+    plan = official.plan(opened, converted.cfg.dtype)
     # What the source promises decides how the official pass runs, what the checkpoint says how
     # ours does.
     hf, cfg = _defaults(opened.config), _float32(converted.cfg)
-    entries = {entry.name: entry for entry in plan.tensors}
+    entries = {entry.name: entry for entry in plan.pieces}
 
     def read(name: str) -> np.ndarray:
         entry = entries[name]
-        scale = weights.read_scale(opened, plan.scales[name]) if name in plan.scales else None
-        tensor = opened.read(name)
-        if scale is not None:
-            tensor = tensor.astype(np.float32) * np.float32(scale)
         # Rounded as the checkpoint is: what is compared is the function.
-        return tensor.astype(converted.params[entry.path].dtype, copy=False).astype(
-            np.float32, copy=False
-        )
+        tensor = opened.read(plan.pieces[entry], converted.params[entry.path].dtype)
+        return tensor.astype(np.float32, copy=False)
 
     ids_T = np.random.default_rng(0).integers(0, cfg.vocab_size, _NUM_TOKENS)
     ours = _Ours(converted, cfg)
@@ -135,9 +124,7 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
                 "rounding"
             )
 
-    with Meter(
-        "compare layers", sum(stored.num_bytes for stored in plan.tensors.values())
-    ) as meter:
+    with Meter("compare layers", sum(piece.num_bytes for piece in plan.pieces.values())) as meter:
         x_TD, kv = reference.embed(read, ids_T), None
         compare("embedding", x_TD, ours.embed(ids_T))
         for index in range(cfg.num_layers):
@@ -147,9 +134,9 @@ def compare_layers(opened: weights.Weights, converted: Converted) -> list[str]:
             compare(f"layer {index}", x_TD - before_TD, ours.layer(index, before_TD) - before_TD)
             meter.add(
                 sum(
-                    s.num_bytes
-                    for name, s in opened.tensors.items()
-                    if name.startswith(f"model.layers.{index}.")
+                    piece.num_bytes
+                    for entry, piece in plan.pieces.items()
+                    if entry.name.startswith(f"model.layers.{index}.")
                 )
             )
         compare("logits", reference.logits(hf, read, x_TD), ours.logits(x_TD))

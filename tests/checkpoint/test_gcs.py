@@ -10,7 +10,8 @@ import pytest
 
 from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.data import shards, source, tokenize, tokens
-from hunyuan_jax.weights import stream as scale
+from hunyuan_jax.weights import stream
+from hunyuan_jax.weights.open import export_model
 from support.folders import contents, write_source
 from support.processes import KILLER, finished, losses, run, start, write_corpus
 
@@ -101,12 +102,12 @@ def test_conversion_in_a_bucket_is_that_of_a_folder(fs, tmp_path):
     folder = write_source(tmp_path / "source")
     fs.put(f"{folder}/", "bucket/source/", recursive=True)
     assert (
-        scale.import_model("gs://bucket/source", "gs://bucket/ours")
-        == scale.import_model(folder, tmp_path / "ours")
+        stream.import_model("gs://bucket/source", "gs://bucket/ours")
+        == stream.import_model(folder, tmp_path / "ours")
         > 0
     )
-    assert scale.import_model("gs://bucket/source", "gs://bucket/ours") == 0
-    scale.export_model("gs://bucket/ours", "gs://bucket/back")
+    assert stream.import_model("gs://bucket/source", "gs://bucket/ours") == 0
+    export_model("gs://bucket/ours", "gs://bucket/back")
     ours = {
         name: data.replace(str(folder).encode(), b"gs://bucket/source")
         for name, data in contents(tmp_path / "ours").items()

@@ -288,8 +288,7 @@ def test_a_tokenizer_without_chat_tokens_is_refused(talker):
 def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=f"checkpoint = '{tmp_path}/absent' is no folder; give the workdir of a run or a "
-        "model folder",
+        match=f"{tmp_path}/absent is not a model folder: it has no config.json",
     ):
         text.load(tmp_path / "absent")
 

@@ -725,5 +725,5 @@ def test_runs_start_from_a_folder_of_the_same_model(text, tmp_path):
                 run_config(text, dataclasses.replace(cfg, **changes), init_from=str(folder)),
                 tmp_path / "other",
             )
-    with pytest.raises(ConfigError, match="is no model folder"):
+    with pytest.raises(ConfigError, match="is not a model folder"):
         loop.run(run_config(text, cfg, init_from="nowhere"), tmp_path / "third")

@@ -28,7 +28,6 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.optim.build import build_optimizer
 from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.weights import torch_io
 from support import goldens
 from support.goldens import FORWARD_CASES, PADDED_CASES, ROPE_CASES
 from support.models import mesh_of
@@ -507,7 +506,7 @@ def decoded_steps() -> tuple[np.ndarray, Any]:
     token, and the cache at the end.
     """
     golden = goldens.load("generate")
-    cfg, params, _ = torch_io.read_model(golden.folder)
+    cfg, params = goldens.read_model(golden.folder)
     definition = graph_def(cfg)
     texts_BT = np.concatenate([golden.int32("sequences"), golden.int32("batch.sequences")])
     num_rows, num_prompt = len(texts_BT), golden["input_ids"].shape[1]

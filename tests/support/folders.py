@@ -14,6 +14,8 @@ from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights.folder import OfficialFolder
+from hunyuan_jax.weights.storage import Place
 
 
 def small(**changes) -> ModelConfig:
@@ -38,6 +40,12 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     shapes = abstract_model(cfg, single_device_mesh())[1]
     return jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(np.float32), shapes)
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of an official folder as they are in its files."""
+    opened = OfficialFolder(Place(folder))
+    return {name: opened.read_tensor(name) for name in opened.tensors}
 
 
 def flat(tree) -> dict[str, np.ndarray]:

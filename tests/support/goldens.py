@@ -14,7 +14,11 @@ import pytest
 import safetensors.numpy
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights.open import open_model
 from support import paths
 
 COPIED, COPIED_HF = (paths.GOLDEN / family for family in ("large", "hf"))
@@ -133,6 +137,12 @@ def load(case: str) -> Golden:
     """The case; read once."""
     folder = folder_of(case)
     return Golden(case, folder, safetensors.numpy.load_file(folder / "golden.safetensors"))
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, parameters on the first device) of a model folder."""
+    opened, mesh = open_model(folder), single_device_mesh()
+    return opened.cfg, opened.read(abstract.shardings(abstract_model(opened.cfg, mesh)[1]))
 
 
 def official_tensors(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:

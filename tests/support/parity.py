@@ -25,7 +25,6 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.stack import Layer
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.weights import torch_io
 from support import goldens
 from support.goldens import CAPACITY_CASES, Golden
 from support.models import cross_entropy
@@ -65,7 +64,7 @@ def read(case: str) -> tuple[ModelConfig, dict[str, Any]]:
     capacity cases drop.
     """
     golden = goldens.load(case)
-    cfg, params, _ = torch_io.read_model(golden.folder)
+    cfg, params = goldens.read_model(golden.folder)
     moe = dataclasses.replace(
         cfg.moe,
         group_size=golden["input_ids"].size,

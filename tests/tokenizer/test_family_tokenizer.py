@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hunyuan_jax.chat.labels import IGNORED_LABEL, sft_example
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer import text
 from hunyuan_jax.tokenizer import HfTokenizer, HyTokenizer, StreamDecoder, load_tokenizer
 from support import goldens
 
@@ -205,12 +204,6 @@ def test_a_folder_with_ranks(folder):
     # A13B has one special token more, and a table without padding.
     (folder / "config.json").write_text('{"vocab_size": 466}')
     assert load_tokenizer(folder).special_id("<|extra_204|>") == 465
-
-
-def test_generation_takes_the_folders_tokenizer(folder):
-    assert (
-        load_tokenizer(text._tokenizer_of(folder)).vocab_size == load_tokenizer(folder).vocab_size
-    )
 
 
 # --- Chat templates

@@ -252,7 +252,7 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
     assert run.cfg == config.model
     shardings = build_program(config, mesh_of(*SIZES)).shardings.params
     plain = jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), shardings, is_leaf=is_scaled)
-    params = run.read("float32", plain)
+    params = run.read(plain)
     assert_same(params, load_params(state.params))
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)

@@ -24,11 +24,11 @@ from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
-from hunyuan_jax.weights import chunks, hf_config, verify
-from hunyuan_jax.weights import folder as weights
+from hunyuan_jax.weights import chunks, hf_config, stream, verify, write
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights import storage as place
-from hunyuan_jax.weights import stream as scale
+from hunyuan_jax.weights.folder import OfficialFolder
+from hunyuan_jax.weights.open import export_model
 from support import goldens, paths
 from support.folders import HF, contents, write_source
 
@@ -75,8 +75,8 @@ def test_all_tensors_of_a52b_at_reduced_width(tmp_path):
         torch_dtype="bfloat16",
     )
     assert (cfg.num_layers, cfg.moe.num_experts, cfg.cla_share_factor) == (64, 16, 2)
-    assert scale.import_model(source, tmp_path / "ours") == 3778
-    scale.export_model(tmp_path / "ours", tmp_path / "back")
+    assert stream.import_model(source, tmp_path / "ours") == 3778
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
     assert (tmp_path / "ours/tokenizer_config.json").read_bytes() == (
         source / "tokenizer_config.json"
@@ -92,8 +92,8 @@ def test_golden_folders_come_back_and_orbax_restores_them(case, tmp_path, monkey
     for path in goldens.folder_of(case).iterdir():
         if path.name.startswith(("model", "config")):
             (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
-    scale.import_model(tmp_path / "source", tmp_path / "ours")
-    scale.export_model(tmp_path / "ours", tmp_path / "back")
+    stream.import_model(tmp_path / "source", tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "source")
     ours, theirs = from_pretrained(tmp_path / "ours"), from_pretrained(tmp_path / "source")
     assert ours.config == theirs.config
@@ -130,17 +130,17 @@ def test_a_killed_import_is_continued_without_doing_anything_twice(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(ConfigError, match="has not finished"):
-        scale.open_converted(tmp_path / "ours")
+        stream.open_converted(tmp_path / "ours")
     before = {
         path: path.stat().st_mtime_ns
         for path in params.rglob("*")
         if path.is_file() and path.suffix != ".partial"
     }
-    done = scale.import_model(source, tmp_path / "ours")
+    done = stream.import_model(source, tmp_path / "ours")
     assert 0 < done <= 3778 - 300
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert scale.import_model(source, tmp_path / "ours") == 0
-    scale.export_model(tmp_path / "ours", tmp_path / "back")
+    assert stream.import_model(source, tmp_path / "ours") == 0
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
 
 
@@ -148,8 +148,8 @@ def test_urls_of_both_sides(source):
     memory = fsspec.filesystem("memory")
     for name, data in contents(source).items():
         memory.pipe_file(f"/source/{name}", data)
-    scale.import_model("memory://source", "memory://ours")
-    scale.export_model("memory://ours", "memory://back")
+    stream.import_model("memory://source", "memory://ours")
+    export_model("memory://ours", "memory://back")
     assert {name: memory.cat_file(f"/back/{name}") for name in contents(source)} == contents(
         source
     )
@@ -166,7 +166,7 @@ def test_a_file_system_without_sizes_is_refused(source, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"memory://web does not tell the sizes of its files.*copy"
     ):
-        scale.import_model("memory://web", "memory://ours")
+        stream.import_model("memory://web", "memory://ours")
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source/config.json").write_text(json.dumps(hf))
     with open(tmp_path / "source/model.safetensors", "wb") as f:
-        f.write(weights.header([(e.name, BFLOAT16, e.shape) for e in entries]))
+        f.write(write.header([(e.name, BFLOAT16, e.shape) for e in entries]))
         f.truncate(
             f.tell() + sum(2 * int(np.prod(e.shape)) for e in entries)
         )  # zeros, which take no room
@@ -239,7 +239,7 @@ def test_dtype_of_the_command_line(source, tmp_path):
     assert model.params["groups"]["layer_0"]["moe"]["router_DE"].dtype == np.float32
     expected = from_pretrained(source, dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
-    scale.export_model(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     jax.tree.map(
         np.testing.assert_array_equal, from_pretrained(tmp_path / "back").params, expected.params
     )
@@ -257,12 +257,12 @@ def test_fp8_is_multiplied_out(source, tmp_path):
         tensors[f"{name}.input_scale"] = np.array(0.5, np.float32)
 
     rewrite(source, quantize)
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     ours = from_pretrained(tmp_path / "ours").params["groups"]["layer_0"]["moe"]["experts"][
         "w_gate_EDF"
     ][0, 1]
     expected = (
-        weights.Weights(place.Place(source)).read(f"{name}.weight").astype(np.float32) * 0.25
+        OfficialFolder(place.Place(source)).read_tensor(f"{name}.weight").astype(np.float32) * 0.25
     )
     np.testing.assert_array_equal(ours, expected.T)
     assert json.loads((tmp_path / "ours/conversion.json").read_text())["scales"] == {
@@ -270,7 +270,7 @@ def test_fp8_is_multiplied_out(source, tmp_path):
     }
     assert (
         verify.compare_tensors(
-            weights.Weights(place.Place(source)), scale.open_converted(tmp_path / "ours")
+            OfficialFolder(place.Place(source)), stream.open_converted(tmp_path / "ours")
         )
         == []
     )
@@ -301,11 +301,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_the_weights_are_found_by_both_comparisons(fault, source, tmp_path):
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     FAULTS[fault](tmp_path / "ours/params")
     opened, converted = (
-        weights.Weights(place.Place(source)),
-        scale.open_converted(tmp_path / "ours"),
+        OfficialFolder(place.Place(source)),
+        stream.open_converted(tmp_path / "ours"),
     )
     layer = 1 if "cross" in fault else 0
     tensors, layers = (
@@ -329,10 +329,10 @@ def test_a_table_that_is_wrong_in_both_directions_is_found_by_the_layers(
         ]
 
     monkeypatch.setattr(table, "entries", wrong)
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     opened, converted = (
-        weights.Weights(place.Place(source)),
-        scale.open_converted(tmp_path / "ours"),
+        OfficialFolder(place.Place(source)),
+        stream.open_converted(tmp_path / "ours"),
     )
     assert verify.compare_tensors(opened, converted) == []
     assert [line.split(":")[0] for line in verify.compare_layers(opened, converted)] == [
@@ -343,7 +343,7 @@ def test_a_table_that_is_wrong_in_both_directions_is_found_by_the_layers(
 def test_a_wrong_rope_alpha_is_found(tmp_path):
     # With head_dim 4 the only frequency that depends on alpha turns by nothing in a short text.
     source = write_source(tmp_path / "source", hidden_size=32, num_hidden_layers=2)
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     path = tmp_path / "ours/config.json"
     path.write_text(path.read_text().replace("1000.0", "1500.0"))
     done = run("verify", "--source", source, "--checkpoint", tmp_path / "ours")
@@ -352,13 +352,13 @@ def test_a_wrong_rope_alpha_is_found(tmp_path):
         and "config: rope_alpha = 1000.0 in the source, 1500.0 in the checkpoint" in done.stdout
     )
     found = verify.compare_layers(
-        weights.Weights(place.Place(source)), scale.open_converted(tmp_path / "ours")
+        OfficialFolder(place.Place(source)), stream.open_converted(tmp_path / "ours")
     )
     assert found and all(line.startswith("layer ") for line in found)
 
 
 def test_a_missing_chunk_is_not_read_as_zeros(source, tmp_path):
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     (tmp_path / f"ours/params/{MOE}gate_EDF/1.2.0.0").unlink()
     with pytest.raises(ConfigError, match=r"lacks chunks.*w_gate_EDF/1\.2\.0\.0"):
         from_pretrained(tmp_path / "ours")
@@ -422,17 +422,17 @@ def test_bad_sources_are_named_in_one_line(what, source, tmp_path):
     change, message = BAD[what]
     change(source)
     with pytest.raises(ConfigError, match=message) as error:
-        scale.import_model(source, tmp_path / "ours")
+        stream.import_model(source, tmp_path / "ours")
     assert "\n" not in str(error.value)
 
 
 def test_an_output_of_another_source_is_refused(source, tmp_path):
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     rewrite(source, lambda t: t[NORM].__setitem__(0, 7.0))  # the same names and shapes
     with pytest.raises(ConfigError, match="holds an import of another source"):
-        scale.import_model(source, tmp_path / "ours")
+        stream.import_model(source, tmp_path / "ours")
     with pytest.raises(ConfigError, match="is not empty"):
-        scale.export_model(tmp_path / "ours", source)
+        export_model(tmp_path / "ours", source)
 
 
 def test_a_full_disk_is_refused_before_starting(source, tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_a_full_disk_is_refused_before_starting(source, tmp_path, monkeypatch):
         ConfigError,
         match=r"not enough disk: 0\.\d+ GB are still to be written, 0\.000 GB are free",
     ):
-        scale.import_model(source, tmp_path / "ours")
+        stream.import_model(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 

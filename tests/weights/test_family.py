@@ -17,9 +17,9 @@ from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
-from hunyuan_jax.weights import folder as weights
-from hunyuan_jax.weights import hf_config, torch_io, verify
-from hunyuan_jax.weights import stream as scale
+from hunyuan_jax.weights import hf_config, stream, verify
+from hunyuan_jax.weights.folder import OfficialFolder
+from hunyuan_jax.weights.open import export_model
 from hunyuan_jax.weights.storage import Place
 from support import goldens
 from support.folders import flat, random_params
@@ -300,8 +300,8 @@ def test_bad_generation_config_is_refused(tmp_path):
     Pretrained(small(), random_params(small())).save_pretrained(tmp_path)
     for text, message in (
         ('{"eos_token_id": "2"}', "eos_token_id = '2' must be"),
-        ("[", "is not a JSON object"),
-        ("3", "is not a JSON object"),
+        ("[", "is not valid JSON"),
+        ("3", "holds a JSON int; it must be an object of fields"),
     ):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -317,11 +317,11 @@ def test_bad_generation_config_is_refused(tmp_path):
 )
 def test_folders_go_through_the_converter(case, tmp_path):
     source = goldens.folder_of(case)
-    scale.import_model(source, tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
     assert verify.verify(source, tmp_path / "ours") == []
     model = from_pretrained(tmp_path / "ours")
     assert model.config == from_pretrained(source).config
-    scale.export_model(tmp_path / "ours", tmp_path / "exported")
+    export_model(tmp_path / "ours", tmp_path / "exported")
     model.save_pretrained(tmp_path / "saved")
     wanted = {
         path.name: path.read_bytes()
@@ -330,7 +330,7 @@ def test_folders_go_through_the_converter(case, tmp_path):
     }
     for written in ("exported", "saved"):
         assert {name: (tmp_path / written / name).read_bytes() for name in wanted} == wanted
-    scale.import_model(source, tmp_path / "other", dtype="bfloat16")
+    stream.import_model(source, tmp_path / "other", dtype="bfloat16")
     assert from_pretrained(tmp_path / "other").config.dtype == "bfloat16"
 
 
@@ -345,8 +345,8 @@ def test_folders_go_through_the_converter(case, tmp_path):
 def test_the_converters_layers_tell_the_families_apart(case, field, value, tmp_path):
     """The plain forward pass knows by itself what transformers' classes fix."""
     source = goldens.folder_of(case)
-    scale.import_model(source, tmp_path / "ours")
-    opened, converted = weights.Weights(Place(source)), scale.open_converted(tmp_path / "ours")
+    stream.import_model(source, tmp_path / "ours")
+    opened, converted = OfficialFolder(Place(source)), stream.open_converted(tmp_path / "ours")
     assert verify.compare_layers(opened, converted) == []
     cfg = converted.cfg
     part = (
@@ -413,7 +413,7 @@ def test_a_golden_folder_in_transformers(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(case.folder)
     for is_original in (True, False):
         theirs.save_pretrained(tmp_path / str(is_original), save_original_format=is_original)
-        names = [name for name, *_ in torch_io._tensors(tmp_path / str(is_original))]
+        names = OfficialFolder(Place(tmp_path / str(is_original))).tensors
         assert any(name.endswith("gate_up_proj") for name in names) != is_original
         read = flat(from_pretrained(tmp_path / str(is_original)).params)
         assert all(np.array_equal(array, read[path]) for path, array in flat(model.params).items())

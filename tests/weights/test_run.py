@@ -65,12 +65,12 @@ def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_d
     model = dataclasses.replace(MODEL, lora=LoraConfig(rank=rank))
     params = save(tmp_path, Config(model, optimizer=OptimizerConfig(state_dtype=state_dtype)))
     (tmp_path / "checkpoints" / "3" / "optimizer").rename(tmp_path / "unread")
-    run = Run(tmp_path)
-    assert run.cfg == MODEL
+    assert Run(tmp_path).cfg == MODEL
     expected = lora.merge(model, load_params(params))[1]
     shardings = abstract.shardings(abstract_model(MODEL, mesh_of(data=2, expert=2, tensor=2))[1])
     for dtype in ("float32", "bfloat16"):
-        read = run.read(dtype, shardings)
+        run = Run(tmp_path, dtype)
+        read = run.read(shardings)
         for (path, leaf), want, sharding in zip(
             jax.tree.leaves_with_path(read),
             jax.tree.leaves(expected),
@@ -112,7 +112,7 @@ def status(field):
 run = Run(sys.argv[1])
 shardings = abstract.shardings(abstract_model(run.cfg, single_device_mesh())[1])
 before = status("VmRSS")
-params = run.read("float32", shardings)
+params = run.read(shardings)
 print("grown by", status("VmHWM") - before)
 """
 

@@ -1,0 +1,151 @@
+"""What model is at a path: a run, a converted checkpoint or an official folder."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import json_object, user_path
+from hunyuan_jax.weights import folder as official
+from hunyuan_jax.weights import names, stream, write
+from hunyuan_jax.weights.storage import Place
+
+_EXPORTING = "export.json"
+
+
+class Model(Protocol):
+    """A model in files, of which nothing but headers has been read.
+
+    cfg: with the dtype in which it is read; tokenizer_folder: what `load_tokenizer` takes; layout:
+    in which it is written as an official folder, None if it never was one; others: names and
+    folder of the files that are copied with it; fingerprint: tells models apart.
+    """
+
+    cfg: ModelConfig
+    tokenizer_folder: str
+    layout: write.Layout | None
+    others: tuple[Place, list[str]] | None
+    fingerprint: str
+
+    def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
+        """The parameters as a nested dict of arrays on the devices of `shardings`, a nested dict of
+        a NamedSharding for each.
+        """
+
+    def tensor(self, entry: names.Entry) -> np.ndarray:
+        """One tensor in the official layout."""
+
+
+def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
+    """The model at a path.
+
+    Args:
+      path: the workdir of a run, the --output of an import, or a folder with config.json and
+        *.safetensors or pytorch_model*.bin.
+      dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the path says.
+        The router is float32 always.
+
+    Raises:
+      ConfigError: none of them, or one that is damaged or not finished.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
+    path = user_path(os.fspath(path))
+    place = Place(path)
+    if place.is_local and Path(place.path("checkpoints")).is_dir():
+        from hunyuan_jax.weights.run import Run
+
+        return Run(path, dtype)
+    return (Converted if place.is_file(stream.ABOUT) else Official)(place, dtype)
+
+
+class Official:
+    """An official folder, as a `Model`."""
+
+    def __init__(self, place: Place, dtype: str | None):
+        self._folder = official.OfficialFolder(place)
+        self._plan = official.plan(self._folder, dtype)
+        self.cfg = _with_stop_ids(self._plan.cfg, place)
+        self.tokenizer_folder = str(place)
+        self.layout = write.layout_of(self._folder, self._plan)
+        self.others = (place, self._folder.others)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Model`."""
+        return self._folder.fingerprint
+
+    def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
+        """See `Model.read`."""
+        return official.read_params(self._folder, self._plan, shardings)
+
+    def tensor(self, entry: names.Entry) -> np.ndarray:
+        """See `Model.tensor`."""
+        dtype = official.dtype_of(entry, self.cfg.dtype)
+        return self._folder.read(self._plan.pieces[entry], dtype)
+
+
+class Converted:
+    """A checkpoint of `convert_torch.py import`, as a `Model`."""
+
+    def __init__(self, place: Place, dtype: str | None):
+        self._converted = stream.open_converted(place.url)
+        cfg = self._converted.cfg
+        self.cfg = _with_stop_ids(dataclasses.replace(cfg, dtype=dtype or cfg.dtype), place)
+        self.tokenizer_folder = str(place)
+        self.layout = stream.layout_of(self._converted, self.cfg)
+        self.others = (place, self._converted.about["copied"])
+        self.fingerprint = self._converted.about["fingerprint"]
+
+    def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
+        """See `Model.read`."""
+        return stream.read_params(self._converted, self.cfg.dtype, shardings)
+
+    def tensor(self, entry: names.Entry) -> np.ndarray:
+        """See `Model.tensor`."""
+        return stream.read_tensor(self._converted, entry)
+
+
+def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> int:
+    """Writes a model as an official folder, byte for byte that of its source if it was safetensors
+    of the same dtype.
+
+    The same call again continues one that was killed.  Returns how many files of weights this call
+    wrote.
+
+    Raises:
+      ConfigError: no such model, an output that holds something else, a full disk.
+    """
+    model, target = open_model(checkpoint), Place(output)
+    layout = model.layout or write.new_layout(model.cfg)
+    if model.others:
+        place, copied = model.others
+        layout = layout._replace(texts={n: place.read(n) for n in copied} | layout.texts)
+    claim = {"fingerprint": model.fingerprint, "dtype": model.cfg.dtype}
+    found = set(target.sizes())
+    if _EXPORTING in found:
+        if json_object(f"{target}/{_EXPORTING}", target.read(_EXPORTING)) != claim:
+            raise ConfigError(
+                f"{target} holds an unfinished export of another checkpoint; use another "
+                "--output, or delete it."
+            )
+    elif found:
+        raise ConfigError(
+            f"{target} is not empty: it holds {official.listed(sorted(found))}; use another "
+            "--output."
+        )
+    written = found & layout.headers.keys()  # what has its name is whole
+    target.check_space(sum(layout.num_bytes(file) for file in layout.headers.keys() - written))
+    target.write(_EXPORTING, [write.as_json(claim)])
+    num_written = write.write_folder(target, layout, model.cfg, model.tensor, written)
+    target.remove(_EXPORTING)
+    return num_written
+
+
+def _with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
+    stop_ids = official.generation_stop_ids(place) or cfg.eos_token_ids
+    return dataclasses.replace(cfg, eos_token_ids=stop_ids)
