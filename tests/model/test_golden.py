@@ -311,7 +311,7 @@ def test_rope_tables(case):
 
 
 def test_linear_rope_counts_in_bfloat16():
-    """Officially 512 positions give 385 different ones (specification section 4); the recorded
+    """Officially 512 positions give 385 different ones (docs/model.md, RoPE); the recorded
     case ends before they begin to merge.
     """
     positions_BS = np.arange(512, dtype=np.int32)[None]
@@ -411,7 +411,7 @@ def test_gradient_reaches_shared_keys_and_values_through_checkpointing():
 
 
 def test_padding_row_gets_no_gradient_from_the_lookup():
-    """As torch's padding_idx (specification section 8); no recorded gradient has padding among its
+    """As torch's padding_idx (docs/model.md, Attention); no recorded gradient has padding among its
     inputs.
     """
     cfg, params = read("rope_plain")

@@ -1,4 +1,4 @@
-"""Grouped-query attention with cross-layer sharing (specification section 3).
+"""Grouped-query attention with cross-layer sharing (docs/model.md, Attention).
 
 Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division
 of a key do not depend on the layer, only the key norm's scale does, and q . (g * khat) = (q * g) .
