@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -80,24 +79,22 @@ def test_missing_workdir():
     assert "--workdir is missing" in error_of("train.py", TINY)
 
 
-def test_misspelled_key_is_answered_quickly_and_without_jax():
-    start = time.perf_counter()
+def test_misspelled_key_is_answered_without_jax():
     result = run(
         "-X", "importtime", "train.py", TINY, "--config.train.num_step=5", "--workdir=unused"
     )
-    assert time.perf_counter() - start < 3
     assert result.returncode == 2
     assert " jax\n" not in result.stderr
 
 
-def test_import_is_quick_and_loads_no_jax():
-    start = time.perf_counter()
-    result = run(
-        "-c",
-        "import sys, hunyuan_jax; assert 'jax' not in sys.modules; hunyuan_jax.presets.a52b()",
+def test_import_loads_nothing_large():
+    large = {"jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "safetensors"}
+    code = (
+        "import sys, hunyuan_jax; hunyuan_jax.presets.a52b(); "
+        f"assert not {large} & sys.modules.keys(), {large} & sys.modules.keys()"
     )
+    result = run("-c", code)
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(
