@@ -3,8 +3,9 @@ r"""Hunyuan-0.5B (539 M parameters, dense) from scratch, at sequence length 4096
     python train.py --config=configs/dense_0_5b.py --workdir=/mnt/shared/dense_0_5b \
         --config.data.source=/mnt/shared/corpus
 
-`hunyuan-0.5b/tokenizer.json` is the released tokenizer.  A batch is 0.26 M tokens, in 8 micro-batches.  No recipe was
-published: batch, learning rate and length of the run are ours.
+`hunyuan-0.5b/tokenizer.json` is the released tokenizer.
+A batch is 0.26 M tokens, in 8 micro-batches.
+No recipe was published: batch, learning rate and length of the run are ours.
 
 Hardware: a number of devices that divides 8, the sequences of a micro-batch.
 Time, expected loss: not known.  The parameter count is tested; the train step was never compiled

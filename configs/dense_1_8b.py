@@ -3,8 +3,9 @@ r"""Hunyuan-1.8B (1.79 B parameters, dense) from scratch, at sequence length 409
     python train.py --config=configs/dense_1_8b.py --workdir=/mnt/shared/dense_1_8b \
         --config.data.source=/mnt/shared/corpus
 
-`hunyuan-1.8b/tokenizer.json` is the released tokenizer.  A batch is 0.52 M tokens, in 8 micro-batches.  No recipe was
-published: batch, learning rate and length of the run are ours.
+`hunyuan-1.8b/tokenizer.json` is the released tokenizer.
+A batch is 0.52 M tokens, in 8 micro-batches.
+No recipe was published: batch, learning rate and length of the run are ours.
 
 Hardware: a number of devices that divides 16, the sequences of a micro-batch.
 Time, expected loss: not known.  The parameter count is tested; the train step was never compiled

@@ -3,8 +3,9 @@ r"""Hunyuan-4B (4.22 B parameters, dense) from scratch, at sequence length 4096.
     python train.py --config=configs/dense_4b.py --workdir=/mnt/shared/dense_4b \
         --config.data.source=/mnt/shared/corpus
 
-`hunyuan-4b/tokenizer.json` is the released tokenizer.  A batch is 1 M tokens, in 8 micro-batches.  No recipe was
-published: batch, learning rate and length of the run are ours.
+`hunyuan-4b/tokenizer.json` is the released tokenizer.
+A batch is 1 M tokens, in 8 micro-batches.
+No recipe was published: batch, learning rate and length of the run are ours.
 
 Hardware: a number of devices that divides 32, the sequences of a micro-batch.
 Time, expected loss: not known.  The parameter count is tested; the train step was never compiled

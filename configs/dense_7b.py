@@ -3,8 +3,9 @@ r"""Hunyuan-7B (7.50 B parameters, dense) from scratch, at sequence length 4096.
     python train.py --config=configs/dense_7b.py --workdir=/mnt/shared/dense_7b \
         --config.data.source=/mnt/shared/corpus
 
-`hy.tiktoken` is the released tokenizer.  A batch is 2.1 M tokens, in 8 micro-batches.  No recipe was
-published: batch, learning rate and length of the run are ours.
+`hy.tiktoken` is the released tokenizer.
+A batch is 2.1 M tokens, in 8 micro-batches.
+No recipe was published: batch, learning rate and length of the run are ours.
 
 Hardware: a number of devices that divides 64, the sequences of a micro-batch.
 Time, expected loss: not known.  The parameter count is tested; the train step was never compiled

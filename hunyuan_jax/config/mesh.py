@@ -33,7 +33,8 @@ class MeshConfig(Section):
         for name, size in sizes.items():
             require(
                 size >= 1 or size == -1,
-                f"config.mesh.{name} = {size} must be at least 1, or -1 for all remaining devices.",
+                f"config.mesh.{name} = {size} must be at least 1, or -1 for all remaining "
+                "devices.",
             )
         remaining = [name for name, size in sizes.items() if size == -1]
         require(

@@ -1,4 +1,4 @@
-"""Values of a command line; absl and ml_collections do the work and their errors become one line."""
+"""Values of a command line, read by absl and ml_collections; their errors become one line."""
 
 import os
 import re

@@ -9,7 +9,7 @@ from hunyuan_jax.files import user_path
     flags.Option("output", user_path, "File to write.", default_meaning="WORKDIR/report.html"),
 )
 def report(values) -> int:
-    """Writes one HTML page about a run: curves, goodput, expert load, config; also while it runs."""
+    """Writes one HTML page about a run (also while it runs): curves, goodput, experts, config."""
     from hunyuan_jax.report import page
 
     print(page.write(values.workdir, values.output))

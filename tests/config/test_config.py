@@ -1,5 +1,5 @@
-"""The configuration: strict keys and types, every rule, a meaning for each field, the round trip of
-a recipe, and no jax before it is needed.
+"""The configuration: strict keys and types, every rule, a meaning for each field, the round trip
+of a recipe, and no jax before it is needed.
 """
 
 import ast

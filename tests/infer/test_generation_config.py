@@ -1,4 +1,4 @@
-"""Where `generate` and `chat` get their sampling settings: an option, the model folder, a default."""
+"""Sampling settings of `generate` and `chat`: an option, else the model folder, else a default."""
 
 import json
 
@@ -16,7 +16,7 @@ GIVEN = {"temperature": 0.1, "top_k": 7, "top_p": 0.5, "repetition_penalty": 1.2
 
 @pytest.fixture
 def used(monkeypatch, tmp_path):
-    """Runs `generate` on a folder with these recommendations; the settings that reach the model."""
+    """Runs `generate` on a folder with these settings; returns those that reach the model."""
 
     def run(stated, *options):
         if stated is not None:
