@@ -325,9 +325,13 @@ def test_experts_with_adapters_and_kernels_are_refused(adapted_experts):
         )
 
 
-def test_experts_with_adapters_do_not_decode_apart(adapted_experts):
-    with pytest.raises(ValueError, match="merge them first"):
-        Pretrained(*adapted_experts).generate([[1, 2]], max_new_tokens=2)
+def test_experts_with_adapters_generate_what_the_merged_experts_do(adapted_experts):
+    cfg, params = adapted_experts
+    ids = [[1, 2], [3, 4]]
+    tokens = Pretrained(cfg, params).generate(ids, max_new_tokens=4, eos_token_id=())
+    merged = Pretrained(*lora.merge(cfg, params))
+    expected = merged.generate(ids, max_new_tokens=4, eos_token_id=())
+    np.testing.assert_array_equal(tokens, expected)
 
 
 def test_the_same_on_every_mesh(adapted):
