@@ -442,6 +442,7 @@ def test_padding_row_gets_no_gradient_from_the_lookup():
 # training
 
 
+@pytest.mark.heavy
 def test_ten_training_steps():
     golden = goldens.load("train_steps")
     cfg, params = read("train_steps")

@@ -68,6 +68,7 @@ def reference(corpus, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.heavy
 def test_two_processes_train_like_one_which_continues_with_another_mesh(
     corpus, reference, tmp_path
 ):

@@ -217,6 +217,7 @@ def assert_promised_layout(mode, program, state):
     assert num_scaled == (3 * sum(map(is_matrix, tap_of)) if mode == "fp8_lm" else 0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["bfloat16", "fp8_lm"])
 def test_a_short_run_keeps_its_layout_and_stays_with_a_float32_state(mode):
     for run in ("float32", mode):

@@ -87,6 +87,7 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
     assert validation_losses(tmp_path / "parts") == validation_losses(whole)
 
 
+@pytest.mark.heavy
 def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_path):
     """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not
     doubled.
@@ -151,6 +152,7 @@ def test_what_a_run_writes(whole):
     assert "mfu" not in logged[0]  # a CPU's peak is not known
 
 
+@pytest.mark.heavy
 def test_it_learns(corpus, tmp_path):
     config = config_for(corpus, num_steps=60, batch_size=4, log_every=60, eval_every=60)
     assert loop.run(config, tmp_path / "run") == 0

@@ -104,6 +104,7 @@ def test_golden_folders_come_back_and_orbax_restores_them(case, tmp_path, monkey
         assert verify.verify(tmp_path / "source", tmp_path / "ours") == []
 
 
+@pytest.mark.heavy
 def test_a_killed_import_is_continued_without_doing_anything_twice(tmp_path):
     source = write_source(
         tmp_path / "source",
@@ -169,6 +170,7 @@ def test_a_file_system_without_sizes_is_refused(source, monkeypatch):
         stream.import_model("memory://web", "memory://ours")
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """0.53 GB of weights where the program, which itself takes 0.5 GB of address space, has 0.8;
     the largest tensor has 5 MB.
