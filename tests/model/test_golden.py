@@ -617,7 +617,7 @@ def test_bfloat16_routes_in_float32():
         np.testing.assert_array_equal(
             logits_BSE.argmax(-1).reshape(-1, 1), golden[f"topk_indices.{layer}"]
         )
-    router_DE = params["groups"]["layer_1"]["moe"]["router_DE"][0]
+    router_DE = np.asarray(params["groups"]["layer_1"]["moe"]["router_DE"][0])
     assert router_DE.dtype == np.float32
     # Float32 all the way: on bfloat16 activations, the product is that of the exact values up to
     # float32 rounding.
