@@ -231,7 +231,6 @@ PRIVATE_IN_TESTS = {
     "gpu._grouped",
     "gpu._row_blocks",
     "gpu._row_tiles",
-    "loop._stop_signals",
     "mesh._has_tpu",
     "report._thinned",
     "triton._pieces",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_jax import malloc as heap
+from hunyuan_jax import malloc
 
 
 def resident_mb():
@@ -21,6 +21,6 @@ def test_freed_memory_is_given_back():
     last = bytes(1000)  # so the end of the heap is in use
     before = resident_mb()
     del blocks
-    heap.trim()
+    malloc.trim()
     assert resident_mb() < before - 60
     del last

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from hunyuan_jax import malloc as heap
+from hunyuan_jax import malloc
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
@@ -239,7 +239,7 @@ class Store:
                 self._checkpointer.wait_until_finished()
                 self._finish(step, facts)
                 if is_on_cpu:
-                    heap.trim()  # of what orbax has made of it
+                    malloc.trim()  # of what orbax has made of it
                 self.save_seconds = time.monotonic() - start
             except BaseException as error:
                 self._error = error

@@ -27,6 +27,7 @@ from hunyuan_jax.data import loader
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.runlog import watchdog
 from hunyuan_jax.train import loop
+from hunyuan_jax.train import stop as stop_lib
 from support.runs import MODEL, config_for, losses, on_one_device, rows, write_corpus
 
 
@@ -359,7 +360,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus, tmp_path):
 
 
 def test_second_ctrl_c_interrupts_at_once():
-    with loop._stop_signals() as stop:
+    with stop_lib.stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
