@@ -58,9 +58,14 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
+# How the reason of a skip begins that the end of the run must repeat in full.
+NOT_CHECKED = "NOT CHECKED: "
+
+
 def missing(reason):
     """What a skipped test would need, in a word or two."""
-    reason = reason.removeprefix("Skipped: ")
+    if "has no record" in reason:
+        return "a record of this libtpu"
     if module := re.search(r"could not import '(\w+)", reason):
         return module[1]
     for word in ("libtpu", "../shared"):
@@ -70,8 +75,12 @@ def missing(reason):
 
 
 def pytest_terminal_summary(terminalreporter):
+    """Ends the run with what was skipped, and with what this machine therefore left unchecked."""
     reports = terminalreporter.stats.get("skipped", [])
-    counts = collections.Counter(missing(report.longrepr[2]) for report in reports)
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in reports]
+    counts = collections.Counter(map(missing, reasons))
     if counts:
-        reasons = ", ".join(f"{count} ({what})" for what, count in counts.most_common())
-        terminalreporter.write_line(f"skipped for lack of: {reasons}")
+        lines = ", ".join(f"{count} ({what})" for what, count in counts.most_common())
+        terminalreporter.write_line(f"skipped for lack of: {lines}")
+    for reason in sorted({reason for reason in reasons if reason.startswith(NOT_CHECKED)}):
+        terminalreporter.write_line(f"WARNING: {reason}", yellow=True, bold=True)
