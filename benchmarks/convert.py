@@ -105,10 +105,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     hf = {
-        "model_type": "hunyuan", "vocab_size": 1024, "hidden_size": args.width, "intermediate_size": args.ffn, "num_hidden_layers": 64,
-        "num_attention_heads": args.width // 80, "num_key_value_heads": 1, "use_cla": True, "cla_share_factor": 2, "num_experts": 16,
-        "moe_topk": 1, "use_mixed_mlp_moe": True, "num_shared_expert": 1, "use_qk_norm": True, "tie_word_embeddings": True,
-        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}, "torch_dtype": "bfloat16", "max_position_embeddings": 4096,
+        "model_type": "hunyuan", "vocab_size": 1024, "hidden_size": args.width,
+        "intermediate_size": args.ffn, "num_hidden_layers": 64,
+        "num_attention_heads": args.width // 80, "num_key_value_heads": 1, "use_cla": True,
+        "cla_share_factor": 2, "num_experts": 16, "moe_topk": 1, "use_mixed_mlp_moe": True,
+        "num_shared_expert": 1, "use_qk_norm": True, "tie_word_embeddings": True,
+        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
+        "torch_dtype": "bfloat16", "max_position_embeddings": 4096,
     }  # fmt: skip
     source, checkpoint, back = (args.folder / name for name in ("source", "checkpoint", "back"))
     total = write_source(source, hf, 8)

@@ -23,7 +23,7 @@ WINDOW = 6  # steps: a save is over before they are
 
 
 def main() -> None:
-    """Prints one row, from windows of steps that begin with a save and windows without, alternating."""
+    """Prints one row.  Windows of steps that begin with a save alternate with windows without."""
     config = Config(
         model=presets.tiny(),
         train=TrainConfig(batch_size=8, seq_len=256),

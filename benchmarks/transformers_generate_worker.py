@@ -1,4 +1,7 @@
-"""Times transformers' `generate` at the size of configs/bench.py on the CPU; run by generation.py."""
+"""Times transformers' `generate` at the size of configs/bench.py on the CPU.
+
+benchmarks/generation.py runs it.
+"""
 
 import sys
 import time

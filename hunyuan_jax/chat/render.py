@@ -25,8 +25,9 @@ def render_chat(
     enable_thinking: bool | None = None,
     **variables: Any,
 ) -> list[int]:
-    """Returns the ids of a chat, a list of int: by the template of the tokenizer's folder if it has
-    one, else by Hunyuan-Large's own.
+    """Returns the ids of a chat, a list of int.
+
+    The template is that of the tokenizer's folder if it has one, else Hunyuan-Large's own.
 
     `messages` are {"role": "system" | "user" | "assistant", "content": str}.  A chat that ends
     with a user turn is a prompt: the model answers from its last id.  No default system message is
@@ -162,7 +163,8 @@ def _find_fault(
             )
         if not isinstance(content, str):
             return (
-                f"messages[{index}] has content {reprlib.repr(content)}: it must be a string; join "
+                f"messages[{index}] has content {reprlib.repr(content)}: it must be a "
+                f"string; join "
                 "its text parts into one"
             )
     return None

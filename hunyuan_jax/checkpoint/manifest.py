@@ -42,10 +42,16 @@ def facts(
     position: dict[str, Any],
     validation_loss: float | None,
 ) -> Facts:
-    """What a checkpoint says about its run; survives JSON.
+    """Returns what a checkpoint says about its run, as JSON values.
 
-    format: of the checkpoint; config_hash: of the whole config; fixed: the fields that may not change; state_dtype; versions;
-    mesh: axis -> size; position: of the data; validation_loss: of this very step, or None.
+    format: of the checkpoint.
+    config_hash: of the whole config.
+    fixed: the fields that may not change, see `fixed_fields`.
+    state_dtype: config.optimizer.state_dtype.
+    versions: package -> version.
+    mesh: axis -> size.
+    position: of the data.
+    validation_loss: of this very step, or None.
     """
     values = to_dict(config)
     return json.loads(
@@ -109,7 +115,10 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Path relative to a step's folder, with '/', -> bytes of every file but the manifest; sorted."""
+    """Returns the files of a step without the manifest, sorted.
+
+    Maps a path relative to the step's folder, with '/', to its size in bytes.
+    """
     found = {}
     for root, _, names in os.walk(folder):
         for name in names:

@@ -517,7 +517,8 @@ def read_config(workdir: str | os.PathLike) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"{workdir} is not a run: it has no config.json. Pass the --workdir of `python train.py`."
+            f"{workdir} is not a run: it has no config.json. Pass the --workdir of `python "
+            f"train.py`."
         )
     return from_config_dict(_read_json(path))
 

@@ -37,8 +37,8 @@ from hunyuan_jax.params import declare as params
 # Elements of an expert's matrix up to which a batch is generated in slices: 512 x 1024 gains, 1024
 # x 2048 loses (docs/generation.md).
 _SMALL_EXPERT = 1 << 19
-# Tokens of a tile of `run_experts_one_by_one`: 85 us an expert of 256 x 512 on 2 CPU cores, against
-# 56 for one and 124 for eight.
+# Tokens of a tile of `run_experts_one_by_one`: 85 us an expert of 256 x 512 on 2 CPU cores,
+# against 56 for one token and 124 for eight.
 _TILE = 4
 
 

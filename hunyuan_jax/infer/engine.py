@@ -157,7 +157,7 @@ class Engine:
 
 
 def bucket(length: int, multiple: int) -> int:
-    """The length rounded up to a multiple of `multiple` and of an eighth of the next power of two."""
+    """Rounds a length up to a multiple of `multiple` and of 1/8 of the next power of two."""
     step = max(multiple, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 

@@ -20,8 +20,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_sampling(folder: str) -> dict[str, float | int]:
     """temperature, top_k, top_p and repetition_penalty of the folder, those that it states.
 
-    `do_sample: false` is temperature 0 (greedy); a top_k of 0 or below turns top-k off.  {} without
-    the file, as in a run's workdir.
+    `do_sample: false` is temperature 0 (greedy).  A top_k of 0 or below turns top-k off.  Returns
+    {} without the file, as in a run's workdir.
 
     Raises:
       ConfigError: a file that is not JSON, or a value outside its range.

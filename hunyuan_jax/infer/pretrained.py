@@ -66,7 +66,10 @@ class Pretrained:
         return self._logits(self.params, *map(self._filled_up, arrays))[: len(ids)]
 
     def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> float:
-        """Mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats; label -100 is ignored."""
+        """Returns the mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats.
+
+        Label -100 is ignored.
+        """
         ids = self._ids("input_ids", input_ids)
         mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
         labels = _like("labels", labels, ids, None)

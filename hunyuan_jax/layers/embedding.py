@@ -17,8 +17,9 @@ TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
 
 
 class Embedding(nnx.Module):
-    """Token embedding.  The padding row is zero, and the lookup gives it no gradient (docs/model.md,
-    Attention).
+    """Token embedding.
+
+    The padding row is zero, and the lookup gives it no gradient (docs/model.md, Attention).
     """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):

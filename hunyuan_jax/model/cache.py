@@ -24,7 +24,7 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
     def rollback(self, length_B: jax.Array) -> Self:
-        """The cache without the tokens from length_B (int32, at most the length) of each row on."""
+        """Truncates row b to its first length_B[b] tokens (int32, at most its length)."""
         return self._replace(length_B=length_B)
 
 

@@ -1,8 +1,8 @@
 """What the code does for a compiler and not for the maths: one named function for each case.
 
-Every function returns its argument, at most rearranged.  The versions are those with which the need
-was seen, in the compiled program of a TPU v5p; remove a function when the program is as good without
-it (tests/plan/test_budget.py).
+Every function returns its argument, at most rearranged.  The versions are those with which the
+need was seen, in the compiled program of a TPU v5p.  Remove a function when the program is as good
+without it (tests/plan/test_budget.py).
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ def fusion_barrier(x: Any) -> Any:
 def cast_where_used(w: jax.Array, dtype: Any) -> jax.Array:
     """w in dtype, converted inside the loop that uses it.
 
-    libtpu 0.0.50: otherwise all layers' weights are converted before the loop over layers, a second
-    copy of the model.
+    libtpu 0.0.50: otherwise all layers' weights are converted before the loop over layers, which
+    is a second copy of the model.
     """
     return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
 
@@ -39,8 +39,8 @@ def cast_where_used(w: jax.Array, dtype: Any) -> jax.Array:
 def cast_inside_loop(w: jax.Array, dtype: Any, index: jax.Array | None) -> jax.Array:
     """w in dtype, converted in the loop whose index this is; None: outside of a loop.
 
-    As `cast_where_used`, where a barrier does not help: libtpu 0.0.50 moves a plain conversion past
-    barriers, but not a product with a factor of one that it cannot know before the loop.
+    As `cast_where_used`, where a barrier does not help: libtpu 0.0.50 moves a plain conversion
+    past barriers, but not a product with a factor of one that it cannot know before the loop.
     """
     if w.dtype == dtype:
         return w
@@ -60,8 +60,8 @@ def keep_reduce_scatter(x: jax.Array) -> jax.Array:
 def keep_padding_separate(x: jax.Array) -> jax.Array:
     """x after padding and before it is gathered.
 
-    libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient with the slice that undoes
-    the padding.
+    libtpu 0.0.50 fails when it merges the reduce-scatter of the gradient with the slice that
+    undoes the padding.
     """
     return jax.lax.optimization_barrier(x)
 

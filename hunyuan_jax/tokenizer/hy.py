@@ -40,7 +40,8 @@ SPLIT_PATTERN = (
 # million of them (999,999 with tiktoken 0.14).  Longer runs, which the official class cannot
 # encode at all, are cut first.
 MAX_BLANK_RUN = 900_000
-_BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # the engine's \s; Python's has four more
+# tiktoken's \s.  Python's has four more characters.
+_BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_BLANK_RUN = re.compile(rf"(?<!{_BLANK}){_BLANK}{{{MAX_BLANK_RUN + 1},}}")
 
 _GET_AGAIN = "get the file again, it is damaged or of another kind"

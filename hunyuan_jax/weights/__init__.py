@@ -1,1 +1,1 @@
-"""Official PyTorch checkpoints and ours: one table of names, read and written in both directions."""
+"""Converts official PyTorch checkpoints to ours and back, with one table of names."""

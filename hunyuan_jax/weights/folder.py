@@ -88,8 +88,11 @@ class OfficialFolder:
     """
 
     def __init__(self, place: Place):
-        """Raises ConfigError: no config, what `from_hf` refuses, no weights, missing or truncated shards, duplicate
-        tensors; the message lists them.
+        """Reads the config and the list of tensors.
+
+        Raises:
+          ConfigError: no config, what `from_hf` refuses, no weights, missing or truncated shards,
+            or duplicate tensors; the message lists them.
         """
         self.place = place
         sizes = place.sizes()
@@ -157,7 +160,7 @@ class OfficialFolder:
         return digest.hexdigest()
 
     def read(self, piece: Piece, dtype: np.dtype | None = None) -> np.ndarray:
-        """The values of an entry in the official layout, multiplied out if they are FP8; read-only.
+        """Returns the values of an entry in the official layout, read-only; FP8 is dequantized.
 
         Args:
           piece: of a `Plan`.
@@ -453,7 +456,7 @@ def generation_stop_ids(place: Place) -> tuple[int, ...]:
 
 
 def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> Piece | None:
-    """Where an entry's values lie: in a tensor of its name, or in a fused one of the right shape."""
+    """Finds an entry's values: a tensor of its name, or a fused one of the right shape."""
     if stored := tensors.get(entry.name):
         return Piece(stored, 0, stored.shape)
     expert = _EXPERT.fullmatch(entry.name)

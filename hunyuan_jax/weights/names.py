@@ -67,7 +67,10 @@ def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndar
 
 
 def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
-    """Inverse of `to_ours`: our array (without stacked dims) as the official tensor, contiguous."""
+    """Returns our array (without stacked dims) as the official tensor, contiguous.
+
+    Inverse of `to_ours`.
+    """
     if not entry.is_transposed:
         return np.ascontiguousarray(array.reshape(entry.shape))
     return np.ascontiguousarray(array.reshape(entry.shape[::-1]).T)

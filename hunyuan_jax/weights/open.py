@@ -32,8 +32,9 @@ class Model(Protocol):
     fingerprint: str
 
     def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
-        """The parameters as a nested dict of arrays on the devices of `shardings`, a nested dict of
-        a NamedSharding for each.
+        """Returns the parameters, a nested dict of arrays on the devices of `shardings`.
+
+        `shardings` is a nested dict with a NamedSharding for each.
         """
 
     def tensor(self, entry: names.Entry) -> np.ndarray:

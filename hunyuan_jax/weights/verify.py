@@ -54,7 +54,7 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
 
 
 def compare_configs(opened: official.OfficialFolder, converted: Converted) -> list[str]:
-    """The fields of the two models that differ; the parameters' dtype is the converter's choice."""
+    """Returns the fields in which the two models differ, except the parameters' dtype."""
     hf = hf_config.with_dtype(opened.config, converted.cfg.dtype)
     return [
         f"config: {name} = {theirs!r} in the source, {ours!r} in the checkpoint"
@@ -64,7 +64,7 @@ def compare_configs(opened: official.OfficialFolder, converted: Converted) -> li
 
 
 def compare_tensors(opened: official.OfficialFolder, converted: Converted) -> list[str]:
-    """The tensors whose bits in the checkpoint are not those that an import of the source writes."""
+    """Returns the tensors whose bits differ from those that an import of the source writes."""
     plan = official.plan(opened, converted.cfg.dtype)
     place = Place(f"{converted.place}/params")
 
@@ -200,10 +200,8 @@ class _Ours:
         graph_def, state = nnx.split(module)
 
         def read(path, leaf):
-            array = self._read(
-                f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')}",
-                index,
-            )
+            name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            array = self._read(f"{prefix}/{name}", index)
             assert array.shape == leaf.shape, (path, array.shape, leaf.shape)
             # Scales of norms are multiplied with each other, which is to be in float32.
             return jnp.asarray(array if array.ndim > 1 else array.astype(np.float32))

@@ -262,8 +262,14 @@ def test_frozen_all_the_way_down():
 
 def test_the_contract_has_its_fields():
     # The names that scripts outside the repository use.
-    names = "train.num_steps train.batch_size train.seq_len train.seed train.log_every checkpoint.every checkpoint.keep mesh.replica mesh.data"
-    names += " mesh.expert mesh.tensor model.moe.dispatch model.moe.capacity_factor model.moe.group_size optimizer.expert_lr_ratio"
+    names = (
+        "train.num_steps train.batch_size train.seq_len train.seed train.log_every "
+        "checkpoint.every checkpoint.keep mesh.replica mesh.data"
+    )
+    names += (
+        " mesh.expert mesh.tensor model.moe.dispatch model.moe.capacity_factor "
+        "model.moe.group_size optimizer.expert_lr_ratio"
+    )
     names += " model.dtype data.source objective.name"
     assert set(names.split()) <= set(field_names())
     assert {name.split(".")[0] for name in field_names()} == {
@@ -645,7 +651,10 @@ def test_schedule_names_are_all_accepted():
     ],
 )
 def test_configuration_loads_no_jax(statement):
-    code = f"{statement}; import sys; loaded = {{'jax', 'flax', 'optax', 'grain'}} & set(sys.modules); assert not loaded, loaded"
+    code = (
+        f"{statement}; import sys; loaded = {{'jax', 'flax', 'optax', 'grain'}} & "
+        f"set(sys.modules); assert not loaded, loaded"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -429,10 +429,15 @@ from hunyuan_jax.data import loader, stream
 from hunyuan_jax.tokenizer import ByteTokenizer
 
 data = DataConfig(source=sys.argv[1], validation_fraction=0.1)
-order = loader.PackedRows(loader.open_corpus(data, ByteTokenizer()), data, TrainConfig(batch_size=4, seq_len=16, seed=7))
+corpus = loader.open_corpus(data, ByteTokenizer())
+order = loader.PackedRows(corpus, data, TrainConfig(batch_size=4, seq_len=16, seed=7))
 batches = stream.read_ahead(order)
 batches.set_state(json.loads(sys.argv[2]))
-print([hashlib.sha256(b"".join(array.tobytes() for array in next(batches).values())).hexdigest() for _ in range(10)])
+hashes = []
+for _ in range(10):
+    joined = b"".join(array.tobytes() for array in next(batches).values())
+    hashes.append(hashlib.sha256(joined).hexdigest())
+print(hashes)
 batches.close()
 """
 
@@ -561,5 +566,8 @@ def test_bytes_of_targets_are_those_of_the_text(tmp_path):
 
 
 def test_importing_the_package_loads_neither_jax_nor_grain():
-    check = "import sys, hunyuan_jax.data.loader, hunyuan_jax.data.source; assert not {'jax', 'grain'} & set(sys.modules)"
+    check = (
+        "import sys, hunyuan_jax.data.loader, hunyuan_jax.data.source; assert not {'jax', "
+        "'grain'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", check], check=True)

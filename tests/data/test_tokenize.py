@@ -321,13 +321,19 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     run_here(Job(str(tmp_path / "a.txt"), str(tmp_path / "out"), "byte"))
     data = DataConfig(source=str(tmp_path / "out"))
     other = type("Other", (type(TOKENIZER),), {"_rules": ("other",)})()
-    message = rf"was made with tokenizer 'byte' \(fingerprint {TOKENIZER.fingerprint()}\); .* has fingerprint {other.fingerprint()}"
+    message = (
+        rf"was made with tokenizer 'byte' \(fingerprint {TOKENIZER.fingerprint()}\); .* has "
+        rf"fingerprint {other.fingerprint()}"
+    )
     with pytest.raises(ConfigError, match=message):
         loader.open_corpus(data, other)
     shard = tmp_path / "out" / "00000-000.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    message = f"00000-000.array_record has {len(whole) - 1} bytes, the manifest says {len(whole)}; copy it again"
+    message = (
+        f"00000-000.array_record has {len(whole) - 1} bytes, the manifest says {len(whole)}; "
+        f"copy it again"
+    )
     with pytest.raises(ConfigError, match=message):
         loader.open_corpus(data, TOKENIZER)
     assert loader.damaged_shards(data) == [str(shard)]
@@ -519,7 +525,10 @@ def test_too_many_bad_rows_stop_the_command_with_file_and_line(tmp_path):
     arguments = ("tokenize", f"--input={tmp_path}", "--tokenizer=byte", "--num_workers=1")
     result = run(*arguments, f"--output={tmp_path / 'out'}")
     assert result.returncode == 2
-    expected = "error: 11 of 118 rows cannot be used, the last is b.jsonl:8: field 'text' is a int, not a string. That is more than --max_bad"
+    expected = (
+        "error: 11 of 118 rows cannot be used, the last is b.jsonl:8: field 'text' is a int, not "
+        "a string. That is more than --max_bad"
+    )
     assert result.stderr.splitlines()[-1].startswith(expected)
     result = run(*arguments, f"--output={tmp_path / 'out'}", "--max_bad_fraction=0.02", "--json")
     assert json.loads(result.stdout.splitlines()[-1])["num_bad"] == 11

@@ -407,7 +407,7 @@ def test_what_was_rolled_back_was_never_there(chunks, poison):
 
 
 def test_rows_with_lengths_are_the_same_on_a_mesh():
-    """Rows over four shards of the batch, kv heads over two; the cache is written where it lies."""
+    """Rows on four batch shards, kv heads on two; each shard writes its part of the cache."""
     mesh = mesh_of(data=2, expert=2, tensor=2)
     graph_def, state = nnx.split(model_of(SMALL))
     spread_def = nnx.split(nnx.eval_shape(lambda: Transformer(SMALL, mesh, jax.random.key(0))))[0]

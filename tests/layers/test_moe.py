@@ -597,7 +597,10 @@ def test_a_group_that_would_be_split_over_chips_is_refused_with_sizes(sizes, gro
     cfg = small(group_size=group_size)
     layer = filled(functools.partial(moe.Moe, cfg, mesh_of(*sizes), jax.random.key(0)))
     shards = math.prod(sizes[:2])
-    expected = rf"group of {group_size} tokens .* each of the {shards} batch shards holds {holds} sequences of 12\. .* divides {holds * 12}"
+    expected = (
+        rf"group of {group_size} tokens .* each of the {shards} batch shards holds {holds} "
+        rf"sequences of 12\. .* divides {holds * 12}"
+    )
     with pytest.raises(ValueError, match=expected):
         jax.eval_shape(
             lambda x, valid: layer(x, valid, jax.random.key(0)),

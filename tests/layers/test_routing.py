@@ -212,7 +212,7 @@ def test_dropless_serves_padding_as_the_official_code_does(case, dispatch):
 @settings(max_examples=8, deadline=None, derandomize=True)  # each is compiled
 @given(data=st.data())
 def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):
-    """Tokens, experts, choices and capacity at random, where the tests above have a few of each."""
+    """Random tokens, experts, choices and capacities; the tests above have a few of each."""
     T, E = data.draw(st.integers(1, 24), "T"), data.draw(st.integers(2, 9), "E")
     k = data.draw(st.integers(1, min(3, E)), "k")
     shape = (

@@ -253,7 +253,10 @@ def test_cache_bytes_follow_sharing_heads_and_dtype():
 
 
 def test_counting_loads_no_jax():
-    code = "import sys, hunyuan_jax.model.count; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
+    code = (
+        "import sys, hunyuan_jax.model.count; assert 'jax' not in sys.modules and 'flax' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

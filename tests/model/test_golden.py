@@ -46,7 +46,7 @@ from support.parity import (
 MOE_CASES = tuple(case for case in FORWARD_CASES if not case.startswith(("dense", "rope")))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the data
 
 
@@ -66,7 +66,7 @@ def test_copies_equal_the_originals():
                 assert file.read_bytes() == (original / file.name).read_bytes(), file
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # forward pass
 
 
@@ -128,7 +128,7 @@ def test_key_value_cache(case):
             )
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # routing
 
 
@@ -288,7 +288,7 @@ def test_our_recycling_on_the_official_inputs():
         )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # positions and masks
 
 
@@ -353,7 +353,7 @@ def test_loss_of_a_padded_batch():
     assert loss == pytest.approx(golden["default_pos.loss"].item(), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # gradients
 
 
@@ -411,8 +411,9 @@ def test_gradient_reaches_shared_keys_and_values_through_checkpointing():
 
 
 def test_padding_row_gets_no_gradient_from_the_lookup():
-    """As torch's padding_idx (docs/model.md, Attention); no recorded gradient has padding among its
-    inputs.
+    """As torch's padding_idx (docs/model.md, Attention).
+
+    No recorded gradient has padding among its inputs.
     """
     cfg, params = read("rope_plain")
     assert cfg.tie_embeddings and cfg.pad_token_id == 0
@@ -438,7 +439,7 @@ def test_padding_row_gets_no_gradient_from_the_lookup():
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # training
 
 
@@ -484,7 +485,7 @@ def test_ten_training_steps():
         np.testing.assert_allclose(array, golden[f"final.{name}"], atol=1e-5, rtol=0, err_msg=name)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # generation
 
 
@@ -580,7 +581,7 @@ def test_sampling_processors():
     np.testing.assert_array_equal(penalised_BV[~seen_BV], raw_BV[~seen_BV])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # bfloat16
 
 

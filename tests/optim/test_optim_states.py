@@ -65,7 +65,7 @@ def flat(tree):
 
 
 def stored_model(cfg, state_dtype):
-    """Shapes of the parameters as stored and of the optimizer state, and the number of parameters."""
+    """Returns the shapes of the stored parameters and optimizer state, and the parameter count."""
     specs = abstract_model(cfg, single_device_mesh())[1]
     optimizer = build_optimizer(
         OptimizerConfig(state_dtype=state_dtype),
@@ -81,7 +81,7 @@ def stored_model(cfg, state_dtype):
     )
 
 
-# -----------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # scales
 
 
@@ -170,7 +170,7 @@ def test_a_decaying_moment_reaches_zero(decay):
     np.testing.assert_array_equal(dequantize(scaled)[1:], np.zeros(x.size - 1))
 
 
-# -------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the layout
 
 
@@ -238,7 +238,7 @@ def test_a_moments_path_ends_in_its_parameters(mode):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the step
 
 
@@ -551,7 +551,7 @@ def test_scales_and_update_do_not_depend_on_the_sharding():
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # training
 
 NUM_STEPS = 200

@@ -58,7 +58,10 @@ def small_a52b():
 
 
 def measure(topology):
-    """The figures of one topology, as budget.json holds them; a collective is "kind axes region"."""
+    """Returns the figures of one topology as budget.json holds them.
+
+    A collective is "kind axes region".
+    """
     report = aot.report(small_a52b(), topology)
     collectives = {f"{c.kind} {' x '.join(c.axes)} {c.region}" for c in report.hlo.collectives}
     over_data = [
@@ -83,7 +86,8 @@ def test_the_step_stays_within_its_budget(topology):
     assert found["largest_all_reduce_over_data"] <= SMALL_BYTES  # with any compiler
     if version not in records:
         pytest.skip(
-            f"NOT CHECKED: peak memory, cycles and collectives of {topology}. libtpu {version} has "
+            f"NOT CHECKED: peak memory, cycles and collectives of {topology}. libtpu "
+            f"{version} has "
             f"no record in {RECORD.name}, which has {', '.join(records)}; to add one, run: "
             "python tests/plan/test_budget.py"
         )

@@ -89,7 +89,10 @@ def while_op(name, op_name):
 
 
 def entry(body):
-    return f"ENTRY %main (p.0: f32[4]) -> f32[4] {{\n  %p.0 = f32[4]{{0}} parameter(0)\n{body}  ROOT %r.0 = f32[4]{{0}} copy(%p.0)\n}}\n"
+    return (
+        f"ENTRY %main (p.0: f32[4]) -> f32[4] {{\n  %p.0 = f32[4]{{0}} parameter(0)\n"
+        f"{body}  ROOT %r.0 = f32[4]{{0}} copy(%p.0)\n}}\n"
+    )
 
 
 def fusion(name, n, operand="%p.0", shape="f32[4]{0:T(128)}"):
@@ -190,7 +193,10 @@ def test_a_condition_may_be_fused_and_a_known_trip_count_wins():
 
 def test_a_loop_whose_length_depends_on_data_counts_once_and_is_reported():
     condition = "%cond_d (p.1: (s32[], s32[])) -> pred[] {\n  %p.1 = (s32[], s32[]) parameter(0)\n"
-    condition += "  %i = s32[] get-tuple-element(%p.1), index=0\n  %n = s32[] get-tuple-element(%p.1), index=1\n"
+    condition += (
+        "  %i = s32[] get-tuple-element(%p.1), index=0\n"
+        "  %n = s32[] get-tuple-element(%p.1), index=1\n"
+    )
     condition += "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}\n\n"
     body = loop("d", 0, fusion("d", 10, "%p.2")).split("\n\n", 1)[1]
     report = hlo.analyse(
@@ -207,8 +213,14 @@ def test_unknown_cycles_and_asynchronous_computations():
         + "  ROOT"
     )
     called += fusion("u", 2**63 - 1, "%a")[1:] + '}, execution_thread="sparsecore"\n\n'
-    start = '  %s.1 = ((f32[4]), f32[4], u32[]{:S(8)}) call-start(%p.0), async_execution_thread="sparsecore", to_apply=%offloaded\n'
-    start += "  %u.1 = ((f32[4]), f32[4]) call-update(%s.1), to_apply=%offloaded\n  %d.1 = f32[4]{0} call-done(%u.1), to_apply=%offloaded\n"
+    start = (
+        "  %s.1 = ((f32[4]), f32[4], u32[]{:S(8)}) call-start(%p.0), "
+        'async_execution_thread="sparsecore", to_apply=%offloaded\n'
+    )
+    start += (
+        "  %u.1 = ((f32[4]), f32[4]) call-update(%s.1), to_apply=%offloaded\n"
+        "  %d.1 = f32[4]{0} call-done(%u.1), to_apply=%offloaded\n"
+    )
     report = hlo.analyse(HEADER + FUSED + called + entry(start), MESH)
     assert (report.cycles, report.num_unknown_cycles) == (20, 1)
 
@@ -219,17 +231,26 @@ def test_the_costliest_branch_counts():
         f"ROOT{fusion(f'n{n}', n, '%a')[1:]}}}\n\n"
         for n in (3, 8, 5)
     )
-    line = "  %c = f32[4]{0} conditional(%p.0, %p.0, %p.0), branch_computations={%branch_3, %branch_8, %branch_5}\n"
+    line = (
+        "  %c = f32[4]{0} conditional(%p.0, %p.0, %p.0), branch_computations={%branch_3, "
+        "%branch_8, %branch_5}\n"
+    )
     assert hlo.analyse(HEADER + FUSED + branches + entry(line), MESH).cycles == 8
-    line = "  %c = f32[4]{0} conditional(%p.0, %p.0), true_computation=%branch_3, false_computation=%branch_5\n"
+    line = (
+        "  %c = f32[4]{0} conditional(%p.0, %p.0), true_computation=%branch_3, "
+        "false_computation=%branch_5\n"
+    )
     assert hlo.analyse(HEADER + FUSED + branches + entry(line), MESH).cycles == 5
 
 
 def test_a_kernel_spans_lines_and_has_no_estimate():
-    kernel = """  %splash.5 = (bf16[8,4]{1,0:T(8,128)}, f32[4]{0}) custom-call(%p.0), custom_call_target="tpu_custom_call", a={m={
-"xprof_metadata":"{\\"block_q\\": 512, \\"a\\" = 3}"
-}}, metadata={op_name="jit(step)/splash"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"70","transcendentals":"1"}}}
-"""
+    kernel = (
+        "  %splash.5 = (bf16[8,4]{1,0:T(8,128)}, f32[4]{0}) custom-call(%p.0), "
+        'custom_call_target="tpu_custom_call", a={m={\n'
+        '"xprof_metadata":"{\\"block_q\\": 512, \\"a\\" = 3}"\n'
+        '}}, metadata={op_name="jit(step)/splash"}, backend_config={"custom_call_config":'
+        '{"cost_estimate":{"flops":"70","transcendentals":"1"}}}\n'
+    )
     other = '  %a.1 = f32[4]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
     text = (
         HEADER
@@ -267,7 +288,10 @@ def test_a_kernel_spans_lines_and_has_no_estimate():
     assert report.kernels == (hlo.Kernel("splash", "forward loop", 3, 210),)
 
 
-ADD = "%add (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  %y = f32[] parameter(1)\n  ROOT %s = f32[] add(%x, %y)\n}\n\n"
+ADD = (
+    "%add (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n"
+    "  %y = f32[] parameter(1)\n  ROOT %s = f32[] add(%x, %y)\n}\n\n"
+)
 BIG = "  %x.1 = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(1)\n  %y.1 = f32[10]{0} parameter(2)\n"
 
 
@@ -281,7 +305,7 @@ def only(lines, computations=""):
 
 
 def test_bytes_of_every_kind():
-    """The result of an all-gather, the operands of the others; padding of the layout is left out."""
+    """Counts the result of an all-gather and the operands of the others, without padding."""
     at = "channel_id=1, replica_groups=[2,4]<=[8], use_global_device_ids=true"
     gathered = only(
         f"  %g = bf16[32,100]{{1,0:T(8,128)(2,1)}} all-gather(%x.1), {at}, dimensions={{0}}\n"
@@ -308,7 +332,10 @@ def test_bytes_of_every_kind():
 
 
 def test_equal_collectives_are_one_line_and_loops_multiply():
-    gather = "  %g.{} = bf16[32,100]{{1,0}} all-gather(%x.{}), replica_groups=[2,4]<=[8], dimensions={{0}}\n"
+    gather = (
+        "  %g.{} = bf16[32,100]{{1,0}} all-gather(%x.{}), replica_groups=[2,4]<=[8], "
+        "dimensions={{0}}\n"
+    )
     inside = "".join(
         f"  %x.{i} = bf16[8,100]{{1,0}} copy(%p.2)\n" + gather.format(i, i) for i in (2, 3)
     )
@@ -325,7 +352,10 @@ def test_equal_collectives_are_one_line_and_loops_multiply():
 
 
 def test_start_and_done_overlap_only_with_compute_between():
-    start = "  %s.1 = (bf16[8,100]{1,0}, bf16[32,100]{1,0}, u32[]{:S(2)}) all-gather-start(%x.1), replica_groups=[2,4]<=[8], dimensions={0}\n"
+    start = (
+        "  %s.1 = (bf16[8,100]{1,0}, bf16[32,100]{1,0}, u32[]{:S(2)}) all-gather-start(%x.1), "
+        "replica_groups=[2,4]<=[8], dimensions={0}\n"
+    )
     done = "  %d.1 = bf16[32,100]{1,0} all-gather-done(%s.1)\n"
     assert only(start + done) == only(
         start + "  %b = f32[4]{0} bitcast(%p.0)\n" + done + fusion("after", 5)
@@ -333,7 +363,10 @@ def test_start_and_done_overlap_only_with_compute_between():
     assert not only(start + done).can_overlap
     collective = only(start + fusion("between", 5) + done)
     assert collective.can_overlap and collective.bytes == 6400 and collective.kind == "all-gather"
-    permute = "  %s.2 = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,2},{4,5}}\n"
+    permute = (
+        "  %s.2 = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%y.1), "
+        "source_target_pairs={{0,1},{1,2},{4,5}}\n"
+    )
     permute += fusion("p", 3) + "  %d.2 = f32[10]{0} collective-permute-done(%s.2)\n"
     permuted = only(permute)
     assert (permuted.kind, permuted.axes, permuted.bytes, permuted.can_overlap) == (
@@ -345,7 +378,10 @@ def test_start_and_done_overlap_only_with_compute_between():
 
 
 def test_transfers_between_slices_are_collectives():
-    attributes = 'channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    attributes = (
+        "channel_id=3, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
     lines = f"  %s.4 = (f32[10]{{0}}, u32[]{{:S(2)}}, token[]) send(%y.1, %p.0), {attributes}\n"
     lines += f"  %r.4 = (f32[10]{{0}}, u32[]{{:S(2)}}, token[]) recv(%p.0), {attributes}\n"
     done = "  %d.4 = token[] send-done(%s.4), channel_id=3\n"
@@ -362,7 +398,10 @@ def test_transfers_between_slices_are_collectives():
 
 def test_collectives_wrapped_in_asynchronous_calls():
     wrapped = "%wrapped (a: bf16[8,100]) -> bf16[8,100] {\n  %a = bf16[8,100]{1,0} parameter(0)\n"
-    wrapped += "  ROOT %t = bf16[8,100]{1,0} all-to-all(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}\n}\n\n"
+    wrapped += (
+        "  ROOT %t = bf16[8,100]{1,0} all-to-all(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}, "
+        "dimensions={0}\n}\n\n"
+    )
     start = "  %s = ((bf16[8,100]), bf16[8,100], u32[]) async-start(%x.1), calls=%wrapped\n"
     done = "  %d = bf16[8,100]{1,0} async-done(%u), calls=%wrapped\n"
     update = "  %u = ((bf16[8,100]), bf16[8,100], u32[]) async-update(%s), calls=%wrapped\n"
@@ -382,15 +421,24 @@ def test_fused_collectives():
     """
 
     def fused(name, rest):
-        return f"%{name} (a: bf16[8,100]) -> bf16[2,100] {{\n  %a = bf16[8,100]{{1,0}} parameter(0)\n{rest}}}\n\n"
+        return (
+            f"%{name} (a: bf16[8,100]) -> bf16[2,100] {{\n"
+            f"  %a = bf16[8,100]{{1,0}} parameter(0)\n{rest}}}\n\n"
+        )
 
-    reduce = "  %r = bf16[8,100]{1,0} all-reduce(%a), replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add\n"
+    reduce = (
+        "  %r = bf16[8,100]{1,0} all-reduce(%a), replica_groups=mesh['axis_0'=8] {'axis_0'}, "
+        "to_apply=%add\n"
+    )
     scatter = fused(
         "all-reduce-scatter.1",
         reduce
         + "  ROOT %d = bf16[2,100]{1,0} dynamic-slice(%r, %a), dynamic_slice_sizes={2,100}\n",
     )
-    line = f"  %f = bf16[2,100]{{1,0}} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1, {cycles(50)}\n"
+    line = (
+        f"  %f = bf16[2,100]{{1,0}} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1, "
+        f"{cycles(50)}\n"
+    )
     collective = only(line, scatter)
     assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == (
         "reduce-scatter",
@@ -681,7 +729,8 @@ def test_options_that_make_no_sense(options, expected, plan):
         plan(*options)
 
 
-_LONG_MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded.
+_LONG_MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. \
+Used 63.80G of 30.75G hbm. Exceeded.
 
 Total hbm usage >= 65.05G:
     reserved          1.25G
@@ -689,7 +738,8 @@ Total hbm usage >= 65.05G:
   Largest program allocations in hbm:
 
   1. Size: 2.00G
-     Operator: op_name="jit(step)/jvp(Model)/dot_general[precision=None]" source_file="a.py" source_line=9
+     Operator: op_name="jit(step)/jvp(Model)/dot_general[precision=None]" \
+source_file="a.py" source_line=9
      Shape: f32[32,4096,4096]{1,2,0:T(8,128)}
      Unpadded size: 2.00G
      ==========================
@@ -701,7 +751,10 @@ Total hbm usage >= 65.05G:
 
 
 def test_overflow_messages_are_read():
-    short = "E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (108.57G) exceeds available HBM (95.73G). HLO module"
+    short = (
+        "E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (108.57G) "
+        "exceeds available HBM (95.73G). HLO module"
+    )
     overflow = aot.parse_overflow(short)
     assert overflow.used == pytest.approx(108.57 * 2**30)
     assert overflow.available == pytest.approx(95.73 * 2**30)

@@ -314,8 +314,9 @@ import sys, types
 from hunyuan_jax import presets
 from hunyuan_jax.config import Config, TrainConfig
 from hunyuan_jax.runlog.metrics import MetricsWriter
+config = Config(model=presets.tiny(), train=TrainConfig(wandb_project="moe"))
 for step in (1, 2):
-    writer = MetricsWriter(sys.argv[1], step - 1, Config(model=presets.tiny(), train=TrainConfig(wandb_project="moe")))
+    writer = MetricsWriter(sys.argv[1], step - 1, config)
     writer.write(step, {"loss": 2.5, "moe/load": [[0.5, 0.5]]})
     writer.close()
 """
@@ -333,7 +334,10 @@ def test_wandb_offline(tmp_path):
 
 # The report
 
-ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+ATTACK = (
+    "</script><script>document.title='owned'</script><img src=x "
+    "onerror=\"document.title='owned'\">"
+)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +421,10 @@ CHROMIUM = next(
 )
 def test_a_browser_draws_everything_and_runs_nothing_else(workdir, tmp_path):
     path = report.write(workdir, tmp_path / "page.html")
-    options = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-background-networking "
+        "--disable-component-update --disable-sync --no-first-run"
+    )
     command = [
         CHROMIUM,
         *options.split(),

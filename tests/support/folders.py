@@ -56,9 +56,11 @@ def flat(tree) -> dict[str, np.ndarray]:
 
 
 HF = {
-    "model_type": "hunyuan", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "use_cla": True, "cla_share_factor": 2, "num_experts": 3, "moe_topk": 1, "use_mixed_mlp_moe": True,
-    "num_shared_expert": 1, "use_qk_norm": True, "tie_word_embeddings": True, "torch_dtype": "float32", "max_position_embeddings": 64,
+    "model_type": "hunyuan", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 12,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "use_cla": True, "cla_share_factor": 2, "num_experts": 3, "moe_topk": 1,
+    "use_mixed_mlp_moe": True, "num_shared_expert": 1, "use_qk_norm": True,
+    "tie_word_embeddings": True, "torch_dtype": "float32", "max_position_embeddings": 64,
     "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
 }  # fmt: skip
 

@@ -33,8 +33,8 @@ from support.models import cross_entropy
 # those between the official attention implementations.
 ATOL = 1e-4
 # The official code leaves open which tokens keep their expert here: its topk breaks ties, and its
-# shuffle draws, as the back end pleases (docs/model.md, "Capacity").  The whole model is compared on
-# the recorded assignment, which is then an input; routing itself is compared without it.
+# shuffle draws, as the back end does (docs/model.md, "Capacity").  The whole model is compared on
+# the recorded assignment, which is then an input.  Routing itself is compared without it.
 RECORDED_ASSIGNMENT = ("capacity_drop", "capacity_recycle")
 
 

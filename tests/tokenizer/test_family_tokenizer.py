@@ -28,7 +28,8 @@ CHAT = [
 # What Hunyuan's templates use: nested blocks that are trimmed, a namespace, tojson, refusals, a
 # switch for thinking.
 THINKING = """
-{%- if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}
+{%- if messages[0].role == 'tool' %}\
+{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}
 {% set ns = namespace(n=0) %}
 {% for m in messages %}
     {% if m.role == 'skip' %}{% continue %}{% endif %}
@@ -41,7 +42,8 @@ THINKING = """
         {{- {'n': ns.n, 'text': m.content} | tojson }}
     {% endif %}
 {% endfor %}
-{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}
+{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}\
+{{ '<think>\\n\\n</think>\\n' }}{% endif %}
 """
 VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 TRICKY_TEXT = st.lists(
@@ -75,7 +77,7 @@ def with_template(tokenizer, template: str) -> HfTokenizer:
 
 
 # --- tokenizer.json
-# ---------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @SETTINGS
@@ -207,7 +209,7 @@ def test_a_folder_with_ranks(folder):
 
 
 # --- Chat templates
-# ---------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -181,7 +181,7 @@ def test_text_is_composed_before_it_is_split(tiny):
 
 
 # --- Laws
-# -------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @SETTINGS
@@ -275,7 +275,7 @@ def test_stream_that_ends_inside_a_character_shows_one_replacement():
 
 
 # --- Edges
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_byte_ids():
@@ -370,7 +370,7 @@ def test_tokenizers_survive_pickling(tokenizer):
 
 
 # --- Loading
-# ----------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_load_by_name_and_by_path(tmp_path, tiny):
@@ -445,7 +445,10 @@ def loaded_modules(code: str, *arguments: str) -> set[str]:
     """Top-level modules of a fresh interpreter after `code`, with every network connection
     refused.
     """
-    no_network = "import socket, sys\ndef refuse(*_): raise OSError('no network')\nsocket.socket.connect = socket.getaddrinfo = refuse\n"
+    no_network = (
+        "import socket, sys\ndef refuse(*_): raise OSError('no network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+    )
     report = "\nprint(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", no_network + code + report, *arguments]
     return set(

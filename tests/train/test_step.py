@@ -82,7 +82,8 @@ def test_a_part_that_does_not_divide_over_the_mesh_is_refused():
     program = build_program(config_for(grad_accum_steps=4), mesh_of(2, 2, 1))
     with pytest.raises(
         ConfigError,
-        match=r"a micro-batch \(config\.train\.grad_accum_steps = 4\).* \(2, 12\): dim 0 .* use 2 ways there, or a size of 4",
+        match=r"a micro-batch \(config\.train\.grad_accum_steps = 4\).* \(2, 12\): dim 0 .* use 2 "
+        r"ways there, or a size of 4",
     ):
         step_lib.batch_shardings(program, program.objective.batch_spec)
 
@@ -177,7 +178,7 @@ def assert_same(actual, expected):
 
 
 def assert_promised_layout(mode, program, state):
-    """Parameters and moments have the dtypes of the mode, and a moment lies as its parameter does."""
+    """Parameters and moments have the dtypes of the mode; moments are sharded as parameters."""
     assert by_path(jax.tree.map(lambda a: (a.shape, a.dtype), state)) == by_path(
         jax.tree.map(lambda a: (a.shape, a.dtype), abstract_state(program))
     )

@@ -224,7 +224,10 @@ def test_a_row_of_skipped_steps_is_reported_and_stops_the_run(corpus, tmp_path, 
         schedule=ScheduleConfig(peak_lr=1e30, warmup_steps=0),
         checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0),
     )
-    message = r"3 steps in a row were skipped, up to step 4: loss (nan|inf), .*max_skipped_steps = 3.*lower config.schedule.peak_lr"
+    message = (
+        r"3 steps in a row were skipped, up to step 4: loss (nan|inf), .*max_skipped_steps = "
+        r"3.*lower config.schedule.peak_lr"
+    )
     with pytest.raises(ConfigError, match=message):
         loop.run(config, tmp_path / "run")
     printed = capsys.readouterr().err

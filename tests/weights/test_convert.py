@@ -72,7 +72,7 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the table
 
 
@@ -211,7 +211,7 @@ def test_config_survives_the_official_form(cfg):
     assert hf_config.from_hf(as_json) == cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # reading and writing
 
 
@@ -353,7 +353,7 @@ def test_heads_that_do_not_fill_the_hidden_size_have_no_official_form(tmp_path):
         Pretrained(cfg, random_params(cfg)).save_pretrained(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # refusals, by name
 
 
@@ -541,7 +541,7 @@ def test_bad_config_values_are_refused_in_one_line(name, value, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # .bin shards
 
 
@@ -604,7 +604,7 @@ def test_bin_shards_hold_the_same_model(case, num_shards, tmp_path):
     assert_identical(exported, tensors_of(source))
 
 
-# -------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # what callers may pass
 
 

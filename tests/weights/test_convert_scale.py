@@ -217,7 +217,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     )
     # `verify` takes 0.4 GB by itself, and 0.5 more in float32 for each layer that is in memory
     # whole.
-    code = "import sys; from hunyuan_jax.weights import verify; print(verify.verify(*sys.argv[1:]), open('/proc/self/status').read())"
+    code = (
+        "import sys; from hunyuan_jax.weights import verify; print(verify.verify(*sys.argv[1:]), "
+        "open('/proc/self/status').read())"
+    )
     command = [sys.executable, "-c", code, tmp_path / "source", tmp_path / "ours"]
     done = subprocess.run(
         command,
@@ -278,7 +281,7 @@ def test_fp8_is_multiplied_out(source, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # seeded faults
 
 
@@ -366,7 +369,7 @@ def test_a_missing_chunk_is_not_read_as_zeros(source, tmp_path):
         from_pretrained(tmp_path / "ours")
 
 
-# -------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # bad input
 
 
