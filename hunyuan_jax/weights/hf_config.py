@@ -1,8 +1,8 @@
 """config.json of a model folder <-> ModelConfig.
 
-Three model types: "hunyuan" is Hunyuan-Large's own code (specification section 1), and A13B's as
-it is on GitHub; "hunyuan_v1_moe" and "hunyuan_v1_dense" are transformers' classes (reference of
-the HF family).  They differ in what follows from the same numbers, see docs/family.md.
+Three model types: "hunyuan" is Hunyuan-Large's own code (docs/model.md), and A13B's as it is on
+GitHub; "hunyuan_v1_moe" and "hunyuan_v1_dense" are transformers' classes.  They differ in what
+follows from the same numbers, see docs/family.md.
 """
 
 import math

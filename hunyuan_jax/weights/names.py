@@ -1,4 +1,5 @@
-"""The one table between official tensor names and our parameter paths (specification section 2).
+"""The one table between official tensor names and our parameter paths (docs/model.md, Tensor
+names).
 
 Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and
 that torch linears are [out, in].

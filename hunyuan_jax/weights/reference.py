@@ -1,5 +1,4 @@
-"""The official forward pass, plainly, in numpy float32 and by official names (specification
-sections 3 to 5).
+"""The official forward pass, plainly, in numpy float32 and by official names (docs/model.md).
 
 It shares no code with the model and does not use the table: `verify` compares the two.
 Letters: T tokens of one sequence, D model, N query heads, K kv heads, H head dim, E experts.

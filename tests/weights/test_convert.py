@@ -77,8 +77,8 @@ def edit_config(folder: Path, **changes) -> None:
 
 
 def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the official checkpoint, from section 2 of the specification; Linear
-    weights are [out, in].
+    """Names and shapes of the official checkpoint, as docs/model.md lists them; Linear weights are
+    [out, in].
     """
     D, F, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
