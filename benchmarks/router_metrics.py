@@ -11,6 +11,7 @@ import jax
 
 from hunyuan_jax import presets
 from hunyuan_jax.config import Config, TrainConfig
+from hunyuan_jax.layers.ffn.moe import layer as moe_layer
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train import step as step_lib
@@ -36,7 +37,7 @@ def main() -> None:
         with (
             mock.patch.object(routing, "health", return_value={}),
             mock.patch.object(
-                step_lib,
+                moe_layer,
                 "router_metrics",
                 lambda stats: {name: value.mean() for name, value in stats.items()},
             ),

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hunyuan_jax.config import Config, flat_fields, to_dict
+from hunyuan_jax.config import Config, defaults, flat_fields, to_dict
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import write_whole
 
@@ -101,10 +101,9 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
       ConfigError: one differs, naming the first.
     """
     new = json.loads(json.dumps(fixed_fields(to_dict(config))))
-    if (
-        old.get("objective.name") is None
-    ):  # before there were objectives, all runs were pre-training
-        old = old | {"objective.name": "pretrain"}
+    # A run from before there was a field had what is its default today.
+    known = {name: value for name, value in old.items() if value is not None}
+    old = json.loads(json.dumps({**{n: v for n, v in defaults().items() if n in new}, **known}))
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             raise ConfigError(

@@ -117,6 +117,57 @@ class LoraConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class SparkConfig(Section):
+    """Spark Transformer (arXiv 2506.06644): sparse feed-forward layers and sparse attention."""
+
+    section = "model.spark"
+
+    neuron_share: float = 0.0
+    """Share of the feed-forward neurons that a token activates (paper: 0.08); 0 = SwiGLU."""
+    predictor_width: int = 0
+    """Entries of a token that predict its active neurons; 0 = half of hidden_size."""
+    attention_top_k: int = 0
+    """Keys that a query attends to, about (paper: 256); 0 = all of them."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        require(
+            0 <= self.neuron_share < 1,
+            f"config.model.spark.neuron_share = {self.neuron_share} must be in [0, 1); 0 is off.",
+        )
+        for name in ("predictor_width", "attention_top_k"):
+            value = getattr(self, name)
+            require(value >= 0, f"config.model.spark.{name} = {value} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig(Section):
+    """CLLA-style attention over 4-bit latents (arXiv 2410.15252)."""
+
+    section = "model.latent"
+
+    width: int = 0
+    """Entries of the latent that a group of layers shares (paper: 512); 0 = keys and values."""
+    rotary_dim: int = 64
+    """Entries of the rotary key that all heads share; queries have as many beside head_dim."""
+    group_size: int = 128
+    """Latent entries with a common quantisation scale."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        require(
+            self.width >= 0 and self.group_size >= 1 and self.width % (2 * self.group_size) == 0,
+            f"config.model.latent.width = {self.width} must be a multiple of twice group_size = "
+            f"{self.group_size}; 0 is off.",
+        )
+        require(
+            self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
+            f"config.model.latent.rotary_dim = {self.rotary_dim} must be even and at least 2: "
+            "RoPE rotates it in halves.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     """Architecture and how it is computed. presets.py has the numbers of released models."""
 
@@ -179,6 +230,10 @@ class ModelConfig(Section):
     """Mixture of experts."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
+    spark: SparkConfig = SparkConfig()
+    """Sparse feed-forward layers and attention."""
+    latent: LatentConfig = LatentConfig()
+    """Attention over quantised latents instead of keys and values."""
 
     def check(self) -> None:
         """Raises ConfigError if the fields break a rule."""
@@ -205,6 +260,8 @@ class ModelConfig(Section):
             f"{self.vocab_size}.",
         )
         self._check_lora()
+        self._check_spark()
+        self._check_latent()
 
     def _check_attention(self) -> None:
         require(
@@ -251,6 +308,79 @@ class ModelConfig(Section):
                 f"config.model.lora.targets names {', '.join(wrong)}, but the model has no "
                 f"{module}; leave it out.",
             )
+
+    def _check_spark(self) -> None:
+        spark = self.spark
+        require(
+            not (spark.neuron_share and self.is_moe),
+            f"config.model.spark.neuron_share = {spark.neuron_share} is for dense models; set "
+            f"moe.num_experts = 1 (now {self.moe.num_experts}), or neuron_share = 0.",
+        )
+        require(
+            spark.neuron_share > 0 or spark.predictor_width == 0,
+            f"config.model.spark.predictor_width = {spark.predictor_width} acts with "
+            "spark.neuron_share only; set that too.",
+        )
+        require(
+            not spark.neuron_share or 0 < self.predictor_width < self.hidden_size,
+            f"config.model.spark.predictor_width = {self.predictor_width} must leave entries of "
+            f"hidden_size = {self.hidden_size} for the neurons' values.",
+        )
+        require(
+            not (
+                spark.neuron_share and self.lora.rank and set(self.lora.targets) & {*MLP_TARGETS}
+            ),
+            f"config.model.lora.targets = {self.lora.targets} names gate, up or down, which a "
+            "Spark layer does not have; leave them out.",
+        )
+        if spark.attention_top_k:
+            require(
+                self.head_dim % 4 == 0,
+                f"config.model.head_dim = {self.head_dim} must be a multiple of 4: Spark "
+                "attention rotates both halves of a head.",
+            )
+            require(
+                not self.attention_dropout,
+                f"config.model.attention_dropout = {self.attention_dropout} is not implemented "
+                "for Spark attention; set it to 0.",
+            )
+
+    def _check_latent(self) -> None:
+        if not self.latent.width:
+            return
+        for name, value, off in (
+            ("use_qk_norm", self.use_qk_norm, False),
+            ("attention_bias", self.attention_bias, False),
+            ("spark.attention_top_k", self.spark.attention_top_k, 0),
+        ):
+            require(
+                value == off,
+                f"config.model.{name} = {value} does not act on latent attention (latent.width = "
+                f"{self.latent.width}); set it to {off}.",
+            )
+        require(
+            self.num_kv_heads == self.num_heads,
+            f"config.model.num_kv_heads = {self.num_kv_heads} must be num_heads = "
+            f"{self.num_heads} with latent attention: every head has keys and values of its own.",
+        )
+        targets = set(self.lora.targets) & {"q", "k", "v", "o"}
+        require(
+            not (self.lora.rank and targets),
+            f"config.model.lora.targets = {self.lora.targets}: latent attention has no adapters; "
+            "take gate, up and down.",
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        """Entries that RoPE rotates as one: a head, half of one, or the shared rotary key."""
+        if self.latent.width:
+            return self.latent.rotary_dim
+        return self.head_dim // 2 if self.spark.attention_top_k else self.head_dim
+
+    @property
+    def predictor_width(self) -> int:
+        """Entries of a token that predict the active neurons of a Spark layer."""
+        return self.spark.predictor_width or self.hidden_size // 2
 
     @property
     def is_moe(self) -> bool:

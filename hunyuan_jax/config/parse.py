@@ -26,6 +26,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def defaults(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> default of every leaf field that has one."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind = field_types(cls)[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= defaults(kind, f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            found[prefix + field.name] = field.default
+    return found
+
+
 def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
     """The frozen Config of a recipe's ConfigDict or of a plain dict.
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
+from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.cache import Cache
@@ -96,7 +97,7 @@ class UnrolledStack(nnx.Module):
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         self.cfg = cfg
         for index, spec in enumerate(pattern(cfg) * cfg.num_groups):
-            spec = spec._replace(ffn=UnrolledMoe) if spec.ffn is Moe else spec
+            spec = spec._replace(ffn=FFN.get(spec.ffn, spec.ffn))
             setattr(self, f"layer_{index}", Layer(cfg, mesh, key, spec))
 
     def __call__(
@@ -144,6 +145,10 @@ class UnrolledMoe(Moe):
     def server(self) -> Serve:
         """Dropless, on the one shard there is."""
         return run_experts_one_by_one
+
+
+# What generates in the place of a feed-forward layer; the others are left as they are.
+FFN = {Moe: UnrolledMoe, SparkMlp: SparseSparkMlp}
 
 
 def run_experts_one_by_one(
@@ -230,6 +235,21 @@ class UnrolledKeysValues(NamedTuple):
         return self.k_BKHS[group].transpose(0, 3, 1, 2), self.v_BSKH[group]
 
 
+class UnrolledEntry(NamedTuple):
+    """Any cache entry as one of its kind for each of the P groups."""
+
+    entries: tuple[Any, ...]
+
+    def append(self, group: int, new: Any, slot_B: jax.Array | None, mesh: Mesh) -> Self:
+        """As the entry's own."""
+        written = self.entries[group].append(0, new, slot_B, mesh)
+        return type(self)((*self.entries[:group], written, *self.entries[group + 1 :]))
+
+    def view(self, group: int) -> Any:
+        """As the entry's own."""
+        return self.entries[group].view(0)
+
+
 def _write(old_B: jax.Array, new_B: jax.Array, slot_B: jax.Array, dim: int) -> jax.Array:
     """old_B with new_B at slot_B of dim `dim` of each row, row by row: XLA:CPU writes in place."""
     new_B = new_B.astype(old_B.dtype)
@@ -244,7 +264,11 @@ def unstacked_cache(cache: Cache) -> Cache:
     """The same cache in this layout."""
 
     def split(entry):
-        assert isinstance(entry, KeysValues), type(entry)
+        if not isinstance(entry, KeysValues):
+            num_groups = len(jax.tree.leaves(entry)[0])
+            return UnrolledEntry(
+                tuple(jax.tree.map(lambda x, p=p: x[p : p + 1], entry) for p in range(num_groups))
+            )
         return UnrolledKeysValues(
             tuple(entry.k_PBSKH.transpose(0, 1, 3, 4, 2)), tuple(entry.v_PBSKH)
         )

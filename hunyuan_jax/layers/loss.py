@@ -54,8 +54,8 @@ def mean_loss(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
 
 
 def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
-    """Weighted sum of the balance and z losses, averaged over layers; 0 for a dense model."""
-    if not stats:
+    """Weighted sum of the balance and z losses, averaged over layers; 0 without a router."""
+    if "aux_loss" not in stats:
         return jnp.zeros((), jnp.float32)
     return (
         cfg.aux_loss_weight * stats["aux_loss"].mean() + cfg.z_loss_weight * stats["z_loss"].mean()

@@ -105,3 +105,11 @@ class FeedForward(Protocol):
           key: typed key of this (seed, step, layer); None outside training.
         """
         ...
+
+    @staticmethod
+    def metrics(figures: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What a run logs, from the figures [P, f, ...] of all layers.
+
+        An array "layers/NAME_L" is logged as its mean, layers/NAME, and as layers/NAME_by_layer.
+        """
+        ...

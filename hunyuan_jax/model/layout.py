@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.facts import Activations, Count, Sizes, Tensor
-from hunyuan_jax.layers.ffn import swiglu_facts
+from hunyuan_jax.layers.ffn import spark_facts, swiglu_facts
 from hunyuan_jax.layers.ffn.moe import facts as moe_facts
-from hunyuan_jax.layers.mixer import attention_facts
+from hunyuan_jax.layers.mixer import attention_facts, latent_facts
 
 
 class LayerFacts(NamedTuple):
@@ -49,8 +49,10 @@ def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
 
     A group is a CLA group: a producer of keys and values and its consumers.
     """
-    ffn = moe_facts if cfg.is_moe else swiglu_facts
+    dense = spark_facts if cfg.spark.neuron_share else swiglu_facts
+    ffn = moe_facts if cfg.is_moe else dense
+    mixer = latent_facts if cfg.latent.width else attention_facts
     return tuple(
-        LayerFacts(attention_facts, ffn, shares_kv_with=None if place == 0 else 0)
+        LayerFacts(mixer, ffn, shares_kv_with=None if place == 0 else 0)
         for place in range(cfg.cla_share_factor)
     )

@@ -3,17 +3,19 @@
 from typing import NamedTuple
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.layers.ffn import swiglu_facts
+from hunyuan_jax.layers.ffn import spark_facts, swiglu_facts
 from hunyuan_jax.layers.ffn.moe import facts as moe_facts
 from hunyuan_jax.layers.ffn.moe.layer import Moe
+from hunyuan_jax.layers.ffn.spark import SparkMlp
 from hunyuan_jax.layers.ffn.swiglu import Mlp
-from hunyuan_jax.layers.mixer import attention_facts
+from hunyuan_jax.layers.mixer import attention_facts, latent_facts
 from hunyuan_jax.layers.mixer.attention import Attention
+from hunyuan_jax.layers.mixer.latent import LatentAttention
 from hunyuan_jax.layers.protocols import FeedForward, Mixer
 from hunyuan_jax.model.layout import group_layout
 
-_MIXERS = {attention_facts: Attention}
-_FFNS = {swiglu_facts: Mlp, moe_facts: Moe}
+_MIXERS = {attention_facts: Attention, latent_facts: LatentAttention}
+_FFNS = {swiglu_facts: Mlp, moe_facts: Moe, spark_facts: SparkMlp}
 
 
 class LayerSpec(NamedTuple):

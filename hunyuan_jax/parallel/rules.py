@@ -36,6 +36,7 @@ RULES: dict[str, Axes] = {
     "layers": Axes(),
     "embed": Axes((), ("data",)),
     "norm": Axes(),
+    "latent": Axes(),
     "rank": Axes(),  # of a LoRA adapter
     "vocab": Axes(("tensor",), ("expert",)),
     "odd_vocab": Axes(("tensor",)),  # these two for a table whose rows do not divide over `expert`

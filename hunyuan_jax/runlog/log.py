@@ -19,7 +19,7 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.progress import ProgressBar
 from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
-from hunyuan_jax.runlog.metrics import MetricsWriter, moe_health, require_wandb
+from hunyuan_jax.runlog.metrics import MetricsWriter, layer_figures, moe_health, require_wandb
 from pallas_kernels import chips
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -225,7 +225,16 @@ class Log:
             for name, value in metrics.items()
             if name.startswith("objective/")
         }
-        self._write(step, {**row, **moe_health(metrics), "goodput": ledger.goodput, **lost})
+        self._write(
+            step,
+            {
+                **row,
+                **moe_health(metrics),
+                **layer_figures(metrics),
+                "goodput": ledger.goodput,
+                **lost,
+            },
+        )
         self._progress.update(
             step,
             f"loss {float(metrics['loss']):.4f}  {row['tokens_per_second']:,.0f} tokens/s",

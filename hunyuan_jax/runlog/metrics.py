@@ -93,8 +93,9 @@ def _start_wandb(workdir: Path, config: Config):
 
 
 def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of `train.step.router_metrics` under the names of metrics.jsonl, {} for a dense
-    model; docs/observability.md.
+    """The figures of `router_metrics` (layers/ffn/moe/layer.py) under the names of metrics.jsonl.
+
+    {} for a dense model; docs/observability.md says what each means.
 
     An expert of a layer is dead in a step if the router names it for less than DEAD_SHARE of an
     even share (1 / E) of the choices.
@@ -115,6 +116,16 @@ def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
         "moe/demand": _rounded(demand_LE),
         **{f"moe/{name}_by_layer": _rounded(value_L) for name, value_L in by_layer.items()},
     }
+
+
+def layer_figures(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The metrics "layers/NAME_L" as layers/NAME, their mean, and layers/NAME_by_layer."""
+    row = {}
+    for name, value_L in metrics.items():
+        if name.startswith("layers/"):
+            row[name.removesuffix("_L")] = float(value_L.mean())
+            row[f"{name.removesuffix('_L')}_by_layer"] = _rounded(value_L)
+    return row
 
 
 def _rounded(values: np.ndarray) -> list:

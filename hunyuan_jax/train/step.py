@@ -13,6 +13,7 @@ from flax import nnx
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
@@ -65,7 +66,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
     """Returns jitted (state, batch) -> (new state, metrics); the old state is donated.
 
     Metrics: float32 loss (as the objective defines it), grad_norm (before clipping) and
-    objective/NAME for each of its sums, and for MoE models those of `router_metrics`; int32
+    objective/NAME for each of its sums, and those of the feed-forward layers; int32
     num_updates (steps before this one that were not skipped, which the schedule counts),
     num_skipped (so far) and skipped_in_row (0: this step was not skipped).
     """
@@ -90,7 +91,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
             "grad_norm": grad_norm,
             **counts,
             **{f"objective/{name}": value for name, value in measured.sums.items()},
-            **router_metrics(measured.router),
+            **pattern(config.model)[0].ffn.metrics(measured.router),
         }
         return TrainState(lora.join(frozen, trained), opt_state, state.step + 1, guard), metrics
 
@@ -213,29 +214,3 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Ar
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
     return jax.jit(step, in_shardings=(program.shardings.params, batch_shardings(program, spec)))
-
-
-def router_metrics(stats: dict[str, jax.Array]) -> Metrics:
-    """Health of the mixtures of one step from router figures [P, f, ...], {} for a dense model.
-
-    demand_LE: share of a layer's choices that name the expert, before any capacity; load_LE: share
-    of the served choices that it serves;
-    recycled_L, dropped_L: shares of the choices; entropy_L: mean of the router in nats; aux_loss,
-    z_loss: means over layers.
-    """
-    if not stats:
-        return {}
-    layers = {name: a.reshape(-1, *a.shape[2:]) for name, a in stats.items()}
-    choices_L, served_L = layers["wished_E"].sum(-1), layers["served_E"].sum(-1)
-
-    def share(part, whole):
-        return part / jnp.maximum(whole, 1.0)
-
-    return {
-        "demand_LE": share(layers["wished_E"], choices_L[:, None]),
-        "load_LE": share(layers["served_E"], served_L[:, None]),
-        "recycled_L": share(layers["recycled"], choices_L),
-        "dropped_L": share(choices_L - served_L, choices_L),
-        "entropy_L": share(layers["entropy"], layers["tokens"]),
-        **{name: layers[name].mean() for name in routing.LOSSES},
-    }

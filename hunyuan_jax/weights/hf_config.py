@@ -1,19 +1,30 @@
 """config.json of a model folder <-> ModelConfig.
 
-Three model types: "hunyuan" is Hunyuan-Large's own code (docs/model.md), and A13B's as it is on
+Four model types.  "hunyuan" is Hunyuan-Large's own code (docs/model.md), and A13B's as it is on
 GitHub; "hunyuan_v1_moe" and "hunyuan_v1_dense" are transformers' classes.  They differ in what
-follows from the same numbers, see docs/family.md.
+follows from the same numbers, see docs/family.md.  "hunyuan_jax" is for models with layers that no
+release has; its config.json holds the fields of ModelConfig.
 """
 
+import dataclasses
 import math
 from types import NoneType
 from typing import Any
 
-from hunyuan_jax.config import ModelConfig, MoeConfig
+from hunyuan_jax.config import (
+    LatentConfig,
+    ModelConfig,
+    MoeConfig,
+    SparkConfig,
+    from_dict,
+    to_dict,
+)
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.files import stop_ids
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
+# A folder with layers that no release has; its config.json holds the fields of ModelConfig.
+OWN = "hunyuan_jax"
 _ARCHITECTURES = {
     LARGE: "HunYuanForCausalLM",
     V1_MOE: "HunYuanMoEV1ForCausalLM",
@@ -107,6 +118,8 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         field that transformers ignores with a value that asks for something; with what to do.
     """
     kind = hf.get("model_type")
+    if kind == OWN:
+        return _from_own(hf)
     if kind not in _ARCHITECTURES:
         raise ConfigError(
             f"config.json: model_type = {kind!r}; only {', '.join(map(repr, _ARCHITECTURES))} "
@@ -171,6 +184,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: no model type can express the architecture.
     """
+    if cfg.spark != SparkConfig() or cfg.latent != LatentConfig():
+        return _to_own(cfg)
     kind = _model_type(cfg)
     scaling = {
         "alpha": {"type": "dynamic", "factor": 1.0, "alpha": cfg.rope_alpha},
@@ -209,6 +224,30 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         **({} if kind == V1_DENSE else _moe_fields(cfg.moe)),
         **({"norm_topk_prob": True} if kind == V1_MOE else {}),
     }
+
+
+# Fields of ModelConfig that say how a model is trained or run, not what it is.
+_NOT_OF_A_FOLDER = ("dtype", "remat", "kernels", "lora")
+
+
+def _to_own(cfg: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model with layers that only this project has."""
+    fields = {name: v for name, v in to_dict(cfg).items() if name not in _NOT_OF_A_FOLDER}
+    return {"model_type": OWN, "torch_dtype": cfg.dtype, "model": fields}
+
+
+def _from_own(hf: dict[str, Any]) -> ModelConfig:
+    """Inverse of `_to_own`, but for the routing, which is dropless in every model folder."""
+    fields = hf.get("model")
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"config.json: model = {fields!r}; a {OWN!r} folder needs an object of the fields of "
+            "ModelConfig."
+        )
+    cfg = from_dict(ModelConfig, fields | {"dtype": dtype_of(hf)}, "model.")
+    return dataclasses.replace(
+        cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0)
+    )
 
 
 def dtype_of(hf: dict[str, Any]) -> str:

@@ -22,12 +22,12 @@ from hunyuan_jax.config import LoraConfig, ModelConfig, MoeConfig
 from hunyuan_jax.layers import loss
 from hunyuan_jax.layers.ffn.moe import dispatch, experts, routing
 from hunyuan_jax.layers.ffn.moe import layer as moe
+from hunyuan_jax.layers.ffn.moe.layer import router_metrics
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train.state import abstract_model
-from hunyuan_jax.train.step import router_metrics
 from pallas_kernels import expert_matmul
 from support.models import assert_close, fast_jit, filled, mesh_of
 

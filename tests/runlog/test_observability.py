@@ -165,7 +165,7 @@ def health(sizes=(1, 1, 1), parts=1, model=DROP):
     program = build_program(config_for(model, grad_accum_steps=parts), mesh_of(*sizes))
     params = jax.device_put(initial_params(), program.shardings.params)
     placed = step_lib.place_batch(program, batch())
-    fn = fast_jit(lambda *a: step_lib.router_metrics(step_lib.gradients(program, *a)[2].router))
+    fn = fast_jit(lambda *a: moe.router_metrics(step_lib.gradients(program, *a)[2].router))
     return jax.tree.map(np.asarray, fn(params, placed, jax.random.key(3)))
 
 

@@ -56,6 +56,11 @@ class Mlp(nnx.Module):
         out = island.island(fn, self.mesh, logical, (_ACTIVATIONS,), _ACTIVATIONS)(weights, x_BTD)
         return out, {}
 
+    @staticmethod
+    def metrics(figures: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Nothing to log."""
+        return figures
+
 
 def serve(
     weights: dict[str, jax.Array],

@@ -22,6 +22,7 @@ from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.mixer import kv_cache
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
+from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.parallel import island
@@ -134,9 +135,11 @@ class Attention(nnx.Module):
 
         def fn(weights, y_BTD, k_BSKH, v_BSKH, sequence, seed_BN):
             q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
-            out_BTNH = checkpoint_name(
-                attend(q_BTNH, k_BSKH, v_BSKH, sequence, seed_BN, **options), "attended"
-            )
+            if top_k := self.cfg.spark.attention_top_k:
+                out_BTNH = spark_attention(q_BTNH, k_BSKH, v_BSKH, sequence, top_k)
+            else:
+                out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, sequence, seed_BN, **options)
+            out_BTNH = checkpoint_name(out_BTNH, "attended")
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
         in_logical = (_ROWS, _KV_HEADS, _KV_HEADS, _SEQUENCE, ("batch", "heads"))

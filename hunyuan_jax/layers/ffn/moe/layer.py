@@ -83,6 +83,11 @@ class Moe(nnx.Module):
             lora_cfg=self.cfg.lora,
         )
 
+    @staticmethod
+    def metrics(figures: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """See `router_metrics`."""
+        return router_metrics(figures)
+
     def __call__(
         self, x_BTD: jax.Array, is_valid_BT: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -129,6 +134,30 @@ class Moe(nnx.Module):
         return y_BTD, {
             name: a.mean(0) if name in routing.LOSSES else a.sum(0) for name, a in stats_g.items()
         }
+
+
+def router_metrics(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Health of the mixtures of one step, float32, from their figures [P, f, ...].
+
+    demand_LE: share of a layer's choices that name the expert, before any capacity; load_LE: share
+    of the served choices that it serves;
+    recycled_L, dropped_L: shares of the choices; entropy_L: mean of the router in nats; aux_loss,
+    z_loss: means over layers.
+    """
+    layers = {name: a.reshape(-1, *a.shape[2:]) for name, a in stats.items()}
+    choices_L, served_L = layers["wished_E"].sum(-1), layers["served_E"].sum(-1)
+
+    def share(part, whole):
+        return part / jnp.maximum(whole, 1.0)
+
+    return {
+        "demand_LE": share(layers["wished_E"], choices_L[:, None]),
+        "load_LE": share(layers["served_E"], served_L[:, None]),
+        "recycled_L": share(layers["recycled"], choices_L),
+        "dropped_L": share(choices_L - served_L, choices_L),
+        "entropy_L": share(layers["entropy"], layers["tokens"]),
+        **{name: layers[name].mean() for name in routing.LOSSES},
+    }
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
