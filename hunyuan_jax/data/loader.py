@@ -1,24 +1,24 @@
 """Packed rows of text: the data stream of pre-training.
 
-Shapes: B rows of the global batch, R of them kept by one process, T positions of a row.  A batch
-is a dict of numpy arrays, all [R, T]:
+Shapes: B rows of the global batch, R rows of one process, T positions of a row.  A batch is a dict
+of numpy arrays [R, T]:
 
-  tokens        int32    input ids; pad_id where the segment is 0
-  targets       int32    the id that follows the token in its document; pad_id like tokens
-  segment_ids   int32    1, 2, ... per document piece in the row, 0 for padding
-  positions     int32    0, 1, ... restarting at every document piece
-  loss_weights  float32  1 where there is a target, 0 for padding
+  tokens        int32    input ids; pad_id for padding
+  targets       int32    the next id of the document; pad_id for padding
+  segment_ids   int32    1, 2, ... per document in the row; 0 for padding
+  positions     int32    0, 1, ... restarting in every segment
+  loss_weights  float32  1 where there is a target; 0 for padding
   target_bytes  float32  validation only: UTF-8 bytes of text that the target stands for
 
-A document becomes bos, its tokens, eos, and then (token, target) pairs; rows are cut from the
-pairs of consecutive documents (pack.py).  So a target never crosses documents, each pair appears
-exactly once an epoch of its source, and only the last row of a shard holds padding.  The piece
-that continues a document in another row is a new segment and starts at position 0, without bos.
+A document is bos, its tokens, eos.  Its (token, target) pairs are concatenated with those of the
+next documents and cut into rows (pack.py).  A target never crosses documents.  Each pair appears
+exactly once per epoch of its source.  Only the last row of a shard has padding.  If a document
+continues in another row, it is a new segment there and starts at position 0, without bos.
 
-Batch s of a run is rows [s B, (s + 1) B) of one endless sequence.  The mixture says which source a
-row comes from; the source's rows are taken epoch by epoch, each epoch in its own order.  All of
-that is a function of (data, train.seed, row).  It does not depend on processes, on threads or on
-where a run was resumed, and each process reads its own rows only.
+Batch s of a run is rows [s B, (s + 1) B) of one endless sequence.  The mixture chooses the source
+of each row.  The rows of a source are taken epoch by epoch, in a new order each.  All of this is a
+function of (data, train.seed, row).  It does not depend on processes, threads or the step at which
+a run was resumed.  Each process reads its own rows only.
 """
 
 import dataclasses
@@ -45,18 +45,18 @@ class Corpus:
     tokenizer: Tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells this text from any other: a small dict that survives JSON."""
+        """Returns a small dict of JSON values that differs for any other text."""
         return {
             name: opened.identity() for name, opened in zip(self.names, self.sources, strict=True)
         }
 
 
 def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """Opens token shards, reads and tokenises text.
+    """Opens the sources that are token shards; reads and tokenises those that are text.
 
     Raises:
-      ConfigError: a source that does not exist, holds nothing usable, too much that is not, too
-        much for memory, or tokens of another tokenizer.
+      ConfigError: a source does not exist, has no usable document or too many bad rows, is too
+        large for memory, or was made with another tokenizer.
     """
     opened = []
     for entry, path in zip(
@@ -78,7 +78,9 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
 
 
 def damaged_shards(config: DataConfig) -> list[str]:
-    """Files of the config's token shards that are not what their manifest says; reads all of them.
+    """Returns the files of the config's token shards whose hash is not the manifest's.
+
+    Reads all of them.
 
     Raises:
       ConfigError: no source is a folder of token shards.
@@ -99,13 +101,13 @@ def _paths(config: DataConfig) -> list[str]:
 
 
 class PackedRows:
-    """The DataStream of a corpus: which rows make up each batch of a run."""
+    """The DataStream of a corpus: finds the rows of each batch of a run."""
 
     def __init__(self, corpus: Corpus, config: DataConfig, train: TrainConfig):
-        """Makes no batch yet.
+        """Splits the sources and plans the mixture; makes no batch yet.
 
         Raises:
-          ConfigError: a source that cannot be split, or has too many rows.
+          ConfigError: a source cannot be split, or has too many rows.
         """
         self._corpus, self._batch_size, self._seq_len = corpus, train.batch_size, train.seq_len
         self._phase_names = [phase.name for phase in config.phases] or ["all"]
@@ -123,16 +125,16 @@ class PackedRows:
         self._mixture = Mixture(starts, weights, pack.draw(2**32, train.seed, "mixture"))
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        """The batch of 0-based `step`, [B, T], or `rows` of it, [R, T]."""
+        """Returns the batch of 0-based `step`, [B, T], or `rows` of it, [R, T]."""
         places = [self._place(step * self._batch_size + int(row)) for row in self._kept(rows)]
         return self._stack([(self._training[index], epoch, row) for index, epoch, row in places])
 
     def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
         """Returns at most `num_batches` batches of held-out rows; [] if nothing is held out.
 
-        They come from one fixed shuffle over all sources that does not depend on the run's seed,
-        so runs are compared on the same rows.  Each process keeps its own `rows` (all if None).
-        The last batch is filled with rows of padding.
+        They come from a fixed shuffle over all sources that does not depend on the run's seed, so
+        runs are compared on the same rows.  Each process keeps its own `rows` (all if None).  The
+        last batch is filled with padding rows.
         """
         ends = np.cumsum([len(held_out) for held_out in self._held_out])
         batches = []
@@ -151,21 +153,22 @@ class PackedRows:
         return with_target_bytes(batches, self._corpus.tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """That of the corpus."""
+        """Returns the corpus's identity."""
         return self._corpus.identity()
 
     def rows_before(self, step: int) -> dict[str, int]:
-        """How many rows of each source come before 0-based `step`."""
+        """Returns how many rows of each source come before 0-based `step`."""
         return dict(
             zip(self._corpus.names, self._mixture.counts(step * self._batch_size), strict=True)
         )
 
     def describe(self, step: int) -> dict[str, Any]:
-        """What is in the batch of 0-based `step`: phase, efficiency, and of each row source, epoch
-        and documents; survives JSON.
+        """Returns what is in the batch of 0-based `step`, as JSON values.
 
-        A document has a name, the `piece` of it that was read, and the range [start, stop) of its
-        tokens (bos is token 0) that are inputs here.
+        phase: name of the mixture's phase.
+        efficiency: share of positions without padding.
+        rows: source, epoch and documents of each row.  A document has a name, the `piece` that was
+          read, and the range [start, stop) of its tokens (bos is token 0) that are inputs here.
         """
         first = step * self._batch_size
         described, num_pairs = [], 0
@@ -196,9 +199,7 @@ class PackedRows:
         }
 
     def __str__(self) -> str:
-        """For the log: each source with its report, what is held out, and the share of positions
-        that are no padding.
-        """
+        """Returns the lines of the log: counts, held-out tokens and fill of each source."""
         lines = []
         for name, opened, rows, held_out in zip(
             self._corpus.names, self._corpus.sources, self._training, self._held_out, strict=True
@@ -217,7 +218,7 @@ class PackedRows:
         return np.arange(self._batch_size) if rows is None else rows
 
     def _place(self, number: int) -> tuple[int, int, int]:
-        """(source, epoch, row of it) of the run's row `number`."""
+        """Returns (source, epoch, row of the source) of the run's row `number`."""
         index = self._mixture.source(number)
         rows = self._training[index]
         epoch, place = divmod(
@@ -226,7 +227,7 @@ class PackedRows:
         return index, epoch, rows.order(epoch, place)
 
     def _stack(self, places: list[tuple[pack.Rows, int, int] | None]) -> Batch:
-        """Rows of (rows, epoch, row), or of padding for None, as a batch."""
+        """Stacks rows given as (rows, epoch, row) into a batch; None is a padding row."""
         shape = (len(places), self._seq_len)
         batch = {
             name: np.full(shape, self._corpus.tokenizer.pad_id, np.int32)
@@ -241,10 +242,11 @@ class PackedRows:
 
 
 def with_target_bytes(batches: list[Batch], tokenizer: Tokenizer) -> list[Batch]:
-    """Returns the batches with target_bytes, float32 [R, T]: UTF-8 bytes of text that each target
-    stands for; 0 for padding, eos and other special tokens.
+    """Returns the batches with target_bytes, float32 [R, T].
 
-    These are bytes of the text as the tokenizer sees it: of its NFC form for Hunyuan's.
+    It is the number of UTF-8 bytes of text that each target stands for: 0 for padding, eos and
+    other special tokens.  They are bytes of the text as the tokenizer sees it: of its NFC form for
+    Hunyuan's.
     """
     if not batches:
         return []

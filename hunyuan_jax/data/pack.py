@@ -1,11 +1,12 @@
-"""Rows of fixed length out of tokenised documents, each found by itself: row r of epoch e is a
-function of (tokens, seed, e, r).
+"""Packs tokenised documents into rows of fixed length, with random access to any row.
 
-Shapes: S shards, T positions of a row.  The pairs of a shard, training or held-out side, are one
-long ring of documents.  An epoch cuts the ring into rows of T pairs, starting at a place that
-depends on seed and epoch, so that each pair is in exactly one row and documents are cut elsewhere
-every time; the last row of a shard ends in padding.  Rows are numbered over all shards; `order`
-shuffles the numbers.
+Row r of epoch e is a function of (tokens, seed, e, r).
+
+Shapes: S shards, T positions of a row.  The (token, target) pairs of a shard's training or
+held-out side form one ring of documents.  An epoch cuts the ring into rows of T pairs.  The first
+cut depends on seed and epoch, so documents are cut at different places in each epoch.  Each pair
+is in exactly one row.  The last row of a shard ends in padding.  Rows are numbered over all
+shards, and `order` shuffles the numbers.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ import numpy as np
 from hunyuan_jax.data.tokens import Tokens
 from hunyuan_jax.errors import ConfigError
 
-MAX_ROWS = 2**32  # of grain's shuffle
+MAX_ROWS = 2**32  # the limit of grain's index_shuffle
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
-    """Pairs [start, stop) of a piece; `is_new` unless they follow those of the slice before in the
-    same document.
+    """Pairs [start, stop) of a piece.
+
+    is_new: False if the slice continues the document of the slice before it.
     """
 
     piece: int
@@ -38,7 +40,11 @@ class Rows:
     def __init__(
         self, tokens: Tokens, first_S: np.ndarray, stop_S: np.ndarray, seq_len: int, seed: str
     ):
-        """Of pieces [first, stop) of each shard."""
+        """Takes pieces [first, stop) of each shard.
+
+        Raises:
+          ConfigError: more than MAX_ROWS rows.
+        """
         self.tokens, self._seq_len, self._seed = tokens, seq_len, seed
         begin_S = np.array(
             [int(tokens.ends[first - 1]) if first else 0 for first in first_S], np.int64
@@ -46,24 +52,24 @@ class Rows:
         end_S = np.array([int(tokens.ends[stop - 1]) if stop else 0 for stop in stop_S], np.int64)
         self._first_S, self._stop_S, self._begin_S = first_S, stop_S, begin_S
         self._pairs_S = np.where(stop_S > first_S, end_S - begin_S, 0)
-        self._rows_S = np.cumsum(-(-self._pairs_S // seq_len))  # up to and with each shard
+        self._rows_S = np.cumsum(-(-self._pairs_S // seq_len))  # up to and including each shard
         self.num_pairs = int(self._pairs_S.sum())
         if len(self) >= MAX_ROWS:
             raise ConfigError(
-                f"a source has {len(self)} rows of {seq_len} tokens, at most {MAX_ROWS} can be "
-                "shuffled; split it into several sources."
+                f"a source has {len(self)} rows of {seq_len} tokens, but at most {MAX_ROWS} can "
+                "be shuffled; split it into several sources."
             )
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Returns the number of rows of an epoch."""
         return int(self._rows_S[-1])
 
     def order(self, epoch: int, index: int) -> int:
-        """The row that comes `index`-th in an epoch."""
+        """Returns the row at place `index` of an epoch's shuffled order."""
         return shuffled(index, len(self), self._seed, "order", epoch)
 
     def slices(self, epoch: int, row: int) -> list[Slice]:
-        """What a row consists of."""
+        """Returns the slices of pieces that make up a row, in order."""
         shard = int(np.searchsorted(self._rows_S, row, side="right"))
         row -= int(self._rows_S[shard - 1]) if shard else 0
         begin, num_pairs = int(self._begin_S[shard]), int(self._pairs_S[shard])
@@ -90,7 +96,7 @@ class Rows:
         segment_ids_T: np.ndarray,
         positions_T: np.ndarray,
     ) -> None:
-        """Writes a row into arrays that hold padding."""
+        """Writes a row into int32 arrays [T] that are filled with padding."""
         place, segment, position = 0, 0, 0
         for part in self.slices(epoch, row):
             ids = self.tokens.read(part.piece)[part.start : part.stop + 1]
@@ -103,8 +109,9 @@ class Rows:
             place, position = place + count, position + count
 
     def _between(self, start: int, stop: int, first: int, last: int) -> Iterator[Slice]:
-        """Slices of the pairs [start, stop) of the whole source, which lie in pieces [first,
-        last).
+        """Yields the slices that cover pairs [start, stop) of the source.
+
+        The pairs lie in pieces [first, last).
         """
         ends = self.tokens.ends
         piece = first + int(np.searchsorted(ends[first:last], np.uint64(start), side="right"))
@@ -116,7 +123,7 @@ class Rows:
             is_new = start < stop and not self._continues(piece)
 
     def _continues(self, piece: int) -> bool:
-        """Whether a piece continues the document of the one in front of it."""
+        """Whether a piece continues the document of the piece before it."""
         numbers, hashes = self.tokens.numbers, self.tokens.hashes
         return (
             int(numbers[piece]) == int(numbers[piece - 1]) + 1
@@ -125,12 +132,11 @@ class Rows:
 
 
 def split(tokens: Tokens, validation_fraction: float, option: str) -> np.ndarray:
-    """int64 [S]: how many pieces at the head of each shard are held out.
+    """Returns the number of held-out pieces at the start of each shard, int64 [S].
 
-    A document is held out if the hash of its name falls below the fraction: other documents, their
-    order and the seed have no say, so a corpus that grows does not move text from one side to the
-    other.  Where that leaves a side empty (few documents), the one document whose hash is nearest
-    to it moves over.
+    A document is held out if the hash of its name is below the fraction.  Other documents, their
+    order and the seed do not matter, so a growing corpus moves no text from one side to the other.
+    If a side would be empty, the document whose hash is nearest to the threshold moves there.
 
     Raises:
       ConfigError: a fraction above 0 with a single document.
@@ -145,8 +151,8 @@ def split(tokens: Tokens, validation_fraction: float, option: str) -> np.ndarray
     if lowest == highest:
         raise ConfigError(
             f"config.data.validation_fraction = {validation_fraction} needs at least 2 documents, "
-            f"{option} holds 1; whole documents are "
-            "held out. Set it to 0, or split the text into more files or rows."
+            f"{option} holds 1; whole documents are held out. Set it to 0, or split the text into "
+            "more files or rows."
         )
     threshold = np.uint64(min(max(int(validation_fraction * 2**64), lowest + 1), highest))
     return np.array(
@@ -157,7 +163,7 @@ def split(tokens: Tokens, validation_fraction: float, option: str) -> np.ndarray
 def sides(
     tokens: Tokens, validation_fraction: float, seq_len: int, seed: str, option: str
 ) -> tuple[Rows, Rows]:
-    """(training, held-out) rows of a source."""
+    """Returns the (training, held-out) rows of a source."""
     first_S, stop_S = tokens.shard_pieces[:-1], tokens.shard_pieces[1:]
     middle_S = first_S + split(tokens, validation_fraction, option)
     return Rows(tokens, middle_S, stop_S, seq_len, seed), Rows(
@@ -166,7 +172,7 @@ def sides(
 
 
 def shuffled(index: int, count: int, *key: int | str) -> int:
-    """Where `index` goes in a permutation of range(count) that depends on `key`."""
+    """Returns the image of `index` under a permutation of range(count) seeded by `key`."""
     import grain  # loads jax
 
     return int(
@@ -177,6 +183,6 @@ def shuffled(index: int, count: int, *key: int | str) -> int:
 
 
 def draw(below: int, *key: int | str) -> int:
-    """A number in [0, below), uniform but for 2^-64, that depends on `key` alone."""
+    """Returns a number in [0, below) that depends on `key` alone; uniform up to 2^-64."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return int.from_bytes(digest, "big") % below

@@ -1,12 +1,11 @@
-"""One unit of tokenising: some text in, token shards out, the same bytes whoever does it and
-however often.
+"""Tokenises one unit of text into token shards; the output bytes depend on the text alone.
 
-A unit is a list of spans with about `shard_bytes` of text; a compressed file is one, whatever it
-holds.  Its tokens are collected, sorted by the hash of the document's name and written as a shard
-whenever there are `shard_bytes` of text, so memory is a few times that, however large a file or a
-document is.  A shard is written under another name and renamed when it is whole; the unit's index
-(`unfinished/UNIT.npy`) and then its report (`unfinished/UNIT.json`) come last: a unit with a
-report is done.
+A unit is a list of spans with about `shard_bytes` of text.  A compressed file is a unit of its
+own.  Whenever `shard_bytes` of text are read, their tokens are sorted by the hash of the
+document's name and written as a shard.  Memory is therefore a few times `shard_bytes`, for files
+and documents of any size.  A shard is written under a temporary name and renamed when complete.
+The unit's index (`unfinished/UNIT.npy`) and then its report (`unfinished/UNIT.json`) are written
+last: a unit with a report is done.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ _TEMPORARY = ".tmp"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `tokenize` was asked for."""
+    """Options of `tokenize`."""
 
     input: str
     output: str
@@ -53,11 +52,11 @@ def run_unit(
     """Writes the shards, index and report of a unit.
 
     Args:
-      job: what to do.
-      number: of the unit.
-      spans: its text.
-      others: (documents, bad rows) of the other units so far.
-      progress: called after every piece; what it raises ends the unit.
+      job: options.
+      number: index of the unit.
+      spans: text of the unit.
+      others: returns (documents, bad rows) of the other units so far.
+      progress: called after every piece.  An exception that it raises ends the unit.
 
     Raises:
       ConfigError: too many bad rows.
@@ -114,23 +113,25 @@ def run_unit(
 
 
 def add_report(tally: source.Tally, report: dict[str, Any]) -> None:
-    """Adds what a unit has counted."""
+    """Adds the counts of a unit's report."""
     for name, counts in report["files"].items():
         tally.add_file(name, source.FileCounts(**counts))
 
 
 def read_report(job: Job, number: int) -> dict[str, Any] | None:
-    """The report of a unit, or None if it is not done."""
+    """Returns the report of a unit, or None if it is not done."""
     path = Path(job.output) / tokens.WORK / f"{number:05d}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Joins what the units left to index and manifest, removes the rest, and returns the manifest,
-    `settings` in it.
+    """Writes index and manifest from the units' files and removes the folder `unfinished`.
+
+    Returns:
+      The manifest; it contains `settings`.
 
     Raises:
-      ConfigError: too many bad rows in all, or no document.
+      ConfigError: too many bad rows in total, or no document.
     """
     output, work = Path(job.output), Path(job.output) / tokens.WORK
     reports = [read_report(job, number) for number in range(num_units)]
@@ -141,9 +142,9 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
     if not tally.total.num_documents:
         raise ConfigError(
             f"--input = {job.input} holds no usable document ({tally.total.num_bad} skipped: "
-            f"{tally.total.first_bad or 'no rows'}); it "
-            f"needs UTF-8 text. Repair the files, or set --text_field (now {job.text_field!r}) to "
-            "the field with the text; remove "
+            f"{tally.total.first_bad or 'no rows'}); it needs UTF-8 text. Repair the files, "
+            f"or set "
+            f"--text_field (now {job.text_field!r}) to the field with the text; remove "
             f"{job.output}."
         )
     shards = [shard for report in reports for shard in report["shards"]]
@@ -181,7 +182,7 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
 
 
 def remove_work(job: Job) -> None:
-    """Removes what only an unfinished job needs."""
+    """Removes the folder `unfinished`."""
     work = Path(job.output) / tokens.WORK
     for path in work.glob("*"):
         path.unlink(missing_ok=True)
@@ -190,7 +191,7 @@ def remove_work(job: Job) -> None:
 
 
 class _Shard:
-    """Pieces of one shard, in memory."""
+    """The pieces of one shard, in memory."""
 
     def __init__(self):
         self.records: list[bytes] = []
@@ -206,11 +207,13 @@ class _Shard:
         self._num_pairs.append(len(ids) - 1)
 
     def write(self, path: Path) -> np.ndarray:
-        """Writes the pieces by the hash of their document's name; returns pairs, hashes and
-        numbers, uint64 [3, P], in that order.
+        """Writes the pieces, sorted by the hash of their document's name.
+
+        Returns:
+          Pairs, hashes and numbers of the sorted pieces, uint64 [3, P].
 
         Raises:
-          OSError: the disk is full, and the like.
+          OSError: the shard cannot be written, for example because the disk is full.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -227,8 +230,9 @@ class _Shard:
 
 
 def _pieces(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The ids of a document in pieces of PIECE_PAIRS + 1 (the last may be shorter), each beginning
-    with the last id of the one before.
+    """Yields the ids of a document in pieces of PIECE_PAIRS + 1; the last may be shorter.
+
+    Each piece begins with the last id of the piece before it.
     """
     waiting = np.zeros(0, np.uint8)
     for part in parts:
@@ -242,8 +246,9 @@ def _pieces(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _join(paths: Sequence[Path], num_pieces: int, joined: Path) -> None:
-    """Writes the indices of all units as one, with pairs summed up to `ends`, without holding it
-    in memory.
+    """Concatenates the indices of all units in a file, with pairs summed up to `ends`.
+
+    The result is memory-mapped, so it may be larger than memory.
     """
     index = np.lib.format.open_memmap(joined, mode="w+", dtype=np.uint64, shape=(3, num_pieces))
     start, num_pairs = 0, np.uint64(0)
@@ -259,10 +264,10 @@ def _join(paths: Sequence[Path], num_pieces: int, joined: Path) -> None:
 
 @contextlib.contextmanager
 def finished(path: Path, work: Path) -> Iterator[Path]:
-    """A place to write a file at, which gets its name when it is whole and on disk.
+    """Yields a temporary path in `work`, which is renamed to `path` when it is on disk.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: the file cannot be written.
     """
     temporary = work / f"{path.name}.{os.getpid()}{_TEMPORARY}"
     try:
@@ -283,15 +288,16 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 def make_folder(job: Job) -> None:
-    """Makes the output folder.
+    """Creates the output folder.
 
     Raises:
-      ConfigError: it cannot be made, or holds something else.
+      ConfigError: it cannot be created, or holds something other than token shards.
     """
     output = Path(job.output)
     if output.is_dir() and any(output.iterdir()) and not tokens.is_shards(output):
         raise ConfigError(
-            f"--output = {job.output} holds something else than token shards; give a new or empty "
+            f"--output = {job.output} holds something other than token shards; give a new or "
+            f"empty "
             "folder."
         )
     try:
@@ -304,17 +310,16 @@ def make_folder(job: Job) -> None:
 
 @contextlib.contextmanager
 def alone(job: Job) -> Iterator[None]:
-    """Keeps other commands out of the output folder, and removes what a killed one was writing.
+    """Locks the output folder, and removes the temporary files of a killed command.
 
     Raises:
-      ConfigError: another command is at work there.
+      ConfigError: another command has the lock.
     """
     folder = os.open(job.output, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(
-                folder, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # ends with the process, however it ends
+            # The system releases the lock when the process ends, however it ends.
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another command is writing to --output = {job.output}; wait for it, or give "

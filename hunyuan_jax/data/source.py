@@ -1,8 +1,8 @@
-"""Documents of text files: which files a source has, what is in them, and what cannot be used.
+"""Finds the text files of a source and reads their documents.
 
-A document arrives in parts of about a million characters, cut where no token of any tokenizer here
-can span (behind a line break), so that a file of any size takes little memory.  Imports neither
-jax nor grain: a misspelled path is answered before anything slow is loaded.
+A document arrives in parts of about a million characters, so a file of any size takes little
+memory.  Parts end after a line break, where no tokenizer here has a token across the cut.
+Imports neither jax nor grain: a misspelled path is reported before anything slow is loaded.
 """
 
 import codecs
@@ -26,16 +26,16 @@ from hunyuan_jax.tokenizer.vocabulary import replace_surrogates
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".array_record")
-COMPRESSIONS = (".gz", ".zst")  # of text and .jsonl; the others compress inside
+COMPRESSIONS = (".gz", ".zst")  # of text and .jsonl; the other formats compress inside
 
 PART_CHARS = 2**20
-MAX_ROW_BYTES = 2**26  # a longer .jsonl row is a bad one: parsing it takes several times its size
-_TEXT_AT_ONCE = 2**26  # bytes; a longer text file is read twice, first to see that it is UTF-8
+MAX_ROW_BYTES = 2**26  # a longer .jsonl row is bad: parsing takes several times its size
+_TEXT_AT_ONCE = 2**26  # bytes; a longer text file is read twice, first to check that it is UTF-8
 _BATCH_ROWS = 256  # of .parquet and .array_record
 
-# Folders and files left out of a walk, as name patterns.  The standard library loses its tests and
-# what depends on the machine that built it, so that one Python version gives one corpus; a user's
-# folder loses .git, .venv and the like.
+# Name patterns of the folders and files that a walk skips.  In the standard library: tests, and
+# files that depend on the build machine, so that one Python version gives one corpus.  In a user's
+# folder: .git, .venv and the like.
 _STDLIB_SKIPPED = (
     "site-packages",
     "dist-packages",
@@ -53,7 +53,7 @@ _NUM_PATHS_SHOWN = 5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """A file, or the .jsonl rows that begin at bytes [start, stop) of it."""
+    """A file, or the rows of a .jsonl file that begin at bytes [start, stop)."""
 
     name: str  # relative to the source, with '/', printable
     path: str
@@ -64,10 +64,10 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """One text.  `name` is its file's, plus ':row' (from 1) where a file holds several; it decides
-    the split.
+    """One text.
 
-    `parts` may be a generator: it must be used up before the next document is asked for.
+    name: that of its file, plus ':row' (from 1) if a file holds several.  It decides the split.
+    parts: the text in parts.  A generator must be exhausted before the next document is read.
     """
 
     name: str
@@ -76,7 +76,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bad:
-    """What could not be used, and why; `where` is the file's name, and the row if any."""
+    """A file or row that cannot be used.
+
+    where: name of the file, and the row if any.
+    """
 
     where: str
     reason: str
@@ -84,7 +87,7 @@ class Bad:
 
 @dataclasses.dataclass
 class FileCounts:
-    """What one file gave."""
+    """Counts of one file."""
 
     num_documents: int = 0
     num_bytes: int = 0  # of UTF-8
@@ -93,7 +96,7 @@ class FileCounts:
 
 
 class Tally:
-    """Counts documents and bad rows by file, and says when there are too many of the latter."""
+    """Counts documents and bad rows per file; raises if there are too many bad rows."""
 
     def __init__(
         self,
@@ -101,8 +104,12 @@ class Tally:
         option: str,
         others: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ):
-        """`others` returns (documents, bad rows) counted elsewhere, `option` is what the limit is
-        called.
+        """Starts at zero.
+
+        Args:
+          max_bad_fraction: limit of bad rows as a share of all rows.
+          option: name of the limit, for errors.
+          others: returns (documents, bad rows) counted elsewhere.
         """
         self.files: dict[str, FileCounts] = {}
         self.total = FileCounts()
@@ -126,7 +133,7 @@ class Tally:
         self.check(f"{bad.where}: {bad.reason}")
 
     def add_file(self, file: str, counts: FileCounts) -> None:
-        """Adds what somebody else has counted."""
+        """Adds the counts of a file."""
         for sums in (self.files.setdefault(file, FileCounts()), self.total):
             sums.num_documents += counts.num_documents
             sums.num_bytes += counts.num_bytes
@@ -136,12 +143,12 @@ class Tally:
     def check(self, last: str = "") -> None:
         """Compares the share of bad rows with the limit.
 
-        The share is of at least 1000 rows: one bad row of three stops no run, unless none is
-        allowed.
+        The share is taken of at least 1000 rows, so one bad row of three does not stop a run
+        unless the limit is 0.
 
         Raises:
-          ConfigError: the share is above the limit, naming the `last` bad row ("": names the
-            first).
+          ConfigError: the share is above the limit.  The message names the `last` bad row, or the
+            first if `last` is "".
         """
         num_documents, num_bad = self._others()
         num_bad += self.total.num_bad
@@ -150,12 +157,13 @@ class Tally:
             example = f"the last is {last}" if last else f"the first is {self.total.first_bad}"
             raise ConfigError(
                 f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than "
-                f"{self._option} = {self._max_bad_fraction} "
-                "allows (of at least 1000 rows). Repair or remove the file, or raise the limit."
+                f"{self._option} = {self._max_bad_fraction} allows (of at least 1000 rows). "
+                f"Repair "
+                "or remove the file, or raise the limit."
             )
 
     def __str__(self) -> str:
-        """For the log: sums, and the files with bad rows."""
+        """Returns the lines of the log: sums, and the files with bad rows."""
         bad = {name: counts for name, counts in self.files.items() if counts.num_bad}
         lines = [f"{self.total.num_documents} documents, {self.total.num_bytes / 1e6:.1f} MB"]
         if bad:
@@ -168,14 +176,17 @@ class Tally:
 
 
 def find_files(source: str, option: str) -> list[Span]:
-    """Sorted files of a source: "stdlib", or a folder, a file or a glob of text, on this machine
-    or behind an fsspec URL (gs://...).
+    """Returns the files of a source, sorted by name.
 
-    Hidden files and folders are not visited, unless the source names them.  `option` is what
-    errors call the source.
+    A source is "stdlib", or a folder, file or glob of text, local or an fsspec URL (gs://...).
+    Hidden files and folders are skipped unless the source names them.
+
+    Args:
+      source: see above.
+      option: name of the source's option, for errors.
 
     Raises:
-      ConfigError: the source does not exist, or holds no file of a known kind.
+      ConfigError: the source does not exist, or has no file of a known kind.
     """
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
@@ -192,8 +203,7 @@ def find_files(source: str, option: str) -> list[Span]:
         if not found:
             raise ConfigError(
                 f"{option} = {source!r} does not exist; it must be 'stdlib', or a folder, file or "
-                f"glob of {_kinds()}. "
-                f"Correct the path (a relative one starts at {os.getcwd()})."
+                f"glob of {_kinds()}. Correct the path (a relative one starts at {os.getcwd()})."
             )
     names = {_printable(name): path for name, path in found if _kind(path) is not None}
     if not names:
@@ -205,11 +215,10 @@ def find_files(source: str, option: str) -> list[Span]:
 
 
 def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
-    """Documents of a file or span in order, and what could not be used.
+    """Yields the documents of a file or span in order, and a Bad for what cannot be used.
 
     Raises:
-      ConfigError: a package that the kind of file needs is not installed, or a URL that cannot be
-        read.
+      ConfigError: the package for this kind of file is not installed, or a URL cannot be read.
     """
     kind = _kind(span.path)
     try:
@@ -222,7 +231,7 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
         else:
             yield from _read_text(span)
     except OSError as error:
-        if "://" in span.path:  # perhaps but for a moment, and the rest of the file would be lost
+        if "://" in span.path:  # may be temporary, and the rest of the file would be lost
             raise ConfigError(
                 f"{span.path} cannot be read ({error}); the same command may succeed later."
             ) from error
@@ -230,16 +239,15 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A local file or an fsspec URL, as it is stored."""
+    """Opens a local file or an fsspec URL, without decompressing it."""
     if "://" not in path:
         return open(path, "rb")
-    return io.BufferedReader(
-        _fsspec().open(path, "rb").open(), 2**17
-    )  # a bucket's own files have no readline with a limit
+    # The files of a bucket have no readline with a limit of their own.
+    return io.BufferedReader(_fsspec().open(path, "rb").open(), 2**17)
 
 
 def size_of(path: str) -> int:
-    """Bytes of a local file or an fsspec URL, as it is stored; 0 for one that is gone."""
+    """Returns the stored bytes of a local file or an fsspec URL; 0 if it is missing."""
     try:
         return _fsspec().url_to_fs(path)[0].size(path) if "://" in path else os.path.getsize(path)
     except OSError:
@@ -247,12 +255,12 @@ def size_of(path: str) -> int:
 
 
 def can_split(path: str) -> bool:
-    """Whether spans of a file can be read by themselves."""
+    """Whether spans of a file can be read separately."""
     return path.lower().endswith(".jsonl")
 
 
 def is_plain(path: str) -> bool:
-    """Whether a file has the size of its text, about."""
+    """Whether a file is about as large as its text."""
     return path.lower().endswith((*TEXT_SUFFIXES, ".jsonl"))
 
 
@@ -260,7 +268,7 @@ def is_plain(path: str) -> bool:
 
 
 def _kind(path: str) -> str | None:
-    """The suffix that says how a file is read, or None."""
+    """Returns the suffix that says how a file is read, or None."""
     lower = path.lower()
     stem = next(
         (lower.removesuffix(suffix) for suffix in COMPRESSIONS if lower.endswith(suffix)), lower
@@ -272,7 +280,7 @@ def _kind(path: str) -> str | None:
 
 
 def _find_local(source: str) -> list[tuple[str, str]]:
-    """(name relative to the source's root, path) of a file, a folder or a glob."""
+    """Returns (name relative to the source's root, path) of a file, folder or glob."""
     path = files.user_path(source)
     if os.path.isfile(path):
         root, paths = os.path.dirname(path), [path]
@@ -305,14 +313,15 @@ def _find_remote(source: str, option: str) -> list[tuple[str, str]]:
 
 
 def _fsspec():
-    import fsspec.core  # a quarter of a second, which a local source need not wait for
+    import fsspec.core  # takes 0.25 s, which a local source saves
 
     return fsspec.core
 
 
 def _walk(root: str, skipped: Sequence[str]) -> Iterator[str]:
-    """Paths of the files under `root`; names that match a pattern in `skipped` are neither entered
-    nor returned.
+    """Yields the paths of the files under `root`.
+
+    Folders and files whose name matches a pattern in `skipped` are left out.
     """
     for folder, folder_names, file_names in os.walk(root):
         folder_names[:] = [name for name in folder_names if not _matches_any(name, skipped)]
@@ -326,8 +335,9 @@ def _matches_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _glob_root(pattern: str) -> str:
-    """The folder in front of the first wildcard: unlike the matches' common folder, new files
-    cannot change it.
+    """Returns the folder before the first wildcard.
+
+    Unlike the common folder of the matches, it does not change with new files.
     """
     root = os.path.dirname(pattern)
     while root and glob.escape(root) != root:
@@ -341,9 +351,7 @@ def _kinds() -> str:
 
 
 def _printable(name: str) -> str:
-    """File names are bytes on most systems; those that are not UTF-8 keep a distinct, printable
-    form.
-    """
+    """Returns a file name with the bytes that are not UTF-8 as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -352,7 +360,7 @@ def _printable(name: str) -> str:
 
 @contextlib.contextmanager
 def _open_plain(path: str) -> Iterator[BinaryIO]:
-    """A file without its compression."""
+    """Opens a file and decompresses it by its suffix."""
     with open_binary(path) as file:
         if path.lower().endswith(".gz"):
             with gzip.GzipFile(fileobj=file, mode="rb") as plain:
@@ -365,12 +373,13 @@ def _open_plain(path: str) -> Iterator[BinaryIO]:
 
 
 class _TruncatedError(OSError):
-    """A compressed file that ends before its end, or is damaged."""
+    """A compressed file is truncated or damaged."""
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd as one stream; unlike the library's own reader it raises where the last frame
-    is cut off.
+    """Reads all frames of a zstd file as one stream.
+
+    Unlike the library's own reader, it raises if the last frame is truncated.
     """
 
     def __init__(self, file: BinaryIO):
@@ -422,7 +431,7 @@ _ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, _TruncatedError)
 
 
 def _read_text(span: Span) -> Iterator[Document | Bad]:
-    """One document, or one Bad."""
+    """Yields one Document, or one Bad."""
     try:
         with _open_plain(span.path) as file:
             data = file.read(_TEXT_AT_ONCE)
@@ -445,7 +454,7 @@ def _read_text(span: Span) -> Iterator[Document | Bad]:
 
 
 def _stream_text(path: str) -> Iterator[str]:
-    """Parts of a text file that is known to be UTF-8."""
+    """Yields the parts of a text file that is known to be UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text = ""
     with _open_plain(path) as file:
@@ -458,11 +467,11 @@ def _stream_text(path: str) -> Iterator[str]:
 
 
 def cut(text: str) -> list[str]:
-    """The text in parts of at most PART_CHARS, cut behind a line break that no blank follows,
-    where there is one.
+    """Returns the text in parts of at most PART_CHARS characters.
 
-    No token spans such a place (of a HyTokenizer: `hy.SPLIT_PATTERN`), so the parts' tokens are
-    those of the text.
+    It is split after a newline that is not followed by whitespace, if there is one.  No token
+    spans such a place (`hy.SPLIT_PATTERN` of a HyTokenizer), so the tokens of the parts are those
+    of the text.
     """
     parts, start = [], 0
     while len(text) - start > PART_CHARS:
@@ -476,16 +485,16 @@ def cut(text: str) -> list[str]:
 
 
 class _UnusableError(Exception):
-    """Why one document cannot be used."""
+    """One document cannot be used; the message says why."""
 
 
 def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
-    """One document a row; a blank line is not a row but keeps its number, which editors show."""
+    """Yields one document per row.  Blank lines are skipped but numbered, as in editors."""
     row = span.first_row
     try:
         with _open_plain(span.path) as file:
             position = span.start
-            if position:  # a row begins behind a line break, perhaps the one in front of the span
+            if position:  # a row begins after a line break, maybe the one before the span
                 file.seek(position - 1)
                 position += _skip_line(file) - 1
             while span.stop is None or position < span.stop:
@@ -508,7 +517,7 @@ def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line; returns the number of bytes."""
+    """Skips the rest of the line; returns the number of bytes."""
     count = 0
     while line := file.readline(PART_CHARS):
         count += len(line)
@@ -518,7 +527,7 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def _row_text(line: bytes, text_field: str) -> str:
-    """The text of a .jsonl row."""
+    """Returns the text of a .jsonl row."""
     try:
         row = json.loads(_text_of(line))
     except (ValueError, RecursionError) as error:
@@ -537,7 +546,7 @@ def _row_text(line: bytes, text_field: str) -> str:
 
 
 def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
-    """One document a row; memory is that of one row group."""
+    """Yields one document per row.  Holds one row group in memory."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -559,9 +568,8 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
             if not any(is_kind(fields[text_field]) for is_kind in kinds):
                 raise _UnusableError(f"column {text_field!r} is {fields[text_field]}, not string")
             for batch in table.iter_batches(_BATCH_ROWS, columns=[text_field]):
-                for value in batch.column(0).cast(
-                    pyarrow.large_binary()
-                ):  # bytes: a string column may hold any
+                # Read as bytes: a string column may hold text that is not UTF-8.
+                for value in batch.column(0).cast(pyarrow.large_binary()):
                     where, row = f"{span.name}:{row}", row + 1
                     try:
                         yield Document(where, cut(_text_of(value.as_py())))
@@ -574,7 +582,7 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _read_array_record(span: Span) -> Iterator[Document | Bad]:
-    """One document a record, which is UTF-8 text."""
+    """Yields one document per record, which must be UTF-8 text."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if "://" in span.path:
@@ -595,7 +603,11 @@ def _read_array_record(span: Span) -> Iterator[Document | Bad]:
 
 
 def _text_of(data: bytes | None) -> str:
-    """`data` as text without a byte order mark, known not to be empty."""
+    """Decodes UTF-8 without its byte order mark.
+
+    Raises:
+      _UnusableError: empty, or not UTF-8.
+    """
     data = (data or b"").removeprefix(codecs.BOM_UTF8)
     if not data:
         raise _UnusableError("empty")

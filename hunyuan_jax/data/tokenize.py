@@ -1,9 +1,8 @@
-"""`python -m hunyuan_jax tokenize`: text to token shards with all cores of a machine, from where
-an earlier attempt stopped.
+"""`python -m hunyuan_jax tokenize`: text to token shards with all cores of a machine.
 
-The plan (`unfinished/plan.json`) cuts the input into units (shards.py): small files together, a
-big .jsonl in ranges of bytes, of which the plan knows the number of the first row.  The same
-command continues a job that was killed; another job is refused.
+The plan (`unfinished/plan.json`) cuts the input into units (shards.py).  Small files share a unit.
+A large .jsonl is cut into byte ranges; the plan has the number of each range's first row.  The
+same command continues a job that was killed.  A different job in the same folder is refused.
 """
 
 import concurrent.futures
@@ -29,7 +28,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.progress import ProgressBar
 from hunyuan_jax.tokenizer import load_tokenizer
 
-_COMPRESSED_WEIGHT = 4  # how much text a byte of a compressed file is taken for
+_COMPRESSED_WEIGHT = 4  # estimated bytes of text per byte of a compressed file
 _BLOCK = 2**20
 
 # Spawned, not forked: the parent has threads.
@@ -39,21 +38,21 @@ _DOCUMENTS, _BAD, _BYTES = range(3)  # what a row of `counts` holds
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A job cut into units."""
+    """The units of a job."""
 
-    settings: dict[str, Any]  # what must not change between attempts
+    settings: dict[str, Any]  # must not change between attempts
     units: list[list[source.Span]]
 
 
 def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
-    """Does what is left of a job with `num_workers` processes; returns the manifest.
+    """Runs the remaining units of a job with `num_workers` processes; returns the manifest.
 
     Raises:
-      ConfigError: no text, too many bad rows, a worker that died, no room, or an output folder of
-        another job or another command.
+      ConfigError: no text, too many bad rows, a worker died, the disk is full, or the output
+        folder belongs to another job or command.
     """
-    # A row of counts for what earlier attempts did, and one for each worker: nobody writes
-    # another's, so no lock can be left behind.
+    # One row of counts for earlier attempts, and one for each worker.  Each row has one writer, so
+    # no lock is needed that a killed worker could hold.
     shared = _PROCESSES.RawArray("q", 3 * (num_workers + 1))
     next_row, is_stopped = _PROCESSES.Value("i", 1), _PROCESSES.RawValue("b", 0)
     arguments = (shared, next_row, is_stopped)
@@ -70,8 +69,7 @@ def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
             except BrokenProcessPool as error:
                 raise ConfigError(
                     "a worker process has died, perhaps for lack of memory; the same command "
-                    "continues. Lower --num_workers or --shard_mb "
-                    "if it happens again."
+                    "continues. Lower --num_workers or --shard_mb if it happens again."
                 ) from error
             finally:
                 is_stopped.value = 1
@@ -80,10 +78,10 @@ def tokenize(job: Job, num_workers: int) -> dict[str, Any]:
 
 
 def prepare(job: Job, map_spans: Callable[..., Iterator[int]] = map) -> Plan | None:
-    """The plan of a job, made now or by an earlier attempt; None if the job is done.
+    """Returns the plan of a job, new or from an earlier attempt; None if the job is done.
 
     Raises:
-      ConfigError: no text, or an output folder of another job.
+      ConfigError: no text, or the output folder belongs to another job.
     """
     spans = source.find_files(job.input, "--input")
     settings = {
@@ -129,8 +127,9 @@ def _require_same(job: Job, found: dict[str, Any], settings: dict[str, Any]) -> 
 def _units(
     spans: list[source.Span], shard_bytes: int, map_spans: Callable[..., Iterator[int]]
 ) -> list[list[source.Span]]:
-    """Spans by unit: files in order, a unit closed when it has `shard_bytes`; the ranges of a big
-    .jsonl are units of their own.
+    """Groups the spans into units of about `shard_bytes`, in order.
+
+    The ranges of a large .jsonl are units of their own.
     """
     units: list[list[source.Span]] = [[]]
     filled = 0
@@ -153,8 +152,9 @@ def _units(
 def _ranges(
     span: source.Span, size: int, step: int, map_spans: Callable[..., Iterator[int]]
 ) -> Iterator[source.Span]:
-    """Ranges of `step` bytes of a .jsonl file.  The first row of one is the first that begins in
-    it.
+    """Yields ranges of `step` bytes of a .jsonl file.
+
+    The first row of a range is the first row that begins in it.
     """
     print(f"counting the rows of {span.name}", file=sys.stderr, flush=True)
     starts = range(0, size, step)
@@ -167,7 +167,7 @@ def _ranges(
         yield dataclasses.replace(
             span, start=start, stop=min(start + step, size), first_row=first_row
         )
-        # The row behind a line break that is the last byte of this range begins in the next.
+        # A row after a line break that is the last byte of this range begins in the next.
         first_row += num_lines + (start == 0)
 
 
@@ -189,7 +189,7 @@ def _count_lines(path: str, start: int, length: int) -> int:
 def _run_units(
     job: Job, plan: Plan, pool: concurrent.futures.Executor, counts: np.ndarray
 ) -> None:
-    """Runs the units that have no report yet."""
+    """Runs the units that have no report yet, and shows the progress."""
     done = source.Tally(job.max_bad_fraction, shards.LIMIT_OPTION)
     left = []
     for number in range(len(plan.units)):
@@ -217,7 +217,7 @@ def _run_units(
 
 
 def _start_worker(shared: Any, next_row: Any, is_stopped: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with next_row.get_lock():
         _worker.row, next_row.value = next_row.value, next_row.value + 1
@@ -225,13 +225,13 @@ def _start_worker(shared: Any, next_row: Any, is_stopped: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exits when the parent is killed; the worker would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 class _Worker:
-    """What a worker process knows: the counts, its row of them, and whether to stop."""
+    """State of a worker process: all counts, the index of its row, and the stop flag."""
 
     counts: np.ndarray
     row: int
@@ -242,7 +242,7 @@ _worker = _Worker()
 
 
 class _StoppedError(Exception):
-    """Somebody else has failed, or the user has had enough."""
+    """Another worker has failed, or the user pressed Ctrl-C."""
 
 
 def _run_unit(job: Job, number: int, spans: list[source.Span]) -> None:
@@ -266,11 +266,11 @@ def _rows(shared: Any) -> np.ndarray:
     return np.frombuffer(shared, np.int64).reshape(-1, 3)
 
 
-# --- what the user sees ---
+# --- progress ---
 
 
 def _described(counts: np.ndarray, speed: float) -> str:
-    """What is done, for the progress bar; `speed` in bytes a second."""
+    """Returns the text of the progress bar; `speed` is in bytes/s."""
     return (
         f"{counts[_DOCUMENTS]:,} documents, {counts[_BYTES] / 1e6:,.0f} MB, "
         f"{speed / 1e6:.1f} MB/s, {counts[_BAD]:,} bad rows"

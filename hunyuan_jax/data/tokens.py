@@ -1,17 +1,17 @@
-"""Tokenised documents with random access: from text in memory, or from a folder made by `python -m
-hunyuan_jax tokenize`.
+"""Tokenised documents with random access.
 
-Shapes: P pieces.  A piece is at most PIECE_PAIRS consecutive (token, target) pairs of a document,
-stored as one id more than it has pairs; in memory a document is one piece.  A document is bos, its
-tokens, eos.  Pieces lie in shards; in a shard they are sorted by the hash of their document's
-name, so that
+They come from text in memory, or from a folder written by `python -m hunyuan_jax tokenize`.
+
+Shapes: P pieces.  A document is bos, its tokens, eos.  A piece is at most PIECE_PAIRS consecutive
+(token, target) pairs of a document; n pairs are stored as n + 1 ids.  In memory a document is one
+piece.  The pieces of a shard are sorted by the hash of their document's name.  Therefore
 
   * the documents of a shard are in random order,
-  * what any validation_fraction holds out is the head of each shard, found by a binary search,
+  * the held-out documents are the start of each shard, whatever validation_fraction is,
   * a piece is followed by the rest of its document.
 
-The index of a source is uint64 [3, P], a row each for `ends`, `hashes` and `numbers`; on disk it
-is mapped, not read.
+The index of a source is uint64 [3, P]: the rows `ends`, `hashes` and `numbers`.  On disk it is
+memory-mapped.
 """
 
 import functools
@@ -33,42 +33,41 @@ from hunyuan_jax.tokenizer import Tokenizer
 KIND, FORMAT = "hunyuan_jax token shards", 1
 PIECE_PAIRS = 2048
 MANIFEST, INDEX, WORK = "manifest.json", "index.npy", "unfinished"
-WRITER_OPTIONS = (
-    "group_size:1,zstd:1"  # a record alone can be read; 3 is 2 to 3 % smaller and a sixth slower
-)
+# Groups of one record, so that each can be read alone.  zstd:3 is 2 to 3 % smaller than zstd:1 and
+# 1/6 slower.
+WRITER_OPTIONS = "group_size:1,zstd:1"
 
-# Text that is tokenised at every start, by every host.  Beyond it `tokenize` does the work once.
+# Largest text that every host tokenises at every start.  Larger text needs `tokenize`, once.
 IN_MEMORY_BYTES = 2**28
 
-_HEADER = struct.Struct(
-    "<IHB"
-)  # number of the piece in its document, bytes of the document's name, bytes of an id
+# Number of the piece in its document, bytes of the document's name, bytes per id.
+_HEADER = struct.Struct("<IHB")
 
 
 class Tokens(Protocol):
-    """Documents as pieces of ids."""
+    """Tokenised documents, stored as pieces."""
 
-    ends: np.ndarray  # uint64 [P]: pairs up to and with each piece, over all shards
+    ends: np.ndarray  # uint64 [P]: pairs up to and including each piece, over all shards
     hashes: np.ndarray  # uint64 [P]: of the document's name
     numbers: np.ndarray  # uint64 [P]: of the piece in its document, from 0
     shard_pieces: np.ndarray  # int64 [S + 1]: the first piece of each shard, and P
     num_documents: int
 
     def read(self, piece: int) -> np.ndarray:
-        """Ids of a piece, one more than its pairs."""
+        """Returns the ids of a piece, one more than its pairs."""
 
     def document(self, piece: int) -> str:
-        """Name of the document that a piece belongs to."""
+        """Returns the name of the document that a piece belongs to."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells this text from any other: a small dict that survives JSON."""
+        """Returns a small dict of JSON values that differs for any other text."""
 
 
 class MemoryTokens:
-    """A small corpus: one shard, one piece a document."""
+    """Tokens in memory: one shard, one piece per document."""
 
     def __init__(self, documents: Sequence[tuple[str, np.ndarray]], tally: source.Tally):
-        """From (name, ids) of at least one document, and what was counted on the way."""
+        """Takes (name, ids) of at least one document, and the counts of reading them."""
         hashes = np.array([name_hash(name) for name, _ in documents], np.uint64)
         order = np.argsort(hashes, kind="stable")
         self.ends = np.cumsum([len(documents[i][1]) - 1 for i in order], dtype=np.uint64)
@@ -82,7 +81,7 @@ class MemoryTokens:
 
     def read(self, piece: int) -> np.ndarray:
         """See `Tokens`."""
-        # Each piece before has one id more than it has pairs.
+        # Each earlier piece has one id more than it has pairs.
         start = (int(self.ends[piece - 1]) if piece else 0) + piece
         return self._ids[start : int(self.ends[piece]) + piece + 1]
 
@@ -105,13 +104,13 @@ class MemoryTokens:
 
 
 class ShardTokens:
-    """Token shards in a folder.  Nothing but the manifest is read until it is needed."""
+    """Tokens in the shards of a folder.  Shards are opened when they are first read."""
 
     def __init__(self, folder: str | os.PathLike, manifest: dict[str, Any]):
-        """From a folder and its manifest.
+        """Maps the index of a folder.
 
         Raises:
-          ConfigError: the index is gone or cut off.
+          ConfigError: the index is missing or truncated.
         """
         self._folder, self._manifest = Path(folder), manifest
         self.shard_pieces = np.cumsum([0, *(shard["num_pieces"] for shard in manifest["shards"])])
@@ -133,7 +132,8 @@ class ShardTokens:
             f"{self._folder / shard['file']}[0:{shard['num_pieces']}]"
             for shard in self._manifest["shards"]
         ]
-        return ArrayRecordDataSource(paths)  # with counts it opens a file when it is first read
+        # With the counts in the paths, it opens a file only when it is first read.
+        return ArrayRecordDataSource(paths)
 
     def read(self, piece: int) -> np.ndarray:
         """See `Tokens`."""
@@ -163,10 +163,10 @@ class ShardTokens:
             shard = int(np.searchsorted(self.shard_pieces, piece, side="right")) - 1
             raise ConfigError(
                 f"{self._folder / self._manifest['shards'][shard]['file']}: record "
-                f"{piece - self.shard_pieces[shard]} cannot be "
-                f"read ({' '.join(str(error).split())[:200]}). The shard is damaged: `python -m "
-                "hunyuan_jax data --verify` says which are; "
-                "copy them again, or remove the folder and tokenize again."
+                f"{piece - self.shard_pieces[shard]} cannot be read "
+                f"({' '.join(str(error).split())[:200]}). The shard is damaged: `python -m "
+                "hunyuan_jax data --verify` says which are; copy them again, or remove the folder "
+                "and tokenize again."
             ) from error
 
     def __str__(self) -> str:
@@ -180,7 +180,7 @@ def in_memory(
     tally: source.Tally,
     option: str,
 ) -> MemoryTokens:
-    """Reads and tokenises text.
+    """Reads and tokenises text into memory.
 
     Raises:
       ConfigError: more than IN_MEMORY_BYTES, no usable document, or too many bad rows.
@@ -200,9 +200,8 @@ def in_memory(
     if not documents:
         raise ConfigError(
             f"{option} holds no usable document ({tally.total.num_bad} skipped: "
-            f"{tally.total.first_bad or 'no rows'}); training needs "
-            f"UTF-8 text. Repair the files, or set config.data.text_field (now {text_field!r}) to "
-            "the field with the text."
+            f"{tally.total.first_bad or 'no rows'}); training needs UTF-8 text. Repair the files, "
+            f"or set config.data.text_field (now {text_field!r}) to the field with the text."
         )
     return MemoryTokens(documents, tally)
 
@@ -210,35 +209,34 @@ def in_memory(
 def open_shards(
     folder: str | os.PathLike, tokenizer: Tokenizer, tokenizer_name: str
 ) -> ShardTokens:
-    """Token shards of a folder that has a manifest.
+    """Opens the token shards of a folder.
 
     Raises:
-      ConfigError: made with another tokenizer or format, or shards that are gone or have another
-        size.
+      ConfigError: they were made with another tokenizer or format, the folder is unfinished, or a
+        shard is missing or has the wrong size.
     """
     manifest = read_manifest(folder)
     if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(
             f"{folder} was made with tokenizer {manifest['tokenizer']['name']!r} (fingerprint "
-            f"{manifest['tokenizer']['fingerprint']}); "
-            f"config.data.tokenizer = {tokenizer_name!r} has fingerprint "
-            f"{tokenizer.fingerprint()}. Use that tokenizer, or tokenize again."
+            f"{manifest['tokenizer']['fingerprint']}); config.data.tokenizer = {tokenizer_name!r} "
+            f"has fingerprint {tokenizer.fingerprint()}. Use that tokenizer, or tokenize again."
         )
     for shard in manifest["shards"]:
         found = source.size_of(str(Path(folder) / shard["file"]))
         if found != shard["num_bytes"]:
             raise ConfigError(
                 f"{Path(folder) / shard['file']} has {found} bytes, the manifest says "
-                f"{shard['num_bytes']}; copy it again, or "
-                "remove the folder and make it again with `python -m hunyuan_jax tokenize`."
+                f"{shard['num_bytes']}; copy it again, or remove the folder and make it again "
+                "with `python -m hunyuan_jax tokenize`."
             )
     if not manifest["shards"]:
-        raise ConfigError(f"{folder} holds no token; tokenize text that has some.")
+        raise ConfigError(f"{folder} holds no tokens; tokenize text that has some.")
     return ShardTokens(folder, manifest)
 
 
 def is_shards(folder: str | os.PathLike) -> bool:
-    """Whether a path is a folder of `tokenize`, finished or not."""
+    """Whether a path is an output folder of `tokenize`, finished or not."""
     path = Path(folder) / MANIFEST
     return (Path(folder) / WORK).is_dir() or (
         path.is_file()
@@ -247,10 +245,10 @@ def is_shards(folder: str | os.PathLike) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a finished folder.
+    """Returns the manifest of a finished folder.
 
     Raises:
-      ConfigError: none there, damaged, or of another format.
+      ConfigError: the manifest is missing, damaged or of another format.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -272,7 +270,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def report_of(manifest: dict[str, Any]) -> str:
-    """Documents, bytes and bad rows of a manifest, as `source.Tally` prints them."""
+    """Returns a manifest's counts as text, formatted by `source.Tally`."""
     tally = source.Tally(1.0, "")
     for name, counts in manifest["files"].items():
         tally.add_file(name, source.FileCounts(**counts))
@@ -280,7 +278,10 @@ def report_of(manifest: dict[str, Any]) -> str:
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
-    """Files of a finished folder whose SHA-256 is not the manifest's; reads all of them."""
+    """Returns the files of a finished folder whose SHA-256 is not the manifest's.
+
+    Reads all of them.
+    """
     manifest = read_manifest(folder)
     files = [(shard["file"], shard["sha256"]) for shard in manifest["shards"]] + [
         (INDEX, manifest["index_sha256"])
@@ -293,7 +294,7 @@ def damaged_files(folder: str | os.PathLike) -> list[str]:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -301,7 +302,7 @@ def file_digest(path: str | os.PathLike) -> str:
 def document_ids(
     document: source.Document, file: str, tokenizer: Tokenizer, tally: source.Tally
 ) -> Iterator[np.ndarray]:
-    """Ids of a document in parts, bos and eos included; counts it in `tally`."""
+    """Yields the ids of a document in parts, with bos and eos; counts it in `tally`."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     tally.add_document(file, 0)
     yield np.array([tokenizer.bos_id], dtype)
@@ -312,14 +313,15 @@ def document_ids(
 
 
 def name_hash(name: str) -> int:
-    """64 bits that decide on which side of the split a document is, the same in every process
-    (unlike `hash`).
+    """Returns a 64-bit hash that decides on which side of the split a document is.
+
+    Unlike `hash`, it is the same in every process.
     """
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def pack_record(name: str, number: int, ids: np.ndarray) -> bytes:
-    """The record of a piece."""
+    """Returns the bytes of a piece's record."""
     encoded = name.encode()[: 2**16 - 1]
     return (
         _HEADER.pack(number, len(encoded), ids.itemsize)
@@ -329,7 +331,7 @@ def pack_record(name: str, number: int, ids: np.ndarray) -> bytes:
 
 
 def _unpack(record: bytes) -> tuple[str, int, np.ndarray]:
-    """(document, number of the piece, ids) of a record."""
+    """Returns (document, number of the piece, ids) of a record."""
     number, length, itemsize = _HEADER.unpack_from(record)
     start = _HEADER.size + length
     return (
@@ -343,24 +345,22 @@ def _check_size(num_bytes: int, option: str) -> None:
     if num_bytes > IN_MEMORY_BYTES:
         raise ConfigError(
             f"{option} holds {num_bytes / 1e6:,.0f} MB; text above {IN_MEMORY_BYTES / 1e6:,.0f} "
-            "MB is not tokenised at every start. Do it "
-            "once, with `python -m hunyuan_jax tokenize --input=... --output=DIR "
-            "--tokenizer=...`, and point it at DIR."
+            "MB is not tokenised at every start. Do it once, with `python -m hunyuan_jax tokenize "
+            "--input=... --output=DIR --tokenizer=...`, and point it at DIR."
         )
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's own limit of open files.
+    """Raises this process's limit of open files to `count` if it is lower.
 
     Raises:
-      ConfigError: the system does not let it.
+      ConfigError: the system's hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != hard < count:
         raise ConfigError(
             f"reading the token shards takes up to {count} open files, this machine allows "
-            f"{hard}. Raise `ulimit -Hn`, or make fewer "
-            "shards with `tokenize --shard_mb`."
+            f"{hard}. Raise `ulimit -Hn`, or make fewer shards with `tokenize --shard_mb`."
         )
     if resource.RLIM_INFINITY != soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
