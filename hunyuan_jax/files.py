@@ -1,7 +1,6 @@
-"""Files that appear under their name only when they are whole, on this machine and behind fsspec
-URLs.
+"""Atomic file writes, on local disks and behind fsspec URLs.
 
-fsspec is imported where there is a URL: it takes a quarter of a second.
+fsspec is imported only for a URL: the import takes 0.25 s.
 """
 
 import contextlib
@@ -13,22 +12,23 @@ from typing import Any
 
 from hunyuan_jax.errors import ConfigError
 
-_UPLOAD_BYTES = 2**24  # of a file that are in memory, and in one request
+_UPLOAD_BYTES = 2**24  # bytes of a file in memory, and in one request
 
 
 def user_path(path: str) -> str:
-    """A path or URL as a user types it, with `~` expanded; every option that is a path goes
-    through here.
-    """
+    """Expands `~` in a path or URL of the user; every option that is a path goes through here."""
     return os.path.expanduser(path)
 
 
 def filesystem(url: str, option: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it without a final '/') of a URL or a local path; `option` is
-    what errors call it.
+    """Returns (fsspec file system, path in it without a final '/') of a URL or a local path.
+
+    Args:
+      url: the URL or path.
+      option: name of its option, for errors.
 
     Raises:
-      ConfigError: no such protocol, or its package is not installed.
+      ConfigError: the protocol is unknown, or its package is not installed.
     """
     import fsspec.core
 
@@ -37,35 +37,33 @@ def filesystem(url: str, option: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"{option} = {url!r} cannot be used: {error}. It must be a URL that fsspec knows, "
-            "such as gs://BUCKET/PATH "
-            "(pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip install s3fs) or "
-            "file:///PATH."
+            "such as gs://BUCKET/PATH (pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip "
+            "install s3fs) or file:///PATH."
         ) from error
     return fs, root.rstrip("/")
 
 
 def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file of a bucket, and the like; after an error there is none, or the one of before
-    (a local one may be cut off).
+    """Writes a file of an fsspec file system.
 
-    Not by `put_file`: gcsfs sends small files between line feeds, and one that ends in a carriage
-    return may lose it.
+    After an error the file does not exist or has its old contents; a local one may be truncated.
+    `put_file` is not used: gcsfs sends small files between line feeds, and a file that ends in a
+    carriage return may lose it.
     """
     from fsspec.implementations.local import LocalFileSystem
 
-    # With autocommit, leaving the block by an error would put the pieces so far in place; a local
-    # file system without it writes to the disk of /tmp first.
+    # With autocommit, an error would commit the pieces so far.  Without it, a local file system
+    # writes to the disk of /tmp first.
     is_local = isinstance(fs, LocalFileSystem)
     file = fs.open(path, "wb", block_size=_UPLOAD_BYTES, autocommit=is_local)
     try:
         with file:
             for piece in pieces:
                 file.write(piece)
-                del piece  # or it would be held while the next one is made
+                del piece  # frees it before the next one is made
     except BaseException:
-        with contextlib.suppress(
-            Exception
-        ):  # parts that nobody can see; the error that led here says more
+        # The discarded parts are invisible, and the first error says more.
+        with contextlib.suppress(Exception):
             file.discard()
         raise
     if not is_local:
@@ -73,22 +71,23 @@ def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a local file, in parts."""
+    """Yields the bytes of a local file, in blocks."""
     with path.open("rb") as file:
         while block := file.read(_UPLOAD_BYTES):
             yield block
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a local file so that after a crash it is there as a whole, or as it was before."""
+    """Writes a local file atomically: after a crash it is complete or unchanged."""
     with replacing(path, path.with_name(f".{path.name}.{os.getpid()}")) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[Path]:
-    """`temporary`, to write a local file at, which gets its name when it is on disk; on the same
-    disk as `path`.
+    """Yields `temporary`, and renames it to `path` when the block ends and it is on disk.
+
+    Both must be on the same local disk.
     """
     yield temporary
     with temporary.open("rb") as file:
@@ -97,10 +96,10 @@ def replacing(path: Path, temporary: Path) -> Iterator[Path]:
 
 
 def json_object(where: str, text: bytes) -> dict[str, Any]:
-    """The object of fields that a file holds; `where` names it.
+    """Parses a JSON object; `where` names its file.
 
     Raises:
-      ConfigError: it is not JSON, or another kind of value.
+      ConfigError: it is not JSON, or not an object.
     """
     try:
         value = json.loads(text)

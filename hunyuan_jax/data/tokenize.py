@@ -172,8 +172,9 @@ def _ranges(
 
 
 def _count_lines(path: str, start: int, length: int) -> int:
-    """Line breaks in [start - 1, start - 1 + length): those whose next row begins in [start, start
-    + length); the file begins a row.
+    """Returns the number of line breaks in [start - 1, start - 1 + length).
+
+    The rows after them begin in [start, start + length).
     """
     first = max(start - 1, 0)
     left = start - 1 + length - first

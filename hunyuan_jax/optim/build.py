@@ -1,5 +1,6 @@
-"""The optimizer: global-norm clip, then AdamW with a learning-rate ratio and a weight decay per
-parameter group.
+"""AdamW with global-norm clipping.
+
+Each parameter group has its own learning-rate ratio and weight decay.
 """
 
 import functools
@@ -22,11 +23,14 @@ class Optimizer(NamedTuple):
 
     init: params -> opt_state, all zeros.
     step: (grads, opt_state, params, accept) -> (new params, new opt_state, norm of the gradient
-      before the clip, a float32 scalar). grads: one float32 or bfloat16 array per parameter, never
-      Scaled.  accept: norm -> bool []; where it is False, params and opt_state come back as they
-      were; by default a norm that is finite.  Call it under jit, and donate opt_state and params
-      to a function that returns them in the order it takes them: a donated buffer goes to the
-      first result of its shape and dtype.
+      before clipping, a float32 scalar).
+
+    grads: one float32 or bfloat16 array per parameter, never Scaled.
+    accept: norm -> bool [].  If False, params and opt_state are returned unchanged.  By default a
+      step is accepted if its norm is finite.
+
+    Call `step` under jit and donate opt_state and params.  The jitted function must return them in
+    the order it takes them: a donated buffer goes to the first result of its shape and dtype.
     """
 
     init: Callable[[Any], Any]
@@ -34,10 +38,12 @@ class Optimizer(NamedTuple):
 
 
 class QuantizedState(NamedTuple):
-    """Moments of "fp8_lm", trees like the parameters.
+    """State of "fp8_lm".
 
-    count: int32, steps done.  mu: first moment, Scaled float8_e4m3fn for a Scaled parameter, else
-    float32.  root_nu: square root of the second moment, Scaled float16 or float32 likewise.
+    count: int32, number of steps done.
+    mu: first moments, a tree like the parameters: Scaled float8_e4m3fn for a Scaled parameter,
+      else float32.
+    root_nu: square roots of the second moments, likewise: Scaled float16 or float32.
     """
 
     count: jax.Array
@@ -53,7 +59,7 @@ def build_optimizer(
     is_moe: bool,
     is_lora: bool = False,
 ) -> Optimizer:
-    """AdamW over the parameter tree.
+    """Returns AdamW over the parameter tree.
 
     One step for a parameter p of a group with ratio r and decay wd, where m and v are the
     bias-corrected moments of the clipped gradient and lr = schedule(number of steps done before):
@@ -61,24 +67,24 @@ def build_optimizer(
         p -= lr * r * (m / (sqrt(v) + eps) + wd * p)
 
     For r = 1 this is torch.optim.AdamW, the optimizer of the official fine-tuning code
-    (docs/model.md, Optimizer).  The ratio scales the decay too: that is what AdamW does with a
-    smaller learning rate, and the paper does not say otherwise.  The clip leaves out the 1e-6 that
-    torch adds to the norm.
+    (docs/model.md, Optimizer).  The ratio scales the decay too: AdamW with a smaller learning rate
+    does the same, and the paper does not say otherwise.  Clipping omits the 1e-6 that torch adds
+    to the norm.
 
-    Arithmetic is float32 for every `cfg.state_dtype`; the choice is what is kept between steps:
+    Arithmetic is float32 for every `cfg.state_dtype`.  It decides what is kept between steps:
 
     * "float32", 12 bytes a parameter: p, m and v in float32.
     * "bfloat16", 8 bytes: p in float32, m and v of every parameter in bfloat16.
     * "fp8_lm", 5 bytes for matrices (`_quantized`): p in float16, m in float8 and sqrt(v) in
       float16, with power-of-two scales.
 
-    The state holds arrays only: two trees of moments with the structure, shapes and sharding of
-    the parameters, and int32 counts. A moment's path ends in its parameter's, with "/value" or
-    "/inv_scale" after it where it is Scaled.  The moments are one tree for all groups, so the
-    state's layout does not depend on the groups.
+    The state has only arrays: two trees of moments with the structure, shapes and sharding of the
+    parameters, and int32 counts.  A moment's path ends in its parameter's path, followed by
+    "/value" or "/inv_scale" if it is Scaled.  All groups share one tree of moments, so the state's
+    layout does not depend on the groups.
 
     Args:
-      cfg: the optimizer section.
+      cfg: config.optimizer.
       schedule: step -> learning rate, as `build_schedule` returns it.
       specs: nested dict of the parameters' `ParamSpec`s; only their roles are used.
       is_moe: whether the model has routed experts (`ModelConfig.is_moe`).
@@ -97,8 +103,9 @@ def build_optimizer(
 
 
 def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> Optimizer:
-    """The "float32" and "bfloat16" states: an optax chain, which XLA fuses into one pass over each
-    whole parameter.
+    """Returns the optimizer of the "float32" and "bfloat16" states.
+
+    It is an optax chain, which XLA fuses into one pass over each parameter.
     """
     dtype = jnp.dtype(cfg.state_dtype)
     for name in ("b1", "b2"):
@@ -127,25 +134,24 @@ def _elementwise(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) ->
 
 
 def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> Optimizer:
-    """The "fp8_lm" state: that of FP8-LM (arXiv 2310.18313) with these differences.
+    """Returns the optimizer of the "fp8_lm" state: FP8-LM (arXiv 2310.18313), with differences.
 
-    sqrt(v) is stored, not v.  v is a square: gradients that differ by 2**20 within a tensor have v
-    apart by 2**40, the whole range of float16, so v of the small one becomes 0 while its m does
-    not, and m / (0 + eps) is a jump.  The root has the range of the gradient.
+    sqrt(v) is stored, not v.  Gradients that differ by 2**20 within a tensor have v that differ by
+    2**40, the whole range of float16.  The small v would become 0 while its m does not, and the
+    step m / (0 + eps) would be huge.  sqrt(v) has the range of the gradient.
 
-    m is limited to c * sqrt(v) when it is read.  Exact Adam can never be above that
-    (Cauchy-Schwarz on the two weighted sums, c in `_moment_ratio`), so the limit acts on rounding
-    errors alone: whatever was rounded away, no step is longer than a step of Adam can be.
+    m is clipped to c * sqrt(v) when it is read.  Exact Adam never exceeds this bound
+    (Cauchy-Schwarz on the two weighted sums; c is `_moment_ratio`).  The clip therefore acts on
+    rounding errors only, and no step is longer than a step of exact Adam can be.
 
-    m below float8's normal numbers is rounded towards zero (`quantize`): to nearest it would stay
-    while sqrt(v) goes on falling.
+    m below float8's normal numbers is rounded towards zero (`quantize`).  Rounded to nearest, it
+    would stay constant while sqrt(v) falls.
 
-    Rounding the float16 master to nearest, as the paper does, has a limit: a change below 2**-12
-    of a weight is lost, which is weight decay's share of a step at any usual learning rate if the
-    gradient's share is zero.
+    The float16 master weight is rounded to nearest, as in the paper.  Changes below 2**-12 of a
+    weight are lost.  Weight decay alone is such a change at any usual learning rate.
 
     Norms, biases and the router are float32 with float32 moments.  A parameter stacked as [P, ...]
-    is updated in place, one of its P slices after another: float32 exists for one slice at a time.
+    is updated in place, one slice after another, so only one slice exists in float32 at a time.
     """
     _require_decay(cfg, "b1", cfg.b1, jnp.float8_e4m3fn)
     _require_decay(cfg, "b2", math.sqrt(cfg.b2), jnp.float16)
@@ -171,7 +177,7 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
         lr = schedule(state.count)
 
         def update(group, grad, param, mu, root_nu):
-            """float32 arrays of one shape -> the new parameter, m and sqrt(v)."""
+            """Returns the new parameter, m and sqrt(v); all arrays are float32 of one shape."""
             mu = jnp.clip(mu, -max_ratio * root_nu, max_ratio * root_nu)
             direction, adam_state = adam.update(
                 factor * grad, optax.ScaleByAdamState(state.count, mu, jnp.square(root_nu))
@@ -198,15 +204,16 @@ def _quantized(cfg: OptimizerConfig, schedule: optax.Schedule, groups: Any) -> O
 
 
 def _selected(is_new: jax.Array, new: Any, old: Any) -> Any:
-    """The tree `new` or, bit for bit, `old`; XLA fuses it into the pass that computes `new`."""
+    """Returns the tree `new` or `old`; XLA fuses the choice with the computation of `new`."""
     return jax.tree.map(functools.partial(jnp.where, is_new), new, old)
 
 
 def _update_leaf(
     update: Callable, is_accepted: jax.Array, group: ParamGroup, grad: jax.Array, *stored: Any
 ) -> tuple[Any, ...]:
-    """(parameter, m, sqrt(v)) as stored -> the same after `update`; a stacked one slice by slice,
-    in place if its buffers are donated.
+    """Applies `update` to the stored (parameter, m, sqrt(v)) of one leaf.
+
+    A stacked parameter is updated slice by slice, in place if its buffers are donated.
     """
     if not is_scaled(stored[0]):
         return _selected(is_accepted, update(group, grad.astype(jnp.float32), *stored), stored)
@@ -235,28 +242,29 @@ def _update_leaf(
             update_scaled(*old),
         )
 
-    # Compiled for a v5p (16 slices of 2M entries): everything in place, temporaries of 1 MiB.  XLA
-    # on CPU also copies one float16 array, and a bfloat16 gradient to float32.
+    # Compiled for a v5p (16 slices of 2M entries), everything is in place, with temporaries of
+    # 1 MiB.  XLA:CPU also copies one float16 array, and a bfloat16 gradient to float32.
     return jax.lax.fori_loop(0, grad.shape[0], update_slice, tuple(stored))
 
 
 def _require_decay(
     cfg: OptimizerConfig, name: str, decay: float, dtype: jax.typing.DTypeLike
 ) -> None:
-    """Raises ConfigError if a number times `decay` can round back to itself in `dtype`: such a
-    moment would never fall.
+    """Raises ConfigError if a number times `decay` can round back to itself in `dtype`.
+
+    Such a moment would never decay.
     """
     if 1 - decay <= 2.0 ** -(jnp.finfo(dtype).nmant + 1):
         raise ConfigError(
             f"config.optimizer.{name} = {getattr(cfg, name)} is too close to 1 for state_dtype = "
-            f"'{cfg.state_dtype}': a moment kept in "
-            f"{jnp.dtype(dtype).name} would round back to what it was instead of decaying. Lower "
-            "it, or use state_dtype = 'float32'."
+            f"'{cfg.state_dtype}': a moment kept in {jnp.dtype(dtype).name} would round back "
+            f"to what "
+            "it was instead of decaying. Lower it, or use state_dtype = 'float32'."
         )
 
 
 def _moment_ratio(cfg: OptimizerConfig) -> float:
-    """The largest |m| / sqrt(v) of exact Adam, before bias correction.
+    """Returns the largest |m| / sqrt(v) of exact Adam, before bias correction.
 
     m = (1 - b1) sum b1^k g_k and v = (1 - b2) sum b2^k g_k^2, so m^2 <= v (1 - b1)^2 / (1 - b2)
     sum (b1^2 / b2)^k.
@@ -264,15 +272,14 @@ def _moment_ratio(cfg: OptimizerConfig) -> float:
     if cfg.b1**2 >= cfg.b2:
         raise ConfigError(
             f"config.optimizer.b1 = {cfg.b1} and b2 = {cfg.b2}: state_dtype = 'fp8_lm' needs "
-            "b1**2 < b2, or m / sqrt(v) has no bound. "
-            "Lower b1 or raise b2."
+            "b1**2 < b2, or m / sqrt(v) has no bound. Lower b1 or raise b2."
         )
     return (1 - cfg.b1) / math.sqrt((1 - cfg.b2) * (1 - cfg.b1**2 / cfg.b2))
 
 
-# optax.clip_by_global_norm divides each element by the norm, and XLA on CPU repeats the division
-# in every pass that reads the gradient: the whole update took twice as long as with this one
-# factor (28 against 14 ms, best of 30; 15M parameters, 2 cores, jax 0.10.2).
+# optax.clip_by_global_norm divides each element by the norm, and XLA:CPU repeats the division in
+# every pass that reads the gradient: the update took 28 ms, and 14 ms with this factor (best of
+# 30; 15M parameters, 2 cores, jax 0.10.2).
 def _clip_factor(cfg: OptimizerConfig, grad_norm: jax.Array) -> jax.Array:
     return jnp.minimum(1.0, cfg.max_grad_norm / grad_norm)
 
@@ -280,7 +287,7 @@ def _clip_factor(cfg: OptimizerConfig, grad_norm: jax.Array) -> jax.Array:
 def _scale_by_adam(
     cfg: OptimizerConfig, dtype: jax.typing.DTypeLike
 ) -> optax.GradientTransformation:
-    """float32 gradients -> m / (sqrt(v) + eps); moments are kept in `dtype`, used in float32."""
+    """Maps float32 gradients to m / (sqrt(v) + eps); stores the moments in `dtype`."""
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
 
     def cast(state, dtype):
@@ -289,8 +296,8 @@ def _scale_by_adam(
         )
 
     def update(updates, state, params=None):
-        # The bias correction raises a float to the int32 count, which strict mode refuses; the
-        # moments stay float32 either way.
+        # The bias correction raises a float to the int32 count, which strict promotion refuses.
+        # The moments stay float32 either way.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = adam.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)

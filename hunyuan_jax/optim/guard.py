@@ -1,8 +1,7 @@
-"""Which updates are carried out: none from a loss or gradient that is not finite, none from a
-gradient far above the usual.
+"""Skips updates with a non-finite loss or gradient, or with a gradient spike.
 
-A step that is not accepted uses up its batch and its random numbers, and changes nothing else:
-parameters, moments and the count that the schedule follows stay as they are, bit for bit.
+A skipped step consumes its batch and its random numbers.  It changes nothing else: parameters,
+moments and the count that the schedule follows stay bit-identical.
 """
 
 from typing import NamedTuple
@@ -12,16 +11,17 @@ import jax.numpy as jnp
 
 from hunyuan_jax.config import OptimizerConfig
 
-_WINDOW = 100  # accepted steps that the running mean looks back on
+_WINDOW = 100  # accepted steps that the running mean averages over
 
 
 class Guard(NamedTuple):
-    """The rule's memory, scalars; part of the train state.
+    """State of the guard: scalars, part of the train state.
 
-    mean_norm: float32, running mean of the accepted gradient norms: plain over the first 100, then
-    exponential.
-    num_accepted, num_skipped: int32, steps so far; num_in_row: int32, steps skipped since the last
-    accepted one.
+    mean_norm: float32, running mean of the accepted gradient norms; arithmetic over the first 100
+      steps, then exponential.
+    num_accepted: int32, accepted steps so far.
+    num_skipped: int32, skipped steps so far.
+    num_in_row: int32, steps skipped since the last accepted one.
     """
 
     mean_norm: jax.Array
@@ -31,15 +31,20 @@ class Guard(NamedTuple):
 
 
 def new_guard() -> Guard:
-    """That of a run without steps."""
+    """Returns the guard of a run before its first step."""
     return Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def accepts(
     cfg: OptimizerConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
 ) -> jax.Array:
-    """Whether a step may change the parameters, bool []: float32 scalars, grad_norm as before the
-    clip.
+    """Returns whether a step may change the parameters, bool [].
+
+    Args:
+      cfg: config.optimizer.
+      guard: before the step.
+      loss: float32 scalar.
+      grad_norm: float32 scalar, before clipping.
     """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not cfg.spike_factor:
@@ -51,7 +56,7 @@ def accepts(
 
 
 def after_step(guard: Guard, grad_norm: jax.Array, is_accepted: jax.Array) -> Guard:
-    """The memory after one more step."""
+    """Returns the guard after one more step."""
     accepted = is_accepted.astype(jnp.int32)
     num_averaged = jnp.minimum(guard.num_accepted + 1, _WINDOW).astype(jnp.float32)
     mean_norm = guard.mean_norm + (grad_norm - guard.mean_norm) / num_averaged

@@ -7,33 +7,32 @@ from hunyuan_jax.config import ScheduleConfig
 
 
 def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
-    """The jittable schedule of a run: step (int, or integer scalar array, from 0) -> learning rate
-    (float32 scalar).
+    """Returns the jittable learning-rate schedule of a run.
 
-    "three_phase" (docs/model.md, Optimizer; the paper leaves the shapes open): linear warm-up,
-    cosine to `decay_ratio` of the peak, then a linear ramp over the last `anneal_fraction` of the
-    run (at least one step) to `anneal_ratio` of the peak.  Step t has the value of t + 1 steps of
-    progress: no step is wasted on a learning rate of 0, step `warmup_steps - 1` is at the peak
-    (`warmup_steps` 0 and 1 are the same) and the last step is at the final value.  In a run too
-    short for all three, the warm-up comes first and the ramp next: the ramp then starts at the
-    peak.
+    It maps a step (int or integer scalar array, from 0) to a learning rate (float32 scalar).
 
-    "cosine_with_min_lr": the official fine-tuning schedule (docs/model.md, Optimizer): linear
-    warm-up from 0, so that step 0 changes nothing, then a cosine from the peak to the absolute
-    `min_lr`, which would be reached at step `num_steps`.
+    "three_phase" (docs/model.md, Optimizer; the paper leaves the shapes open) is a linear warm-up,
+    a cosine to `decay_ratio` of the peak, and a linear ramp to `anneal_ratio` of the peak over the
+    last `anneal_fraction` of the run (at least one step).  Step t has the value of t + 1 steps of
+    progress.  So no step has a learning rate of 0, step `warmup_steps - 1` is at the peak
+    (`warmup_steps` 0 and 1 are the same) and the last step is at the final value.  If the run is
+    too short for all three, the cosine is left out first: the ramp then starts at the peak.
 
-    Steps after the run keep the value at which the last phase ends.
+    "cosine_with_min_lr" is the official fine-tuning schedule (docs/model.md, Optimizer): a linear
+    warm-up from 0, so step 0 changes nothing, then a cosine from the peak to the absolute
+    `min_lr`, which it would reach at step `num_steps`.
+
+    Steps after the run keep the final value of the last phase.
     """
-    # float32 counts every step below 2**24 exactly; integer steps would need promotions that
+    # float32 represents every step below 2**24 exactly.  Integer steps would need promotions that
     # strict mode refuses.
     if cfg.name == "cosine_with_min_lr":
         schedule = optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=cfg.peak_lr,
             warmup_steps=cfg.warmup_steps,
-            decay_steps=max(
-                num_steps, cfg.warmup_steps + 1
-            ),  # a run that is all warm-up still needs a cosine to join
+            # A run that is all warm-up still needs a cosine to join.
+            decay_steps=max(num_steps, cfg.warmup_steps + 1),
             end_value=cfg.min_lr,
         )
         return lambda step: schedule(jnp.asarray(step, jnp.float32))
@@ -42,15 +41,16 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
 
 
 def _three_phase(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate as a function of progress, the number of steps done once the current one is: 1
-    ... num_steps.
+    """Returns the learning rate as a function of progress, 1 ... num_steps.
+
+    Progress is the number of steps done, including the current one.
     """
     num_anneal_steps = (
         max(1, round(cfg.anneal_fraction * num_steps)) if cfg.anneal_fraction > 0 else 0
     )
     warmup_end = max(cfg.warmup_steps, 1)
     decay_end = max(num_steps - num_anneal_steps, warmup_end)
-    # Only phases that have a length: optax refuses an empty cosine and turns an empty ramp into a
+    # Empty phases are left out: optax refuses an empty cosine and turns an empty ramp into a
     # constant.
     phases, starts = [optax.linear_schedule(0.0, cfg.peak_lr, warmup_end)], []
     anneal_from = cfg.peak_lr

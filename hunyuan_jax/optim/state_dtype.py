@@ -1,4 +1,4 @@
-"""A train state of one `optimizer.state_dtype` as that of another."""
+"""Converts a train state from one `optimizer.state_dtype` to another."""
 
 from typing import Any
 
@@ -14,11 +14,17 @@ from hunyuan_jax.quant.scaled import is_scaled, load_params, quantize, store_par
 def convert_state(
     params: Any, specs: Any, opt_state: Any, state_dtype: StateDtype, optimizer: Optimizer
 ) -> tuple[Any, Any]:
-    """(params, opt_state), made by any optimizer of `build_optimizer`, in the layout of
-    `optimizer`, whose dtype is `state_dtype`; `specs` are the parameters' `ParamSpec`s.
+    """Returns (params, opt_state) in the layout of `optimizer`.
 
-    Each number is rounded once, as if it had just been computed: to a wider dtype and back is the
-    identity, but that float8 chooses its scales anew.
+    Each number is rounded once, as if it had just been computed.  Conversion to a wider dtype and
+    back is the identity, except that float8 gets new scales.
+
+    Args:
+      params: made by any optimizer of `build_optimizer`.
+      specs: the parameters' `ParamSpec`s.
+      opt_state: made by the same optimizer as params.
+      state_dtype: that of `optimizer`.
+      optimizer: the target.
     """
     count, mu, nu = _moments(opt_state)
     params = store_params(load_params(params), specs, state_dtype)
@@ -43,7 +49,7 @@ def convert_state(
 
 
 def _moments(opt_state: Any) -> tuple[jax.Array, Any, Any]:
-    """(int32 steps done, first moments, second moments), both trees in float32."""
+    """Returns (int32 steps done, first moments, second moments); the moments are float32."""
     if isinstance(opt_state, QuantizedState):
         return (
             opt_state.count,
@@ -59,7 +65,7 @@ def _moments(opt_state: Any) -> tuple[jax.Array, Any, Any]:
 
 
 def _stored(fresh: Any, values: Any) -> Any:
-    """float32 arrays with the dtypes of `fresh`."""
+    """Returns the float32 arrays `values` in the dtypes of `fresh`."""
     return jax.tree.map(
         lambda old, x: quantize(x, old.value.dtype, old.inv_scale) if is_scaled(old) else x,
         fresh,

@@ -1,1 +1,1 @@
-"""Tensors in few bits."""
+"""Low-precision tensors."""

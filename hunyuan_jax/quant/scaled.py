@@ -1,16 +1,15 @@
-"""Tensors in few bits with power-of-two scales, and which parameters of `state_dtype = "fp8_lm"`
-are kept so.
+"""Low-precision tensors with power-of-two scales, used by `state_dtype = "fp8_lm"`.
 
-FP8-LM (arXiv 2310.18313) stores a master weight in float16 and
-Adam's moments in float8 and float16, each tensor with one scale.  "One tensor" is one layer's
-here, and one expert's: a stacked parameter [P, ...] has P scales, the routed experts [P, E, ...]
-have P * E, embedding and head have one.  Letters: P CLA groups, E experts.
+FP8-LM (arXiv 2310.18313) stores a master weight in float16 and Adam's moments in float8 and
+float16, with one scale per tensor.  Here each layer and each expert has its own scale: a stacked
+parameter [P, ...] has P scales, the routed experts [P, E, ...] have P * E, embedding and head have
+one.  Letters: P CLA groups, E experts.
 
-Two parts of the paper have nothing to do on this mesh.  Its greedy placement (Algorithm 1)
-balances ranks that each hold whole tensors; every tensor is split evenly over the mesh here, so
-all shards are equal already.  Its shared minimum of the scales makes the ranks' float8 gradients
-comparable; gradients are not float8 here, and a maximum over a sharded tensor under jit is one
-over all shards (XLA adds the all-reduce), so each has the same scale.
+Two parts of the paper are not needed here.  Its greedy placement (Algorithm 1) balances ranks that
+hold whole tensors; here every tensor is split evenly over the mesh.  Its shared minimum of the
+scales makes the ranks' float8 gradients comparable; here gradients are not float8.  Under jit a
+maximum over a sharded tensor is over all shards (XLA adds the all-reduce), so all shards have the
+same scale.
 """
 
 from typing import Any, NamedTuple
@@ -24,10 +23,10 @@ _MAX_EXPONENT = 126  # 2**126 and its inverse are both normal float32 numbers
 
 
 class Scaled(NamedTuple):
-    """The tensor value * inv_scale, where inv_scale is repeated over the trailing dims of value.
+    """The tensor value * inv_scale, with inv_scale broadcast over the trailing dims of value.
 
-    value: float16 or float8_e4m3fn; inv_scale: float32 powers of two, of shape [], [P] or [P, E],
-    the leading dims of value.
+    value: float16 or float8_e4m3fn.
+    inv_scale: float32 powers of two, of shape [], [P] or [P, E], the leading dims of value.
     """
 
     value: jax.Array
@@ -35,13 +34,17 @@ class Scaled(NamedTuple):
 
 
 def quantize(x: jax.Array, dtype: jax.typing.DTypeLike, old_inv_scale: jax.Array) -> Scaled:
-    """The float32 tensor x in `dtype`, with fresh scales; as many leading dims have a scale each
-    as old_inv_scale has dims.
+    """Returns the float32 tensor x in `dtype`, with new scales.
 
-    The scale is 2**floor(log2(largest number of dtype / amax)), so that amax lands in the top
-    binade; where amax is 0 or not finite, the old one is kept (MS-AMP).  Rounds to nearest, but
-    towards zero below the smallest normal number: there a moment that decays by a tenth would
-    round back to where it was and never reach zero.
+    The scale is 2**floor(log2(largest number of dtype / amax)), so amax is in the top binade.  If
+    amax is 0 or not finite, the old scale is kept (MS-AMP).  Rounds to nearest, but towards zero
+    below the smallest normal number: a moment there that decays by a tenth would round back to
+    itself and never reach zero.
+
+    Args:
+      x: float32.
+      dtype: float16 or float8_e4m3fn.
+      old_inv_scale: its shape is the leading dims of x that have a scale each.
     """
     amax = jnp.max(jnp.abs(x), axis=tuple(range(old_inv_scale.ndim, x.ndim)))
     inv_scale = jnp.where(
@@ -59,7 +62,7 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike, old_inv_scale: jax.Array
 
 
 def dequantize(scaled: Scaled, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The tensor in `dtype`; exact in float32."""
+    """Returns the tensor in `dtype`; exact in float32."""
     x = scaled.value.astype(jnp.float32) * _over_trailing_dims(scaled.inv_scale, scaled.value)
     return x.astype(dtype)
 
@@ -67,12 +70,13 @@ def dequantize(scaled: Scaled, dtype: jax.typing.DTypeLike = jnp.float32) -> jax
 def store_params(
     params: dict[str, Any], specs: dict[str, Any], state_dtype: StateDtype
 ) -> dict[str, Any]:
-    """Fresh float32 parameters as the train state keeps them: in "fp8_lm" each matrix is a Scaled
-    float16, otherwise unchanged.
+    """Returns float32 parameters in the layout of the train state.
+
+    In "fp8_lm" each matrix becomes a Scaled float16.  Otherwise nothing changes.
 
     Args:
       params: nested dict of arrays.
-      specs: the same of their `ParamSpec`s, whose `num_scale_dims` decide.
+      specs: nested dict of their `ParamSpec`s; `num_scale_dims` decides what is Scaled.
       state_dtype: of the train state.
     """
     if state_dtype != "fp8_lm":
@@ -90,11 +94,10 @@ def store_params(
 def load_params(
     params: dict[str, Any], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Inverse of `store_params`: plain arrays, matrices that were Scaled in `dtype`, all others as
-    they are.
+    """Dequantizes what `store_params` made Scaled to `dtype`; other arrays are unchanged.
 
-    The model casts its matrices to its own dtype anyway: with that dtype here there is no float32
-    copy, and gradients have it too.
+    The model casts its matrices to its own dtype anyway.  Passing that dtype here saves the
+    float32 copy, and gradients have that dtype too.
     """
     return jax.tree.map(
         lambda leaf: dequantize(leaf, dtype) if is_scaled(leaf) else leaf,
@@ -104,13 +107,14 @@ def load_params(
 
 
 def is_scaled(leaf: Any) -> bool:
-    """For `is_leaf` of jax.tree functions."""
+    """Whether a leaf is Scaled, for `is_leaf` of jax.tree functions."""
     return isinstance(leaf, Scaled)
 
 
 def _inverse_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """amax / dtype's largest number, rounded up to a power of two; exact, where a float32 log2 is
-    not.  For amax positive and finite.
+    """Returns amax / dtype's largest number, rounded up to a power of two.
+
+    amax must be positive and finite.  The result is exact, which a float32 log2 is not.
     """
     max_mantissa, max_exponent = jnp.frexp(jnp.float32(jnp.finfo(dtype).max))
     mantissa, exponent = jnp.frexp(amax)

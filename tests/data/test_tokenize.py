@@ -306,7 +306,7 @@ def test_finished_or_other_jobs(tmp_path):
             tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / folder), "byte"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(ConfigError, match="holds something else than token shards"):
+    with pytest.raises(ConfigError, match="holds something other than token shards"):
         tokenize.prepare(Job(str(tmp_path / "rows.jsonl"), str(tmp_path / "mine"), "byte"))
     with pytest.raises(ConfigError, match="cannot be made"):
         tokenize.prepare(
