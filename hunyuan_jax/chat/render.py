@@ -163,8 +163,7 @@ def _find_fault(
             )
         if not isinstance(content, str):
             return (
-                f"messages[{index}] has content {reprlib.repr(content)}: it must be a "
-                f"string; join "
-                "its text parts into one"
+                f"messages[{index}] has content {reprlib.repr(content)}: it must be a string; "
+                "join its text parts into one"
             )
     return None

@@ -276,9 +276,8 @@ class Mirror:
                 if attempt == _ATTEMPTS:
                     raise MirrorError(
                         f"config.checkpoint.mirror = {self._cfg.mirror!r} has failed {_ATTEMPTS} "
-                        f"times: {type(error).__name__}: {error}. "
-                        "Check the address and the credentials, or set it to '' to go on without "
-                        "a mirror."
+                        f"times: {type(error).__name__}: {error}. Check the address and the "
+                        "credentials, or set it to '' to go on without a mirror."
                     ) from error
                 if attempt == _PATIENCE:
                     self._report(

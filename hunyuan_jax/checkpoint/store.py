@@ -281,9 +281,8 @@ class Store:
         )
         return ConfigError(
             f"not enough space is left in {self._folder.parent}: {usage.free / 1e9:.3g} GB of "
-            f"{usage.total / 1e9:.3g} GB are free. "
-            f"{untouched}. Make room, or lower config.checkpoint.keep (now {self._cfg.keep}); the "
-            "same command continues."
+            f"{usage.total / 1e9:.3g} GB are free. {untouched}. Make room, or lower "
+            f"config.checkpoint.keep (now {self._cfg.keep}); the same command continues."
         )
 
     def wait(self) -> None:
@@ -327,8 +326,7 @@ class Store:
                 return step, self.restore(step, targets), facts
             self._report_once(
                 f"warning: checkpoint {step} has no {manifest_lib.FILE}: its process ended "
-                "between writing it and the checksums. "
-                "It is used unchecked."
+                "between writing it and the checksums. It is used unchecked."
             )
             try:
                 items = self.restore(step, targets)

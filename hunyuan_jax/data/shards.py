@@ -142,9 +142,8 @@ def finish(job: Job, num_units: int, settings: dict[str, Any]) -> dict[str, Any]
     if not tally.total.num_documents:
         raise ConfigError(
             f"--input = {job.input} holds no usable document ({tally.total.num_bad} skipped: "
-            f"{tally.total.first_bad or 'no rows'}); it needs UTF-8 text. Repair the files, "
-            f"or set "
-            f"--text_field (now {job.text_field!r}) to the field with the text; remove "
+            f"{tally.total.first_bad or 'no rows'}); it needs UTF-8 text. Repair the files, or "
+            f"set --text_field (now {job.text_field!r}) to the field with the text; remove "
             f"{job.output}."
         )
     shards = [shard for report in reports for shard in report["shards"]]
@@ -297,8 +296,7 @@ def make_folder(job: Job) -> None:
     if output.is_dir() and any(output.iterdir()) and not tokens.is_shards(output):
         raise ConfigError(
             f"--output = {job.output} holds something other than token shards; give a new or "
-            f"empty "
-            "folder."
+            "empty folder."
         )
     try:
         (output / tokens.WORK).mkdir(parents=True, exist_ok=True)

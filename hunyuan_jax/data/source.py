@@ -158,8 +158,7 @@ class Tally:
             raise ConfigError(
                 f"{num_bad} of {num_rows} rows cannot be used, {example}. That is more than "
                 f"{self._option} = {self._max_bad_fraction} allows (of at least 1000 rows). "
-                f"Repair "
-                "or remove the file, or raise the limit."
+                "Repair or remove the file, or raise the limit."
             )
 
     def __str__(self) -> str:

@@ -257,9 +257,8 @@ def _require_decay(
     if 1 - decay <= 2.0 ** -(jnp.finfo(dtype).nmant + 1):
         raise ConfigError(
             f"config.optimizer.{name} = {getattr(cfg, name)} is too close to 1 for state_dtype = "
-            f"'{cfg.state_dtype}': a moment kept in {jnp.dtype(dtype).name} would round back "
-            f"to what "
-            "it was instead of decaying. Lower it, or use state_dtype = 'float32'."
+            f"'{cfg.state_dtype}': a moment kept in {jnp.dtype(dtype).name} would round back to "
+            "what it was instead of decaying. Lower it, or use state_dtype = 'float32'."
         )
 
 

@@ -54,9 +54,8 @@ def join_processes() -> None:
     except (RuntimeError, ValueError, OSError) as e:
         raise ConfigError(
             f"the environment ({reason}) says that this is one of several processes, but joining "
-            f"them failed: {e} "
-            f"Start the same command on every host, or set {', '.join(_EXPLICIT)} "
-            "(JAX_NUM_PROCESSES=1 for a run of one process)."
+            f"them failed: {e} Start the same command on every host, or set "
+            f"{', '.join(_EXPLICIT)} (JAX_NUM_PROCESSES=1 for a run of one process)."
         ) from e
 
 
@@ -121,8 +120,7 @@ def _check_slices(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Dev
     if found != cfg.num_slices:
         raise ConfigError(
             f"config.mesh.num_slices = {cfg.num_slices}, but the {len(devices)} devices form "
-            f"{found} slice(s); "
-            f"the two must be equal. Set config.mesh.num_slices to {found} and "
+            f"{found} slice(s); the two must be equal. Set config.mesh.num_slices to {found} and "
             "config.mesh.replica to a multiple of it."
         )
     replica = sizes[AXES.index("replica")]

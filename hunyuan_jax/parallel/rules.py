@@ -150,8 +150,7 @@ def _checked(
             fits = max(d for d in range(1, ways + 1) if size % d == 0)
             raise ConfigError(
                 f"{name or 'tensor'} {tuple(shape)}: dim {dim} ({logical[dim]}, size {size}) does "
-                "not divide over mesh axes "
-                f"{' x '.join(axes)} = {ways}; use {fits} ways there, or a size of "
-                f"{math.ceil(size / ways) * ways}."
+                f"not divide over mesh axes {' x '.join(axes)} = {ways}; use {fits} ways there, "
+                f"or a size of {math.ceil(size / ways) * ways}."
             )
     return NamedSharding(mesh, spec)

@@ -215,8 +215,7 @@ def _overflow_error(overflow: Overflow, config: Config, num_devices: int) -> Hbm
         f"the step needs {overflow.used / _GIB:.1f} GiB of HBM per device, of which "
         f"{overflow.available / _GIB:.1f} GiB are available: "
         f"{(overflow.used - overflow.available) / _GIB:.1f} GiB too much. Largest: "
-        f"{'; '.join(largest)}. "
-        f"What could fit: {'; '.join(filter(None, remedies))}.",
+        f"{'; '.join(largest)}. What could fit: {'; '.join(filter(None, remedies))}.",
         overflow,
     )
 

@@ -92,9 +92,8 @@ def search(
     if not ranked:
         raise ConfigError(
             f"nothing fits on {topology_name}: the leanest way to run the config needs an "
-            f"estimated {least / 2**30:.1f} GiB per device, "
-            f"and {hbm_bytes / 2**30:.1f} GiB are there. Take a larger slice (`plan "
-            "--fit` finds the smallest)."
+            f"estimated {least / 2**30:.1f} GiB per device, and {hbm_bytes / 2**30:.1f} GiB are "
+            "there. Take a larger slice (`plan --fit` finds the smallest)."
         )
     trials = [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
     tried = [_compile(trial) for trial in trials[:compile_top]]

@@ -276,9 +276,8 @@ def _finite(x: np.ndarray) -> float | None:
 def _describe(work: Work, mesh: jax.sharding.Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
-        f"{work.parameters / 1e6:,.1f} M parameters, "
-        f"{work.active_parameters / 1e6:,.1f} M active; "
-        f"{mesh.size} device(s), {axes}"
+        f"{work.parameters / 1e6:,.1f} M parameters, {work.active_parameters / 1e6:,.1f} M "
+        f"active; {mesh.size} device(s), {axes}"
     )
 
 

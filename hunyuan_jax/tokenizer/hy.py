@@ -120,8 +120,7 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
     if not path.is_file():
         raise ConfigError(
             f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines "
-            "'BASE64 RANK'; "
-            "give the path of the model's hy.tiktoken"
+            "'BASE64 RANK'; give the path of the model's hy.tiktoken"
         )
     rank_of = {}
     for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -133,16 +132,14 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
         if token in rank_of:
             raise ConfigError(
                 f"{path}, line {line_number}: {_shorten(line)} repeats the token of line "
-                f"{rank_of[token] + 1}, "
-                f"but a token has one rank; {_GET_AGAIN}"
+                f"{rank_of[token] + 1}, but a token has one rank; {_GET_AGAIN}"
             )
         rank_of[token] = line_number - 1
     missing = [byte for byte in range(256) if bytes([byte]) not in rank_of]
     if missing:
         raise ConfigError(
             f"{path}: {len(missing)} of the 256 single bytes have no rank (first: "
-            f"{missing[0]:#04x}), "
-            f"but any text must be encodable; {_GET_AGAIN}"
+            f"{missing[0]:#04x}), but any text must be encodable; {_GET_AGAIN}"
         )
     return list(rank_of)
 

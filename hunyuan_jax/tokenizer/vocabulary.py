@@ -47,8 +47,7 @@ class Vocabulary:
             first, *_, last = *self.special_names, "none", "none"
             raise ValueError(
                 f"special token {name!r} is unknown: this tokenizer has {len(self._special_ids)}, "
-                f"{first} to {last}; "
-                "use one of them, or the tokenizer of a Hunyuan ranks file"
+                f"{first} to {last}; use one of them, or the tokenizer of a Hunyuan ranks file"
             )
         return self._special_ids[name]
 

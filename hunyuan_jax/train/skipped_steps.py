@@ -64,11 +64,9 @@ class SkippedSteps:
             if in_row >= self._config.train.max_skipped_steps:
                 raise ConfigError(
                     f"{in_row} steps in a row were skipped, up to step {step}: {why}. The limit "
-                    "is config.train.max_skipped_steps = "
-                    f"{self._config.train.max_skipped_steps}. Continue from the last checkpoint "
-                    "with a lower config.schedule.peak_lr (now "
+                    f"is config.train.max_skipped_steps = {self._config.train.max_skipped_steps}. "
+                    "Continue from the last checkpoint with a lower config.schedule.peak_lr (now "
                     f"{self._config.schedule.peak_lr}) or a longer warm-up, look at the documents "
-                    "named above, or raise "
-                    f"config.optimizer.spike_factor (now {self._config.optimizer.spike_factor}) "
-                    "if these are no spikes."
+                    "named above, or raise config.optimizer.spike_factor (now "
+                    f"{self._config.optimizer.spike_factor}) if these are no spikes."
                 )

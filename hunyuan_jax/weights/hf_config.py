@@ -298,9 +298,8 @@ def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
             if len(values) != hf["num_hidden_layers"] or len(set(map(str, values))) != 1:
                 raise ConfigError(
                     f"config.json: {name} = {values}; only one value for all of the "
-                    f"{hf['num_hidden_layers']} layers is implemented, an "
-                    "integer or a list that repeats it for each of them. No release has layers "
-                    "that differ."
+                    f"{hf['num_hidden_layers']} layers is implemented, an integer or a list that "
+                    "repeats it for each of them. No release has layers that differ."
                 )
             hf[name] = values[0]
     return hf
@@ -333,9 +332,8 @@ def _check_fixed(given: dict[str, Any], kind: str) -> None:
         if name in given and given[name] != value:
             raise ConfigError(
                 f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes "
-                f"what {value!r} asks for. Set {name} to "
-                f"{value!r} if that is what the model was trained with; otherwise it cannot be "
-                "loaded."
+                f"what {value!r} asks for. Set {name} to {value!r} if that is what the model was "
+                "trained with; otherwise it cannot be loaded."
             )
 
 
@@ -355,9 +353,8 @@ def _check_experts(hf: dict[str, Any], kind: str) -> None:
     if num_experts > 1 and width is not None and width != hf["intermediate_size"]:
         raise ConfigError(
             f"config.json: moe_intermediate_size = {width} differs from intermediate_size = "
-            f"{hf['intermediate_size']}; transformers "
-            "ignores it, and experts of another width than the shared one are not implemented. "
-            "Set them equal."
+            f"{hf['intermediate_size']}; transformers ignores it, and experts of another width "
+            "than the shared one are not implemented. Set them equal."
         )
     is_normalised = hf["moe_topk"] > 1
     if (
@@ -367,9 +364,8 @@ def _check_experts(hf: dict[str, Any], kind: str) -> None:
     ):
         raise ConfigError(
             f"config.json: norm_topk_prob = {hf['norm_topk_prob']} has no effect in the code of "
-            f"model_type {LARGE!r}: with moe_topk = "
-            f"{hf['moe_topk']} it computes what {is_normalised} asks for. Set it to that, or "
-            "leave it out."
+            f"model_type {LARGE!r}: with moe_topk = {hf['moe_topk']} it computes what "
+            f"{is_normalised} asks for. Set it to that, or leave it out."
         )
 
 
@@ -401,9 +397,8 @@ def _head_dim(hf: dict[str, Any], kind: str) -> int:
     if kind == LARGE and head_dim != hidden_size // num_heads:
         raise ConfigError(
             f"config.json: {name} = {head_dim} has no effect in the code of model_type {LARGE!r}, "
-            "whose heads have hidden_size / "
-            f"num_attention_heads = {hidden_size // num_heads} entries; set it to that, or use a "
-            "model_type of transformers."
+            f"whose heads have hidden_size / num_attention_heads = {hidden_size // num_heads} "
+            "entries; set it to that, or use a model_type of transformers."
         )
     return head_dim
 
@@ -441,16 +436,14 @@ def _model_type(cfg: ModelConfig) -> str:
     if cfg.head_dim * cfg.num_heads != cfg.hidden_size:
         raise ConfigError(
             f"head_dim = {cfg.head_dim} x num_heads = {cfg.num_heads} differs from hidden_size = "
-            f"{cfg.hidden_size}; "
-            "the official format has no head_dim field. Keep the model in its own checkpoint "
-            "format."
+            f"{cfg.hidden_size}; the official format has no head_dim field. Keep the model in its "
+            "own checkpoint format."
         )
     if cfg.rope_type == "default":
         raise ConfigError(
             "rope_type = 'default' (exact frequencies) exists in transformers' model types only, "
-            "which have a norm of queries and keys, no "
-            "cross-layer attention and, with experts, one shared expert and norm_topk_prob. Keep "
-            "the model in its own checkpoint format."
+            "which have a norm of queries and keys, no cross-layer attention and, with experts, "
+            "one shared expert and norm_topk_prob. Keep the model in its own checkpoint format."
         )
     if cfg.is_moe and moe.norm_topk_prob != (moe.top_k > 1):
         raise ConfigError(
@@ -494,9 +487,8 @@ def _rope(scaling: dict[str, Any] | None, kind: str) -> dict[str, Any]:
     if rope_type == "dynamic":
         raise ConfigError(
             f"config.json: rope_scaling = {scaling}: dynamic without alpha changes its base with "
-            "the length of earlier calls, so that "
-            "cached and full forward passes disagree; it is not implemented and no release uses "
-            "it. Set alpha, or use type 'linear'."
+            "the length of earlier calls, so that cached and full forward passes disagree; it is "
+            "not implemented and no release uses it. Set alpha, or use type 'linear'."
         )
     known = (
         "type 'dynamic' with alpha, 'linear' with factor, or null"

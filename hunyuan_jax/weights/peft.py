@@ -127,8 +127,7 @@ def read_adapter(
             known = dict.fromkeys(name.rsplit(".", 1)[1] for name in projections)
             raise ConfigError(
                 f"{folder / _CONFIG}: target_modules = {modules}; only {', '.join(known)} can "
-                "have adapters in this model. Merge the "
-                "adapter with PEFT itself."
+                "have adapters in this model. Merge the adapter with PEFT itself."
             )
         if not meant & held:
             raise ConfigError(

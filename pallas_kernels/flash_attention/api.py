@@ -104,8 +104,7 @@ def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):
     if (B_k, H_k) != (B, H) or N % K:
         raise ValueError(
             f"q {q_BTNH.shape} and k {k_BSKH.shape}: batch and head dim must be equal, and the "
-            "query heads (dim 2) a multiple "
-            "of the kv heads; slice or repeat heads."
+            "query heads (dim 2) a multiple of the kv heads; slice or repeat heads."
         )
     dtypes = {jnp.dtype(x.dtype).name for x in (q_BTNH, k_BSKH, v_BSKH)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:

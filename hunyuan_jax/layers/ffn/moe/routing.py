@@ -73,9 +73,8 @@ def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
     if seq_len % size and (size % seq_len or batch_size * seq_len % size):
         raise ConfigError(
             f"config.model.moe.group_size = {size} fits neither in a sequence of {seq_len} tokens "
-            "nor in whole sequences of the "
-            f"{batch_size} x {seq_len} batch; use a divisor of {seq_len}, or a multiple of it "
-            f"that divides {batch_size * seq_len}."
+            f"nor in whole sequences of the {batch_size} x {seq_len} batch; use a divisor of "
+            f"{seq_len}, or a multiple of it that divides {batch_size * seq_len}."
         )
     return size
 
