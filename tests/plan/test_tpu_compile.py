@@ -9,7 +9,14 @@ import re
 import pytest
 
 from hunyuan_jax import presets
-from hunyuan_jax.config import Config, MeshConfig, TrainConfig
+from hunyuan_jax.config import (
+    Config,
+    LatentConfig,
+    MeshConfig,
+    MoeConfig,
+    SparkConfig,
+    TrainConfig,
+)
 from hunyuan_jax.plan import aot, topology
 
 pytestmark = pytest.mark.skipif(
@@ -44,3 +51,22 @@ def test_train_step_compiles_for_v5p(dispatch):
             assert re.search(rf"%expert_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
     for kernel in ("forward", "backward"):
         assert re.search(rf"%flash_attention_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"spark": SparkConfig(neuron_share=0.1, attention_top_k=16)},
+        {"latent": LatentConfig(32, 16, 16), "num_kv_heads": 8, "use_qk_norm": False},
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_other_kinds_of_layers_compile_for_v5p(kind):
+    model = dataclasses.replace(
+        presets.tiny(), num_layers=2, dtype="bfloat16", remat="full", moe=MoeConfig(), **kind
+    )
+    config = Config(
+        model, mesh=MeshConfig(data=2, tensor=2), train=TrainConfig(batch_size=4, seq_len=128)
+    )
+    compiled = aot.compile_step(config, topology.topology_devices("v5p:2x2x1")).compiled
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
