@@ -1,8 +1,7 @@
-"""Training loss: cross entropy per target, computed over vocabulary chunks, and the
-auxiliary router losses.
+"""Training loss: cross entropy over vocabulary chunks, and the router losses.
 
-Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n chunks of it, v
-rows of a chunk that one shard stores, d = D / shards in storage, Vn rows of a whole chunk.
+Letters: B batch, T tokens, M = B * T of this shard, D model, V vocabulary, n vocabulary chunks, v
+rows of a chunk that one shard stores, d = D / shards in storage, Vn rows of a gathered chunk.
 """
 
 import functools
@@ -24,16 +23,16 @@ _LANES = 128
 def token_losses(
     table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh
 ) -> jax.Array:
-    """-log p(target) in nats, float32 [B, T]; targets are already shifted.
+    """Returns -log p(target) in nats, float32 [B, T].
 
-    The [tokens, vocabulary] logits are never whole in memory: the table is gathered and multiplied
-    in chunks, and the backward pass computes each chunk's logits again.
+    The [tokens, vocabulary] logits never exist in memory at once.  The table is gathered and
+    multiplied in chunks, and the backward pass recomputes the logits of each chunk.
 
     Args:
       table_VD: the output projection, as declared in embedding.py.
       hidden_BTD: after the final norm.
-      targets_BT: int32 in [0, V).
-      mesh: where the arrays lie.
+      targets_BT: int32 in [0, V), already shifted.
+      mesh: the mesh of the arrays.
     """
     logical = table_VD.get_metadata("dims")
 
@@ -49,7 +48,7 @@ def token_losses(
 
 
 def mean_loss(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """Weighted mean of token losses, float32 scalar; 0 where all weights are 0."""
+    """Returns the weighted mean of token losses, float32 scalar; 0 if all weights are 0."""
     return jnp.sum(loss_BT * weights_BT) / jnp.maximum(weights_BT.sum(), 1.0)
 
 
@@ -63,15 +62,16 @@ def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
 
 
 def num_chunks(num_tokens: int, num_rows: int, num_shards: int) -> int:
-    """Number of vocabulary chunks: the smallest divisor of num_rows that keeps a chunk's logits
-    small.
+    """Returns the number of vocabulary chunks.
 
-    Where that is more than twice as many as are needed (128167 is 13 times a prime, and 13 rows
-    are no matrix), it is as many as are needed, and the last chunk is padded with zeros.
+    It is the smallest divisor of num_rows that limits a chunk's logits to MAX_LOGITS_BYTES.  If
+    that is more than twice the number needed (128167 is 13 times a prime), it is the number
+    needed, and the last chunk is padded with zeros.
 
     Args:
-      num_tokens: that are multiplied with the table, on one shard.
-      num_rows: of the table, on each of num_shards shards in storage.
+      num_tokens: tokens of one shard.
+      num_rows: rows of the table that one shard stores.
+      num_shards: shards that store rows.
     """
     most_rows = max(1, xla_workarounds.MAX_LOGITS_BYTES // (4 * num_tokens * num_shards))
     needed = -(-num_rows // most_rows)
@@ -82,11 +82,9 @@ def num_chunks(num_tokens: int, num_rows: int, num_shards: int) -> int:
 
 
 def rows_of_chunk(num_rows: int, num_chunks: int) -> int:
-    """Rows of the table in each chunk; in all chunks together more than num_rows if num_chunks
-    does not divide it.
-    """
+    """Returns the stored rows per chunk; the last chunk is padded if they do not divide."""
     rows = -(-num_rows // num_chunks)
-    # Filled up in any case, it may as well be whole tiles of a TPU.
+    # A chunk that is padded anyway is padded to whole TPU tiles.
     return rows if num_rows % num_chunks == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
 
 
@@ -133,7 +131,7 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
 def _losses_bwd(logical, residuals, dloss_M):
     w_Vd, hidden_MD, targets_M, log_sum_M = residuals
     chunks = _chunks(logical, w_Vd, hidden_MD)
-    # An island hands each shard along `vocab` an equal share of the cotangent.
+    # Each shard along `vocab` receives an equal share of the cotangent.
     dloss_M = island.reduce_sum(dloss_M, "vocab")
 
     def add_chunk(dhidden_MD, chunk):
@@ -170,8 +168,9 @@ _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
 def _chunks(
     logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(index [n], rows [n, v, d]): chunk i is the i-th stretch of v rows of every shard; the last
-    may be filled up with zeros.
+    """Splits the table into (index [n], rows [n, v, d]).
+
+    Chunk i has the i-th v rows of every shard.  The last chunk may be zero-padded.
     """
     num_rows, width = w_Vd.shape
     n = num_chunks(hidden_MD.shape[0], num_rows, island.num_stored_shards(logical[0]))
@@ -185,8 +184,9 @@ def _gather_chunk(logical, w_vd, dtype):
 
 
 def _chunk_logits(logical, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
-    """Logits float32 [M, Vn] of a chunk of the vocabulary, and whether each is the target's;
-    num_rows: that a shard really stores.
+    """Returns a chunk's logits, float32 [M, Vn], and whether each is the target's, bool [M, Vn].
+
+    num_rows: rows that a shard stores, without padding.
     """
     index, w_vd = chunk
     v = w_vd.shape[0]
@@ -194,14 +194,13 @@ def _chunk_logits(logical, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
     logits_MVn = fusion_barrier(
         jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32)
     )
-    # Row r of the chunk is row r % v of the stretch that shard r // v stores.
+    # Row r of the chunk is row r % v of shard r // v's part.
     num_shards, row_Vn = island.num_stored_shards(logical[0]), jnp.arange(w_DVn.shape[1])
     shard_Vn = island.shard_index("vocab") * num_shards + row_Vn // v
     stored_row_Vn = index * v + row_Vn % v
     is_target_MVn = (shard_Vn * num_rows + stored_row_Vn)[None, :] == targets_M[:, None]
     if num_rows % v == 0:
         return logits_MVn, is_target_MVn
-    is_row_Vn = (
-        stored_row_Vn < num_rows
-    )  # behind them, the numbers would be those of the next shard's tokens
+    # Padding rows would have the token ids of the next shard.
+    is_row_Vn = stored_row_Vn < num_rows
     return jnp.where(is_row_Vn, logits_MVn, -jnp.inf), is_target_MVn & is_row_Vn

@@ -26,11 +26,10 @@ __all__ = [
 
 
 class Tokenizer(Protocol):
-    """What data, generation and chats need; `ByteTokenizer`, `HyTokenizer` and `HfTokenizer`
-    provide it.
+    """Interface of `ByteTokenizer`, `HyTokenizer` and `HfTokenizer`.
 
-    chat_template: jinja text that the folder brings, or None; named_tokens: texts that the
-    template may ask for, such as bos_token.
+    chat_template: jinja text of the model folder, or None.
+    named_tokens: texts that the template may use, such as bos_token.
     """
 
     bos_id: int
@@ -46,35 +45,38 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included; the model's table may be larger."""
+        """Number of ids, including special tokens; the model's table may be larger."""
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Return the ids of `text`, no bos or eos added; names of special tokens are text unless
-        `parse_special`.
+        """Returns the ids of `text`, without bos or eos.
+
+        Names of special tokens in it are ordinary text unless `parse_special`.
         """
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """Return `encode(text)` as an array of unsigned integers [S]."""
+        """Returns `encode(text)` as an array of unsigned integers [S]."""
 
     def fingerprint(self) -> str:
-        """Return a short text that differs for tokenizers that give any text other ids."""
+        """Returns a short text that differs if any text would get different ids."""
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text of `ids`; bytes that are no UTF-8 character become U+FFFD."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
-        """Return the bytes of `ids`, which may begin or end inside a character."""
+        """Returns the bytes of `ids`, which may begin or end inside a character."""
 
     def special_id(self, name: str) -> int:
-        """Return the id of the special token called `name`, e.g.
+        """Returns the id of a special token, such as "<|eos|>".
 
-        "<|eos|>"; ValueError if there is none.
+        Raises:
+          ValueError: there is none of that name.
         """
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one; the pushed texts and the finish together are
-    `tokenizer.decode` of all ids.
+    """Decodes ids that arrive one by one.
+
+    The texts of `push` and `finish`, joined, equal `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
@@ -83,27 +85,28 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Return the text that `token_id` completes: possibly "", never part of a character."""
+        """Returns the text that `token_id` completes, maybe "" but never part of a character."""
         return self._utf8.decode(
             self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special)
         )
 
     def finish(self) -> str:
-        """Return U+FFFD if the ids ended inside a character, else ""; the decoder is then ready
-        for a new text.
+        """Returns U+FFFD if the ids ended inside a character, else "".
+
+        The decoder is then ready for a new text.
         """
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
-    """Return the byte tokenizer for "byte", else that of a model folder or of a single file; no
-    network is used.
+    """Returns the tokenizer of a model folder or file; "byte" is the byte tokenizer.
 
-    A folder holds tokenizer.json or hy.tiktoken, and beside them the chat template
-    (`files.read_settings`).  A file is a tokenizer.json, with what lies beside it, or a ranks
-    file, alone: chats then follow Hunyuan-Large's built-in template.
+    A folder has tokenizer.json or hy.tiktoken, and maybe a chat template (`files.read_settings`).
+    A file is a tokenizer.json, whose folder is read too, or a ranks file alone: chats then use
+    Hunyuan-Large's built-in template.  The network is not used.
 
-    Raises ValueError when the path holds no tokenizer, or a damaged one.
+    Raises:
+      ConfigError: the path has no tokenizer, or a damaged one.
     """
     if name_or_path == "byte":
         return ByteTokenizer()

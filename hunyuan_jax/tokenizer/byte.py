@@ -1,4 +1,4 @@
-"""A tokenizer that needs no file: one id per UTF-8 byte, for tests and the tiny model."""
+"""Byte tokenizer: one id per UTF-8 byte, without a file, for tests and the tiny model."""
 
 import re
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ _SPECIAL_TEXT = re.compile("(" + "|".join(map(re.escape, _SPECIAL_TOKENS)) + ")"
 
 
 class ByteTokenizer(Vocabulary):
-    """Ids 0-255 are bytes, then <|bos|>, <|eos|> and <|pad|>.  It has no chat tokens and does not
-    normalise text.
+    """Ids 0-255 are bytes, then <|bos|>, <|eos|> and <|pad|>.
+
+    It has no chat tokens and does not normalise text.
     """
 
     def __init__(self):
@@ -27,7 +28,7 @@ class ByteTokenizer(Vocabulary):
         self.stop_ids = (self.eos_id,)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Return the UTF-8 bytes of `text`, no bos or eos added; lone surrogates become U+FFFD.
+        """Returns the UTF-8 bytes of `text`, without bos or eos; lone surrogates become U+FFFD.
 
         Names of special tokens in `text` are ordinary text unless `parse_special`.
         """
@@ -41,7 +42,7 @@ class ByteTokenizer(Vocabulary):
         return ids
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """Return `encode(text)` as uint8 [S], faster."""
+        """Returns `encode(text)` as uint8 [S]; faster."""
         import numpy as np
 
         return np.frombuffer(replace_surrogates(text).encode("utf-8"), np.uint8)

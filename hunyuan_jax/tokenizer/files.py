@@ -1,6 +1,4 @@
-"""What lies beside a tokenizer in a model folder: the names of its special tokens, its chat
-template, the stop ids.
-"""
+"""Reads the tokenizer settings of a model folder: special tokens, chat template, stop ids."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -20,8 +18,12 @@ _NAMES = (
 
 
 class Settings(NamedTuple):
-    """named_tokens: texts by name, such as "eos_token"; chat_template: jinja text or None;
-    stop_ids: eos_token_id of generation_config.json; num_ids: vocab_size of config.json, or None.
+    """Tokenizer settings of a model folder.
+
+    named_tokens: texts by name, such as "eos_token".
+    chat_template: jinja text, or None.
+    stop_ids: eos_token_id of generation_config.json.
+    num_ids: vocab_size of config.json, or None.
     """
 
     named_tokens: dict[str, str]
@@ -31,13 +33,14 @@ class Settings(NamedTuple):
 
 
 def read_settings(folder: pathlib.Path) -> Settings:
-    """Reads tokenizer_config.json, chat_template.jinja, generation_config.json and config.json, as
-    far as they are there.
+    """Reads those that exist of the folder's JSON configs and chat_template.jinja.
 
-    chat_template.jinja goes before chat_template of tokenizer_config.json, as in transformers; of
-    several named templates "default" is taken.
+    The configs are tokenizer_config.json, generation_config.json and config.json.
+    chat_template.jinja takes precedence over chat_template of tokenizer_config.json, as in
+    transformers.  Of several named templates, "default" is used.
 
-    Raises ValueError for a file that is not JSON, or a field that holds something else.
+    Raises:
+      ConfigError: a file is not JSON, or a field has the wrong type.
     """
     config = _read_object(folder / "tokenizer_config.json")
     named = {}
@@ -61,10 +64,10 @@ def read_settings(folder: pathlib.Path) -> Settings:
 
 
 def stop_ids(where: str, eos_token_id: Any) -> tuple[int, ...]:
-    """The eos_token_id of a JSON file as a tuple; `where` names the file.
+    """Returns the eos_token_id of a JSON file as a tuple; `where` names the file.
 
     Raises:
-      ConfigError: something else than null, an integer or a list of integers.
+      ConfigError: it is not null, an integer or a list of integers.
     """
     ids = () if eos_token_id is None else eos_token_id
     ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
@@ -101,5 +104,5 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """{} if the file is not there."""
+    """Returns the object of a JSON file; {} if the file does not exist."""
     return json_object(str(path), path.read_bytes()) if path.is_file() else {}

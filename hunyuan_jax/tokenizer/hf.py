@@ -1,6 +1,4 @@
-"""Tokenizers in a tokenizer.json, as the dense models have: byte-level BPE by the `tokenizers`
-library.
-"""
+"""Byte-level BPE from a tokenizer.json, by the `tokenizers` library; the dense models use it."""
 
 import hashlib
 import json
@@ -16,14 +14,13 @@ if TYPE_CHECKING:
 
 
 class HfTokenizer(Vocabulary):
-    """Tokenizer of a tokenizer.json, with the tokenizer_config.json, chat template and
-    generation_config.json beside it.
+    """Tokenizer of a tokenizer.json and the settings in its folder.
 
-    Without a bos_token, a document starts with eos_token, as GPT-2's do; without a pad_token, that
-    pads too.
+    Without a bos_token, a document starts with eos_token, as in GPT-2.  Without a pad_token,
+    eos_token pads too.
 
-    Raises ValueError for a file that is missing, damaged or not byte-level, and where no eos_token
-    is named.
+    Raises:
+      ConfigError: the file is missing, damaged or not byte-level, or no eos_token is named.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -33,16 +30,16 @@ class HfTokenizer(Vocabulary):
                 f"tokenizer {str(path)!r} is not a file; give the path of a model folder or of "
                 "its tokenizer.json."
             )
-        from tokenizers import Tokenizer  # here, so that a run on bytes neither needs nor loads it
+        from tokenizers import Tokenizer  # here: the byte tokenizer does not need it
 
         try:
             self._parsing, self._plain = (Tokenizer.from_file(str(path)) for _ in range(2))
         except Exception as e:  # the library raises plain Exceptions
             raise ConfigError(
-                f"{path} is no tokenizer.json ({e}); get the file again, it is damaged or of "
+                f"{path} is not a tokenizer.json ({e}); get the file again, it is damaged or of "
                 "another kind."
             ) from e
-        self._plain.encode_special_tokens = True  # their names are text
+        self._plain.encode_special_tokens = True  # special names are ordinary text
         kinds = _decoder_kinds(json.loads(path.read_text(encoding="utf-8")).get("decoder"))
         if kinds != ["ByteLevel"]:
             raise ConfigError(
@@ -104,7 +101,7 @@ class HfTokenizer(Vocabulary):
         self._plain.encode_special_tokens = True  # a pickled copy forgets it
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Return the ids of `text`, no bos or eos added; lone surrogates become U+FFFD.
+        """Returns the ids of `text`, without bos or eos; lone surrogates become U+FFFD.
 
         Names of special tokens in `text` are ordinary text unless `parse_special`.
         """
@@ -112,7 +109,7 @@ class HfTokenizer(Vocabulary):
         return tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """Return `encode(text)` as uint32 [S]."""
+        """Returns `encode(text)` as uint32 [S]."""
         import numpy as np
 
         return np.asarray(self.encode(text), np.uint32)
@@ -127,8 +124,9 @@ def _decoder_kinds(decoder: dict | None) -> list[str]:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte for which each character of a byte-level token stands: itself where it can be seen,
-    else one from U+0100 on, in order.
+    """Returns the byte of each character of a byte-level token.
+
+    A printable byte is its own character; the others are numbered from U+0100.
     """
     seen = [
         *range(ord("!"), ord("~") + 1),

@@ -1,5 +1,6 @@
-"""The official Hunyuan tokenizer: byte-pair encoding by tiktoken over a local ranks file
-(docs/model.md, Tokenizer).
+"""The official Hunyuan tokenizer: BPE by tiktoken with a local ranks file.
+
+See docs/model.md, Tokenizer.
 """
 
 import base64
@@ -25,7 +26,7 @@ SPECIAL_TOKENS = (
     *(f"<|extra_{index}|>" for index in range(NUM_EXTRA_TOKENS)),
 )
 
-# What is never merged across.  Unlike its ancestor cl100k, every digit stands alone.
+# Pre-tokenization: BPE never merges across these pieces.  Unlike in cl100k, a digit is a piece.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -36,9 +37,9 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 
-# `\s+(?!\S)` backtracks through the whole run of blanks and tiktoken's regex engine aborts near a
-# million of them (999,999 with tiktoken 0.14).  Longer runs, which the official class cannot
-# encode at all, are cut first.
+# `\s+(?!\S)` backtracks through the whole run of whitespace.  tiktoken's regex engine aborts near
+# a million characters (999,999 with tiktoken 0.14), so the official class cannot encode longer
+# runs.  They are split first here.
 MAX_BLANK_RUN = 900_000
 # tiktoken's \s.  Python's has four more characters.
 _BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
@@ -48,24 +49,26 @@ _GET_AGAIN = "get the file again, it is damaged or of another kind"
 
 
 class HyTokenizer(Vocabulary):
-    """Tokenizer of Hunyuan-Large from its ranks file; `bos_id`, `eos_id` and `pad_id` are the
-    official attributes.
+    """Tokenizer of Hunyuan-Large from its ranks file.
 
-    eos is <|endoftext|>, the end of a pretraining document.  A chat turn ends with another token:
-    generation stops on `stop_ids`, that is <|eos|> and <|extra_5|>.  The special ids follow the
-    last rank, so a small file works the same.
+    `bos_id`, `eos_id` and `pad_id` are the official attributes.  eos is <|endoftext|>, the end of
+    a pre-training document.  A chat turn ends with another token: generation stops on `stop_ids`,
+    <|eos|> and <|extra_5|>.  The special ids follow the last rank, so a small file works too.
 
-    Raises ValueError for a file that is missing or is not a ranks file, see `read_ranks`.
+    Raises:
+      ConfigError: the file is missing or is not a ranks file, see `read_ranks`.
     """
 
     _rules = ("NFC", SPLIT_PATTERN)
 
     def __init__(self, path: str | pathlib.Path, num_ids: int | None = None):
-        """`num_ids`: of the model's table; A13B's tokenizer has one token more, <|extra_204|>, and
-        its table just as many rows.
+        """Reads the ranks file.
+
+        num_ids: rows of the model's table.  A13B has one more token, <|extra_204|>, and its table
+        has exactly as many rows as its tokenizer has ids.
         """
         tokens = read_ranks(path)
-        import tiktoken  # here, so that a run on bytes neither needs nor loads it
+        import tiktoken  # here: the byte tokenizer does not need it
 
         specials = (*SPECIAL_TOKENS, f"<|extra_{NUM_EXTRA_TOKENS}|>")
         specials = specials if num_ids == len(tokens) + len(specials) else SPECIAL_TOKENS
@@ -83,10 +86,10 @@ class HyTokenizer(Vocabulary):
         )
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Return the ids of NFC(`text`), no bos or eos added; lone surrogates become U+FFFD.
+        """Returns the ids of NFC(`text`), without bos or eos; lone surrogates become U+FFFD.
 
-        Names of special tokens in `text` are ordinary text, so that nobody's input can forge a
-        turn.  The official class parses them all, which `parse_special` does.
+        Names of special tokens in `text` are ordinary text, so that input cannot forge a chat
+        turn.  `parse_special` parses them, as the official class does.
         """
         text = unicodedata.normalize("NFC", replace_surrogates(text))
         ids = []
@@ -98,8 +101,9 @@ class HyTokenizer(Vocabulary):
         return ids
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """Return `encode(text)` as uint32 [S]; no int object is made for a token, which counts
-        with several processes.
+        """Returns `encode(text)` as uint32 [S].
+
+        It creates no Python int per token, which matters with several processes.
         """
         import numpy as np
 
@@ -110,11 +114,13 @@ class HyTokenizer(Vocabulary):
 
 
 def read_ranks(path: str | pathlib.Path) -> list[bytes]:
-    """Read a ranks file: one line "BASE64 RANK" per token; returns the bytes of rank 0, 1, ...
+    """Returns the bytes of ranks 0, 1, ... from a file with a line "BASE64 RANK" per token.
 
-    The rank column is ignored, the line number counts (docs/model.md, Tokenizer).  Raises
-    ValueError naming file, line and rule for a missing file, a malformed line, a repeated token,
-    or when one of the 256 single bytes has no rank.
+    The rank is the line number; the rank column is ignored (docs/model.md, Tokenizer).
+
+    Raises:
+      ConfigError: the file is missing, a line is malformed, a token is repeated, or one of the 256
+        single bytes has no rank.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -145,7 +151,7 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
 
 
 def _parse_line(line: bytes) -> bytes | None:
-    """Return the token of one line, or None when the line is malformed."""
+    """Returns the token of one line, or None if the line is malformed."""
     fields = line.split()
     if len(fields) != 2:
         return None
@@ -161,7 +167,7 @@ def _shorten(line: bytes) -> str:
 
 
 def _cut_long_blanks(text: str) -> list[str]:
-    """Split `text` where a run of blanks reaches MAX_BLANK_RUN; nearly always it stays whole."""
+    """Splits runs of whitespace that are longer than MAX_BLANK_RUN; most texts have none."""
     if len(text) <= MAX_BLANK_RUN:
         return [text]
     cuts = [0]

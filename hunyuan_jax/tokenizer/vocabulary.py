@@ -1,28 +1,27 @@
-"""What the tokenizers share: the bytes of every id, and text made safe to encode."""
+"""Base class of the tokenizers: the bytes of every id, and decoding."""
 
 import hashlib
 import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
 
-# A model's table may have more rows than the tokenizer has ids (docs/model.md, Sizes),
-# and an untrained model does pick such a row.  It shows as U+FFFD, as bytes that are no character
-# do.
+# Text of an id without a token.  A model's table may have more rows than the tokenizer has ids
+# (docs/model.md, Sizes), and an untrained model does generate them.
 UNUSED_ID = "\ufffd".encode()
 
 
 class Vocabulary:
-    """Ids to bytes; nothing lies beyond the last of them.
+    """Maps ids to bytes.
 
-    `token_bytes` is the bytes of ids 0, 1, ...; `special_ids` the ids of the special tokens among
-    them by name.
+    token_bytes: bytes of ids 0, 1, ...
+    special_ids: ids of the special tokens among them, by name.
     """
 
-    # What a folder can bring besides: the jinja text of its chat template, and the texts that it
-    # calls bos_token and the like.
+    # Settings of a model folder: the jinja text of its chat template, and the texts of bos_token
+    # and the like.
     chat_template: str | None = None
     named_tokens: Mapping[str, str] = types.MappingProxyType({})
-    _rules: tuple[str, ...] = ()  # what else decides the ids of a text
+    _rules: tuple[str, ...] = ()  # whatever else decides the ids of a text
 
     def __init__(self, token_bytes: Sequence[bytes], special_ids: Mapping[str, int]):
         self._token_bytes = list(token_bytes)
@@ -31,7 +30,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, including special tokens."""
         return len(self._token_bytes)
 
     @property
@@ -40,8 +39,10 @@ class Vocabulary:
         return tuple(sorted(self._special_ids, key=self._special_ids.__getitem__))
 
     def special_id(self, name: str) -> int:
-        """Return the id of the special token called `name`; ValueError if this vocabulary has none
-        of that name.
+        """Returns the id of the special token called `name`.
+
+        Raises:
+          ValueError: there is none of that name.
         """
         if name not in self._special_ids:
             first, *_, last = *self.special_names, "none", "none"
@@ -52,9 +53,7 @@ class Vocabulary:
         return self._special_ids[name]
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change with any token, its id, and how text is cut
-        (`_rules`).
-        """
+        """Returns 16 hexadecimal digits that change with any token, its id, and `_rules`."""
         digest = hashlib.blake2b(
             repr((type(self).__name__, self._rules, sorted(self._special_ids.items()))).encode(),
             digest_size=8,
@@ -65,12 +64,14 @@ class Vocabulary:
         return digest.hexdigest()
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
-        """Join the bytes of `ids` (a list or an integer array [S]); they need not be whole UTF-8
-        characters.
+        """Joins the bytes of `ids`, a list or an integer array [S].
 
-        A special token gives its name, an id past the vocabulary gives U+FFFD; `skip_special`
-        drops both, which for Hunyuan-Large is the official rule: everything from <|endoftext|> on
-        (docs/model.md, Tokenizer).  A negative id is a ValueError.
+        The result may begin or end inside a UTF-8 character.  A special token gives its name, and
+        an id past the vocabulary gives U+FFFD.  `skip_special` drops both.  For Hunyuan-Large this
+        is the official rule: it drops every id from <|endoftext|> on (docs/model.md, Tokenizer).
+
+        Raises:
+          ValueError: an id is negative.
         """
         ids = [operator.index(token_id) for token_id in ids]
         if ids and min(ids) < 0:
@@ -90,18 +91,18 @@ class Vocabulary:
         )
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return `decode_bytes` as text; bytes that are no UTF-8 character become U+FFFD, as the
-        official class does.
+        """Returns `decode_bytes` as text.
+
+        Bytes that are not UTF-8 become U+FFFD, as in the official class.
         """
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
 
 
 def replace_surrogates(text: str) -> str:
-    r"""Return `text` with surrogate pairs joined and lone surrogates (JSON's "\ud83d") turned into
-    U+FFFD.
+    r"""Joins surrogate pairs and replaces lone surrogates (JSON's "\ud83d") with U+FFFD.
 
-    Such a string has no UTF-8 form, hence no tokens.  tiktoken repairs it in this way; so do all
-    tokenizers here.
+    A string with surrogates has no UTF-8 form, and hence no tokens.  tiktoken repairs it in this
+    way, and so do all tokenizers here.
     """
     try:
         text.encode("utf-8")

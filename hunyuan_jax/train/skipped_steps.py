@@ -1,6 +1,6 @@
 """Reports the steps that optim/guard.py skipped.
 
-The loop does so only when it waits for the devices anyway, so no step is waited for.
+The loop calls it only when it waits for the devices anyway.
 """
 
 import math
@@ -16,7 +16,7 @@ _NUM_NAMES_SHOWN = 20
 
 
 class SkippedSteps:
-    """Steps that were dispatched since the last report."""
+    """The steps dispatched since the last report."""
 
     def __init__(
         self,
@@ -24,8 +24,12 @@ class SkippedSteps:
         documents_of: Callable[[int], list[str]],
         show: Callable[[str], None],
     ):
-        """documents_of: step (from 1) -> names of the documents in its batch; show: prints a line
-        for the user.
+        """Starts without steps.
+
+        Args:
+          config: the run's.
+          documents_of: step (from 1) -> names of the documents in its batch.
+          show: prints a line for the user.
         """
         self._config, self._documents_of, self._show = config, documents_of, show
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []

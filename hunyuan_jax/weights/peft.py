@@ -193,7 +193,7 @@ def _settings(folder: Path) -> tuple[int, float, list[str]]:
     """(rank, alpha, target_modules) of adapter_config.json."""
     path = folder / _CONFIG
     if not path.is_file():
-        raise ConfigError(f"{folder} is no PEFT adapter: it has no {_CONFIG}.")
+        raise ConfigError(f"{folder} is not a PEFT adapter: it has no {_CONFIG}.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, modules = settings["r"], settings["lora_alpha"], settings["target_modules"]
@@ -227,8 +227,8 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except SafetensorError as e:
         raise ConfigError(
-            f"{path} is no safetensors file ({e}); was it downloaded whole, and not as a git-lfs "
-            "pointer?"
+            f"{path} is not a safetensors file ({e}); was it downloaded whole, and not as a "
+            "git-lfs pointer?"
         ) from e
 
 

@@ -528,7 +528,7 @@ def test_adapters_that_do_not_fit_are_refused(adapted, written):
     (written / "adapter_model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1"
     )
-    with pytest.raises(ConfigError, match="is no safetensors file"):
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
         peft_io.read_adapter(written, cfg)
     (written / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
@@ -565,7 +565,9 @@ def test_adapters_that_do_more_are_refused(adapted, written, changes, message):
 
 
 def test_no_adapter_config_is_refused(adapted, tmp_path):
-    with pytest.raises(ConfigError, match=r"is no PEFT adapter: it has no adapter_config\.json"):
+    with pytest.raises(
+        ConfigError, match=r"is not a PEFT adapter: it has no adapter_config\.json"
+    ):
         peft_io.read_adapter(tmp_path, adapted[0])
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="is not the JSON of a LoRA adapter"):

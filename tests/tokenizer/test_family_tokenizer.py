@@ -144,7 +144,7 @@ def test_tokens_that_are_not_named(folder):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{", r"is no tokenizer\.json"),
+        ("tokenizer.json", "{", r"is not a tokenizer\.json"),
         ("tokenizer_config.json", "[]", "holds a JSON list"),
         ("tokenizer_config.json", "{", "is not valid JSON"),
         ("tokenizer_config.json", "{}", "names no eos_token"),

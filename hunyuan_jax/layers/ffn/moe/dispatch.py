@@ -1,10 +1,10 @@
-"""Moving tokens to their experts and back, per shard: two ways with one signature.
+"""Moves tokens to their experts and back, per shard.
 
 `by_capacity` fills a fixed [E, C, D] buffer and exchanges it over the expert axis (recycle, drop).
-`dropless` keeps every token: rows sorted by expert into tiles, the work proportional to tokens.
-The combine weight of a token travels with it: the experts apply it to their rows. Letters: g
-groups on this shard, T tokens a group, k choices, E experts, e experts on this shard, C capacity,
-D model, n tiles, b rows a tile, R = n * b.
+`dropless` keeps every token: it sorts rows by expert into tiles.  Work is proportional to tokens.
+The combine weights are dispatched with the tokens, and the experts apply them to their rows.
+Letters: g groups on this shard, T tokens per group, k choices, E experts, e experts on this shard,
+C capacity, D model, n tiles, b rows per tile, R = n * b.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,14 @@ def by_capacity(
     num_slots: int,
     experts: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Combined expert outputs [g, T, D]; only the choices in `assignment` that are kept
-    contribute.
+    """Returns the combined expert outputs [g, T, D] of the choices that are kept.
 
     Args:
       x_gTD: activations.
-      assignment: with a leading group dim, `slot` below num_slots.
+      assignment: with a leading group dim; `slot` is below num_slots.
       num_slots: C, rows per (group, expert).
       experts: (x [e, sources * C, D], weight [e, sources * C] of the rows, count [e, sources] of
-        valid rows at the head of each source's C rows) -> weighted outputs [e, sources * C, D].
+        valid rows at the start of each source's C rows) -> weighted outputs [e, sources * C, D].
     """
     num_groups, _, D = x_gTD.shape
     num_experts = assignment.count_E.shape[-1]
@@ -45,8 +44,8 @@ def by_capacity(
     x_EgCD = jax.vmap(_pack)(x_gTD, row_gTk, choice_gR)
     x_EgCD = x_EgCD.reshape(num_groups, num_experts, num_slots, D).swapaxes(0, 1)
 
-    # Each shard sends every expert's rows to the shard that holds it, and gets them back in the
-    # same order.
+    # Each shard sends the rows of an expert to the shard that has the expert, and gets them back
+    # in the same order.
     weight_gR = jax.vmap(_weight_of_row)(assignment.weight_Tk, row_gTk, choice_gR)
     weight_EgC = weight_gR.reshape(num_groups, num_experts, num_slots).swapaxes(0, 1)
     x_eRD = checkpoint_name(
@@ -69,16 +68,18 @@ def dropless(
     num_local_experts: int,
     experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Combined expert outputs [g, T, D] of every choice in `assignment`, whose `slot` is the rank
-    within (group, expert).
+    """Returns the combined expert outputs [g, T, D] of every choice.
 
-    With several expert shards, each gathers the tokens of its expert-axis neighbours, serves the
-    choices that fall on its own experts, and the results are summed back: every (token, choice) is
+    With several expert shards, each gathers the tokens of its expert-axis neighbours and computes
+    the choices of its own experts.  A reduce-scatter sums the results.  Every (token, choice) is
     computed once.
 
     Args:
+      x_gTD: activations.
+      assignment: with a leading group dim; `slot` is the rank within (group, expert).
+      num_local_experts: e.
       experts: (x [n, b, D], weight [n, b] of the rows, tile_expert [n] local index, num_tiles
-        scalar: how many of the n tiles hold rows) -> weighted outputs [n, b, D].
+        scalar: number of tiles with rows) -> weighted outputs [n, b, D].
     """
     x_gTD = island.gather(x_gTD, "experts", dim=0)
     assignment = jax.tree.map(lambda a: island.gather(a, "experts", dim=0), assignment)
@@ -119,8 +120,9 @@ def dropless(
 
 
 def _to_experts(x_ER: jax.Array) -> jax.Array:
-    """[E, R, ...] of this shard's tokens -> [e, shards * R, ...] of this shard's experts, the
-    senders in order.
+    """Exchanges [E, R, ...] of this shard's tokens for [e, shards * R, ...] of its experts.
+
+    The rows of an expert are ordered by sender.
     """
     num_shards, rest = island.num_shards("experts"), x_ER.shape[1:]
     x_seR = island.exchange(x_ER, "experts").reshape(num_shards, -1, *rest)
@@ -128,25 +130,25 @@ def _to_experts(x_ER: jax.Array) -> jax.Array:
 
 
 def _from_experts(y_eR: jax.Array) -> jax.Array:
-    """The way back of `_to_experts`."""
+    """Inverse of `_to_experts`."""
     num_shards, (e, R, *rest) = island.num_shards("experts"), y_eR.shape
     y_seR = y_eR.reshape(e, num_shards, R // num_shards, *rest).swapaxes(0, 1)
     return island.exchange(y_seR.reshape(num_shards * e, R // num_shards, *rest), "experts")
 
 
 def tile_size(num_rows: int, num_experts: int) -> int:
-    """Rows per tile: a power of two near a quarter of an expert's mean share, in [8, 128], so that
-    padding stays small.
+    """Returns the rows per tile, a power of two in [8, 128].
+
+    It is about 1/4 of an expert's mean share, so that padding stays small.
     """
     share = max(1, num_rows // (4 * num_experts))
     return min(128, max(8, 1 << (share.bit_length() - 1)))
 
 
 def _choice_of_row(row_Tk: jax.Array, num_rows: int) -> jax.Array:
-    """int32 [num_rows]: the flat index (token * k + choice) that fills each row; T * k where the
-    row is empty.
+    """Returns the flat index (token * k + choice) of each row, int32 [num_rows]; T * k if empty.
 
-    A row number of num_rows in `row_Tk` means nowhere.
+    A choice whose entry in `row_Tk` is num_rows has no row.
     """
     num_choices = row_Tk.size
     empty_R = jnp.full((num_rows,), num_choices, jnp.int32)
@@ -156,33 +158,32 @@ def _choice_of_row(row_Tk: jax.Array, num_rows: int) -> jax.Array:
 
 
 def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
-    """Rows [R, D]: token t at each of its rows, zero in empty rows."""
+    """Copies each token to its rows, [R, D]; empty rows are zero."""
     return _gather(x_TD, choice_R // row_Tk.shape[1], row_Tk)
 
 
 def _weight_of_row(weight_Tk: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
-    """float32 [R]: the combine weight of the choice that fills each row, zero in empty rows."""
+    """Returns the combine weight of each row, float32 [R]; zero for empty rows."""
     return _gather(weight_Tk.reshape(-1, 1), choice_R, row_Tk.reshape(-1, 1))[:, 0]
 
 
 def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
-    """Each token's sum of its rows [T, D], in y's dtype."""
+    """Sums the rows of each token, [T, D], in y's dtype."""
     y_TkD = _gather(y_RD, row_Tk.reshape(-1), choice_R[:, None]).reshape(*row_Tk.shape, -1)
     return _sum_of_few(y_TkD)
 
 
 def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
-    """Sum over the middle dim; one entry is taken as it is, where a TPU would copy it."""
+    """Sums over the middle dim.  A single entry is sliced: a TPU would copy it otherwise."""
     return x_AmD[:, 0] if x_AmD.shape[1] == 1 else x_AmD.sum(1)
 
 
 @jax.custom_vjp
 def _gather(x_AD: jax.Array, index_B: jax.Array, inverse_Am: jax.Array) -> jax.Array:
-    """x[index] [B, D], zero where the index is out of range.
+    """Returns x[index] [B, D], zero where the index is out of range.
 
-    inverse_Am: for each row of x, the positions in index_B that read it, padded with len(B).  It
-    makes the gradient a gather too; as the transpose of a gather it would be a scatter, which is
-    slow on TPUs.
+    inverse_Am: for each row of x, the positions in index_B that read it, padded with len(B).  With
+    it the gradient is a gather too, and not a scatter, which is slow on TPUs.
     """
     return x_AD.at[index_B].get(mode="fill", fill_value=0)
 

@@ -1,7 +1,6 @@
-"""The routed experts' SwiGLU on tiles of rows, any number of them for each expert: dropless
-routing.  And SwiGLU with LoRA adapters.
+"""SwiGLU of the routed experts on tiles of rows (dropless routing), and with LoRA adapters.
 
-Letters: e experts on this shard, D model, F ffn, n tiles, b rows a tile.
+Letters: e experts on this shard, D model, F ffn, n tiles, b rows per tile.
 """
 
 import functools
@@ -28,12 +27,13 @@ def swiglu_tiles(
     w_up_eDF: jax.Array,
     w_down_eFD: jax.Array,
 ) -> jax.Array:
-    """down(weight * silu(gate(x)) * up(x)), tile i by expert tile_expert_n[i]; tiles from
-    num_tiles on are skipped and come back zero.
+    """Returns down(weight * silu(gate(x)) * up(x)) [n, b, D], tile i by expert tile_expert_n[i].
 
-    Only x and the two products are kept for the backward pass; the cheap rest is computed again
-    there.  With the weight of a row applied before the last product, its gradient does not need
-    that product's result, which then need not be kept, or computed again.
+    Tiles from num_tiles on are skipped; their result is zero.
+
+    The backward pass saves only x and the products gate(x) and up(x), and recomputes the rest.
+    The weight is applied before the last product, so that its gradient does not need the result
+    of that product.
     """
     return _swiglu_fwd(
         x_nbD, weight_nb, tile_expert_n, num_tiles, w_gate_eDF, w_up_eDF, w_down_eFD
@@ -92,17 +92,19 @@ def swiglu_adapted(
     projections: tuple[Adapted, Adapted, Adapted],
     kernels: dict[str, Any],
 ) -> jax.Array:
-    """down(weight * silu(gate(x)) * up(x)) with adapters beside the projections gate, up and down,
-    by plain products.
+    """Returns down(weight * silu(gate(x)) * up(x)) [e, b, D]; each projection may have an adapter.
 
     Args:
-      product: (rows [e, b, I], matrices [e, I, O]) -> [e, b, O]; e may be tiles, of which the
-        product knows the experts.
-      kernels: of `kernel_options`.
+      product: (rows [e, b, I], matrices [e, I, O]) -> [e, b, O].  e may be tiles, if the product
+        knows their experts.
+      x_ebD: rows of each expert or tile.
+      weight_eb: combine weights.
+      projections: gate, up and down.
+      kernels: from `kernel_options`.
 
     Raises:
-      ConfigError: kernels are asked for: they compute gate, up and what follows in one, and have
-        no place for an adapter.
+      ConfigError: expert kernels would run; they fuse gate, up and the activation, and cannot
+        apply an adapter.
     """
     implementation = kernels["implementation"]
     if implementation != ["xla"] and (implementation or kernels["device_kind"] != "cpu"):
@@ -127,7 +129,7 @@ def swiglu_adapted(
 
 
 def row_product(x_ebI: jax.Array, w_eIO: jax.Array) -> jax.Array:
-    """[e, b, O]: each expert's rows times its matrix."""
+    """Multiplies each expert's rows with its matrix, [e, b, O]."""
     return jnp.einsum("ebI,eIO->ebO", x_ebI, w_eIO)
 
 
@@ -139,12 +141,11 @@ def _gated(gate_nbF, up_nbF, weight_nb):
 def tile_matmul(
     x_nbD: jax.Array, w_eDF: jax.Array, tile_expert_n: jax.Array, num_tiles: jax.Array
 ) -> jax.Array:
-    """x[i] @ w[tile_expert_n[i]] for the first num_tiles tiles, zero for the rest: [n, b, F] in
-    x's dtype.
+    """Returns x[i] @ w[tile_expert_n[i]], [n, b, F] in x's dtype; zero from num_tiles on.
 
-    Reads each tile's weights once and does no work for the rest, where a masked `lax.ragged_dot`
-    on CPU multiplies every row with every expert.  The weight gradient accumulates tile by tile in
-    float32.
+    Reads each tile's weights once and skips the tiles from num_tiles on.  `lax.ragged_dot` on CPU
+    multiplies every row with every expert instead.  The weight gradient accumulates tile by tile
+    in float32.
     """
     return _tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles, contract_w=0)
 

@@ -1,9 +1,8 @@
-"""Router decisions as pure functions: logits -> Assignment, plus the auxiliary losses and the
-health figures.
+"""Routing as pure functions: router logits -> Assignment, auxiliary losses and health metrics.
 
-Everything here works on one routing group of T tokens and is vmapped over groups by the caller, so
-nothing depends on the mesh. Letters: T tokens of a group, k choices a token, E experts, C capacity
-per (group, expert).  Specification sections 5.1-5.4.
+Every function works on one routing group of T tokens.  The caller vmaps over groups, so nothing
+here depends on the mesh.  Letters: T tokens of a group, k choices per token, E experts, C capacity
+per (group, expert).
 """
 
 import math
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
 
-# Figures of a layer that are means over its routing groups; those of `health` are sums.
+# Metrics that are means over the routing groups of a layer; those of `health` are sums.
 LOSSES = ("aux_loss", "z_loss")
 
 # float32 epsilon: the official clamp of the top-k normaliser.
@@ -23,13 +22,13 @@ _EPSILON = 1.19e-7
 
 
 class Assignment(NamedTuple):
-    """Where each choice of each token goes; the receipt that dispatch and combine share.
+    """The expert and buffer row of each choice; dispatch and combine both use it.
 
     expert_Tk: int32, the expert that serves the choice (after recycling).
-    slot_Tk: int32, its row in that expert's buffer, unique per (expert, slot) and packed from 0; 0
-    where not kept.
-    weight_Tk: float32 combine weight, 0 where not kept.
-    is_kept_Tk: bool, whether an expert serves the choice at all.
+    slot_Tk: int32, its row in that expert's buffer, unique per expert and packed from 0; 0 if the
+      choice is not kept.
+    weight_Tk: float32 combine weight, 0 if the choice is not kept.
+    is_kept_Tk: bool, whether an expert serves the choice.
     is_recycled_Tk: bool, whether it was moved from a full expert to a free slot.
     count_E: int32, rows in use per expert.
     """
@@ -43,17 +42,17 @@ class Assignment(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The router's own wish, before any capacity: probs_TE float32 and expert_Tk int32."""
+    """The router's choice before any capacity: probs_TE float32 and expert_Tk int32."""
 
     probs_TE: jax.Array
     expert_Tk: jax.Array
 
 
 def capacity(cfg: MoeConfig, group_size: int) -> int:
-    """Rows per (group, expert): max(min_capacity, ceil(capacity_factor * k * group_size / E)), at
-    most every token.
+    """Returns C, the number of rows per (group, expert).
 
-    Dropless has room for every token.
+    It is max(min_capacity, ceil(capacity_factor * k * group_size / E)), but at most group_size.
+    Dropless has room for every token: C is group_size.
     """
     if cfg.dispatch == "dropless":
         return group_size
@@ -63,11 +62,12 @@ def capacity(cfg: MoeConfig, group_size: int) -> int:
 
 
 def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
-    """Tokens per routing group for a [batch_size, seq_len] batch; groups are runs of consecutive
-    tokens in row order.
+    """Returns the number of tokens per routing group for a [batch_size, seq_len] batch.
+
+    A group is a run of consecutive tokens in row order.
 
     Raises:
-      ConfigError: the tokens do not split into whole groups.
+      ConfigError: group_size does not divide the tokens.
     """
     size = cfg.group_size or seq_len
     if seq_len % size and (size % seq_len or batch_size * seq_len % size):
@@ -80,7 +80,7 @@ def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
 
 
 def choose(logits_TE: jax.Array, cfg: MoeConfig) -> Choice:
-    """The top-k experts of each token, from logits [T, E]; ties go to the lowest index."""
+    """Returns the top-k experts of each token from logits [T, E]; ties take the lowest index."""
     probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     return Choice(probs_TE, jax.lax.top_k(probs_TE, cfg.top_k)[1])
 
@@ -90,17 +90,22 @@ def assign(
 ) -> Assignment:
     """Applies the capacity to one group's choices.
 
-    The combine weight is the softmax probability, with `norm_topk_prob` over the sum of those of
-    the k experts chosen. Padding (`is_valid_T` false) takes no slot and gets weight 0; only
-    dropless, which has room for all, serves it like any token, as the official code does.  Choices
-    compete first come first served in choice-major order: all first choices in token order, then
-    all second choices, and so on.  What does not fit is dropped (`dispatch == "drop"`) or moved to
-    free slots (`"recycle"`; docs/model.md, Capacity): the draw is proportional to free slots,
-    without replacement, and the weight is the token's own probability of the new expert, over the
-    same normaliser as its other choices.
+    Slots are given first come, first served in choice-major order: all first choices in token
+    order, then all second choices, and so on.  Choices that do not fit are dropped
+    (`dispatch == "drop"`) or moved to free slots (`"recycle"`; docs/model.md, Capacity).  The new
+    slot is drawn uniformly from the free slots, without replacement.
+
+    The combine weight is the softmax probability of the expert.  With `norm_topk_prob` it is
+    divided by the sum over the k chosen experts.  A recycled choice has the token's probability of
+    its new expert, with the same divisor.
+
+    Padding (`is_valid_T` false) takes no slot and gets weight 0.  Dropless has room for all and
+    serves padding like any token, as the official code does.
 
     Args:
       choice: from `choose`, of one group.
+      is_valid_T: bool, False for padding.
+      cfg: config.model.moe.
       key: typed PRNG key of this (seed, step, layer, global group); only "recycle" reads it.
     """
     num_experts = cfg.num_experts
@@ -124,8 +129,7 @@ def assign(
                 expert_n, is_kept_n, is_over_n, num_slots - count_E, num_slots, T, key
             )
         expert_n = jnp.where(is_recycled_n, new_n, expert_n)
-        # Recycled rows follow the kept ones, so that the rows in use are always the first count_E
-        # of a buffer.
+        # Recycled rows follow the kept ones, so the rows in use are the first count_E of a buffer.
         moved_nE = _one_hot(expert_n, is_recycled_n, num_experts)
         slot_n = jnp.where(
             is_recycled_n,
@@ -154,11 +158,11 @@ def assign(
 
 
 def balance_loss(choice: Choice, is_valid_T: jax.Array) -> jax.Array:
-    """E * sum_e f_e * P_e of one group, float32 scalar, on the original choices.
+    """Returns E * sum_e f_e * P_e of one group, float32 scalar, for the choices before capacity.
 
-    f_e is the share of valid tokens that chose e (it sums to k) and P_e their mean probability;
-    this is both official formulas (docs/model.md, Mixture of experts).  1.0 for k = 1 when
-    perfectly balanced.
+    f_e is the share of valid tokens that chose e (the sum is k) and P_e their mean probability.
+    This equals both official formulas (docs/model.md, Mixture of experts).  Perfect balance gives
+    1.0 for k = 1.
     """
     num_experts = choice.probs_TE.shape[-1]
     chosen_TE = jax.nn.one_hot(choice.expert_Tk, num_experts, dtype=jnp.float32).sum(-2)
@@ -168,8 +172,9 @@ def balance_loss(choice: Choice, is_valid_T: jax.Array) -> jax.Array:
 
 
 def z_loss(logits_TE: jax.Array, is_valid_T: jax.Array) -> jax.Array:
-    """Mean squared log-partition of the router over valid tokens, float32 scalar (ST-MoE, arXiv
-    2202.08906, eq. 5).
+    """Returns the router's mean squared log-partition over valid tokens, float32 scalar.
+
+    ST-MoE, arXiv 2202.08906, eq. 5.
     """
     return _masked_mean(
         jax.nn.logsumexp(logits_TE.astype(jnp.float32), axis=-1)[:, None] ** 2, is_valid_T
@@ -177,13 +182,16 @@ def z_loss(logits_TE: jax.Array, is_valid_T: jax.Array) -> jax.Array:
 
 
 def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dict[str, jax.Array]:
-    """Figures of one group for the log, all float32 and sums over its valid tokens: those of
-    several groups, parts of a batch or hosts add up to those of the whole, however much padding
-    each has.  Exact up to 2^24 choices.
+    """Returns one group's metrics, float32 sums over its valid tokens.
 
-    wished_E: choices of each expert, before any capacity; served_E: choices that each expert
-    serves; recycled: choices that were moved;
-    entropy: of the router, in nats; tokens: how many.
+    The sums of several groups, micro-batches or hosts add up to those of the batch, whatever their
+    padding.  Exact up to 2^24 choices.
+
+    wished_E: choices of each expert, before any capacity.
+    served_E: choices that each expert serves.
+    recycled: choices that were moved.
+    entropy: of the router, in nats.
+    tokens: number of valid tokens.
     """
     probs_TE, num_experts = choice.probs_TE, choice.probs_TE.shape[1]
     is_valid_Tk = jnp.broadcast_to(is_valid_T[:, None], choice.expert_Tk.shape)
@@ -201,7 +209,7 @@ def health(choice: Choice, assignment: Assignment, is_valid_T: jax.Array) -> dic
 
 
 def _one_hot(expert_n: jax.Array, is_counted_n: jax.Array, num_experts: int) -> jax.Array:
-    """int32 [..., E]: 1 at each counted choice's expert."""
+    """Returns int32 [..., E]: 1 at the expert of each counted choice."""
     return jax.nn.one_hot(
         jnp.where(is_counted_n, expert_n, num_experts), num_experts, dtype=jnp.int32
     )
@@ -220,13 +228,14 @@ def _masked_mean(x_TX: jax.Array, is_valid_T: jax.Array) -> jax.Array:
 def _recycle_once(
     is_over_n: jax.Array, free_E: jax.Array, num_slots: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A shuffled list of the free slots; the i-th overflow takes the i-th.  Returns (expert [n],
-    whether it got one [n]).
+    """Gives the i-th overflow the i-th of the shuffled free slots.
+
+    Returns:
+      (expert int32 [n], whether the choice got a slot bool [n]).
     """
     num_experts = free_E.shape[0]
-    is_free_S = (jnp.arange(num_slots)[None, :] < free_E[:, None]).reshape(
-        -1
-    )  # S = every (expert, slot)
+    # S = all (expert, slot) pairs.
+    is_free_S = (jnp.arange(num_slots)[None, :] < free_E[:, None]).reshape(-1)
     order_S = jnp.argsort(jnp.where(is_free_S, jax.random.uniform(key, is_free_S.shape), 2.0))
     shuffled_expert_S = (jnp.arange(num_experts * num_slots) // num_slots)[order_S]
     rank_n = jnp.cumsum(is_over_n) - 1
@@ -243,12 +252,12 @@ def _recycle_distinct(
     num_tokens: int,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_recycle_once`, but a token never lands on an expert it already has unless nothing else
-    is free.
+    """As `_recycle_once`, but a token gets an expert twice only if no other expert is free.
 
-    Rounds of shuffled free slots: each round accepts the draws that do not repeat an expert of
-    their token, and always settles the first overflow that is left by a draw among the experts it
-    lacks, so it ends after at most one round per overflow and nearly always after three or four.
+    Draws in rounds.  Each round shuffles the free slots and accepts the draws that do not repeat
+    an expert of their token.  It also settles the first remaining overflow with a draw among the
+    experts that its token does not have.  So there are at most as many rounds as overflows, and
+    nearly always three or four.
     """
     num_experts = free_E.shape[0]
     token_n = jnp.arange(expert_n.shape[0]) % num_tokens
@@ -261,7 +270,7 @@ def _recycle_distinct(
     def one_round(state):
         new_n, is_recycled_n, is_left_n, free_E, has_TE, key = state
         key, shuffle_key, first_key = jax.random.split(key, 3)
-        # The first one left, alone: among the experts it lacks, or any free one if there is none.
+        # The first remaining overflow draws among the experts it lacks, or else any free one.
         first = jnp.argmax(is_left_n)
         lacks_E = (free_E > 0) & ~has_TE[token_n[first]]
         allowed_E = jnp.where(lacks_E.any(), lacks_E, free_E > 0)
@@ -274,7 +283,7 @@ def _recycle_distinct(
         )
         is_left_n, free_E = is_left_n.at[first].set(False), free_E.at[first_expert].add(-1)
         has_TE = has_TE.at[token_n[first], first_expert].set(True)
-        # The others, together.
+        # The other overflows draw together.
         draw_n, got_n = _recycle_once(is_left_n, free_E, num_slots, shuffle_key)
         draw_nE = _one_hot(draw_n, got_n, num_experts)
         draw_kTE = draw_nE.reshape(-1, num_tokens, num_experts)
