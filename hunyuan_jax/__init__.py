@@ -7,9 +7,14 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["from_pretrained", "presets"]
+__all__ = ["Sampling", "from_pretrained", "load", "presets"]
 
-_LAZY = {"from_pretrained": "hunyuan_jax.infer.pretrained", "presets": None}
+_LAZY = {
+    "Sampling": "hunyuan_jax.infer.settings",
+    "from_pretrained": "hunyuan_jax.infer.pretrained",
+    "load": "hunyuan_jax.infer.text",
+    "presets": None,
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,3 +26,7 @@ def __getattr__(name: str) -> Any:
         if module is None
         else getattr(importlib.import_module(module), name)
     )
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -90,7 +90,7 @@ def test_misspelled_key_is_answered_without_jax():
 def test_import_loads_nothing_large():
     large = {"jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "safetensors"}
     code = (
-        "import sys, hunyuan_jax; hunyuan_jax.presets.a52b(); "
+        "import sys, hunyuan_jax; hunyuan_jax.presets.a52b(); hunyuan_jax.Sampling(); "
         f"assert not {large} & sys.modules.keys(), {large} & sys.modules.keys()"
     )
     result = run("-c", code)

@@ -13,7 +13,7 @@ import numpy as np
 from hunyuan_jax.config import Config
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import dropless
-from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.infer.sampling import Processors
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.quant.scaled import load_params
@@ -73,9 +73,10 @@ def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -
     model = dropless(config.model)
     engine = Engine(abstract_model(model, program.mesh)[0], load_params(params, model.dtype))
     tokens_BS = program.objective.random_batch()["tokens"]
+    length_B = np.full(*tokens_BS.shape, np.int32)
     seconds = []
     for _ in range(num_runs + 2):
         start = time.perf_counter()
-        next(iter(engine.stream(tokens_BS, np.ones_like(tokens_BS), 1, Sampling(), (), 0, 0)))
+        next(iter(engine.stream(tokens_BS, length_B, 1, Processors(), (), 0, 0)))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])

@@ -10,13 +10,11 @@ from hunyuan_jax import flags
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
-
-# Without a flag and without a generation_config.json in the model's folder.
-_DEFAULTS = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.0}
+from hunyuan_jax.infer.settings import DEFAULTS, Sampling
 
 
 def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
-    where = f"generation_config.json's, else {_DEFAULTS[name]}"
+    where = f"generation_config.json's, else {DEFAULTS[name]}"
     return flags.Option(name, kind, meaning, default_meaning=where)
 
 
@@ -36,12 +34,12 @@ _MODEL = (
         "Mesh axes to spread the model over, such as expert:2,tensor:4.",
         default_meaning="one device",
     ),
-    flags.Option("max_new_tokens", int, "Stop after this many tokens.", 256),
+    flags.Option("max_new_tokens", int, "Stop after this many tokens.", Sampling.max_new_tokens),
     _sampling_option("temperature", float, "Sampling temperature; 0 is greedy."),
     _sampling_option("top_k", int, "Draw from the k most likely tokens; 0 is off."),
     _sampling_option("top_p", float, "Draw from the most likely tokens of this mass; 1 is off."),
     _sampling_option("repetition_penalty", float, "Penalty of tokens seen before; 1 is off."),
-    flags.Option("seed", int, "Random seed for sampling.", 0),
+    flags.Option("seed", int, "Random seed for sampling.", Sampling.seed),
 )
 
 
@@ -50,15 +48,10 @@ _MODEL = (
 )
 def generate(values) -> int:
     """Continues --prompt, printing as it goes."""
-    from hunyuan_jax.infer import text
-
     start, num_tokens = time.perf_counter(), 0
     with _values_are_settings():
-        pieces = text.stream(
-            *text.load(values.checkpoint, values.tokenizer, _mesh(values.mesh)),
-            values.prompt,
-            **_sampling(values),
-        )
+        sampling = _sampling(values)
+        pieces = _load(values).stream(values.prompt, sampling)
         print(values.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -80,8 +73,8 @@ def chat(values) -> int:
     from hunyuan_jax.infer import text
 
     with _values_are_settings():
-        model, vocabulary = text.load(values.checkpoint, values.tokenizer, _mesh(values.mesh))
-        conversation = text.Chat(model, vocabulary, values.system, **_sampling(values))
+        sampling = _sampling(values)
+        conversation = text.Chat(_load(values), values.system, sampling)
         for question in _questions():
             if question == "/reset":
                 conversation.reset()
@@ -127,16 +120,17 @@ def _values_are_settings() -> Iterator[None]:
         raise ConfigError(str(e)) from e
 
 
-def _sampling(values) -> dict[str, Any]:
-    """Keywords of `Pretrained.stream`: an option that is given goes before the model folder's
-    generation_config.json, and that before the default.
-    """
-    from hunyuan_jax.infer.generation_config import read_sampling
+def _sampling(values) -> Sampling:
+    """The settings of the options; those that are not given are left to the model's folder."""
+    names = ("max_new_tokens", "seed", *DEFAULTS)
+    return Sampling(**{name: getattr(values, name) for name in names})
 
-    given = {name: getattr(values, name) for name in _DEFAULTS}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = _DEFAULTS | read_sampling(values.checkpoint) | given
-    return settings | {"max_new_tokens": values.max_new_tokens, "seed": values.seed}
+
+def _load(values) -> Any:
+    """The LM of --checkpoint."""
+    from hunyuan_jax.infer import text
+
+    return text.load(values.checkpoint, tokenizer=values.tokenizer, mesh=_mesh(values.mesh))
 
 
 def _mesh(spec: str | None) -> Any:

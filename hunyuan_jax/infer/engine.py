@@ -1,6 +1,6 @@
 """Jitted prefill and decode on token ids; the engine knows nothing about text.
 
-Letters: B batch, S prompt slots, V vocabulary, N tokens of a chunk.
+Letters: B batch, S prompt slots, V vocabulary, D model, N tokens of a chunk.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from hunyuan_jax.infer import cpu_layout
-from hunyuan_jax.infer.sampling import Sampling, next_token
+from hunyuan_jax.infer.sampling import Processors, next_token
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
@@ -47,13 +47,13 @@ class State(NamedTuple):
 
 
 class DecodeArgs(NamedTuple):
-    """Traced sampling arguments.  Changing a value never recompiles; turning a processor of
-    `sampling` on or off does.
+    """Traced sampling arguments.  Changing a value never recompiles; turning a processor on or off
+    does.
 
     stop_ids: int32; fill_id: follows a stop id; key: typed PRNG key of the seed.
     """
 
-    sampling: Sampling
+    processors: Processors
     stop_ids: jax.Array
     fill_id: int
     key: jax.Array
@@ -93,9 +93,9 @@ class Engine:
     def stream(
         self,
         tokens_BS: np.ndarray,
-        mask_BS: np.ndarray,
+        length_B: np.ndarray,
         max_new_tokens: int,
-        sampling: Sampling,
+        processors: Processors,
         stop_ids: tuple[int, ...],
         fill_id: int,
         seed: int,
@@ -107,7 +107,8 @@ class Engine:
         drawn, not on the other rows.
 
         Args:
-          tokens_BS, mask_BS: prompts padded on the left; mask 0 is padding.
+          tokens_BS: int32; row b is a prompt of length_B[b] tokens, then padding.
+          length_B: at least 1.
           stop_ids: a row ends with the first of these it produces and is filled with fill_id from
             then on.
         """
@@ -116,23 +117,21 @@ class Engine:
         num_slices = cpu_layout.num_slices(self._cfg, B) if self._is_unrolled else 1
         # Padding rows, so that the batch divides over the slices and the mesh.
         num_idle = -B % (num_slices * rules.num_shards(self._mesh, "batch"))
-        tokens_BS = np.pad(tokens_BS, ((0, num_idle), (padding, 0)))
-        mask_BS = np.pad(
-            np.pad(mask_BS, ((0, 0), (padding, 0))), ((0, num_idle), (0, 0)), mode="edge"
-        )
+        tokens_BS = np.pad(tokens_BS, ((0, num_idle), (0, padding)))
+        length_B = np.pad(length_B, (0, num_idle), constant_values=1).astype(np.int32)
         row_B = np.arange(B + num_idle, dtype=np.int32)
         args = DecodeArgs(
-            sampling._replace(top_k=0),
+            processors._replace(top_k=0),
             np.asarray(stop_ids, np.int32),
             fill_id,
             jax.random.key(seed),
         )
-        options = {"args": args, "top_k": sampling.top_k}
-        num_slots = bucket(S + padding + max_new_tokens, _CACHE_BUCKET)
+        options = {"args": args, "top_k": processors.top_k}
+        num_slots = bucket(S + max(padding, max_new_tokens), _CACHE_BUCKET)
         prefill = functools.partial(self.prefill, self.params, num_slots=num_slots, **options)
         decode = functools.partial(self.decode, self._decode_params, **options)
         prompts = zip(
-            *(np.split(array, num_slices) for array in (tokens_BS, mask_BS, row_B, row_B >= B)),
+            *(np.split(array, num_slices) for array in (tokens_BS, length_B, row_B, row_B >= B)),
             strict=True,
         )
         with cpu_layout.threads(num_slices) as each:
@@ -167,7 +166,7 @@ def _prefill(
     place_cache: Callable[[Cache], Cache],
     params: dict,
     tokens_BS: jax.Array,
-    mask_BS: jax.Array,
+    length_B: jax.Array,
     row_B: jax.Array,
     is_done_B: jax.Array,
     *,
@@ -177,17 +176,20 @@ def _prefill(
 ) -> tuple[State, jax.Array]:
     """(state with the first new token, whether every row has stopped)."""
     model: Transformer = nnx.merge(graph_def, params)
-    positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=-1) - 1, 0)
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    mask_BS = (positions_BS < length_B[:, None]).astype(jnp.int32)
     cache = empty_cache(model.cfg, len(tokens_BS), num_slots)
     output = model.prefill(tokens_BS, positions_BS, mask_BS, cache)
-    logits_BV = model.logits(output.hidden_BTD[:, -1:])[:, 0]
+    last_B11 = length_B[:, None, None] - 1
+    hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
+    logits_BV = model.logits(hidden_B1D)[:, 0]
     seen_BV = None
-    if args.sampling.repetition_penalty is not None:
+    if args.processors.repetition_penalty is not None:
         seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(
             tokens_BS, mask_BS
         )
     cache = place_cache(output.cache)
-    state = State(cache, row_B, tokens_BS[:, -1], seen_BV, is_done_B, jnp.int32(0))
+    state = State(cache, row_B, tokens_BS[:, 0], seen_BV, is_done_B, jnp.int32(0))
     state = _advance(state, logits_BV, args, top_k)
     return state, state.is_done_B.all()
 
@@ -226,11 +228,11 @@ def _decode(
 
 def _advance(state: State, logits_BV: jax.Array, args: DecodeArgs, top_k: int) -> State:
     """With the token that the logits give."""
-    sampling = args.sampling._replace(top_k=top_k)
+    processors = args.processors._replace(top_k=top_k)
     key_B = jax.vmap(
         lambda row: jax.random.fold_in(jax.random.fold_in(args.key, row), state.num_drawn)
     )(state.row_B)
-    drawn_B = next_token(logits_BV, state.seen_BV, sampling, key_B)
+    drawn_B = next_token(logits_BV, state.seen_BV, processors, key_B)
     token_B = jnp.where(state.is_done_B, args.fill_id, drawn_B).astype(jnp.int32)
     seen_BV = state.seen_BV
     if seen_BV is not None:

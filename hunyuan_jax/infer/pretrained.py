@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.infer.engine import Engine
-from hunyuan_jax.infer.sampling import Sampling
+from hunyuan_jax.infer.sampling import Processors
+from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
@@ -31,8 +32,8 @@ class Pretrained:
     """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S]
     integers.
 
-    config: ModelConfig; params: nested dict of arrays, on the mesh as the rules table says;
-    routing is dropless.
+    config: ModelConfig, whose routing is dropless; mesh; params: nested dict of arrays, on the mesh
+    as the rules table says.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class Pretrained:
     ):
         self.config = dropless(config)
         self._layout = layout
-        self._mesh = single_device_mesh() if mesh is None else mesh
-        graph_def, specs = abstract_model(self.config, self._mesh)
+        self.mesh = single_device_mesh() if mesh is None else mesh
+        graph_def, specs = abstract_model(self.config, self.mesh)
         self.params = jax.device_put(params, abstract.shardings(specs))
         self._engine = Engine(graph_def, self.params)
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
@@ -144,9 +145,8 @@ class Pretrained:
                 "attention_mask has a 0 after a 1: generation continues the last token of a row, "
                 "so pad prompts on the left only."
             )
-        _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        total = ids.shape[1] + max_new_tokens
-        if total > self.config.max_position:
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        if ids.shape[1] + max_new_tokens > self.config.max_position:
             raise ValueError(
                 f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the "
                 f"{self.config.max_position} positions of the "
@@ -157,14 +157,39 @@ class Pretrained:
             if eos_token_id is None
             else np.atleast_1d(eos_token_id).tolist()
         )
-        sampling = Sampling(
-            float(temperature) if temperature else None,
-            int(top_k) if temperature else 0,
-            float(top_p) if temperature and top_p < 1 else None,
-            float(repetition_penalty) if repetition_penalty != 1 else None,
+        length_B = mask.sum(axis=1)
+        rows = [row[-length:] for row, length in zip(ids, length_B, strict=True)]
+        return self.stream_rows(rows, sampling, tuple(eos))
+
+    def stream_rows(
+        self, rows: Sequence[Sequence[int]], sampling: Sampling, stop_ids: tuple[int, ...]
+    ) -> Iterator[np.ndarray]:
+        """Yields int32 [B] tokens that continue rows of ids, until every row has ended.
+
+        Args:
+          rows: each at least one id, in any lengths.
+          sampling: resolved; its stop_ids are not read.
+          stop_ids: a row ends with the first of these, and is filled with the padding id.
+        """
+        length_B = np.array([len(row) for row in rows])
+        tokens_BS = np.zeros((len(rows), length_B.max()), np.int32)
+        for tokens_S, row in zip(tokens_BS, rows, strict=True):
+            tokens_S[: len(row)] = row
+        is_drawn = sampling.temperature > 0
+        processors = Processors(
+            sampling.temperature if is_drawn else None,
+            sampling.top_k if is_drawn else 0,
+            sampling.top_p if is_drawn and sampling.top_p < 1 else None,
+            sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
         )
         return self._engine.stream(
-            ids, mask, max_new_tokens, sampling, tuple(eos), self._fill_id(), seed
+            tokens_BS,
+            length_B,
+            sampling.max_new_tokens,
+            processors,
+            stop_ids,
+            self._fill_id(),
+            sampling.seed,
         )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -178,7 +203,7 @@ class Pretrained:
 
     def _filled_up(self, array_BS: np.ndarray, value: int = 0) -> np.ndarray:
         """With rows of `value` that make the batch divide over the mesh."""
-        num_idle = -len(array_BS) % rules.num_shards(self._mesh, "batch")
+        num_idle = -len(array_BS) % rules.num_shards(self.mesh, "batch")
         return np.pad(array_BS, ((0, num_idle), (0, 0)), constant_values=value)
 
     def _fill_id(self) -> int:
@@ -271,20 +296,3 @@ def _like(name: str, value: Any, ids_BS: np.ndarray, default: np.ndarray | None)
             f"{name} has shape {array.shape}; it must match input_ids, {ids_BS.shape}."
         )
     return array.astype(np.int32)
-
-
-def _check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
-) -> None:
-    for is_ok, message in (
-        (max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens} must be at least 1."),
-        (temperature >= 0, f"temperature = {temperature} must not be negative; 0 is greedy."),
-        (top_k >= 0, f"top_k = {top_k} must not be negative; 0 is off."),
-        (0 < top_p <= 1, f"top_p = {top_p} must be in (0, 1]; 1 is off."),
-        (
-            repetition_penalty > 0,
-            f"repetition_penalty = {repetition_penalty} must be positive; 1 is off.",
-        ),
-    ):
-        if not is_ok:
-            raise ValueError(message)

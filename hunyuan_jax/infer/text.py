@@ -1,52 +1,264 @@
-"""Text in, text out: a tokenizer around `Pretrained.stream`, and a conversation around that."""
+"""`load`: a model with its tokenizer, for text in and text out; and a conversation with it."""
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.infer import pretrained
 from hunyuan_jax.infer.pretrained import Pretrained
+from hunyuan_jax.infer.score import Scorer
+from hunyuan_jax.infer.settings import Sampling, read_sampling
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from hunyuan_jax.weights.open import open_model
+from hunyuan_jax.weights.storage import Place
+
+# A text, or its token ids.
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote.
+
+    text: without stop ids and special tokens; token_ids: all new tokens, the stop id included;
+    finish_reason: "stop" after a stop id, "length" where max_new_tokens or the model's positions
+    ended it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+class LM:
+    """A model with its tokenizer.
+
+    Where a method takes `prompts`, it takes one prompt or a list of prompts in any lengths, and
+    returns one result or a list.  A prompt is a text or a list of token ids.  A text is encoded
+    without a bos, and the names of special tokens in it are plain text.
+
+    model: Pretrained; tokenizer: Tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        tokenizer: Tokenizer,
+        recommended: Mapping[str, float | int] | None = None,
+    ):
+        """`recommended`: sampling settings of the model's folder, of `read_sampling`."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self._recommended = recommended or {}
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None
+    ) -> Completion | list[Completion]:
+        """Continues each prompt.
+
+        With temperature 0 a prompt's tokens are the same alone and in a list; else they depend on
+        the seed and the prompt's place in the list.
+
+        Args:
+          prompts: see `LM`.
+          sampling: None is Sampling().
+
+        Raises:
+          ValueError: a prompt that is empty, leaves no position free or holds an unknown id.
+        """
+        rows, is_single = self._rows(prompts, num_new=1)
+        sampling, stop_ids = self._resolved(sampling)
+        limit_B = [min(sampling.max_new_tokens, self._max_position - len(row)) for row in rows]
+        longest = dataclasses.replace(sampling, max_new_tokens=max(limit_B))
+        tokens_BN = np.stack(list(self.model.stream_rows(rows, longest, stop_ids)), axis=1)
+        completions = [
+            self._completion(tokens_N[:limit].tolist(), stop_ids)
+            for tokens_N, limit in zip(tokens_BN, limit_B, strict=True)
+        ]
+        return completions[0] if is_single else completions
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """Pieces of the text that continues one prompt, one a token, never half a character; errors
+        as in `generate`, at the call.
+        """
+        row = self._row("the prompt", prompt, num_new=1)
+        sampling, stop_ids = self._resolved(sampling)
+        room = self._max_position - len(row)
+        limited = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        tokens = self.model.stream_rows([row], limited, stop_ids)
+        return _texts(tokens, StreamDecoder(self.tokenizer, skip_special=True), stop_ids)
+
+    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Completion:
+        """Answers a conversation, a list of {"role", "content"}, by the model's chat template.
+
+        Raises:
+          ValueError: as `chat_ids` and `generate`.
+        """
+        return self.generate(self.chat_ids(messages), sampling)
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of the conversation by the model's chat template (`render_chat`), ready to be
+        answered.  Contents never become control tokens.
+
+        Raises:
+          ConfigError: the tokenizer has neither a chat template nor chat tokens.
+          ValueError: malformed messages, or an assistant's turn at the end.
+        """
+        if self._chat_fault:
+            raise ConfigError(
+                f"this tokenizer cannot chat: {self._chat_fault}; use `generate`, or pass "
+                "tokenizer=FILE with chat tokens."
+            )
+        ids = render_chat(messages, self.tokenizer)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(
+                "messages end with an assistant's turn, which leaves nothing to answer; add a "
+                "user's turn."
+            )
+        return ids
+
+    def logprobs(self, prompts: Prompt | Sequence[Prompt]) -> np.ndarray | list[np.ndarray]:
+        """log p in nats of each token given those before it, float32 [tokens - 1] for each prompt:
+        entry i is that of token i + 1.
+
+        Raises:
+          ValueError: a prompt that is empty, too long or holds an unknown id.
+        """
+        rows, is_single = self._rows(prompts)
+        found = self._scorer.logprobs(rows)
+        return found[0] if is_single else found
+
+    def router_stats(self, prompts: Prompt | Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """How the routers spread the tokens of all prompts together: float32 by layer L and expert
+        E.
+
+        demand_LE: share of a layer's choices that name the expert; load_LE: share of the served
+        choices that it serves, which is the same without a capacity; entropy_L: mean entropy of
+        the router's probabilities in nats.
+
+        Raises:
+          ValueError: a dense model, and as `logprobs`.
+        """
+        if not self.model.config.is_moe:
+            raise ValueError(
+                "router_stats needs a mixture of experts; this model is dense (num_experts = 1)."
+            )
+        return self._scorer.router_stats(self._rows(prompts)[0])
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model)
+
+    @functools.cached_property
+    def _chat_fault(self) -> str | None:
+        """Why no chat can be written with this tokenizer, or None."""
+        if self.tokenizer.chat_template is not None:
+            return None
+        try:
+            render_chat([{"role": "user", "content": "?"}], self.tokenizer)
+        except ValueError as e:
+            return str(e)
+        return None
+
+    @property
+    def _max_position(self) -> int:
+        return self.model.config.max_position
+
+    def _resolved(self, sampling: Sampling | None) -> tuple[Sampling, tuple[int, ...]]:
+        """(settings without None but for stop_ids, the stop ids)."""
+        if not isinstance(sampling, Sampling | None):
+            raise TypeError(f"sampling = {sampling!r} must be a hunyuan_jax.Sampling(...).")
+        resolved = (sampling or Sampling()).resolved(self._recommended)
+        stop_ids = resolved.stop_ids
+        if stop_ids is None:
+            stop_ids = sorted({*self.tokenizer.stop_ids, *self.model.config.eos_token_ids})
+        return resolved, tuple(stop_ids)
+
+    def _rows(
+        self, prompts: Prompt | Sequence[Prompt], num_new: int = 0
+    ) -> tuple[list[list[int]], bool]:
+        """(token ids of each prompt, whether `prompts` is a single one)."""
+        if isinstance(prompts, str):
+            return [self._row("the prompt", prompts, num_new)], True
+        prompts = list(prompts)
+        if not prompts:
+            raise ValueError("prompts is empty; pass at least one text or list of token ids.")
+        if not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0:
+            return [self._row("the prompt", prompts, num_new)], True
+        rows = [self._row(f"prompt {i}", prompt, num_new) for i, prompt in enumerate(prompts)]
+        return rows, False
+
+    def _row(self, name: str, prompt: Prompt, num_new: int) -> list[int]:
+        """The ids of a prompt that leaves num_new positions free; `name` is for errors."""
+        if isinstance(prompt, str):
+            ids = np.array(self.tokenizer.encode(prompt), np.int64)
+        else:
+            ids = np.asarray(prompt)
+        if not ids.size:
+            raise ValueError(f"{name} is empty; it must have at least one token.")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{name} = {reprlib.repr(prompt)} must be a text or a list of token ids."
+            )
+        if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(
+                f"{name} holds the id {wrong}; ids are 0 to {self.model.config.vocab_size - 1}."
+            )
+        if len(ids) + num_new > self._max_position:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; at most {self._max_position - num_new} fit into "
+                f"the {self._max_position} positions of the model"
+                + (f" with {num_new} new" if num_new else "")
+                + ". Shorten it."
+            )
+        return ids.tolist()
+
+    def _completion(self, token_ids: list[int], stop_ids: tuple[int, ...]) -> Completion:
+        end = next((i for i, token in enumerate(token_ids) if token in stop_ids), None)
+        text = self.tokenizer.decode(token_ids[:end], skip_special=True)
+        if end is None:
+            return Completion(text, tuple(token_ids), "length")
+        return Completion(text, tuple(token_ids[: end + 1]), "stop")
 
 
 def load(
-    checkpoint: str | os.PathLike, tokenizer: str | None = None, mesh: Mesh | None = None
-) -> tuple[Pretrained, Tokenizer]:
-    """A model and its tokenizer.
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
+    tokenizer: str | None = None,
+) -> LM:
+    """Loads a model with its tokenizer and the sampling settings that its folder recommends.
 
     Args:
-      checkpoint, mesh: as for `from_pretrained`.
+      path, dtype, mesh, adapter: as for `from_pretrained`.
       tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
         the model folder.
 
     Raises:
       ConfigError: no model there, or no tokenizer that fits it.
     """
-    opened = open_model(checkpoint)
+    opened = open_model(path, dtype)
     vocabulary = load_tokenizer(tokenizer or opened.tokenizer_folder)
     if vocabulary.vocab_size > opened.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "
             "pass the one it was trained with."
         )
-    return pretrained.load(opened, mesh), vocabulary
-
-
-def stream(
-    model: Pretrained, vocabulary: Tokenizer, prompt: str, **sampling: Any
-) -> Iterator[str]:
-    """Pieces of text that continue `prompt`, one a token, never half a character; `sampling`:
-    keywords of `Pretrained.stream`.
-    """
-    # No bos: the prompt is continued as a passage from the middle of a document, which most of the
-    # training rows are.
-    return _decoded(model, vocabulary, vocabulary.encode(prompt), **sampling)
+    recommended = read_sampling(Place(user_path(os.fspath(path))))
+    return LM(pretrained.load(opened, mesh, adapter), vocabulary, recommended)
 
 
 class Chat:
@@ -55,24 +267,16 @@ class Chat:
     messages: what was said so far, {"role", "content"} each.
     """
 
-    def __init__(
-        self, model: Pretrained, vocabulary: Tokenizer, system: str = "", **sampling: Any
-    ):
-        """`sampling`: keywords of `Pretrained.stream`; max_new_tokens is for each answer.
+    def __init__(self, lm: LM, system: str = "", sampling: Sampling | None = None):
+        """`sampling`: of each answer.
 
         Raises:
-          ConfigError: the tokenizer has no chat tokens.
+          ConfigError: the tokenizer has neither a chat template nor chat tokens.
         """
-        self._model, self._vocabulary, self._sampling = model, vocabulary, sampling
+        self._lm, self._sampling = lm, sampling
         self._opening = [{"role": "system", "content": system}] if system else []
         self.reset()
-        try:
-            render_chat([{"role": "user", "content": "?"}], vocabulary)
-        except ValueError as e:
-            raise ConfigError(
-                f"this tokenizer cannot chat: {e}; use `generate`, or pass --tokenizer=FILE with "
-                "chat tokens."
-            ) from e
+        lm.chat_ids([*self.messages, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
@@ -83,25 +287,16 @@ class Chat:
         conversation remembers.
 
         Raises:
-          ValueError: the conversation fills the model's positions, or bad sampling settings; the
-            question is then forgotten.
+          ValueError: the conversation fills the model's positions; the question is then forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
-        ids = render_chat(asked, self._vocabulary)
-        room = self._model.config.max_position - len(ids)
-        if room < 1:
+        ids = self._lm.chat_ids(asked)
+        if len(ids) >= self._lm.model.config.max_position:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, the model "
-                f"{self._model.config.max_position} positions; /reset starts a new one."
+                f"{self._lm.model.config.max_position} positions; /reset starts a new one."
             )
-        wanted = self._sampling.get("max_new_tokens", 256)
-        pieces = _decoded(
-            self._model,
-            self._vocabulary,
-            ids,
-            **self._sampling | {"max_new_tokens": min(wanted, room)},
-        )
-        return self._remembered(asked, pieces)
+        return self._remembered(asked, self._lm.stream(ids, self._sampling))
 
     def _remembered(self, asked: list[dict[str, str]], pieces: Iterator[str]) -> Iterator[str]:
         said = []
@@ -113,17 +308,10 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
 
 
-def _decoded(
-    model: Pretrained, vocabulary: Tokenizer, ids: list[int], **sampling: Any
+def _texts(
+    tokens: Iterator[np.ndarray], decoder: StreamDecoder, stop_ids: tuple[int, ...]
 ) -> Iterator[str]:
-    stop_ids = {*vocabulary.stop_ids, *model.config.eos_token_ids}
-    tokens = model.stream(
-        np.array([ids]), eos_token_id=sorted(stop_ids), **sampling
-    )  # refuses bad arguments here, not later
-    return _texts(tokens, StreamDecoder(vocabulary, skip_special=True))
-
-
-def _texts(tokens: Iterator[np.ndarray], decoder: StreamDecoder) -> Iterator[str]:
     for token_B in tokens:
-        yield decoder.push(int(token_B[0]))
+        token_id = int(token_B[0])
+        yield "" if token_id in stop_ids else decoder.push(token_id)
     yield decoder.finish()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from hunyuan_jax import cli, from_pretrained
+from hunyuan_jax import Sampling, cli, from_pretrained
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
@@ -248,19 +248,18 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talker(ranks):
-    vocabulary = load_tokenizer(ranks)
     config = small(
         num_layers=2, vocab_size=466, max_position=128, eos_token_ids=(), pad_token_id=-1
     )
-    return Pretrained(config, random_params(config)), vocabulary
+    return text.LM(Pretrained(config, random_params(config)), load_tokenizer(ranks))
 
 
 def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
-    chat = text.Chat(*talker, "Be brief.", max_new_tokens=5, temperature=0.0)
+    chat = text.Chat(talker, "Be brief.", Sampling(max_new_tokens=5, temperature=0))
     answer = "".join(chat.ask("Hello"))
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
     assert chat.messages[-1]["content"] == answer
-    model, vocabulary = talker
+    model, vocabulary = talker.model, talker.tokenizer
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     ids = render_chat(asked, vocabulary)
     expected = model.generate([ids], max_new_tokens=5, eos_token_id=vocabulary.stop_ids)[
@@ -282,7 +281,7 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
 
 def test_a_tokenizer_without_chat_tokens_is_refused(talker):
     with pytest.raises(ConfigError, match="this tokenizer cannot chat: .*use `generate`"):
-        text.Chat(talker[0], load_tokenizer("byte"))
+        text.Chat(text.LM(talker.model, load_tokenizer("byte")))
 
 
 def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
@@ -294,7 +293,7 @@ def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
 
 
 def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monkeypatch, capsys):
-    talker[0].save_pretrained(tmp_path)
+    talker.model.save_pretrained(tmp_path)
     shutil.copy(ranks, tmp_path)
     command = [
         "chat",
@@ -304,7 +303,7 @@ def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monke
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\nHello\n"))
     assert cli.run(command) == 0
-    chat = text.Chat(*talker, max_new_tokens=4, temperature=0.0)
+    chat = text.Chat(talker, sampling=Sampling(max_new_tokens=4, temperature=0))
     first, second = "".join(chat.ask("Hello")), "".join(chat.ask("Hello"))
     assert capsys.readouterr().out == f"{first}\n{first}\n{second}\n"
     for option, message in (
@@ -321,8 +320,8 @@ def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monke
 
 
 def test_the_folders_eos_goes_before_that_of_its_config(talker, tmp_path):
-    talker[0].save_pretrained(tmp_path)
-    own = talker[0].config.eos_token_ids
+    talker.model.save_pretrained(tmp_path)
+    own = talker.model.config.eos_token_ids
     assert from_pretrained(tmp_path).config.eos_token_ids == own != (9, 3)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 3]}')
     assert from_pretrained(tmp_path).config.eos_token_ids == (9, 3)

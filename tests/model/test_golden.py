@@ -562,7 +562,7 @@ def test_sampling_processors():
     golden = goldens.load("generate")
     raw_BV, prefix_BS = golden["sampling.raw"], golden["sampling.prefix"]
     seen_BV = np.isin(np.arange(raw_BV.shape[1]), prefix_BS)[None]
-    how = sampling.Sampling(temperature=0.7, top_k=20, top_p=0.6, repetition_penalty=1.05)
+    how = sampling.Processors(temperature=0.7, top_k=20, top_p=0.6, repetition_penalty=1.05)
     ours_BV, expected_BV = (
         np.asarray(sampling.process(raw_BV, seen_BV, how)),
         golden["sampling.processed"],
@@ -574,7 +574,7 @@ def test_sampling_processors():
     # The recorded row keeps likely tokens only; the penalty makes unlikely ones, with a negative
     # logit, less likely too.
     penalised_BV = np.asarray(
-        sampling.process(raw_BV, seen_BV, sampling.Sampling(repetition_penalty=1.05))
+        sampling.process(raw_BV, seen_BV, sampling.Processors(repetition_penalty=1.05))
     )
     assert (raw_BV[seen_BV] < 0).any() and (raw_BV[seen_BV] > 0).any()
     assert (penalised_BV[seen_BV] < raw_BV[seen_BV]).all()

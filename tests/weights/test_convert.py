@@ -663,7 +663,7 @@ def test_bad_labels_are_refused(model, labels, message):
             {"max_new_tokens": 62},
             r"3 prompt tokens \+ max_new_tokens = 62 exceed the 64 positions",
         ),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 must be an integer of at least 1"),
         ({"temperature": -0.1}, "temperature = -0.1"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"top_k": -1}, "top_k = -1"),

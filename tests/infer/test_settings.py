@@ -2,14 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hunyuan_jax import cli
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import text
-from hunyuan_jax.infer.generation_config import read_sampling
+from hunyuan_jax.infer.settings import DEFAULTS, Sampling, read_sampling
+from hunyuan_jax.weights.storage import Place
 
-DEFAULTS = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.0}
 STATED = {"temperature": 0.7, "top_k": 5, "top_p": 0.6, "repetition_penalty": 1.05}
 GIVEN = {"temperature": 0.1, "top_k": 7, "top_p": 0.5, "repetition_penalty": 1.2}
 
@@ -21,16 +22,17 @@ def used(monkeypatch, tmp_path):
     def run(stated, *options):
         if stated is not None:
             (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-        seen = {}
+        given = []
 
-        def stream(model, vocabulary, prompt, **sampling):
-            seen.update(sampling)
-            return iter(())
+        class Model:
+            def stream(self, prompt, sampling):
+                given.append(sampling)
+                return iter(())
 
-        monkeypatch.setattr(text, "load", lambda *_: (None, None))
-        monkeypatch.setattr(text, "stream", stream)
+        monkeypatch.setattr(text, "load", lambda *_, **__: Model())
         assert cli.run(["generate", f"--checkpoint={tmp_path}", "--prompt=x", *options]) == 0
-        return {name: seen[name] for name in DEFAULTS}
+        resolved = given[0].resolved(read_sampling(Place(tmp_path)))
+        return {name: getattr(resolved, name) for name in DEFAULTS}
 
     return run
 
@@ -77,4 +79,30 @@ def test_greedy_folders_and_top_k_off(used):
 def test_a_bad_file_is_named(tmp_path, stated, message):
     (tmp_path / "generation_config.json").write_text(stated)
     with pytest.raises(ConfigError, match=rf"generation_config\.json.*{message}"):
-        read_sampling(tmp_path)
+        read_sampling(Place(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 must be an integer of at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens = None must be an integer"),
+        ({"temperature": -1}, "temperature = -1 must be a number that is not negative; 0 is"),
+        ({"temperature": float("nan")}, "temperature = nan must be a number"),
+        ({"temperature": float("inf")}, "temperature = inf must be finite"),
+        ({"top_k": 2.5}, "top_k = 2.5 must be an integer"),
+        ({"top_p": 0}, r"top_p = 0 must be in \(0, 1\]; 1 is off"),
+        ({"repetition_penalty": "a lot"}, "repetition_penalty = 'a lot' must be a positive"),
+        ({"seed": True}, "seed = True must be an integer"),
+        ({"stop_ids": "2"}, "stop_ids = '2' must be token ids"),
+        ({"stop_ids": [2, -3]}, r"stop_ids = \[2, -3\] must be token ids, none of them negative"),
+    ],
+)
+def test_a_bad_setting_is_named_when_it_is_built(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**fields)
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampling = Sampling(max_new_tokens=np.int64(3), top_p=np.float32(0.5), stop_ids=np.int32(7))
+    assert sampling == Sampling(max_new_tokens=3, top_p=0.5, stop_ids=(7,))
