@@ -88,7 +88,9 @@ def test_settings_come_from_the_call_then_the_folder_then_the_default(moe, workd
     assert drawn != moe.generate(TEXTS, Sampling(**given | {"seed": 4}))
     lm = hunyuan_jax.load(workdir)
     default = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.0}
-    assert lm.generate("def", Sampling(**given)) == lm.generate("def", Sampling(**given, **default))
+    assert lm.generate("def", Sampling(**given)) == lm.generate(
+        "def", Sampling(**given, **default)
+    )
 
 
 def test_the_stop_ids_are_those_of_tokenizer_and_model(moe, monkeypatch):
