@@ -32,8 +32,8 @@ class Pretrained:
     """A model with its weights.  `input_ids` and friends are anything numpy accepts, [B, S]
     integers.
 
-    config: ModelConfig, whose routing is dropless; mesh; params: nested dict of arrays, on the mesh
-    as the rules table says.
+    config: ModelConfig, whose routing is dropless; mesh: where the arrays lie; params: nested dict
+    of arrays, on the mesh as the rules table says.
     """
 
     def __init__(

@@ -88,8 +88,8 @@ class LM:
         return completions[0] if is_single else completions
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Pieces of the text that continues one prompt, one a token, never half a character; errors
-        as in `generate`, at the call.
+        """Yields pieces of the text that continues one prompt, one a token, never half a
+        character.  Errors are those of `generate`, raised at the call.
         """
         row = self._row("the prompt", prompt, num_new=1)
         sampling, stop_ids = self._resolved(sampling)

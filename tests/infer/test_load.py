@@ -1,5 +1,5 @@
-"""`hunyuan_jax.load` as a user calls it: texts and ids, alone and in batches, chats, scores, and what
-it answers to mistakes.
+"""`hunyuan_jax.load` as a user calls it: texts and ids, alone and in batches, chats, scores, and
+what it answers to mistakes.
 """
 
 import dataclasses
