@@ -116,11 +116,11 @@ def test_ranges_are_exact(case, by_query):
     )
     assert ((start <= index) & (index < stop) | ~visible.any((3, 4))).all()
     assert visible.all((3, 4))[(full_start <= index) & (index < full_stop)].all()
-    # Exact where each document is one run: nothing is visited in vain, apart from blocks that end
-    # one document and begin another.
-    assert ((start <= index) & (index < stop)).sum() <= visible.any((3, 4)).sum() * 1.5 + len(
-        position
-    ) // 32
+    # A block that holds a document's end and padding spans every segment, so blocks may visit it,
+    # and those before it, in vain.  Without padding nothing is.
+    if case.padding == 0:
+        visited = (start <= index) & (index < stop)
+        np.testing.assert_array_equal(visited, visible.any((3, 4)))
 
 
 def test_blocks_that_nothing_sees_are_not_read():
