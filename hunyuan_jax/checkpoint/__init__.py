@@ -1,1 +1,1 @@
-"""Checkpoints of a run, by orbax."""
+"""Saves and restores the checkpoints of a run, with orbax."""

@@ -1,8 +1,6 @@
-"""What vouches for a checkpoint: its manifest, with what the run was and the size and checksum of
-every file.
+"""The manifest of a checkpoint: facts about its run, and the size and checksum of every file.
 
-checkpoints/STEP/manifest.json is written when all other files of the step are there, and nothing
-is written to the step after it.  Imports no jax.
+checkpoints/STEP/manifest.json is the last file written to a step.  Imports no jax.
 """
 
 import concurrent.futures
@@ -20,20 +18,19 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import write_whole
 
 FILE = "manifest.json"
-FORMAT = 2  # of what is written; checkpoints without a format are of format 1, see store.py
+FORMAT = 2  # of new checkpoints; those without a format have format 1, see store.py
 
-# What may not change between the runs of a workdir: the model, the text, the objective, what
-# decides the order of the batches.
+# Fields that may not change between the runs of a workdir: the model, the text, the objective, and
+# whatever decides the order of the batches.
 _FIXED_SECTIONS = ("model", "data", "objective")
 _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
 
 _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
-_NUM_THREADS = 4  # that read files; hashing leaves the interpreter to others
+_NUM_THREADS = 4  # for reading and hashing files; hashing releases the GIL
 _BLOCK_BYTES = 2**22
 
-Facts = dict[
-    str, Any
-]  # what `facts` returns; a manifest is that and "files": {name: [bytes, checksum]}
+# The result of `facts`.  A manifest also has "files": {name: [bytes, checksum]}.
+Facts = dict[str, Any]
 
 
 def facts(
@@ -80,8 +77,9 @@ def require_known_format(facts: Facts, where: str) -> None:
 
 
 def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Those fields of a config, as a nested dict, that may not change during a run: dotted name ->
-    value.
+    """Returns {dotted name: value} of the fields that may not change during a run.
+
+    values: a config as a nested dict.
     """
     found = {
         name: value
@@ -94,11 +92,12 @@ def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
-    """Checks the `fixed_fields` of an earlier run, `old`, against a config; `where` is the
-    beginning of the message.
+    """Compares the `fixed_fields` of an earlier run, `old`, with a config.
+
+    where: beginning of the error message.
 
     Raises:
-      ConfigError: one differs, naming the first.
+      ConfigError: a field differs; the message names the first.
     """
     new = json.loads(json.dumps(fixed_fields(to_dict(config))))
     # A run from before there was a field had what is its default today.
@@ -127,8 +126,9 @@ def files(folder: Path) -> dict[str, int]:
 
 
 def share(sizes: dict[str, int], index: int, count: int) -> list[str]:
-    """The files that process `index` of `count` takes care of: all take about as many bytes, and
-    each file is taken once.
+    """Returns the files that process `index` of `count` handles.
+
+    Each file belongs to one process, and all processes have about the same number of bytes.
     """
     loads, taken = [0] * count, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -140,7 +140,7 @@ def share(sizes: dict[str, int], index: int, count: int) -> list[str]:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, list]:
-    """name -> [bytes, checksum] of files, as a manifest holds them."""
+    """Returns {name: [bytes, checksum]} of files, as in a manifest."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         return dict(
@@ -149,7 +149,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, list]:
 
 
 def problem(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
-    """What is wrong with the files `names` of a step, None if they are those of the manifest."""
+    """Returns what is wrong with the files `names` of a step; None if they match the manifest."""
     for name in names:
         size = manifest["files"][name][0]
         if not (folder / name).is_file():
@@ -167,10 +167,10 @@ def problem(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> str
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a step, None if it has none.
+    """Returns the manifest of a step; None if it has none.
 
     Raises:
-      ValueError: there is one that is damaged.
+      ValueError: the manifest is damaged.
     """
     try:
         return parse((folder / FILE).read_bytes())
@@ -179,10 +179,10 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The manifest in the bytes of its file.
+    """Parses the bytes of a manifest.
 
     Raises:
-      ValueError: they are not what `write` wrote.
+      ValueError: its checksum does not match.
     """
     try:
         manifest = json.loads(data)
@@ -195,15 +195,20 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes a step's manifest, with its own checksum, whole or not at all."""
+    """Writes a step's manifest atomically, with its own checksum."""
     write_whole(
         folder / FILE, json.dumps(manifest | {"checksum": _digest_of(manifest)}, indent=1).encode()
     )
 
 
 def kept(losses: dict[int, float | None], keep: int, keep_every: int, keep_best: int) -> set[int]:
-    """Which steps stay, of {step: validation loss or None}; the arguments are fields of
-    config.checkpoint.
+    """Returns the steps to keep.
+
+    Args:
+      losses: {step: validation loss or None} of all steps.
+      keep: number of newest steps; this and the others are fields of config.checkpoint.
+      keep_every: multiples of it are kept; 0 keeps none.
+      keep_best: number of steps with the lowest validation loss.
     """
     steps = sorted(losses)
     best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
@@ -217,9 +222,8 @@ def kept(losses: dict[int, float | None], keep: int, keep_every: int, keep_best:
 def _versions() -> dict[str, str]:
     versions = {}
     for name in _PACKAGES:
-        with contextlib.suppress(
-            importlib.metadata.PackageNotFoundError
-        ):  # this package itself need not be installed
+        # This package itself may run from a checkout without being installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
 

@@ -1,9 +1,8 @@
-"""A second copy of the finished checkpoints, in a bucket or on any other filesystem that fsspec
-knows: URL/STEP/...
+"""Mirrors the finished checkpoints to a bucket or another fsspec file system: URL/STEP/...
 
-Uploads run in the background, and never stop the run: what cannot be uploaded after some attempts
-is left out with a warning.  A step is complete there when its manifest is, which is written last.
-Each process takes a share of the files.  Imports no jax.
+Uploads run in the background and never stop the run.  A step whose upload fails in every attempt
+is skipped with a warning.  The manifest is uploaded last: a step with a manifest is complete.
+Each process uploads a share of the files.  Imports no jax.
 """
 
 import posixpath
@@ -19,11 +18,11 @@ from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.config import CheckpointConfig
 from hunyuan_jax.errors import ConfigError
 
-_ATTEMPTS = 8  # with the pauses below: two minutes
-_PATIENCE = 4  # attempts before the user is told: 7 s
+_ATTEMPTS = 8  # about two minutes with the pauses below
+_PATIENCE = 4  # failed attempts before a warning: 7 s
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts, doubled each time
 _POLL_SECONDS = 1.0
-_PEER_SECONDS = 3600.0  # for the other processes to upload their share
+_PEER_SECONDS = 3600.0  # longest wait for the other processes to upload their share
 
 Result = TypeVar("Result")
 
@@ -33,7 +32,7 @@ class MirrorError(ConfigError):
 
 
 class Mirror:
-    """The copy of one run's checkpoints.  Every process of a run makes one."""
+    """The mirror of one run's checkpoints.  Every process of a run creates one."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class Mirror:
         """Connects to cfg.mirror; `folder` holds the local steps; process `index` of `count`.
 
         Raises:
-          ConfigError: no such filesystem.
+          ConfigError: the file system is unknown or its package is not installed.
         """
         self._cfg, self._folder, self._index, self._count = cfg, folder, index, count
         self._report = report
@@ -59,10 +58,10 @@ class Mirror:
     # --- What is there
 
     def steps(self) -> list[int]:
-        """Complete steps, rising.
+        """Returns the complete steps, in rising order.
 
         Raises:
-          MirrorError: it cannot be read.
+          MirrorError: the mirror cannot be read.
         """
         return [
             step
@@ -71,22 +70,24 @@ class Mirror:
         ]
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a complete step.
+        """Returns the manifest of a complete step.
 
         Raises:
-          ValueError: it is damaged.
-          MirrorError: it cannot be read.
+          ValueError: the manifest is damaged.
+          MirrorError: the mirror cannot be read.
         """
         return manifest_lib.parse(
             self._attempt(lambda: self._fs.cat_file(self._path(step, manifest_lib.FILE)))
         )
 
     def download(self, step: int, target: Path) -> str | None:
-        """Copies this process' share of a complete step's files to a folder; what is wrong with
-        them, or None.
+        """Downloads this process' share of a complete step's files to a folder.
+
+        Returns:
+          What is wrong with the files, or None.
 
         Raises:
-          MirrorError: it cannot be read.
+          MirrorError: the mirror cannot be read.
         """
         try:
             manifest = self.manifest(step)
@@ -104,9 +105,7 @@ class Mirror:
         return manifest_lib.problem(target, manifest, names)
 
     def set_aside(self, step: int) -> str:
-        """Renames a damaged step, so that nothing takes it for a good one; returns its new
-        address.
-        """
+        """Renames a damaged step so that it is not restored; returns its new address."""
         target = next(
             name
             for n in range(1, 1000)
@@ -118,23 +117,23 @@ class Mirror:
     # --- Uploading
 
     def remove_incomplete(self) -> None:
-        """Removes what interrupted uploads left; for one process, while none uploads."""
+        """Removes interrupted uploads.  One process calls it, while no process uploads."""
         for step in set(self._all_steps()) - set(self.steps()):
             self._attempt(lambda step=step: self._rm(self._path(step)))
 
     def start(self, steps: list[int]) -> None:
-        """Begins to upload; those of the finished local `steps` that are not there come first."""
+        """Starts the upload thread; first it uploads the local `steps` that the mirror lacks."""
         for step in sorted(set(steps) - set(self.steps()) - set(self._queue.queue)):
             self._queue.put(step)
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
     def add(self, step: int) -> None:
-        """A local step is finished, or will be: uploads it when its manifest is there."""
+        """Queues a local step; it is uploaded when its manifest exists."""
         self._queue.put(step)
 
     def close(self) -> None:
-        """Waits until all is uploaded, or given up."""
+        """Waits until every queued step is uploaded or skipped."""
         if self._thread:
             self._queue.put(None)
             self._thread.join()
@@ -171,7 +170,11 @@ class Mirror:
             self._delete_old(step, manifest)
 
     def _local_manifest(self, folder: Path) -> dict[str, Any]:
-        """Of a step that process 0 may still be finishing."""
+        """Waits for the manifest of a step, which process 0 may still be writing.
+
+        Raises:
+          FileNotFoundError: the step was deleted, or process 0 took too long.
+        """
         deadline = time.monotonic() + _PEER_SECONDS
         while folder.is_dir() and time.monotonic() < deadline:
             if manifest := manifest_lib.read(folder):
@@ -180,7 +183,7 @@ class Mirror:
         raise FileNotFoundError(folder)
 
     def _put(self, source: Path, target: str) -> None:
-        """Uploads one file; a copy of another size is an error."""
+        """Uploads one file and checks the size of the copy."""
         if not source.is_file():
             raise _GoneError(source)
         self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
@@ -190,7 +193,7 @@ class Mirror:
             raise OSError(f"{target} has {size} bytes instead of {source.stat().st_size}")
 
     def _get(self, source: str, target: Path) -> bool:
-        """Downloads one file; False if there is none."""
+        """Downloads one file; returns False if it does not exist."""
         self._fs.invalidate_cache()
         if not self._fs.exists(source):
             return False
@@ -198,7 +201,7 @@ class Mirror:
         return True
 
     def _wait_for(self, step: int, sizes: dict[str, int]) -> None:
-        """Waits for the files of the other processes."""
+        """Waits until the other processes have uploaded their files."""
         deadline = time.monotonic() + _PEER_SECONDS
         while True:
             found = self._attempt(lambda: self._sizes(step))
@@ -222,7 +225,7 @@ class Mirror:
         }
 
     def _delete_old(self, step: int, manifest: dict[str, Any]) -> None:
-        """Applies the same rule as to the local steps."""
+        """Deletes old steps by the rule of the local ones."""
         if self._losses is None:
             self._losses = {
                 other: self.manifest(other)["validation_loss"] for other in self.steps()
@@ -231,7 +234,7 @@ class Mirror:
         for old in self._losses.keys() - manifest_lib.kept(
             self._losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best
         ):
-            # The manifest goes first: what is left of a step without one is no step.
+            # The manifest goes first: a step without one is incomplete.
             self._attempt(lambda old=old: self._rm(self._path(old, manifest_lib.FILE)))
             self._attempt(lambda old=old: self._rm(self._path(old)))
             del self._losses[old]
@@ -260,11 +263,11 @@ class Mirror:
         return posixpath.join(self._root, str(step), name).rstrip("/")
 
     def _attempt(self, function: Callable[[], Result]) -> Result:
-        """The result of a function that may fail a few times.
+        """Calls a function until it succeeds; returns its result.
 
         Raises:
           MirrorError: it failed in every attempt.
-          FileNotFoundError: the local file it needs is gone.
+          FileNotFoundError: a local file that it needs was deleted.
         """
         pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
@@ -272,7 +275,7 @@ class Mirror:
                 return function()
             except _GoneError as error:
                 raise FileNotFoundError(error.path) from error
-            except Exception as error:  # every filesystem has its own
+            except Exception as error:  # every file system has its own exceptions
                 if attempt == _ATTEMPTS:
                     raise MirrorError(
                         f"config.checkpoint.mirror = {self._cfg.mirror!r} has failed {_ATTEMPTS} "
@@ -290,7 +293,7 @@ class Mirror:
 
 
 class _GoneError(Exception):
-    """A local file that retention has removed."""
+    """A local file was deleted with its step."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))

@@ -1,18 +1,18 @@
-"""Saving and restoring a run: its arrays (orbax), what the run is, and which checkpoints are good.
+"""Saves and restores a run with orbax, and verifies its checkpoints.
 
-A workdir holds config.json and checkpoints/STEP/{params,optimizer,run,manifest.json}.  `params`
-and `optimizer` are items: pytrees of arrays, each restored with or without the other.  `run` is
-the JSON of `manifest.facts`.  A checkpoint is
+A workdir has config.json and checkpoints/STEP/{params,optimizer,run,manifest.json}.  `params` and
+`optimizer` are items: pytrees of arrays that are restored separately or together.  `run` is the
+JSON of `manifest.facts`.  A checkpoint is
 
-* committed when checkpoints/STEP is there: orbax renames a folder in which everything is written;
-* finished when it has its manifest too: the size and checksum of every file, made in the
-  background after the commit.
+* committed when checkpoints/STEP exists: orbax writes a temporary folder and renames it;
+* finished when it has a manifest: the size and checksum of every file, computed in the background
+  after the commit.
 
-Format 1 kept both items in one, `state`: {"params": params, **optimizer}.  It is read, and never
+Format 1 has both items in one, `state`: {"params": params, **optimizer}.  It is read but never
 written.
 
-Beside the steps may lie damaged-STEP (set aside at a restore, for a person to look at), and what a
-killed process left (_LEFTOVER), removed at the next start.
+The folder may also have damaged-STEP, a damaged checkpoint kept for inspection, and leftovers of a
+killed process (_LEFTOVER), which the next start removes.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ ITEMS = ("params", "optimizer")
 _ITEM_OF_FORMAT_1 = "state"
 _LEFTOVER = re.compile(r"(deleting|downloading|checksums)-\d+|\d+\.orbax-checkpoint-tmp.*")
 _POLL_SECONDS = 0.05
-_PEER_SECONDS = 3600.0  # for the other processes to checksum their share
+_PEER_SECONDS = 3600.0  # longest wait for the other processes to checksum their share
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 Items = dict[str, Any]  # item -> pytree of arrays, or of jax.ShapeDtypeStruct
 
 
 class Store:
-    """The checkpoints of one workdir.  All processes of a run make one and take part in each call;
-    each writes its own shards.
+    """The checkpoints of one workdir.
 
-    What takes time happens in a thread: writing, checksums (each process takes a share of the
-    files), deleting what `config.checkpoint` does not keep.
+    All processes of a run create a Store and make the same calls.  Each process writes its own
+    shards.  A thread does what takes time: writing, checksums (each process hashes a share of the
+    files), and deleting the steps that `config.checkpoint` does not keep.
     """
 
     def __init__(
@@ -66,11 +66,13 @@ class Store:
         report: Callable[[str], None],
         is_alone: bool = False,
     ):
-        """Connects to the mirror, if cfg names one; `report` gets lines for the user, from several
-        threads.
+        """Connects to the mirror if cfg names one.
 
-        is_alone: to read by this process, whatever the others do; arrays must be for its own
-        devices.
+        Args:
+          workdir: folder of the run.
+          cfg: config.checkpoint.
+          report: prints a line for the user; called from several threads.
+          is_alone: this process reads without the others, to its own devices only.
 
         Raises:
           ConfigError: the mirror cannot be used.
@@ -79,8 +81,8 @@ class Store:
         self._index, self._count = (
             (0, 1) if is_alone else (jax.process_index(), jax.process_count())
         )
-        # Told which processes take part, orbax waits for them through jax's service and not
-        # through the devices: a thread may do that.
+        # With active_processes, orbax waits through jax's coordination service instead of the
+        # devices, which a thread may do.
         first = jax.process_index() if is_alone else 0
         processes = (
             None if jax.process_count() == 1 else {first + index for index in range(self._count)}
@@ -103,32 +105,32 @@ class Store:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.best_loss = math.inf  # lowest validation loss of the steps that are kept
-        self.save_seconds: float | None = (
-            None  # from the call of the last save until its manifest was there
-        )
-        logging.getLogger("absl").addFilter(
-            _is_news
-        )  # for good: orbax's threads outlive a save that failed
+        # From the call of the last save until its manifest was written.
+        self.save_seconds: float | None = None
+        # Never removed: orbax's threads outlive a failed save.
+        logging.getLogger("absl").addFilter(_is_not_disk_full)
 
     # --- Restoring
 
     def restore_newest(
         self, target_of: Callable[[Facts], Items]
     ) -> tuple[int, Items, Facts] | None:
-        """(step, items, facts) of the newest good checkpoint, here or in the mirror, or None.
-        Call it once, before the first save.
+        """Restores the newest good checkpoint, local or in the mirror.
 
-        Every file is read and compared with the manifest.  A step that is damaged is set aside
-        with a warning, and the one before it is looked at.  A step without manifest, whose process
-        was killed right after the commit, has no checksums to compare with: it is taken, with a
-        warning, if it can be read, and gets its manifest.
+        Call it once, before the first save.  It reads every file and compares it with the
+        manifest.  A damaged step is renamed to damaged-STEP with a warning, and the step before it
+        is tried.  If a process was killed right after the commit, the step has no manifest.  Such
+        a step is used, with a warning, if it can be read, and gets its manifest.
 
         Args:
           target_of: facts -> the items as pytrees of shapes, dtypes and shardings to restore to;
             may refuse the checkpoint with ConfigError.
 
+        Returns:
+          (step, items, facts), or None if there is no checkpoint.
+
         Raises:
-          ConfigError: there were only damaged ones, or the newest has a format of later versions.
+          ConfigError: all checkpoints are damaged, or the newest was written by a later version.
         """
         here, there = set(), set()
         with hosts.fail_together():
@@ -157,8 +159,7 @@ class Store:
                 for step, manifest in finished_steps(self._folder).items()
             }
         best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
-        # Process 0 speaks for all: it may just have written a manifest that the others do not see
-        # yet.
+        # Process 0 decides: it may just have written a manifest that the others do not see yet.
         newest, self.best_loss = json.loads(
             hosts.gathered(json.dumps([max(losses, default=0), best]))[0]
         )
@@ -168,11 +169,12 @@ class Store:
         return found
 
     def newest_good(self, items: Collection[str] = ITEMS) -> tuple[int, Facts]:
-        """(step, facts) of the newest checkpoint here whose `items` are not damaged; changes
-        nothing, and reads no file of other items.
+        """Returns (step, facts) of the newest local checkpoint whose `items` are not damaged.
+
+        It changes nothing, and does not read the files of other items.
 
         Raises:
-          ConfigError: there is none, or it has a format of later versions.
+          ConfigError: there is none, or it was written by a later version.
         """
         for step in reversed(steps(self._folder)):
             facts, wrong = self._verified(step, items)
@@ -188,13 +190,12 @@ class Store:
         )
 
     def restore(self, step: int, targets: Items, *, is_partial: bool = False) -> Items:
-        """The items of a committed step that `targets` names, with its shapes, dtypes and
-        shardings.  Nothing is read of the others.
+        """Returns the items of a committed step that `targets` names; reads no others.
 
         Args:
           step: see `steps`.
           targets: item -> pytree of jax.ShapeDtypeStruct with shardings.
-          is_partial: whether a target may leave out entries of its item, which are not read then.
+          is_partial: whether a target may omit entries of its item; they are not read.
         """
         folder = self._folder / str(step)
         if not (folder / _ITEM_OF_FORMAT_1).is_dir():
@@ -209,24 +210,25 @@ class Store:
     # --- Saving
 
     def save(self, step: int, items: Items, facts: Facts) -> None:
-        """Starts saving in the background; the arrays may be donated when this returns.  Waits for
-        the save before.
+        """Starts a save in the background; the arrays may be donated when this returns.
+
+        Waits for the previous save first.
 
         Args:
-          step: steps done, more than at any save before.
+          step: steps done, more than at any earlier save.
           items: a pytree of arrays for each of ITEMS; a dict for "optimizer".
           facts: see `manifest.facts`.
 
         Raises:
-          ConfigError: no space was left for the save before.
+          ConfigError: the disk was full during the previous save.
         """
         self.wait()
         if facts["validation_loss"] is not None:
             self.best_loss = min(self.best_loss, facts["validation_loss"])
         start = time.monotonic()
-        # orbax copies the arrays to the host while its caller waits, and does more.  Where the
-        # host is the device, one pass over the memory makes a copy, and all of orbax can run in
-        # the thread; an accelerator has no room for a second state.
+        # orbax copies the arrays to the host while its caller waits, and does more.  On CPU one
+        # copy of the memory is enough, and all of orbax can run in the thread.  An accelerator has
+        # no memory for a second state.
         if is_on_cpu := _is_on_cpu(items):
             items = _copied(items)
         else:
@@ -239,7 +241,7 @@ class Store:
                 self._checkpointer.wait_until_finished()
                 self._finish(step, facts)
                 if is_on_cpu:
-                    malloc.trim()  # of what orbax has made of it
+                    malloc.trim()  # returns what orbax used
                 self.save_seconds = time.monotonic() - start
             except BaseException as error:
                 self._error = error
@@ -248,7 +250,7 @@ class Store:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what the last save has met by now; ConfigError if no space was left."""
+        """Re-raises an error of the background save; ConfigError if the disk was full."""
         if self._error is None:
             return
         error, self._error = self._error, None
@@ -259,9 +261,7 @@ class Store:
         raise self.disk_full() from error
 
     def require_room(self) -> None:
-        """Raises ConfigError if less is free than the newest checkpoint takes: better to know
-        before the save.
-        """
+        """Raises ConfigError if the free space is less than the size of the newest checkpoint."""
         manifests = finished_steps(self._folder)
         if manifests:
             needed = sum(size for size, _ in manifests[max(manifests)]["files"].values())
@@ -269,7 +269,7 @@ class Store:
                 raise self.disk_full()
 
     def disk_full(self) -> ConfigError:
-        """What to tell the user when the workdir's disk is full."""
+        """Returns the error to raise when the workdir's disk is full."""
         usage, newest = (
             shutil.disk_usage(self._folder),
             max(finished_steps(self._folder), default=None),
@@ -286,7 +286,7 @@ class Store:
         )
 
     def wait(self) -> None:
-        """Waits for the save in progress, its manifest included; raises what `check` raises."""
+        """Waits for the save in progress and its manifest; raises what `check` raises."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -330,7 +330,7 @@ class Store:
             )
             try:
                 items = self.restore(step, targets)
-            except Exception as error:  # orbax and its file format have many for a broken file
+            except Exception as error:  # orbax raises many types for a damaged file
                 wrong = f"{type(error).__name__}: {error}"
             wrong = self._first_of_all(wrong)
             if not wrong:
@@ -347,11 +347,14 @@ class Store:
         return None
 
     def _verified(self, step: int, items: Collection[str] = ITEMS) -> tuple[Facts, str]:
-        """(manifest, or without one the facts; what is wrong with the files of `items` or "") on
-        all processes, each of which reads a share.
+        """Verifies the files of `items`; each process reads a share.
+
+        Returns:
+          (manifest, or the facts if there is none; what is wrong with a file of any process's
+          share, or "").
 
         Raises:
-          ConfigError: the checkpoint has a format of later versions.
+          ConfigError: the checkpoint was written by a later version.
         """
         folder, facts, wrong = self._folder / str(step), {}, ""
         try:
@@ -373,7 +376,7 @@ class Store:
         return facts, self._first_of_all(wrong)
 
     def _bring_back(self, step: int) -> bool:
-        """Copies a step from the mirror; False if it is damaged there."""
+        """Downloads a step from the mirror; returns False if it is damaged there."""
         target = self._folder / f"downloading-{step}"
         with hosts.fail_together():
             wrong = self._mirror.download(step, target) or ""
@@ -401,9 +404,7 @@ class Store:
         self._checkpointer.save(self._folder / str(step), args=arguments)
 
     def _finish(self, step: int, facts: Facts) -> None:
-        """Writes the manifest of a committed step, deletes the steps that are not kept, and tells
-        the mirror.
-        """
+        """Writes the manifest of a committed step, deletes old steps, and queues the upload."""
         folder, parts = self._folder / str(step), self._folder / f"checksums-{step}"
         _wait_until(folder.is_dir, f"process 0 to commit checkpoint {step}")
         sums = manifest_lib.checksums(
@@ -433,9 +434,8 @@ class Store:
         }
         kept = manifest_lib.kept(losses, self._cfg.keep, self._cfg.keep_every, self._cfg.keep_best)
         for step in set(steps(self._folder)) - kept - {self._mirror and self._mirror.uploading}:
-            target = (
-                self._folder / f"deleting-{step}"
-            )  # no half-deleted step, wherever the process may be killed
+            # Renamed first, so that a killed process leaves no half-deleted step.
+            target = self._folder / f"deleting-{step}"
             (self._folder / str(step)).rename(target)
             shutil.rmtree(target)
 
@@ -449,7 +449,7 @@ class Store:
             self._report(text)
 
     def _first_of_all(self, text: str) -> str:
-        """The first text of all processes that is not empty, or ""."""
+        """Returns the first non-empty text of all processes, or ""."""
         return text if self._count == 1 else next(filter(None, hosts.gathered(text)), "")
 
     def _share(self, manifest: Facts) -> list[str]:
@@ -459,12 +459,12 @@ class Store:
 
 
 def steps(folder: Path) -> list[int]:
-    """Committed steps in a folder of checkpoints, rising."""
+    """Returns the committed steps in a folder of checkpoints, in rising order."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
 def finished_steps(folder: Path) -> dict[int, Facts]:
-    """{step: manifest} of the finished ones, rising; a damaged manifest is none."""
+    """Returns {step: manifest} of the steps with an undamaged manifest, in rising order."""
     found = {}
     for step in steps(folder):
         with contextlib.suppress(ValueError):
@@ -474,11 +474,11 @@ def finished_steps(folder: Path) -> dict[int, Facts]:
 
 
 def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
-    """Writes config.json, or checks that the run in the workdir is this one.
+    """Writes config.json, after checking that the workdir's checkpoints are of the same run.
 
     Raises:
-      ConfigError: the workdir holds checkpoints of a run with another model, data or batch order,
-        naming the first field; or it cannot be written to.
+      ConfigError: the workdir has checkpoints of a run with another model, data or batch order
+        (the message names the first field), or it cannot be written to.
     """
     path = Path(workdir) / "config.json"
     if path.is_file() and steps(_folder(workdir)):
@@ -496,8 +496,9 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
 
 
 def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What this process sees in a workdir, for comparing with the others: config.json and the
-    committed steps.
+    """Returns config.json and the committed steps as this process sees them.
+
+    The processes of a run compare it.
     """
     path = Path(workdir) / "config.json"
     return {
@@ -507,10 +508,10 @@ def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_config(workdir: str | os.PathLike) -> Config:
-    """The Config of the run in a workdir.
+    """Returns the Config of the run in a workdir.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: the workdir has no config.json.
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
@@ -533,9 +534,10 @@ def _says_disk_full(error: BaseException | None) -> bool:
     return any(text in str(error) for text in _DISK_FULL)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Filter of orbax's log: not the traces, one by each of its threads, of a full disk, which
-    `Store.check` says in a line.
+def _is_not_disk_full(record: logging.LogRecord) -> bool:
+    """Filters the tracebacks of a full disk from orbax's log.
+
+    Each orbax thread logs one; `Store.check` reports it in one line.
     """
     return not (record.exc_info and _says_disk_full(record.exc_info[1]))
 
@@ -549,7 +551,7 @@ def _wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 
 def _unused(path: Path) -> Path:
-    """`path`, or with -2, -3, ... behind it, whichever does not exist."""
+    """Returns the first of `path`, `path`-2, `path`-3, ... that does not exist."""
     names = (path.name if n == 1 else f"{path.name}-{n}" for n in itertools.count(1))
     return next(p for name in names if not (p := path.with_name(name)).exists())
 
@@ -561,7 +563,7 @@ def _is_on_cpu(items: Items) -> bool:
 
 
 def _copied(items: Items) -> Items:
-    """The arrays once more, on the same devices; compiles nothing, and waits for nothing."""
+    """Copies the arrays on their devices, without compiling and without waiting."""
     leaves, treedef = jax.tree.flatten(items)
     shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
     copies = iter(jax.device_put(shards, [shard.sharding for shard in shards], may_alias=False))

@@ -53,7 +53,7 @@ def mean_loss(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
 
 
 def router_loss(stats: dict[str, jax.Array], cfg: MoeConfig) -> jax.Array:
-    """Weighted sum of the balance and z losses, averaged over layers; 0 without a router."""
+    """Returns the weighted balance and z losses, averaged over layers; 0 without a router."""
     if "aux_loss" not in stats:
         return jnp.zeros((), jnp.float32)
     return (

@@ -72,5 +72,5 @@ class SkippedSteps:
                     "Continue from the last checkpoint with a lower config.schedule.peak_lr (now "
                     f"{self._config.schedule.peak_lr}) or a longer warm-up, look at the documents "
                     "named above, or raise config.optimizer.spike_factor (now "
-                    f"{self._config.optimizer.spike_factor}) if these are no spikes."
+                    f"{self._config.optimizer.spike_factor}) if these are not spikes."
                 )

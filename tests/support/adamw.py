@@ -1,4 +1,4 @@
-"""AdamW written in numpy, with the groups and clipping of the optimizer, for comparison."""
+"""Reference AdamW in numpy, with the optimizer's parameter groups and clipping."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,7 @@ def on_device(flat):
 
 
 def numpy_adamw(cfg, lrs, params, grads_per_step):
-    """AdamW as torch writes it, in float64, after a global-norm clip."""
+    """Runs torch's AdamW in float64, after a global-norm clip."""
     params = {path: p.astype(np.float64) for path, p in params.items()}
     m, v = ({path: np.zeros_like(p) for path, p in params.items()} for _ in range(2))
     for t, (lr, grads) in enumerate(zip(lrs, grads_per_step, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""Ways in which the files of a checkpoint come to harm."""
+"""Damages the files of a checkpoint."""
 
 import os
 

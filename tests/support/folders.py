@@ -1,4 +1,4 @@
-"""Small models, their parameters, and official model folders made of random numbers."""
+"""Small models, their parameters, and official model folders of random numbers."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from hunyuan_jax.weights.storage import Place
 
 
 def small(**changes) -> ModelConfig:
-    """An MoE model with CLA pairs, a few thousand parameters large."""
+    """Returns an MoE model with CLA pairs and a few thousand parameters."""
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 8,
@@ -36,14 +36,14 @@ def small(**changes) -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Parameters as training holds them, float32."""
+    """Returns float32 parameters in the layout of training."""
     rng = np.random.default_rng(seed)
     shapes = abstract_model(cfg, single_device_mesh())[1]
     return jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(np.float32), shapes)
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of an official folder as they are in its files."""
+    """Returns the tensors in the files of an official folder."""
     opened = OfficialFolder(Place(folder))
     return {name: opened.read_tensor(name) for name in opened.tensors}
 
@@ -66,7 +66,7 @@ HF = {
 
 
 def write_source(folder: Path, num_shards: int = 2, **changes) -> Path:
-    """A folder as the release is: shards, index, config, tokenizer."""
+    """Writes a folder like the release: shards, index, config, tokenizer."""
     hf = HF | changes
     cfg, rng = hf_config.from_hf(hf), np.random.default_rng(0)
     dtype = np.dtype(ml_dtypes.bfloat16) if cfg.dtype == "bfloat16" else np.dtype(np.float32)

@@ -1,5 +1,6 @@
-"""The golden data: what the official code computes on small random models (tests/golden/README.md
-says how it was made).
+"""Reads the golden data: outputs of the official code on small random models.
+
+tests/golden/README.md says how it was made.
 
 Letters: B batch, S tokens of a row, T = B * S, k choices a token, E experts, V vocabulary.
 """
@@ -24,8 +25,8 @@ from support import paths
 COPIED, COPIED_HF = (paths.GOLDEN / family for family in ("large", "hf"))
 COMPLETE, COMPLETE_HF = (paths.SHARED / "golden" / family for family in ("large", "hf"))
 
-# The official capacity runs: the released code never drops, so a capacity of k * T / E was patched
-# into it (README).
+# The released code never drops tokens.  For these cases a capacity of k * T / E was patched into it
+# (README).
 CAPACITY_CASES = ("capacity_drop", "capacity_drop_first", "capacity_recycle", "capacity_topk")
 PADDED_CASES = ("left_pad", "right_pad")
 ROPE_CASES = ("long_alpha", "rope_plain", "rope_linear")
@@ -72,7 +73,7 @@ class Golden:
         return self.arrays[key]
 
     def int32(self, key: str) -> np.ndarray:
-        """A recorded int64 array as the int32 that the model takes."""
+        """Returns a recorded int64 array as int32, which the model takes."""
         return self.arrays[key].astype(np.int32)
 
     def per_layer(self, key: str) -> list[np.ndarray]:
@@ -134,13 +135,13 @@ def folder_of(case: str) -> Path:
 
 @functools.cache
 def load(case: str) -> Golden:
-    """The case; read once."""
+    """Reads a case, once per process."""
     folder = folder_of(case)
     return Golden(case, folder, safetensors.numpy.load_file(folder / "golden.safetensors"))
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters on the first device) of a model folder."""
+    """Returns (config, parameters on the first device) of a model folder."""
     opened, mesh = open_model(folder), single_device_mesh()
     return opened.cfg, opened.read(abstract.shardings(abstract_model(opened.cfg, mesh)[1]))
 

@@ -14,7 +14,7 @@ from flax import nnx
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.parallel.mesh import make_mesh
 
-# Compiling is what tests of small models spend their time on.
+# Tests of small models spend most of their time compiling.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
@@ -22,7 +22,7 @@ fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def mesh_of(
     data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1
 ) -> jax.sharding.Mesh:
-    """A mesh of the first few of the eight fake devices."""
+    """Returns a mesh of the first of the eight fake devices."""
     sizes = MeshConfig(replica=replica, data=data, expert=expert, tensor=tensor)
     return make_mesh(sizes, jax.devices()[: replica * data * expert * tensor])
 
@@ -42,7 +42,7 @@ def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """The norm of the difference against the norm of `expected`."""
+    """Returns the norm of the difference divided by the norm of `expected`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
@@ -54,7 +54,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """Reference: weighted mean of -log p(target) from whole logits."""
+    """Reference: the weighted mean of -log p(target) from the full logits."""
     nll_BT = -jnp.take_along_axis(
         jax.nn.log_softmax(logits_BTV.astype(jnp.float32)), targets_BT[..., None], axis=-1
     )[..., 0]

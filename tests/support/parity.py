@@ -1,5 +1,4 @@
-"""Runs of the production model on the golden cases, cached per case: what the parity tests compare
-with the record.
+"""Runs the production model on the golden cases, cached per case, for the parity tests.
 
 Letters: B batch, S tokens of a row, T = B * S, D model, K kv heads, H head dim, E experts, V
 vocabulary, P CLA groups, L layers.
@@ -29,20 +28,22 @@ from support import goldens
 from support.goldens import CAPACITY_CASES, Golden
 from support.models import cross_entropy
 
-# Absolute, float32.  The values are of order 1 to 10; measured differences stay below 3e-5, as do
-# those between the official attention implementations.
+# Absolute tolerance in float32.  The values are of order 1 to 10.  Measured differences are below
+# 3e-5, as are those between the official attention implementations.
 ATOL = 1e-4
-# The official code leaves open which tokens keep their expert here: its topk breaks ties, and its
-# shuffle draws, as the back end does (docs/model.md, "Capacity").  The whole model is compared on
-# the recorded assignment, which is then an input.  Routing itself is compared without it.
+# In these cases the kept tokens depend on the backend: on how its topk breaks ties, and on its
+# random shuffle (docs/model.md, "Capacity").  The whole model is compared with the recorded
+# assignment as an input.  Routing itself is compared without it.
 RECORDED_ASSIGNMENT = ("capacity_drop", "capacity_recycle")
 
 
 class Run(NamedTuple):
-    """What the production model computes on a case, per layer where it says so.
+    """What the production model computes on a case.
 
-    logits_BSV, final_norm_BSD; key_value: of each layer in the official form, two [B, S, K, H];
-    seen: outputs by golden name, per layer; stats: router figures [L, ...].
+    logits_BSV, final_norm_BSD: float32.
+    key_value: keys and values of each layer in the official layout, [B, S, K, H] each.
+    seen: outputs by golden name, a list over layers.
+    stats: router metrics [L, ...].
     """
 
     logits_BSV: np.ndarray
@@ -60,8 +61,9 @@ def graph_def(cfg: ModelConfig) -> nnx.GraphDef:
 
 @functools.cache
 def read(case: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters; all tokens of a batch are one routing group, as officially, and the
-    capacity cases drop.
+    """Returns the config and parameters of a case.
+
+    All tokens of a batch are one routing group, as in the official code.  The capacity cases drop.
     """
     golden = goldens.load(case)
     cfg, params = goldens.read_model(golden.folder)
@@ -74,8 +76,9 @@ def read(case: str) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def assign_as_recorded(golden: Golden):
-    """A `routing.assign` that makes the recorded assignment of whichever layer made these choices;
-    the weights are ours.
+    """Returns a replacement of `routing.assign` that uses the recorded assignment.
+
+    It finds the layer by its choices.  The combine weights are computed, not recorded.
     """
     dispatched_LTE, slot_LTE = (
         np.stack(golden.per_layer("dispatched")) > 0,
@@ -88,7 +91,7 @@ def assign_as_recorded(golden: Golden):
 
     def assign(choice, is_valid_T, cfg, key):
         del is_valid_T, cfg, key
-        # A layer that routes otherwise is nowhere in the record: argmax then gives layer 0, and
+        # If a layer routes differently, no recorded layer matches.  argmax then gives layer 0, and
         # the comparison fails.
         layer = jnp.argmax((jnp.asarray(choice_LT) == choice.expert_Tk[None, :, 0]).all(-1))
         expert_Tk, is_kept_Tk = (
@@ -111,9 +114,7 @@ def assign_as_recorded(golden: Golden):
 
 @contextlib.contextmanager
 def reporting(seen: dict[str, list[np.ndarray]]):
-    """Model code traced within appends what each layer computes to `seen`, in the order of the
-    layers.
-    """
+    """Makes model code that is traced in the block append each layer's outputs to `seen`."""
     watched = [(Layer, "__call__", "hidden_states"), (Attention, "__call__", "attn_out")]
     watched += [(Moe, "__call__", "moe_out"), (Mlp, "__call__", "dense_out")]
 
@@ -142,7 +143,7 @@ def reporting(seen: dict[str, list[np.ndarray]]):
 
 @functools.cache
 def run(case: str) -> Run:
-    """The whole model on the case's inputs, as one jitted program with a fresh cache."""
+    """Runs the model on the case's inputs, as one jitted program with an empty cache."""
     golden = goldens.load(case)
     cfg, params = read(case)
     definition = graph_def(cfg)
@@ -191,7 +192,7 @@ def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def max_difference(ours_BSx: np.ndarray, golden_BSx: np.ndarray, mask_BS: np.ndarray) -> float:
-    """Largest absolute difference over the tokens that are not padding."""
+    """Returns the largest absolute difference over the tokens that are not padding."""
     assert ours_BSx.shape == golden_BSx.shape
     return np.abs(ours_BSx - golden_BSx)[mask_BS > 0].max()
 

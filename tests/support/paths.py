@@ -1,4 +1,4 @@
-"""Where the tests find what lies beside them."""
+"""Paths of the test data."""
 
 from pathlib import Path
 

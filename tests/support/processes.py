@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: started, killed, waited for."""
+"""Starts, kills and waits for training runs in their own processes."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import sys
 
 from support import paths
 
-# Those of the tests (conftest.py), with two devices a process; the last word counts.
+# XLA flags of the tests (conftest.py) with two devices per process; the last flag counts.
 XLA_FLAGS = " ".join(
     [
         os.environ["XLA_FLAGS"],
@@ -91,7 +91,7 @@ def processes(fields_of_each, workdir, script=("train.py",)):
 
 
 def finish(started, timeout=120):
-    """(exit statuses, standard errors)."""
+    """Returns (exit statuses, standard errors) of the processes."""
     errors = [process.communicate(timeout=timeout)[1] for process in started]
     return [process.returncode for process in started], errors
 
@@ -111,7 +111,7 @@ def losses(workdir):
     return found
 
 
-# For `start`: a run long enough to be killed in its middle.
+# For `start`: a run that is long enough to be killed while it trains.
 LONG = SMALL | {
     "model.hidden_size": 64,
     "model.intermediate_size": 128,
@@ -154,13 +154,13 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 def start(corpus, workdir, script=("train.py",), **fields):
-    """One process with two devices."""
+    """Starts one process with two devices."""
     fields = {**LONG, "data.source": str(corpus), "data.validation_fraction": 0.2, **fields}
     command = [sys.executable, *script, "--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     flags = {
         "XLA_FLAGS": XLA_FLAGS,
-        # Each process would compile the same for seconds.
+        # Otherwise each process compiles the same programs for seconds.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
@@ -169,13 +169,13 @@ def start(corpus, workdir, script=("train.py",), **fields):
 
 
 def finished(process):
-    """Its exit status and standard error."""
+    """Waits for a process; returns its exit status and standard error."""
     error = process.communicate(timeout=200)[1]
     return process.returncode, error
 
 
 def run(corpus, workdir, **arguments):
-    """What a run that must be done says."""
+    """Waits for a run that must succeed; returns its standard error."""
     status, error = finished(start(corpus, workdir, **arguments))
     assert status == 0, error
     return error

@@ -54,7 +54,7 @@ def write_corpus(folder):
 
 @contextlib.contextmanager
 def on_one_device():
-    """Within, `loop.run` takes one of the eight devices, whatever the config's mesh."""
+    """Makes `loop.run` use one of the eight devices, whatever the config's mesh is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
         yield

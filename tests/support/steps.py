@@ -54,7 +54,7 @@ def config_for(model=MODEL, state_dtype="float32", **train):
 
 @functools.cache
 def batch():
-    """A batch with padding, two documents in a row, and from 0 to 12 targets in a row."""
+    """Returns a batch with padding, rows of two documents, and 0 to 12 targets per row."""
     rng = np.random.default_rng(0)
     tokens_BT, targets_BT = rng.integers(1, MODEL.vocab_size, (2, BATCH, LENGTH)).astype(np.int32)
     segments_BT = np.ones((BATCH, LENGTH), np.int32)
@@ -73,7 +73,7 @@ def batch():
 
 @functools.cache
 def initial_params():
-    """The float32 parameters of every variant of MODEL as numpy."""
+    """Returns the float32 parameters of every variant of MODEL as numpy arrays."""
     rng = np.random.default_rng(0)
 
     def fill(path, tap):

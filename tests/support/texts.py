@@ -1,4 +1,4 @@
-"""What the tests of the data share: token sources by hand, and what must be true of any batch."""
+"""Helpers of the data tests: small token sources, and checks that hold for any batch."""
 
 import collections
 import contextlib
@@ -35,7 +35,7 @@ def order_of(
     starts=(0.0,),
     num_steps=100,
 ):
-    """The order of a run over token sources 's0', 's1', ..."""
+    """Returns the stream of a run over token sources 's0', 's1', ..."""
     names = [f"s{i}" for i in range(len(sources))]
     data = DataConfig(
         sources=tuple(SourceConfig(name, "") for name in names),
@@ -84,7 +84,7 @@ def expected_pairs(texts):
 
 
 def counted_pairs(batches):
-    """The (token, target) pairs that count in the loss."""
+    """Returns the (token, target) pairs with a loss weight."""
     return collections.Counter(
         pair
         for batch in batches
@@ -101,7 +101,7 @@ def num_rows(texts, seq_len):
 
 
 def pieces_of(texts, seq_len):
-    """Every run of ids that a segment of a row, with its last target, may be."""
+    """Returns every run of ids that a segment with its last target may be."""
     whole = [document_ids(text) for text in texts]
     return {
         tuple(ids[i:j])
