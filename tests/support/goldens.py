@@ -25,8 +25,8 @@ from support import paths
 COPIED, COPIED_HF = (paths.GOLDEN / family for family in ("large", "hf"))
 COMPLETE, COMPLETE_HF = (paths.SHARED / "golden" / family for family in ("large", "hf"))
 
-# The released code never drops tokens.  For these cases a capacity of k * T / E was patched into it
-# (README).
+# The released code never drops tokens.  For these cases a capacity of k * T / E was patched into
+# it (README).
 CAPACITY_CASES = ("capacity_drop", "capacity_drop_first", "capacity_recycle", "capacity_topk")
 PADDED_CASES = ("left_pad", "right_pad")
 ROPE_CASES = ("long_alpha", "rope_plain", "rope_linear")
@@ -61,8 +61,9 @@ ALL_CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One case: a model folder in the official format, and the recorded arrays under the names of
-    tests/golden/README.md.
+    """One case: a model folder in the official format, and the recorded arrays.
+
+    tests/golden/README.md explains the names of the arrays.
     """
 
     name: str
@@ -77,8 +78,9 @@ class Golden:
         return self.arrays[key].astype(np.int32)
 
     def per_layer(self, key: str) -> list[np.ndarray]:
-        """The arrays key.0, key.1, ... of the layers; skips the test if the copy in the repository
-        leaves them out.
+        """Returns the arrays key.0, key.1, ... of the layers.
+
+        Skips the test if the repository's copy does not have them.
         """
         found = [name for name in self.arrays if name.startswith(f"{key}.")]
         if not found and self.folder.parent in (COPIED, COPIED_HF):
@@ -90,8 +92,9 @@ class Golden:
 
     @property
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """input_ids, attention_mask and position_ids [B, S], int32; without padding the defaults
-        of the official forward.
+        """input_ids, attention_mask and position_ids, int32 [B, S].
+
+        Without padding they are the defaults of the official forward.
         """
         ids_BS = self.int32("input_ids")
         mask_BS = (
@@ -109,11 +112,11 @@ class Golden:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [B, S], -100 where ignored.
+        """The labels, int32 [B, S]; -100 is ignored.
 
-        With left padding the recorded loss also asks a padding row for the first token of the
-        text.  Padding rows are not defined (the official back ends differ there), so that target
-        is left out here.
+        With left padding, the recorded loss includes the first token of the text, predicted at a
+        padding position.  Outputs there are undefined (the official backends differ), so this
+        target is ignored here.
         """
         labels_BS, mask_BS = self.int32("labels"), self.inputs[1]
         labels_BS[:, 1:][mask_BS[:, :-1] == 0] = -100
@@ -121,8 +124,9 @@ class Golden:
 
 
 def folder_of(case: str) -> Path:
-    """The complete folder beside the checkout if there, else the copy in it; skips the test when
-    the case is in neither.
+    """Returns the complete folder beside the checkout, or else the copy in the repository.
+
+    Skips the test if neither exists.
     """
     for root in (COMPLETE, COMPLETE_HF, COPIED, COPIED_HF):
         if (root / case / "config.json").is_file():
@@ -147,9 +151,7 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def official_tensors(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our nested parameters (or their gradients) under the official names and in the official
-    layout.
-    """
+    """Returns our nested parameters or gradients with the official names and layout."""
 
     def at(path):
         return functools.reduce(lambda node, key: node[key], path.split("/"), params)

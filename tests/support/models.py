@@ -1,6 +1,4 @@
-"""What several test files need: quick compilation, modules filled with random numbers, comparison
-by norm.
-"""
+"""Quick compilation, modules with random parameters, and comparison by norm."""
 
 import functools
 from collections.abc import Callable
@@ -28,8 +26,9 @@ def mesh_of(
 
 
 def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3) -> Any:
-    """The module with random numbers in every parameter, scales and biases included; drawn by
-    numpy, which compiles nothing.
+    """Returns the module with random numbers in every parameter, including scales and biases.
+
+    numpy draws them, so that nothing is compiled.
     """
     graph_def, state = nnx.split(nnx.eval_shape(module_fn))
     rng = np.random.default_rng(seed)
@@ -42,7 +41,7 @@ def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Returns the norm of the difference divided by the norm of `expected`."""
+    """Asserts that the norm of the difference is at most `tolerance` times that of `expected`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)

@@ -127,9 +127,8 @@ def reporting(seen: dict[str, list[np.ndarray]]):
         def call(module, *args, **kwargs):
             result = method(module, *args, **kwargs)
             report(name, result[0] if isinstance(result, tuple) else result)
-            if isinstance(
-                module, Moe
-            ):  # its router runs inside an island, where nothing can be reported
+            # The router runs inside an island, where nothing can be reported.
+            if isinstance(module, Moe):
                 report("router_logits", router_logits(args[0], module.router_DE[...]))
             return result
 
@@ -176,8 +175,9 @@ def run(case: str) -> Run:
 
 
 def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(keys, values) per layer as the official code caches them: every layer has its own keys,
-    scaled by its key norm.
+    """Returns (keys, values) per layer as the official code caches them.
+
+    There every layer has its own keys, scaled by its key norm.
     """
     pairs, (k_PBSKH, v_PBSKH) = [], cache.entries["layer_0"]
     for layer in range(cfg.num_layers):

@@ -49,8 +49,9 @@ def write_corpus(folder):
 
 @contextlib.contextmanager
 def processes(fields_of_each, workdir, script=("train.py",)):
-    """`python train.py` once for each dict of config fields; those still there at the end are
-    killed.
+    """Runs `python train.py` once for each dict of config fields.
+
+    Kills the processes that are still running at the end of the block.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,8 +98,9 @@ def finish(started, timeout=120):
 
 
 def losses(workdir):
-    """{step: [losses and gradient norm]} of the metrics a run wrote; a step that was written twice
-    is an error.
+    """Returns {step: [losses and gradient norm]} of the metrics that a run wrote.
+
+    Asserts that no step was written twice.
     """
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {}
@@ -175,7 +177,7 @@ def finished(process):
 
 
 def run(corpus, workdir, **arguments):
-    """Waits for a run that must succeed; returns its standard error."""
+    """Runs a training that must succeed; returns its standard error."""
     status, error = finished(start(corpus, workdir, **arguments))
     assert status == 0, error
     return error

@@ -1,4 +1,4 @@
-"""ParamSpecs of small made-up trees of parameters, for tests of what follows from a role."""
+"""ParamSpecs of small parameter trees, for tests of code that depends on roles."""
 
 from typing import Any
 
@@ -22,9 +22,7 @@ _ROLES = {
 
 
 def specs_like(tree: Any) -> Any:
-    """The ParamSpecs of a nested dict of arrays, shapes or numbers that has our paths; nothing is
-    sharded.
-    """
+    """Returns unsharded ParamSpecs for a nested dict of arrays, shapes or numbers."""
 
     def spec(path, leaf):
         name = path_of(path)

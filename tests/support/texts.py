@@ -117,7 +117,7 @@ def check_row(row, pieces):
     assert set(segment_ids[segment_ids > 0]) == set(range(1, num_pieces + 1))
     np.testing.assert_array_equal(row["loss_weights"], segment_ids > 0)
     is_padding = segment_ids == 0
-    assert not is_padding[: np.count_nonzero(~is_padding)].any()  # at the end
+    assert not is_padding[: np.count_nonzero(~is_padding)].any()  # padding is at the end
     assert set(row["tokens"][is_padding]) | set(row["targets"][is_padding]) <= {TOKENIZER.pad_id}
     assert not row["positions"][is_padding].any()
     for segment in range(1, num_pieces + 1):
@@ -128,8 +128,6 @@ def check_row(row, pieces):
         np.testing.assert_array_equal(
             row["positions"][segment_ids == segment], np.arange(len(ids))
         )
-        assert (
-            *ids.tolist(),
-            int(targets[-1]),
-        ) in pieces  # so the last target is of the same document
+        # The last target belongs to the same document.
+        assert (*ids.tolist(), int(targets[-1])) in pieces
         np.testing.assert_array_equal(ids[1:], targets[:-1])
