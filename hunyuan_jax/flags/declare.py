@@ -120,6 +120,7 @@ def exit_with_message(main: Callable[[], int]) -> NoReturn:
     """
     try:
         status = main()
+        sys.stdout.flush()
     except (ConfigError, Unsupported) as e:
         print(f"error: {e}", file=sys.stderr)
         status = 2
@@ -129,4 +130,8 @@ def exit_with_message(main: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough.  Nothing is left to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # what a shell reports of a program that SIGPIPE ended
     sys.exit(status)

@@ -1,6 +1,7 @@
 """Options, their errors, paths with `~`, and the text of --help."""
 
 import dataclasses
+import subprocess
 import sys
 
 import pytest
@@ -132,3 +133,18 @@ def test_the_list_of_commands(capsys):
     assert capsys.readouterr().out == listed
     with pytest.raises(ConfigError, match="unknown command 'cuont'; commands are count, bench"):
         cli.run(["cuont"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`train.py --help | head -1`, with more text behind it than a pipe holds."""
+    code = (
+        "from hunyuan_jax import flags; "
+        "flags.exit_with_message(lambda: print(('x' * 100 + chr(10)) * 10_000) or 0)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
