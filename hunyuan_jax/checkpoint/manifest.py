@@ -100,7 +100,7 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
       ConfigError: a field differs; the message names the first.
     """
     new = json.loads(json.dumps(fixed_fields(to_dict(config))))
-    # A run from before there was a field had what is its default today.
+    # A field that is younger than the run has its default.
     known = {name: value for name, value in old.items() if value is not None}
     old = json.loads(json.dumps({**{n: v for n, v in defaults().items() if n in new}, **known}))
     for name in {**new, **old}:

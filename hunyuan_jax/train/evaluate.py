@@ -1,4 +1,4 @@
-"""Validation: an objective's figures over held-out batches."""
+"""Validation: an objective's metrics over held-out batches."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

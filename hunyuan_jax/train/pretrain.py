@@ -18,7 +18,7 @@ from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics
 
 
 class Pretrain:
-    """See `Objective`; the loss is in nats a target."""
+    """The pre-training objective; the loss is in nats per target."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -34,7 +34,7 @@ class Pretrain:
 
     @property
     def eval_spec(self) -> BatchSpec:
-        """Those of training, and the number of bytes of text behind each target."""
+        """The fields of training, and target_bytes, the bytes of text of each target."""
         return {**self.batch_spec, "target_bytes": self._field("float32")}
 
     def open_stream(self, tokenizer: Tokenizer) -> DataStream:
@@ -57,7 +57,7 @@ class Pretrain:
         return (loss_BT * batch["loss_weights"]).sum(), LossMetrics({}, output.stats)
 
     def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the summed cross entropy, the number of targets and that of bytes of text."""
+        """Returns the summed cross entropy, the number of targets and the bytes of text."""
         output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
         loss_BT = model.token_losses(output.hidden_BTD, batch["targets"])
         return {
@@ -67,10 +67,10 @@ class Pretrain:
         }
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Returns loss in nats a target, perplexity and bits per byte.
+        """Returns the loss in nats per target, perplexity and bits per byte.
 
-        Bits per byte are the cross entropy of all targets, those that end a document included, in
-        bits over the bytes of text.  They are left out if no target is text.
+        Bits per byte are the cross entropy of all targets, including those that end a document, in
+        bits, divided by the bytes of text.  They are left out if no target is text.
         """
         loss = sums["nats"] / sums["targets"]
         bits = (

@@ -1,6 +1,4 @@
-"""Weights that a run starts from (config.train.init_from): read, and compared with the model that
-the run is to train.
-"""
+"""Reads the weights that a run starts from (config.train.init_from) and checks their model."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +12,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights.open import open_model
 
-# How the model is computed, trained and ended: a run may choose these anew.  Everything else
-# decides what the weights mean.
+# Fields that a run may change.  All others decide what the weights mean.
 _FREE = {
     "max_position",
     "attention_dropout",
@@ -37,15 +34,18 @@ _FREE_MOE = {
 
 
 def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """The parameters of a model folder, a converted checkpoint or the newest checkpoint of a
-    workdir, a nested dict of arrays.
+    """Returns the parameters of a model on the mesh, a nested dict of arrays.
 
-    They are on the mesh: float32, as a run's master weights are, or in the dtype of `cfg` where
-    LoRA freezes them.
+    They are float32 like a run's master weights, or have the dtype of `cfg` if LoRA freezes them.
+
+    Args:
+      path: a model folder, a converted checkpoint, or a workdir, whose newest checkpoint is read.
+      cfg: the model that the run trains.
+      mesh: that of the run.
 
     Raises:
-      ConfigError: no such folder, or another model than `cfg`, naming the first field that
-        differs.
+      ConfigError: the folder does not exist, or its model differs from `cfg`; the message names
+        the first field that differs.
     """
     path = user_path(path)
     opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
@@ -55,9 +55,7 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises ConfigError at the first field in which the weights of `path` mean something else
-    than those of `ours`.
-    """
+    """Raises ConfigError at the first field that gives the weights of `path` another meaning."""
     for prefix, a, b, free in (
         ("", theirs, ours, _free(ours)),
         ("moe.", theirs.moe, ours.moe, _FREE_MOE),

@@ -25,9 +25,13 @@ from hunyuan_jax.train.objective import Objective, build_objective
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of master weights, see `stored_params`; opt_state: moments shaped like
-    those that are trained; step: int32, steps done, skipped ones included; guard: which steps were
-    skipped.  What LoRA freezes is kept in the dtype in which it is used.
+    """Everything that a train step updates.
+
+    params: nested dict of master weights, see `model.stored.stored_params`.  Weights that LoRA
+      freezes have the dtype in which they are used.
+    opt_state: moments with the shapes of the trained parameters.
+    step: int32, steps done, including skipped ones.
+    guard: state of `optim.guard`.
     """
 
     params: dict[str, Any]
@@ -37,12 +41,15 @@ class TrainState(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a run's functions are made from.
+    """Model, optimizer and shardings of a run; the steps are built from it.
 
-    graph_def: `nnx.merge(graph_def, params)` is the Transformer; specs: a ParamSpec for every
-    parameter; tx: the optimizer; schedule: step -> learning rate; objective: what is minimised;
-    shardings: a NamedSharding for every leaf of the TrainState; taps: shape, dtype and sharding of
-    the gradient of every parameter that is trained.
+    graph_def: `nnx.merge(graph_def, params)` is the Transformer.
+    specs: a ParamSpec for every parameter.
+    tx: the optimizer.
+    schedule: step -> learning rate.
+    objective: defines the loss.
+    shardings: a NamedSharding for every leaf of the TrainState.
+    taps: shape, dtype and sharding of the gradient of every trained parameter.
     """
 
     config: Config
@@ -57,11 +64,11 @@ class Program(NamedTuple):
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:
-    """Model, optimizer and shardings of a run.
+    """Builds model, optimizer and shardings of a run.
 
     Raises:
-      ConfigError: a dim that does not divide over the mesh, or parameter groups that do not fit
-        the model.
+      ConfigError: a dim does not divide over the mesh, or the parameter groups do not fit the
+        model.
     """
     graph_def, specs = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
@@ -91,11 +98,12 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 
 
 def init_state(program: Program, weights: dict[str, Any] | None = None) -> TrainState:
-    """A fresh state, created in place on the mesh: drawn from train.seed, all but `weights`.
+    """Initialises a state on the mesh from train.seed; `weights` replace random parameters.
 
     Args:
-      weights: a nested dict of arrays for some or all of the parameters: on the mesh, or numpy
-        arrays of which every process passes the same.
+      program: of the run.
+      weights: a nested dict of arrays for some or all of the parameters, on the mesh or in numpy.
+        Every process passes the same numpy arrays.
     """
     cfg, mesh = program.config.model, program.mesh
 
@@ -125,7 +133,7 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
 
 def abstract_state(program: Program) -> TrainState:
-    """Shapes, dtypes and shardings of the state: the target of a restore."""
+    """Returns the state's shapes, dtypes and shardings, the target of a restore."""
     state = _state_shapes(program.config, program.tx, program.specs)
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings
@@ -133,7 +141,7 @@ def abstract_state(program: Program) -> TrainState:
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The state, or its shapes, as the items of a checkpoint (`checkpoint.store.ITEMS`)."""
+    """Splits a state, or its shapes, into a checkpoint's items (`checkpoint.store.ITEMS`)."""
     optimizer = state._asdict()
     return {"params": optimizer.pop("params"), "optimizer": optimizer}
 
@@ -144,11 +152,11 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 
 def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
-    """The program whose states are kept in `state_dtype`, to restore one from before
-    config.optimizer.state_dtype was changed.
+    """Returns the program with another `state_dtype`.
+
+    It restores a checkpoint from before config.optimizer.state_dtype was changed.
     """
-    # The other fields of the section may not suit that dtype any more; they say nothing about the
-    # layout.
+    # The section's other fields may not be valid with that dtype.  They do not affect the layout.
     return build_program(
         dataclasses.replace(program.config, optimizer=OptimizerConfig(state_dtype=state_dtype)),
         program.mesh,
@@ -156,7 +164,7 @@ def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
 
 
 def convert(program: Program, state: TrainState) -> TrainState:
-    """A state of any state_dtype in that of `program`; while it runs, both are in memory."""
+    """Converts a state to the state_dtype of `program`; both are in memory meanwhile."""
 
     def run(state):
         trained, frozen = lora.split(state.params, program.specs)

@@ -28,7 +28,7 @@ Metrics = dict[str, jax.Array]
 
 
 def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding.NamedSharding]:
-    """How each array of a batch lies on the mesh: its examples are split over all data axes.
+    """Returns the sharding of each array of a batch: examples are split over all data axes.
 
     Raises:
       ConfigError: a micro-batch does not divide over the mesh.
@@ -49,7 +49,7 @@ def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding
 
 
 def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch."""
+    """Returns the shapes, dtypes and shardings of a training batch."""
     spec = program.objective.batch_spec
     return {
         name: jax.ShapeDtypeStruct(spec[name].shape, spec[name].dtype, sharding=sharding)
@@ -58,7 +58,7 @@ def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def place_batch(program: Program, batch: Mapping[str, np.ndarray]) -> Batch:
-    """Puts a training batch, all of it in this process, on the mesh."""
+    """Puts a training batch on the mesh; this process has the whole batch."""
     return jax.device_put(dict(batch), batch_shardings(program, program.objective.batch_spec))
 
 
@@ -158,8 +158,9 @@ def gradients(
 
 
 def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
-    """[n, B / n, ...] of each field: micro-batch i takes examples i, i + n, ..., so that every
-    chip splits its own.
+    """Splits each field into n micro-batches, [n, B / n, ...].
+
+    Micro-batch i takes examples i, i + n, ..., so that every chip splits its own examples.
     """
     num_micro_batches = program.config.train.grad_accum_steps
     split = {
@@ -173,7 +174,7 @@ def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
 
 
 def _zeros_like(fn: Callable, *args: Any) -> Any:
-    """float32 zeros of the shapes that `fn` returns."""
+    """Returns float32 zeros of the shapes that `fn` returns."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), jax.eval_shape(fn, *args))
 
 
@@ -182,8 +183,10 @@ def _taps(program: Program) -> dict:
 
 
 def _weights(program: Program, params: dict, taps: dict) -> dict:
-    """The parameters for the model: those of the layers become arrays layer by layer, the others
-    at once; frozen ones already are.
+    """Returns the parameters in the form that the model takes.
+
+    The weights of the layers are converted layer by layer, the others at once.  Frozen weights
+    need no conversion.
     """
     trained, frozen = lora.split(params, program.specs)
     weights = lora.join(
