@@ -145,6 +145,7 @@ def test_an_unknown_command_is_one_line():
     assert "commands are import, export, verify" in error_of("convert_torch.py", "exprt")
 
 
+@pytest.mark.heavy
 def test_train_then_generate_then_bench(tmp_path):
     """The README's path, shortened: train, look at the workdir, generate from it."""
     workdir = tmp_path / "run"

@@ -77,6 +77,7 @@ def workdir(tmp_path, monkeypatch):
     return shutil.copytree(paths.GOLDEN / "format_1", tmp_path / "run")
 
 
+@pytest.mark.heavy
 def test_a_run_of_format_1_continues_with_its_own_losses(workdir):
     read = from_pretrained(workdir)
     recorded = json.loads((workdir / "checkpoints" / "3" / "manifest.json").read_text())

@@ -374,6 +374,7 @@ def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
             assert_same_batches([kept[step]], [{name: batch[name][rows] for name in FIELDS}])
 
 
+@pytest.mark.heavy
 @settings(few_examples, max_examples=5)  # each starts nine iterators
 @given(
     corpora,

@@ -62,6 +62,7 @@ def test_greedy_tokens_are_those_of_the_whole_forward(model):
     np.testing.assert_array_equal(tokens_BT[:, IDS.shape[1] :], logits_BTV.argmax(-1))
 
 
+@pytest.mark.heavy
 def test_the_same_tokens_on_a_mesh(config, model):
     """Two rows over four batch shards: two idle rows, experts and heads split."""
     mesh = mesh_of(data=2, expert=2, tensor=2)
@@ -292,6 +293,7 @@ def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_tokenizer(tmp_path):
         text.load(tmp_path / "absent")
 
 
+@pytest.mark.heavy
 def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monkeypatch, capsys):
     talker.model.save_pretrained(tmp_path)
     shutil.copy(ranks, tmp_path)

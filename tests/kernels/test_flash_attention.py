@@ -53,6 +53,7 @@ def test_xla(case):
     testing.assert_close(actual, expected, case.dtype)
 
 
+@pytest.mark.heavy
 def test_xla_cuts_long_sequences():
     case = cases.Case("long", 2, 1300, 1500, 4, 2, 16, "float32", documents=3, padding=90)
     arrays = case.arrays(np.random.default_rng())

@@ -164,6 +164,7 @@ def test_only_producers_have_adapters_of_keys_and_values(adapted):
     }
 
 
+@pytest.mark.heavy
 def test_training_begins_at_the_base_model_and_moves_the_adapters_alone():
     cfg = small(lora=LORA, moe=MOE)
     program = build_program(config(cfg), single_device_mesh())
@@ -254,6 +255,7 @@ def test_all_projections_of_experts_have_adapters(adapted_experts):
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
     [
@@ -296,6 +298,7 @@ def test_experts_with_adapters_are_the_merged_experts_on_every_mesh(
         assert_close(gradients[b], 2.0 * np.swapaxes(values[a], -1, -2) @ plain[w], 2e-4)
 
 
+@pytest.mark.heavy
 def test_adapters_of_experts_are_trained_alone(adapted_experts):
     cfg, params = adapted_experts
     program = build_program(config(cfg), mesh_of(expert=2))
@@ -334,6 +337,7 @@ def test_experts_with_adapters_generate_what_the_merged_experts_do(adapted_exper
     np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.heavy
 def test_the_same_on_every_mesh(adapted):
     cfg, params = adapted
     runs = []
@@ -645,6 +649,7 @@ def run_config(text, model, **train):
     return Config(model, data=data, schedule=schedule, train=TrainConfig(**train))
 
 
+@pytest.mark.heavy
 def test_runs_start_from_a_workdir(text, tmp_path):
     plain, first = tmp_path / "plain", {}
     assert loop.run(run_config(text, small()), plain) == 0
@@ -705,6 +710,7 @@ def test_runs_start_from_a_workdir(text, tmp_path):
         )
 
 
+@pytest.mark.heavy
 def test_runs_start_from_a_folder_of_the_same_model(text, tmp_path):
     folder, cfg = tmp_path / "folder", small(head_dim=4)
     zeros = jax.tree.map(

@@ -131,6 +131,7 @@ def alone(way, k):
     return train_step_alone(small(dispatch=way, top_k=k))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("way", "k", "sizes"), MESHES)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(way, k, sizes, alone):
     # Capacity factor 1 with uneven wishes: about a third of the choices are recycled, or dropped.

@@ -209,6 +209,7 @@ def test_dropless_serves_padding_as_the_official_code_does(case, dispatch):
     np.testing.assert_array_equal(assignment.expert_Tk, choice.expert_Tk)
 
 
+@pytest.mark.heavy
 @settings(max_examples=8, deadline=None, derandomize=True)  # each is compiled
 @given(data=st.data())
 def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):

@@ -489,6 +489,7 @@ def test_ten_training_steps():
 # generation
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_devices", [1, 2], ids=["cpu layout", "scan"])
 @pytest.mark.parametrize("prefix", ["", "batch."])
 def test_greedy_generation(prefix, num_devices):

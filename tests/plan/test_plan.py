@@ -900,6 +900,7 @@ def test_fit_stops_at_the_smallest_slice_that_holds_it(compiled, monkeypatch):
     )
 
 
+@pytest.mark.heavy
 def test_the_command_passes_its_options_on(compiled, capsys, plan):
     def run(*options):
         assert plan(*options) == 0

@@ -261,6 +261,7 @@ def test_profile_steps_are_checked(steps):
         config_for(profile_steps=steps)
 
 
+@pytest.mark.heavy
 def test_a_run_with_a_trace_and_its_report(corpus, tmp_path):
     config = run_config(corpus, profile_steps="2:3")
     assert loop.run(config, tmp_path) == 0

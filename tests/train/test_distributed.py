@@ -125,6 +125,7 @@ def test_checkpoint_of_four_processes_continues_on_one_with_another_mesh(corpus,
     assert_same_losses(tmp_path / "run", tmp_path / "reference")
 
 
+@pytest.mark.heavy
 def test_workdir_of_another_run_stops_all(corpus, tmp_path):
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     config = config_of(fields_of(corpus, **{"train.seed": 7}))
@@ -137,6 +138,7 @@ def test_workdir_of_another_run_stops_all(corpus, tmp_path):
     assert f"error: process 0 of 2 has stopped: {tmp_path} {message}" in errors[1]
 
 
+@pytest.mark.heavy
 def test_different_commands_stop_all(corpus, tmp_path):
     with processes(
         [fields_of(corpus), fields_of(corpus, **{"train.num_steps": 5})], tmp_path

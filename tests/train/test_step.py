@@ -47,6 +47,7 @@ def gradients(sizes, grad_accum_steps=1, model=MODEL):
 # Gradient accumulation
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("parts", "sizes"), [(2, (1, 1, 1)), (4, (2, 1, 1)), (2, (1, 2, 2, 2))])
 def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(parts, sizes):
     _, grads, loss, stats = gradients(sizes, parts)
@@ -107,6 +108,7 @@ def by_path(tree):
     }
 
 
+@pytest.mark.heavy
 def test_gradients_of_matrices_have_the_models_dtype_and_all_others_float32():
     program, grads, loss, _ = gradients((2, 2, 2), 1, BFLOAT16)
     assert len(by_path(grads)) > 12

@@ -217,6 +217,7 @@ def test_changed_text_is_refused(corpus, finished):
         extra.unlink()
 
 
+@pytest.mark.heavy
 def test_a_row_of_skipped_steps_is_reported_and_stops_the_run(corpus, tmp_path, capsys):
     config = config_for(corpus, max_skipped_steps=3, num_steps=20, log_every=2)
     config = dataclasses.replace(
