@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,7 +112,8 @@ class LM:
 
         Raises:
           ConfigError: the tokenizer has neither a chat template nor chat tokens.
-          ValueError: malformed messages, or an assistant's turn at the end.
+          ValueError: malformed messages, roles that the template does not know, or an assistant's
+            turn at the end.
         """
         if self._chat_fault:
             raise ConfigError(
@@ -120,6 +121,11 @@ class LM:
                 "tokenizer=FILE with chat tokens."
             )
         ids = render_chat(messages, self.tokenizer)
+        if not ids:
+            raise ValueError(
+                f"the chat template writes nothing for messages = {reprlib.repr(messages)}; check "
+                "their roles."
+            )
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 "messages end with an assistant's turn, which leaves nothing to answer; add a "
@@ -190,6 +196,11 @@ class LM:
         """(token ids of each prompt, whether `prompts` is a single one)."""
         if isinstance(prompts, str):
             return [self._row("the prompt", prompts, num_new)], True
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise TypeError(
+                f"prompts = {reprlib.repr(prompts)} must be a text, a list of token ids, or a "
+                "list of these."
+            )
         prompts = list(prompts)
         if not prompts:
             raise ValueError("prompts is empty; pass at least one text or list of token ids.")

@@ -45,7 +45,7 @@ class Vocabulary:
           ValueError: there is none of that name.
         """
         if name not in self._special_ids:
-            first, *_, last = *self.special_names, "none", "none"
+            first, *_, last = self.special_names * 2 or ("none", "none")
             raise ValueError(
                 f"special token {name!r} is unknown: this tokenizer has {len(self._special_ids)}, "
                 f"{first} to {last}; use one of them, or the tokenizer of a Hunyuan ranks file"

@@ -190,7 +190,11 @@ def test_what_it_answers_to_mistakes(moe, dense, workdir, tmp_path):
         (lambda: moe.generate([[3], [3, 384]]), "prompt 1 holds the id 384; ids are 0 to 383"),
         (lambda: moe.logprobs([-1, 3]), "the prompt holds the id -1; ids are 0 to 383"),
         (lambda: dense.router_stats("a"), "this model is dense"),
-        (lambda: run.chat(question), "this tokenizer cannot chat: .*pass tokenizer=FILE"),
+        (
+            lambda: run.chat(question),
+            "this tokenizer cannot chat: .*has 3, <.bos.> to <.pad.>; .*pass tokenizer=FILE",
+        ),
+        (lambda: moe.chat([{"role": "robot", "content": "?"}]), "writes nothing .* their roles"),
         (lambda: moe.chat("hello"), "messages is a str: a chat is a list"),
         (
             lambda: moe.chat([*question, {"role": "assistant", "content": "!"}]),
@@ -200,6 +204,9 @@ def test_what_it_answers_to_mistakes(moe, dense, workdir, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+    for prompts in (None, 3, b"text", {"text": 1}):
+        with pytest.raises(TypeError, match="must be a text, a list of token ids, or a list of"):
+            moe.generate(prompts)
     with pytest.raises(TypeError, match="temprature"):
         Sampling(temprature=0.5)
     with pytest.raises(TypeError, match=r"sampling = 64 must be a hunyuan_jax.Sampling"):
