@@ -19,6 +19,7 @@ from hunyuan_jax import config as config_lib
 from hunyuan_jax import presets
 from hunyuan_jax.config import (
     Config,
+    LoraConfig,
     MeshConfig,
     MoeConfig,
     PhaseConfig,
@@ -304,6 +305,9 @@ def mixture(names="ab", weights=(1.0, 2.0), starts=(0.0, 0.5)):
 
 # (changes, what the message holds).  Each line breaks one rule; a test below checks that none is
 # missing.
+# A dense model of Spark layers, and latent attention, where a rule is about either.
+SPARK = {"model__moe": MoeConfig(), "model__spark__neuron_share": 0.1}
+LATENT = {"model__latent__width": 256, "model__use_qk_norm": False, "model__num_kv_heads": 8}
 BROKEN = [
     *(
         ({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1")
@@ -496,6 +500,28 @@ BROKEN = [
         )
         for weights in [(1.0,), (1.0, -1.0), (0.0, 0.0)]
     ),
+    ({"model__spark__neuron_share": 1.0}, "spark.neuron_share = 1.0 must be in [0, 1)"),
+    ({"model__spark__attention_top_k": -1}, "spark.attention_top_k = -1 must not be negative"),
+    ({"model__spark__neuron_share": 0.1}, "spark.neuron_share = 0.1 is for dense models"),
+    ({"model__spark__predictor_width": 4}, "acts with spark.neuron_share only"),
+    (SPARK | {"model__spark__predictor_width": 2**20}, "must leave entries of hidden_size"),
+    (SPARK | {"model__lora": LoraConfig(rank=2, targets=("up",))}, "a Spark layer does not have"),
+    (
+        {"model__spark__attention_top_k": 4, "model__head_dim": 6},
+        "head_dim = 6 must be a multiple of 4: Spark attention",
+    ),
+    (
+        {"model__spark__attention_top_k": 4, "model__attention_dropout": 0.1},
+        "attention_dropout = 0.1 is not implemented for Spark attention",
+    ),
+    ({"model__latent__width": 100}, "latent.width = 100 must be a multiple of twice group_size"),
+    ({"model__latent__rotary_dim": 3}, "latent.rotary_dim = 3 must be even and at least 2"),
+    (
+        LATENT | {"model__use_qk_norm": True},
+        "use_qk_norm = True does not act on latent attention",
+    ),
+    (LATENT | {"model__num_kv_heads": 4}, "num_kv_heads = 4 must be num_heads = 8 with latent"),
+    (LATENT | {"model__lora": LoraConfig(rank=2)}, "latent attention has no adapters"),
 ]
 
 
@@ -663,5 +689,6 @@ def test_an_unknown_attribute_of_the_package_is_an_error():
 
     with pytest.raises(AttributeError, match="no attribute 'from_pretraind'"):
         hunyuan_jax.from_pretraind  # noqa: B018
-    assert set(hunyuan_jax.__all__) == {"from_pretrained", "presets"}
-    assert callable(hunyuan_jax.from_pretrained)
+    assert set(hunyuan_jax.__all__) == {"Sampling", "from_pretrained", "load", "presets"}
+    for name in hunyuan_jax.__all__:
+        assert getattr(hunyuan_jax, name) is not None
