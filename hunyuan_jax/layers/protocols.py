@@ -45,6 +45,10 @@ class CacheEntry(Protocol):
         """What a mixer reads of a group, in the layout that mixers expect."""
         ...
 
+    def pinned(self, mesh: Mesh) -> Self:
+        """The same entry, laid out over the mesh as every call expects it."""
+        ...
+
 
 class LayerCache(NamedTuple):
     """A layer's part of the cache.
