@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import benchmark, chips, cycles, tpu_compiler
+from pallas_kernels import benchmark, chips, tpu_compiler
 from pallas_kernels.expert_matmul import bench, gpu, reference, tpu
+from support import children
 
 
 def test_one_table_as_text_and_as_json(tmp_path, monkeypatch, capsys):
@@ -31,7 +32,7 @@ def test_what_fails_in_a_subprocess_is_none_and_says_why(capfd):
     assert benchmark.in_subprocess(divmod, 7, 2) == (3, 1)
     assert benchmark.in_subprocess(divmod, 7, 0) is None
     assert benchmark.in_subprocess(os._exit, 1) is None
-    assert benchmark.in_subprocess(_end_as_libtpu_does) is None
+    assert benchmark.in_subprocess(children.end_as_libtpu_does) is None
     out, err = capfd.readouterr()
     first, *others = out.splitlines()
     assert "zero" in first and others == [
@@ -39,15 +40,6 @@ def test_what_fails_in_a_subprocess_is_none_and_says_why(capfd):
         "(): the process crashed: Check failed: the reason",
     ]
     assert not err
-
-
-def _end_as_libtpu_does():
-    os.write(
-        2,
-        b"a warning\nF1125 23:54:53.428729   30020 llo_module.cc:75] Check failed: the "
-        b"reason\n*** stack trace ***\nF1125 again] no\n",
-    )
-    os._exit(1)
 
 
 def test_median_ms_is_a_time():
@@ -106,12 +98,6 @@ def test_options_of_the_train_step_are_those_of_the_generation():
     reason="libtpu is not installed: pip install '.[tpu]'",
 )
 def test_static_cycles_of_a_product_are_near_the_peak():
-    num_cycles = benchmark.in_subprocess(_cycles_of_a_product)
+    num_cycles = benchmark.in_subprocess(children.cycles_of_a_product)
     ideal = 2 * 1024**2 * 2048 / (chips.CHIPS["v5p"].peak_flops / chips.CHIPS["v5p"].clock_hz)
     assert 0.5 < ideal / num_cycles < 1.0
-
-
-def _cycles_of_a_product():
-    tpu_compiler.prepare(profiles=True)
-    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 2048), (2048, 1024)))
-    return cycles.cost("v5p", lambda a, b: a @ b, *shapes).cycles
