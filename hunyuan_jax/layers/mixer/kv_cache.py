@@ -45,7 +45,7 @@ class KeysValues(NamedTuple):
             )
 
         def write(_, old, new, group, slot_B):
-            return tuple(_write(*pair, group, slot_B) for pair in zip(old, new, strict=True))
+            return tuple(write_rows(*pair, group, slot_B) for pair in zip(old, new, strict=True))
 
         # An island, so that each device writes its own rows: XLA would gather the cache to scatter
         # into it.
@@ -69,12 +69,18 @@ def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> KeysValues:
     return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def _write(
-    old_PBSKH: jax.Array, new_BTKH: jax.Array, group: jax.Array, slot_B: jax.Array
+def write_rows(
+    old_PBS: jax.Array, new_BT: jax.Array, group: jax.Array, slot_B: jax.Array
 ) -> jax.Array:
-    def row(old_PSKH, new_TKH, slot):
-        return jax.lax.dynamic_update_slice(old_PSKH, new_TKH[None], (group, slot, 0, 0))
+    """old_PBS with new_BT in T slots of one group, from slot_B of each row on.
+
+    Both may have further dims, the same ones.
+    """
+    rest = (0,) * (old_PBS.ndim - 3)
+
+    def row(old_PS, new_T, slot):
+        return jax.lax.dynamic_update_slice(old_PS, new_T[None], (group, slot, *rest))
 
     return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(
-        old_PBSKH, new_BTKH.astype(old_PBSKH.dtype), slot_B
+        old_PBS, new_BT.astype(old_PBS.dtype), slot_B
     )

@@ -27,6 +27,7 @@ from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.mixer.attention import attend
+from hunyuan_jax.layers.mixer.kv_cache import write_rows
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.parallel import island, rules
@@ -73,7 +74,9 @@ class LatentCache(NamedTuple):
         slot_B = jnp.zeros(code_BTL.shape[0], jnp.int32) if slot_B is None else slot_B
 
         def write(_, old, arrays, group, slot_B):
-            return tuple(_write(*pair, group, slot_B) for pair in zip(old, arrays, strict=True))
+            return tuple(
+                write_rows(*pair, group, slot_B) for pair in zip(old, arrays, strict=True)
+            )
 
         # An island, so that each device writes its own rows: XLA would gather the cache to scatter
         # into it.
@@ -271,12 +274,3 @@ def unpack(packed_l: jax.Array) -> jax.Array:
 
 def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.concatenate([first, second.astype(first.dtype)], axis=-1)
-
-
-def _write(old_PBSx, new_BTx, group, slot_B):
-    def row(old_PSx, new_Tx, slot):
-        return jax.lax.dynamic_update_slice(old_PSx, new_Tx[None], (group, slot, 0))
-
-    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(
-        old_PBSx, new_BTx.astype(old_PBSx.dtype), slot_B
-    )
