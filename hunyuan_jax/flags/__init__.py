@@ -9,11 +9,9 @@ from hunyuan_jax.flags.declare import (
     Command,
     Option,
     command,
-    exit_with_message,
-    run,
-    run_one_of,
 )
 from hunyuan_jax.flags.output import print_result
+from hunyuan_jax.flags.run import exit_with_message, run, run_one_of
 
 __all__ = [
     "CONFIG",

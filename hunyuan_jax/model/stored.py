@@ -1,4 +1,4 @@
-"""Parameters as a train state and its checkpoints hold them."""
+"""Dtypes of the parameters in a train state and in its checkpoints."""
 
 from typing import Any
 
@@ -17,14 +17,16 @@ from hunyuan_jax.quant.scaled import Scaled, is_scaled, store_params
 def stored_params(
     params: dict[str, Any], specs: dict[str, Any], compute_dtype: str, state_dtype: StateDtype
 ) -> dict[str, Any]:
-    """Master weights of what is trained, in `state_dtype`; what LoRA freezes in the dtype in which
-    the model uses it.
+    """Returns the parameters as a train state holds them.
+
+    Trained parameters are master weights in `state_dtype`.  Parameters that LoRA freezes have the
+    dtype in which the model computes with them.
 
     Args:
       params: nested dict of arrays.
-      specs: the same of their `ParamSpec`s.
-      compute_dtype: the model's.
-      state_dtype: the optimizer's.
+      specs: nested dict of their `ParamSpec`s.
+      compute_dtype: config.model.dtype.
+      state_dtype: config.optimizer.state_dtype.
     """
     (trained, frozen), (trained_specs, frozen_specs) = (
         lora.split(tree, specs) for tree in (params, specs)
@@ -39,7 +41,7 @@ def stored_params(
 def abstract_stored_params(
     cfg: ModelConfig, mesh: Mesh, state_dtype: StateDtype
 ) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of `stored_params`: the target of a restore."""
+    """Returns shapes, dtypes and shardings of `stored_params`, to restore into."""
     _, specs = abstract_model(cfg, mesh)
     stored = jax.eval_shape(
         lambda params: stored_params(params, specs, cfg.dtype, state_dtype), structs(specs)

@@ -1,8 +1,7 @@
-"""Parameter groups: which learning-rate ratio and weight decay each parameter gets, decided by its
-role alone.
+"""Parameter groups: the learning-rate ratio and weight decay of each parameter, by its role.
 
-Every role belongs to one group; a parameter without a group, or a group without a parameter, is an
-error and never a silent default.
+Every role belongs to one group.  A parameter without a group and a group without a parameter are
+errors.
 """
 
 import dataclasses
@@ -31,14 +30,13 @@ class ParamGroup:
 def default_groups(
     cfg: OptimizerConfig, *, is_moe: bool, is_lora: bool = False
 ) -> tuple[ParamGroup, ...]:
-    """The groups of a model.  With LoRA there is one, of the adapters, which are matrices.
+    """Returns the groups of a model.  With LoRA the adapters are the only group.
 
-    Groups that only a mixture of experts has are left out for a dense model, so that a group
-    without a parameter is always a mistake.
+    A dense model has no groups for experts and router.
 
     * experts: the routed (specialised) experts, at `expert_lr_ratio` of the learning rate
-      (docs/model.md, Optimizer).  The shared expert and the rest, which see every token, have the
-      full one; the paper names experts only.
+      (docs/model.md, Optimizer).  The shared expert sees every token, as the other
+      parameters do, and has the full rate; the paper names experts only.
     * norms_and_biases: no decay.  They are not matrices; a norm scale would be pulled away from 1.
     * embedding: no decay.  A lookup gives a row a gradient only when its token occurs, so decay
       would shrink rare tokens between their occurrences.  One rule for tied and untied: a tied
@@ -61,7 +59,7 @@ def default_groups(
 
 
 def assign_groups(specs: Any, groups: tuple[ParamGroup, ...]) -> Any:
-    """The tree of `specs` (nested dict of `ParamSpec`s) with the name of its group at each leaf.
+    """Returns the tree of `specs` (nested dict of `ParamSpec`s) with group names as leaves.
 
     Raises:
       ConfigError: a parameter whose role no group has, or a group without a parameter.

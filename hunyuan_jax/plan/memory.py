@@ -58,7 +58,7 @@ class Estimate:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs most memory."""
         return max((LAYERS, LOSS, UPDATE), key=self.in_phase)
 
     @property
@@ -69,12 +69,14 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the formulas need of a config on a mesh; all of it per device.
+    """Sizes per device that the formulas need of a config on a mesh.
 
-    batch_bytes, batch_tokens: of a whole batch; tokens: of one pass through the model, of which a
-    step makes num_micro_batches; rows: of the expert buffers, tokens * top_k
-    with the slack of their capacity; part_rows: of the vocabulary, in one of the parts in which
-    the loss takes it; expert_ways, tensor_ways: sizes of those axes; parameters: elements.
+    batch_bytes, batch_tokens: of the whole batch.
+    tokens: of one micro-batch; a step has num_micro_batches of them.
+    rows: of the expert buffers: tokens * top_k and the slack of their capacity.
+    chunk_rows: rows of the vocabulary in one chunk of the loss.
+    expert_ways, tensor_ways: sizes of those mesh axes.
+    parameters: elements.
     """
 
     model: ModelConfig
@@ -83,7 +85,7 @@ class Sizes:
     tokens: int
     num_micro_batches: int
     rows: int
-    part_rows: int
+    chunk_rows: int
     expert_ways: int
     tensor_ways: int
     parameters: int
@@ -148,7 +150,7 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         tokens=tokens,
         num_micro_batches=config.train.grad_accum_steps,
         rows=_expert_rows(config, tokens),
-        part_rows=_part_rows(config, tokens, mesh),
+        chunk_rows=_chunk_rows(config, tokens, mesh),
         expert_ways=mesh.expert,
         tensor_ways=mesh.tensor,
         parameters=state.parameters,
@@ -156,10 +158,10 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
 
 
 def kept_activations(sizes: Sizes) -> int:
-    """What the forward pass keeps for the backward pass: every layer's residual stream [tokens,
-    D], and what remat keeps inside.
+    """Bytes that the forward pass keeps for the backward pass: the residual stream [tokens, D] of
+    every layer, and what the remat policy keeps of the layer's inside.
 
-    Without remat that is everything, the gathered weights included.
+    Without remat the forward pass keeps everything, the gathered weights included.
     """
     model = sizes.model
     stream = sizes.tokens * model.hidden_size * sizes.element
@@ -172,10 +174,10 @@ def kept_activations(sizes: Sizes) -> int:
 
 
 def group_activations(sizes: Sizes) -> int:
-    """Everything that the backward pass of one CLA group works on: what the forward pass made of
-    its layers, and its gradients of one.
+    """Bytes that the backward pass of one CLA group works on: the recomputed activations of its
+    layers, and the gradients of one layer.
 
-    What remat keeps is counted by `kept_activations` already.
+    What the remat policy keeps is in `kept_activations` already.
     """
     layer = _products(sizes) + _elementwise(sizes)
     recomputed = {"full": layer, "dots": _elementwise(sizes), "none": 0}[sizes.model.remat]
@@ -183,35 +185,35 @@ def group_activations(sizes: Sizes) -> int:
 
 
 def gathered_weights(sizes: Sizes) -> int:
-    """Whole weights, in the compute dtype, of the layers at work."""
+    """Bytes of the gathered weights, in the compute dtype, of the layers that run at one time."""
     return _GATHERED_LAYERS * layer_weights(sizes) * sizes.element
 
 
 def layer_weights(sizes: Sizes) -> int:
-    """Elements of one layer's weights when gathered, the mean over layers."""
+    """Elements of one layer's gathered weights, the mean over layers."""
     return math.ceil(_layer_mean(sizes, "weights"))
 
 
 def gathered_vocabulary(sizes: Sizes) -> int:
-    """The part of the [V, D] head that is at work, in the compute dtype, and its gradient."""
-    return 2 * sizes.part_rows * sizes.model.hidden_size * sizes.element
+    """Bytes of one vocabulary chunk of the [V, D] head, in the compute dtype, and its gradient."""
+    return 2 * sizes.chunk_rows * sizes.model.hidden_size * sizes.element
 
 
 def logits(sizes: Sizes) -> int:
-    """Float32 [tokens, a part of V] and its copies, and the gradient of the hidden states, added
-    up in float32.
+    """Bytes of one chunk's float32 logits and their copies, and of the float32 sum of the hidden
+    states' gradients.
     """
-    return 4 * sizes.tokens * (_LOGIT_COPIES * sizes.part_rows + sizes.model.hidden_size)
+    return 4 * sizes.tokens * (_LOGIT_COPIES * sizes.chunk_rows + sizes.model.hidden_size)
 
 
 def _products(sizes: Sizes) -> int:
-    """Bytes per layer of all that remat "dots" keeps."""
+    """Bytes per layer of what remat "dots" keeps."""
     return math.ceil(_layer_mean(sizes, "products"))
 
 
 def _elementwise(sizes: Sizes) -> int:
-    """Bytes per layer of the rest: two norms, the residual sums, the MLP's output, and what mixer
-    and feed-forward network add.
+    """Bytes per layer of the other activations: two norms, the residual sums, the output of the
+    feed-forward network, and what mixer and feed-forward network declare.
     """
     stream = 5 * sizes.tokens * sizes.model.hidden_size * sizes.element
     return math.ceil(stream + _layer_mean(sizes, "elementwise"))
@@ -233,8 +235,8 @@ def _layer_mean(sizes: Sizes, field: str) -> float:
 
 
 def _expert_rows(config: Config, tokens: int) -> int:
-    """Rows that a device's experts serve; with capacity limits the buffers have that many slots,
-    full or not.
+    """Rows that a device's experts compute.  With a capacity the buffers have that many slots,
+    used or not.
     """
     moe = config.model.moe
     if not config.model.is_moe:
@@ -247,8 +249,8 @@ def _expert_rows(config: Config, tokens: int) -> int:
     return math.ceil(tokens / group_size * routing.capacity(moe, group_size) * moe.num_experts)
 
 
-def _part_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
-    """Rows of the table in one part, gathered from storage."""
+def _chunk_rows(config: Config, tokens: int, mesh: MeshConfig) -> int:
+    """Rows of the table in one vocabulary chunk, gathered from storage."""
     axes = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
     table = (config.model.vocab_size, config.model.hidden_size)
     storage_ways = _storage_ways(

@@ -9,42 +9,14 @@ import pytest
 from flax import nnx
 
 from hunyuan_jax import presets
-from hunyuan_jax.config import LatentConfig, LoraConfig, MoeConfig
+from hunyuan_jax.config import LatentConfig, LoraConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.mixer import latent
 from hunyuan_jax.layers.protocols import Sequence
-from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
-from hunyuan_jax.model.transformer import Transformer
-from support.models import assert_close, fast_jit, filled, mesh_of
-
-MODEL = dataclasses.replace(
-    presets.tiny(),
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=8,
-    use_qk_norm=False,
-    pad_token_id=-1,
-    remat="none",
-    moe=MoeConfig(),
-    latent=LatentConfig(width=32, rotary_dim=8, group_size=16),
-)
-
-
-def arguments(num_rows: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    tokens_BT = np.random.default_rng(0).integers(0, 64, (num_rows, length))
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (num_rows, length))
-    return (
-        jnp.asarray(tokens_BT, jnp.int32),
-        positions_BT,
-        jnp.ones((num_rows, length), jnp.int32),
-    )
+from support.layer_kinds import LATENT as MODEL
+from support.models import assert_close, filled, mesh_of
 
 
 def test_codes_are_packed_two_a_byte():
@@ -112,40 +84,6 @@ def test_a_layer_against_numpy():
     assert_close(out_TD, expected_TD, 5e-3)
 
 
-def test_cache_continues_what_a_whole_pass_computes():
-    """A whole pass makes keys and values of every head; the cache holds codes, and absorbs."""
-    model = filled(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0)), std=0.2)
-    tokens_BT, positions_BT, mask_BT = arguments(2, 40)
-    expected_BTV = model.logits(model(tokens_BT, positions_BT, mask_BT).hidden_BTD)
-    prompt = (x[:, :9] for x in (tokens_BT, positions_BT, mask_BT))
-    output = model.prefill(*prompt, empty_cache(MODEL, 2, 48))
-    parts = [output.hidden_BTD]
-    for first, last in ((9, 14), (14, 34), *((t, t + 1) for t in range(34, 40))):
-        output = model.extend(tokens_BT[:, first:last], output.cache)
-        parts.append(output.hidden_BTD)
-    assert_close(model.logits(jnp.concatenate(parts, axis=1)), expected_BTV, 1e-5)
-    assert output.cache.entries["layer_0"].packed_PBSl.dtype == jnp.uint8
-    assert list(output.cache.entries) == ["layer_0"]  # one for a pair of layers
-
-
-def test_generation_and_its_own_folder(tmp_path):
-    """Greedy tokens by the cache are those of whole passes; the folder holds the same model."""
-    module = filled(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0)), std=0.2)
-    model = Pretrained(MODEL, nnx.to_pure_dict(nnx.split(module)[1]))
-    ids_BS = np.asarray(arguments(2, 6)[0])
-    generated_BT = model.generate(ids_BS, max_new_tokens=6, eos_token_id=())
-    by_passes_BT = ids_BS
-    for _ in range(6):
-        next_B = np.asarray(model.logits(by_passes_BT))[:, -1].argmax(-1)
-        by_passes_BT = np.concatenate([by_passes_BT, next_B[:, None]], axis=1)
-    np.testing.assert_array_equal(generated_BT, by_passes_BT)
-
-    model.save_pretrained(tmp_path / "saved")
-    loaded = from_pretrained(tmp_path / "saved")
-    assert loaded.config == model.config
-    np.testing.assert_array_equal(loaded.logits(ids_BS), model.logits(ids_BS))
-
-
 def test_bytes_at_the_size_of_a52b():
     """256 bytes of codes, 8 of scales and 128 of the rotary key a pair of layers: 0.77 % of what
     multi-head attention keeps; within the paper's "below 2 %".
@@ -182,36 +120,6 @@ def test_gradient_passes_the_quantiser():
         return (x_TL / rms_T1 * module.latent_norm_L[...]).sum()
 
     assert_close(gradient_DL, vjp(jax.grad(normed)(x_TL))[0], 1e-4)
-
-
-@pytest.mark.parametrize("mesh", [{"tensor": 2, "data": 2}, {"expert": 2, "tensor": 2}])
-def test_loss_and_gradients_on_a_mesh(mesh):
-    definition, params = nnx.split(
-        filled(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0)))
-    )
-    meshed = nnx.split(
-        nnx.eval_shape(lambda: Transformer(MODEL, mesh_of(**mesh), jax.random.key(0)))
-    )
-    tokens_BT, positions_BT, mask_BT = arguments(4, 16)
-
-    def loss(definition, params):
-        model = nnx.merge(definition, params)
-        hidden_BTD = model(tokens_BT, positions_BT, mask_BT).hidden_BTD
-        return model.token_losses(hidden_BTD, tokens_BT).mean()
-
-    expected, actual = (
-        fast_jit(jax.value_and_grad(lambda p, d=d: loss(d, p)))(params)
-        for d in (definition, meshed[0])
-    )
-    # A latent that lies between two codes may be rounded the other way on another mesh.
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-3)
-    for one, other in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
-        assert_close(one, other, 5e-2)
-
-
-def test_count_is_what_is_built():
-    shapes = nnx.split(nnx.eval_shape(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0))))[1]
-    assert count(MODEL).total == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize(

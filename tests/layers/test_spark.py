@@ -7,51 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from hunyuan_jax import presets
 from hunyuan_jax.config import Config, MoeConfig, SparkConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer.pretrained import Pretrained, from_pretrained
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
 from hunyuan_jax.layers.mixer.spark_attention import is_among_top, spark_attention
 from hunyuan_jax.layers.protocols import Sequence
-from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
-from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.runlog.metrics import layer_figures
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program, init_state
-from support.models import assert_close, fast_jit, filled, mesh_of
+from support.layer_kinds import SPARK as MODEL
+from support.models import assert_close, filled, mesh_of
 
-MODEL = dataclasses.replace(
-    presets.tiny(),
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=96,
-    num_layers=4,
-    num_heads=4,
-    head_dim=16,
-    pad_token_id=-1,
-    remat="none",
-    moe=MoeConfig(),
-    spark=SparkConfig(neuron_share=0.1, attention_top_k=6),
-)
 Q_10_PERCENT = 1.2815516  # of the standard normal distribution
 
 
 def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def tokens(num_rows: int, length: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).integers(0, 64, (num_rows, length)), jnp.int32)
-
-
-def arguments(num_rows: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (num_rows, length))
-    return tokens(num_rows, length), positions_BT, jnp.ones((num_rows, length), jnp.int32)
 
 
 @pytest.mark.parametrize("kind", [SparkMlp, SparseSparkMlp])
@@ -150,65 +124,7 @@ def test_statistics_are_those_of_visible_keys():
     assert is_among_top(score_S, jnp.arange(64) < 8, 8)[:8].all()
 
 
-def test_cache_continues_what_a_whole_pass_computes():
-    model = Transformer(MODEL, mesh_of(), jax.random.key(0))
-    tokens_BT, positions_BT, mask_BT = arguments(2, 20)
-    expected_BTV = model.logits(model(tokens_BT, positions_BT, mask_BT).hidden_BTD)
-
-    prompt = (x[:, :9] for x in (tokens_BT, positions_BT, mask_BT))
-    output = model.prefill(*prompt, empty_cache(MODEL, 2, 24))
-    parts = [output.hidden_BTD]
-    for first, last in ((9, 14), *((t, t + 1) for t in range(14, 20))):
-        output = model.extend(tokens_BT[:, first:last], output.cache)
-        parts.append(output.hidden_BTD)
-    assert_close(model.logits(jnp.concatenate(parts, axis=1)), expected_BTV, 1e-5)
-
-
-def test_generation_and_its_own_folder(tmp_path):
-    """Greedy tokens by the cache are those of whole passes; the folder holds the same model."""
-    module = filled(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0)), std=0.1)
-    model = Pretrained(MODEL, nnx.to_pure_dict(nnx.split(module)[1]))
-    ids_BS = np.asarray(tokens(2, 6))
-    generated_BT = model.generate(ids_BS, max_new_tokens=6, eos_token_id=())
-    by_passes_BT = ids_BS
-    for _ in range(6):
-        next_B = np.asarray(model.logits(by_passes_BT))[:, -1].argmax(-1)
-        by_passes_BT = np.concatenate([by_passes_BT, next_B[:, None]], axis=1)
-    np.testing.assert_array_equal(generated_BT, by_passes_BT)
-
-    model.save_pretrained(tmp_path / "saved")
-    loaded = from_pretrained(tmp_path / "saved")
-    assert loaded.config == model.config
-    np.testing.assert_array_equal(loaded.logits(ids_BS), model.logits(ids_BS))
-
-
-@pytest.mark.parametrize("mesh", [{"tensor": 2, "data": 2}, {"expert": 2, "tensor": 2}])
-def test_loss_and_gradients_on_a_mesh(mesh):
-    definition, params = nnx.split(
-        filled(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0)))
-    )
-    meshed = nnx.split(
-        nnx.eval_shape(lambda: Transformer(MODEL, mesh_of(**mesh), jax.random.key(0)))
-    )
-    tokens_BT, positions_BT, mask_BT = arguments(4, 16)
-
-    def loss(definition, params):
-        model = nnx.merge(definition, params)
-        hidden_BTD = model(tokens_BT, positions_BT, mask_BT).hidden_BTD
-        return model.token_losses(hidden_BTD, tokens_BT).mean()
-
-    expected, actual = (
-        fast_jit(jax.value_and_grad(lambda p, d=d: loss(d, p)))(params)
-        for d in (definition, meshed[0])
-    )
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
-        assert_close(one, other, 1e-4)
-
-
-def test_count_is_what_is_built():
-    shapes = nnx.split(nnx.eval_shape(lambda: Transformer(MODEL, mesh_of(), jax.random.key(0))))[1]
-    assert count(MODEL).total == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def test_feed_forward_has_two_matrices():
     assert count(MODEL).mlp == 4 * 2 * 32 * 96
 
 

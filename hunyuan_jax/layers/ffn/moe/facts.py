@@ -10,7 +10,7 @@ from hunyuan_jax.params.roles import Role
 
 
 def count(cfg: ModelConfig, seq_len: int) -> Count:
-    """A token meets k of the E routed experts, the shared ones and the router."""
+    """A token uses k of the E routed experts, the shared experts and the router."""
     moe, expert = cfg.moe, num_parameters(cfg)
     parts = {
         "experts": moe.num_experts * expert,
@@ -22,8 +22,9 @@ def count(cfg: ModelConfig, seq_len: int) -> Count:
 
 
 def activation_bytes(cfg: ModelConfig, sizes: Sizes) -> Activations:
-    """Products: dispatched rows, and gate and up of those and of the shared expert; elementwise:
-    packed, served and returned rows; backward: as of one SwiGLU, the larger one.
+    """products: the dispatched rows, and gate and up of the routed and shared experts.
+    elementwise: rows before, after and on the way back from the experts.
+    backward: of one SwiGLU, that of the routed or that of the shared experts, the larger one.
     """
     moe, D = cfg.moe, cfg.hidden_size
     width = cfg.intermediate_size / sizes.tensor_ways

@@ -1,5 +1,6 @@
-"""The mixture-of-experts layer: router, shared expert, and the island in which tokens meet their
-routed experts.
+"""The mixture-of-experts layer: a router, a shared expert and routed experts.
+
+Routing, exchange and experts run inside one shard_map island.
 """
 
 import functools
@@ -29,7 +30,7 @@ EXPERT_DIMS = {
     "w_down_EFD": ("experts", "expert_ffn", "embed"),
 }
 
-# (parameters of `Experts` by name, tokens [g, T, D], their assignment) -> [g, T, D], as `serve`.
+# As `serve`: (parameters of `Experts` by name, x_gTD, assignment) -> y_gTD.
 Serve = Callable[[dict[str, jax.Array], jax.Array, routing.Assignment], jax.Array]
 
 
@@ -69,11 +70,11 @@ class Moe(nnx.Module):
 
     @staticmethod
     def new_experts(cfg: ModelConfig, key: jax.Array) -> nnx.Module:
-        """The module that holds the experts' parameters as `server` expects them."""
+        """Returns the module with the experts' parameters, in the layout that `server` reads."""
         return Experts(cfg, key)
 
     def server(self) -> Serve:
-        """How one shard's tokens are run through their experts."""
+        """Returns the function that runs one shard's tokens through their experts."""
         kernels = kernel_options(self.cfg, self.mesh)
         return functools.partial(
             serve,
@@ -91,13 +92,15 @@ class Moe(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, is_valid_BT: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Output [B, T, D] and the layer's router figures: sums over the routing groups
-        (`routing.health`), of the losses means.
+        """Returns (output [B, T, D], router figures of the layer).
+
+        The figures are those of `routing.health`, summed over the routing groups, and the means of
+        the two router losses.
 
         Args:
           x_BTD: normalised activations.
-          is_valid_BT: false for padding, which takes no capacity and reaches only the shared
-            expert.
+          is_valid_BT: false for padding.  Padding takes no capacity; only the shared expert
+            sees it.
           key: typed key of this (seed, step, layer); needed for dispatch "recycle" only.
         """
         moe = self.cfg.moe
@@ -137,12 +140,13 @@ class Moe(nnx.Module):
 
 
 def router_metrics(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Health of the mixtures of one step, float32, from their figures [P, f, ...].
+    """Returns float32 health metrics of one step from the layers' figures [P, f, ...].
 
-    demand_LE: share of a layer's choices that name the expert, before any capacity; load_LE: share
-    of the served choices that it serves;
-    recycled_L, dropped_L: shares of the choices; entropy_L: mean of the router in nats; aux_loss,
-    z_loss: means over layers.
+    demand_LE: an expert's share of the layer's choices, before any capacity.
+    load_LE: an expert's share of the choices that are served.
+    recycled_L, dropped_L: shares of the choices.
+    entropy_L: mean entropy of the router, in nats.
+    aux_loss, z_loss: means over layers.
     """
     layers = {name: a.reshape(-1, *a.shape[2:]) for name, a in stats.items()}
     choices_L, served_L = layers["wished_E"].sum(-1), layers["served_E"].sum(-1)
@@ -170,7 +174,7 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 def route(
     logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array
 ) -> tuple[routing.Choice, routing.Assignment]:
-    """The choice and the assignment of each group; see `routing.choose`, `routing.assign`."""
+    """Returns choice and assignment of each routing group: `routing.choose`, `routing.assign`."""
     choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
     return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(
         choice, is_valid_gT, key_g
@@ -190,22 +194,22 @@ def route_and_serve(
     kernels: dict[str, Any],
     lora_cfg: LoraConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One shard's part of the layer: route its groups, exchange, compute, combine.  Runs inside
-    the island.
+    """Routes one shard's groups, exchanges tokens, runs the experts and combines their outputs.
+    Runs inside the island.
 
-    Returns the output [B, T, D] and per-group figures [g, ...]: those of `routing.health` and the
-    two auxiliary losses.
+    Returns (output [B, T, D], figures [g, ...] of each routing group: those of `routing.health`
+    and the two router losses).
 
     Args:
-      weights: parameters as stored: those of `Moe`, `Experts` and, if there is one, of the shared
-        `Mlp`, under "router", "experts", "shared".
+      weights: stored parameters: "router" of `Moe`, "experts" of `Experts`, and "shared" of the
+        shared `Mlp` if there is one.
       x_BTD, is_valid_BT, key_data: as for `Moe`.
       serve: runs the tokens through their experts.
       dims: the names of the parameters' dims, a tree like `weights`.
-      cfg: the mixture.
+      cfg: settings of the mixture.
       group_size: tokens of a routing group.
       kernels: of `kernel_options`.
-      lora_cfg: of the adapters, if there are any.
+      lora_cfg: settings of the adapters.
     """
     B, T, D = x_BTD.shape
     if B * T % group_size:
@@ -233,9 +237,9 @@ def route_and_serve(
 
     y_BTD = serve(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
-        # Needs nothing from other shards but its weights: it fills the time of both exchanges.
+        # It needs only weights of other shards, so it can overlap with both exchanges of tokens.
         y_BTD = y_BTD + mlp.serve(weights["shared"], dims["shared"], x_BTD, kernels, lora_cfg)
-    # Each tensor shard has summed over its own part of F.
+    # Each tensor shard holds the sum over its own slice of F.
     y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
     stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
@@ -253,8 +257,10 @@ def serve(
     kernels: dict[str, Any],
     lora_cfg: LoraConfig,
 ) -> jax.Array:
-    """The weighted outputs [g, T, D] of the experts `assignment` names, with this shard's part of
-    F.  `dims`: the names of the weights' dims.  Runs inside the island.
+    """Returns the weighted outputs [g, T, D] of the assigned experts, summed over this shard's
+    slice of F.  Runs inside the island.
+
+    `dims`: the names of the weights' dims.
     """
 
     def whole(name):
