@@ -94,6 +94,15 @@ def test_a_bad_file_is_named(tmp_path, stated, message):
         ({"top_p": 0}, r"top_p = 0 must be in \(0, 1\]; 1 is off"),
         ({"repetition_penalty": "a lot"}, "repetition_penalty = 'a lot' must be a positive"),
         ({"seed": True}, "seed = True must be an integer"),
+        ({"min_new_tokens": -1}, "min_new_tokens = -1 must be an integer that is not negative"),
+        ({"min_p": 1.5}, r"min_p = 1.5 must be in \[0, 1\]; 0 is off"),
+        ({"presence_penalty": float("inf")}, "presence_penalty = inf must be finite"),
+        ({"frequency_penalty": "no"}, "frequency_penalty = 'no' must be a number"),
+        ({"logprobs": 21}, "logprobs = 21 must be 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs = -1 must be 0 to 20"),
+        ({"logit_bias": {-1: 2.0}}, r"logit_bias = \{-1: 2.0\} must map token ids, none of them"),
+        ({"logit_bias": 3}, "logit_bias = 3 must map token ids"),
+        ({"logit_bias": {1: "x"}}, "logit_bias of 1 = 'x' must be a number"),
         ({"stop_ids": "2"}, "stop_ids = '2' must be token ids"),
         ({"stop_ids": [2, -3]}, r"stop_ids = \[2, -3\] must be token ids, none of them negative"),
     ],
@@ -106,3 +115,4 @@ def test_a_bad_setting_is_named_when_it_is_built(fields, message):
 def test_numbers_of_numpy_are_numbers():
     sampling = Sampling(max_new_tokens=np.int64(3), top_p=np.float32(0.5), stop_ids=np.int32(7))
     assert sampling == Sampling(max_new_tokens=3, top_p=0.5, stop_ids=(7,))
+    assert Sampling(logit_bias={np.int64(3): 1}).logit_bias == ((3, 1.0),)

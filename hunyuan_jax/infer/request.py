@@ -1,0 +1,124 @@
+"""What goes into the engine and what comes out of it.  Token ids only; imports no jax.
+
+The engine (`infer/engine.py`) has one loop under `generate`, `chat`, scores and the server:
+
+    engine = Engine(model: Pretrained, limits: Limits = Limits())
+    engine.warm_up()                    # compiles every program ahead, in threads
+    engine.add(request)                 # raises QueueFull, ContextTooLong or ConfigError
+    engine.step() -> list[Output]       # [] while nothing has come back
+    engine.abort(id, choice=None)       # of all choices, or of one
+    engine.has_work                     # whether a request is not finished
+    engine.wait(seconds) -> bool        # until there is work
+    engine.stats() -> Stats
+
+`add`, `abort`, `has_work`, `wait` and `stats` may be called from any thread; `step` and `warm_up`
+from one thread at a time.  An unknown or finished id is ignored by `abort`.  Each choice gets one
+`Output` with a finish_reason, its last; "abort" after an abort.  Text is one layer above: a stop
+string is found by `infer/detokenize.py`, whose user aborts the choice and reports "stop".
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer.settings import Sampling
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class QueueFull(RuntimeError):
+    """The engine's queue is full; try again later."""
+
+
+class ContextTooLong(ConfigError):
+    """A prompt that does not fit into the engine's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine holds at most."""
+
+    max_rows: int = 64
+    """Choices that are computed at the same time."""
+    max_context: int | None = None
+    """Tokens of a prompt and its answer; None takes the model's positions."""
+    max_queue: int = 1024
+    """Choices that wait for a row."""
+    num_pages: int | None = None
+    """Pages of the cache; None takes what max_rows of max_context need, up to a share of the
+    device's memory."""
+    page_size: int | None = None
+    """Tokens of a page; None takes the device's default."""
+    invariant: bool = False
+    """Whether a request's tokens and logprobs are bit-equal whatever its neighbours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to be continued.
+
+    id: unique among the unfinished ones; tokens: at least one id; sampling: resolved, with
+    stop_ids; n: number of choices, each drawn by the seed and its number; cache_salt: prompts
+    share cached pages only with those of the same salt; first_choice: number of the first choice;
+    only_score: no token is drawn, and the output has the prompt's logprobs and ends with "length".
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    sampling: Sampling
+    n: int = 1
+    cache_salt: str = ""
+    first_choice: int = 0
+    only_score: bool = False
+
+
+class TokenLogprobs(NamedTuple):
+    """Of one token: its log-probability in nats, and the most likely ids with theirs, best first.
+
+    They are those of the model: before penalties, bias, temperature and top-k.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is new of one choice.
+
+    tokens: new ids, a stop id included; logprobs: one for each of them, None unless asked;
+    prompt_logprobs: in the first output of the choice if asked, one for each token of the prompt,
+    None for the first token; finish_reason: None while more follows; num_cached_tokens: of the
+    prompt, those that were found in the cache.
+    """
+
+    id: str
+    choice: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts since the engine was built; running, waiting and pages are those of now.
+
+    pages_cached: not in use, with contents that a prompt may share; prefix_queries and
+    prefix_hits: prompt tokens that were looked up, and found; idle_share: of the time in which
+    there was work, the share in which the device had none; compilations: since `warm_up`.
+    """
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    idle_share: float
+    compilations: int
