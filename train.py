@@ -3,11 +3,11 @@
 import sys
 
 from hunyuan_jax import flags
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import LocalPath
 
 _WORKDIR = flags.Option(
     "workdir",
-    user_path,
+    LocalPath,
     "folder of the run, such as runs/tiny: checkpoints, metrics, config.",
     is_required=True,
 )

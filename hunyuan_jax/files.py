@@ -1,4 +1,4 @@
-"""Atomic file writes, on local disks and behind fsspec URLs.
+"""Paths of the user; atomic file writes, on local disks and behind fsspec URLs.
 
 fsspec is imported only for a URL: the import takes 0.25 s.
 """
@@ -6,18 +6,59 @@ fsspec is imported only for a URL: the import takes 0.25 s.
 import contextlib
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from hunyuan_jax.errors import ConfigError
 
+# Types of the options, config fields and arguments that name a file or folder.
+LocalPath = NewType("LocalPath", str)
+AnyPath = NewType("AnyPath", str)  # a path, or an fsspec URL such as gs://BUCKET/PATH
+
 _UPLOAD_BYTES = 2**24  # bytes of a file in memory, and in one request
+_PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]+):/(/?)")
 
 
-def user_path(path: str) -> str:
-    """Expands `~` in a path or URL of the user; every option that is a path goes through here."""
-    return os.path.expanduser(path)
+def user_path(path: str | os.PathLike, option: str, kind: NewType = LocalPath) -> str:
+    """Returns a path that a user gave, as the library uses it.
+
+    `~` is expanded and file:///PATH is PATH; "" and words such as "byte" stay.  Applied twice, it
+    changes nothing.  Every option, config field and argument that is a path goes through here.
+
+    Args:
+      path: of the user.
+      option: name of the option, field or argument, for errors.
+      kind: LocalPath or AnyPath.
+
+    Raises:
+      ConfigError: a URL where only local paths are read or written, a URL that lost a slash, the
+        home of an unknown user, or a NUL character.
+    """
+    given = os.fsdecode(path)
+    path = given.removeprefix("file://")
+    if "\0" in path:
+        raise ConfigError(f"{option} = {given!r} holds a NUL character; no path can.")
+    if kind is LocalPath and "://" in path:
+        raise ConfigError(
+            f"{option} = {given!r} is a URL; only a path of this machine can be used here, "
+            "such as that of a mounted bucket."
+        )
+    lost = _PROTOCOL.match(path)
+    if lost and not lost[2] and not os.path.lexists(lost[1] + ":"):
+        raise ConfigError(
+            f"{option} = {given!r} is a URL that lost a slash, as pathlib.Path does to URLs; pass "
+            f"it as text: {lost[1]}://{path[lost.end() :]}."
+        )
+    path = os.path.expanduser(path)
+    if path.startswith("~") and not os.path.lexists(path.partition("/")[0]):
+        raise ConfigError(
+            f"{option} = {given!r} begins with the home of an unknown user; write ./{path} for a "
+            "folder of that name."
+        )
+    return path
 
 
 def filesystem(url: str, option: str) -> tuple[Any, str]:
@@ -28,19 +69,54 @@ def filesystem(url: str, option: str) -> tuple[Any, str]:
       option: name of its option, for errors.
 
     Raises:
-      ConfigError: the protocol is unknown, or its package is not installed.
+      ConfigError: as `user_path`, or the protocol is unknown, or its package is not installed.
     """
     import fsspec.core
 
+    url = user_path(url, option, AnyPath)
+    require_protocol(url, option)
+    fs, root = fsspec.core.url_to_fs(url)
+    return fs, root.rstrip("/")
+
+
+def require_protocol(path: str, option: str) -> None:
+    """Raises ConfigError if a path is a URL whose protocol is unknown or not installed."""
+    if "://" not in path:
+        return
+    import fsspec
+
     try:
-        fs, root = fsspec.core.url_to_fs(url)
+        for protocol in path.partition("://")[0].split("::"):
+            fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"{option} = {url!r} cannot be used: {error}. It must be a URL that fsspec knows, "
+            f"{option} = {path!r} cannot be used: {error}. It must be a URL that fsspec knows, "
             "such as gs://BUCKET/PATH (pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip "
             "install s3fs) or file:///PATH."
         ) from error
-    return fs, root.rstrip("/")
+
+
+@contextlib.contextmanager
+def local_copy(url: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yields a temporary folder with the files of a URL that end in `suffixes`.
+
+    Args:
+      url: of a folder, whose subfolders are left out, or of a file.
+      option: name of its option, for errors.
+      suffixes: ends of the names to copy.
+
+    Raises:
+      ConfigError: as `filesystem`, or nothing is there, or it cannot be read.
+    """
+    fs, root = filesystem(url, option)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for path in fs.ls(root, detail=False):
+                if path.endswith(suffixes) and fs.isfile(path):
+                    fs.get_file(path, os.path.join(folder, path.rsplit("/", 1)[-1]))
+        except OSError as error:
+            raise ConfigError(f"{option} = {url!r} cannot be read: {error}.") from error
+        yield Path(folder)
 
 
 def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hunyuan_jax.config.section import Section, require
+from hunyuan_jax.files import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,7 @@ class SourceConfig(Section):
 
     name: str
     """Name in logs and metrics."""
-    path: str
+    path: AnyPath
     """Where its text is, as for `data.source`."""
 
 
@@ -37,13 +38,13 @@ class DataConfig(Section):
 
     section = "data"
 
-    source: str = "stdlib"
+    source: AnyPath = "stdlib"
     """"stdlib" (Python's standard library), a folder, file or glob of text, or token shards."""
     sources: tuple[SourceConfig, ...] = ()
     """Sources of a mixture, instead of `source`."""
     phases: tuple[PhaseConfig, ...] = ()
     """Phases of a mixture, in order."""
-    tokenizer: str = "byte"
+    tokenizer: AnyPath = "byte"
     """"byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file."""
     text_field: str = "text"
     """Field of a .jsonl row, or column of a .parquet file, that holds the text."""

@@ -11,6 +11,7 @@ import typing
 from typing import Any, ClassVar, Literal
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import AnyPath, LocalPath, user_path
 
 
 class Section:
@@ -65,7 +66,8 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def as_type(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type.  An int is accepted for a float and a list for a tuple.
+    """`value` as the annotated type.  An int is accepted for a float and a list for a tuple; a
+    path is as `files.user_path` gives it.
 
     Raises:
       ConfigError: another type, or a float that is not finite; `name` is the field's.
@@ -84,6 +86,8 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, hint), f"config.{name} = {value!r} must be a section of fields.")
         return value
+    if hint in (LocalPath, AnyPath):
+        return user_path(as_type(name, value, str), f"config.{name}", hint)
     if hint is float and type(value) is int:
         return float(value)
     expected = origin or hint

@@ -5,6 +5,7 @@ import re
 from typing import Literal
 
 from hunyuan_jax.config.section import Section, divisors, require
+from hunyuan_jax.files import AnyPath
 
 ObjectiveName = Literal["pretrain"]
 
@@ -21,7 +22,7 @@ class TrainConfig(Section):
     """Sequences per step, over all hosts."""
     seq_len: int = 256
     """Tokens per sequence."""
-    init_from: str = ""
+    init_from: AnyPath = ""
     """Initial weights: a model folder or the workdir of a run; "" = random, from `seed`."""
     grad_accum_steps: int = 1
     """Micro-batches per step, one after another; they split the batch evenly."""
@@ -103,7 +104,7 @@ class CheckpointConfig(Section):
     """Also keep each checkpoint whose step is a multiple of this; 0 = none."""
     keep_best: int = 1
     """Also keep this many with the lowest validation loss; a new lowest is saved at once."""
-    mirror: str = ""
+    mirror: AnyPath = ""
     """fsspec URL of a second copy, such as gs://BUCKET/RUN, also read from; "" = none."""
 
     def check(self) -> None:

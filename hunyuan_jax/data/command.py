@@ -7,24 +7,24 @@ import time
 from hunyuan_jax import flags
 from hunyuan_jax.config import DataConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath, LocalPath
 
 _TOKENIZE = (
     flags.Option(
         "input",
-        user_path,
+        AnyPath,
         "folder, file or glob of text, local or a URL such as gs://...; or stdlib.",
         is_required=True,
     ),
     flags.Option(
         "output",
-        user_path,
+        LocalPath,
         "new folder, or one that an earlier attempt has begun.",
         is_required=True,
     ),
     flags.Option(
         "tokenizer",
-        user_path,
+        AnyPath,
         "byte, or a model folder, a tokenizer.json or a ranks file.",
         is_required=True,
     ),

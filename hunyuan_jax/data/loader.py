@@ -32,7 +32,6 @@ from hunyuan_jax.data import pack, source, tokens
 from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
 from hunyuan_jax.tokenizer import Tokenizer
 
 
@@ -97,7 +96,7 @@ def damaged_shards(config: DataConfig) -> list[str]:
 
 
 def _paths(config: DataConfig) -> list[str]:
-    return [user_path(entry.path) for entry in config.sources] or [user_path(config.source)]
+    return [entry.path for entry in config.sources] or [config.source]
 
 
 class PackedRows:

@@ -187,6 +187,7 @@ def find_files(source: str, option: str) -> list[Span]:
     Raises:
       ConfigError: the source does not exist, or has no file of a known kind.
     """
+    source = files.user_path(source, option, files.AnyPath)
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
         found = [
@@ -278,9 +279,8 @@ def _kind(path: str) -> str | None:
     return kind
 
 
-def _find_local(source: str) -> list[tuple[str, str]]:
+def _find_local(path: str) -> list[tuple[str, str]]:
     """Returns (name relative to the source's root, path) of a file, folder or glob."""
-    path = files.user_path(source)
     if os.path.isfile(path):
         root, paths = os.path.dirname(path), [path]
     elif os.path.isdir(path):

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath, LocalPath
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One `--name=value` of a command.
 
-    type: str, int, float, bool, or `files.user_path` for a path.  default: None if the command
-    decides; default_meaning then says what it decides.
+    type: str, int, float, bool, or a kind of path (`files.LocalPath`, `files.AnyPath`).  default:
+    None if the command decides; default_meaning then says what it decides.
     """
 
     name: str
@@ -30,13 +30,13 @@ class Option:
     @property
     def placeholder(self) -> str:
         """What stands for the value in a usage line."""
-        names = {int: "N", float: "X", user_path: "PATH"}
+        names = {int: "N", float: "X", LocalPath: "PATH", AnyPath: "PATH"}
         return "|".join(self.choices) or names.get(self.type, "TEXT")
 
 
 CONFIG = Option(
     "config",
-    user_path,
+    LocalPath,
     "Recipe, such as configs/tiny.py; override any field with --config.SECTION.FIELD=VALUE.",
     is_required=True,
 )
@@ -59,7 +59,7 @@ class Command:
 def command(*options: Option) -> Callable[[Callable[[SimpleNamespace], int]], Command]:
     """Decorator that makes a function a Command.
 
-    The function gets a namespace of its options' values: paths with `~` expanded, `config` as a
-    Config.
+    The function gets a namespace of its options' values: paths as `files.user_path` gives
+    them, `config` as a Config.
     """
     return lambda function: Command(function, options)

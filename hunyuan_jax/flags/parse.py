@@ -11,12 +11,13 @@ from ml_collections import config_flags
 
 from hunyuan_jax.config import field_names, from_config_dict, unknown_key_message
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath, LocalPath, require_protocol, user_path
 from hunyuan_jax.flags.declare import Option
 
 
 def parse(options: Sequence[Option], program: str, arguments: Sequence[str]) -> SimpleNamespace:
-    """The options' values by name: paths with `~` expanded, `config` as a Config.
+    """The options' values by name: paths as `files.user_path` gives them, `config` as a
+    Config.
 
     Raises:
       ConfigError: an unknown option or config field, with the nearest known one; a missing option;
@@ -61,7 +62,13 @@ def _value(option: Option, values: flags.FlagValues) -> Any:
                 f"{option.meaning}"
             )
         return value
-    return from_config_dict(value) if option.name == "config" else option.type(value)
+    if option.name == "config":
+        return from_config_dict(value)
+    if option.type in (LocalPath, AnyPath):
+        path = user_path(value, f"--{option.name}", option.type)
+        require_protocol(path, f"--{option.name}")
+        return path
+    return option.type(value)
 
 
 def _with_user_path(argument: str) -> str:
@@ -69,7 +76,7 @@ def _with_user_path(argument: str) -> str:
     match = re.fullmatch(r"(--?config=)(.*)", argument)
     if not match:
         return argument
-    path = user_path(match[2])
+    path = user_path(match[2], "--config")
     if not os.path.isfile(path):
         raise ConfigError(
             f"--config={path}: no such file; recipes are in configs/, for example "

@@ -9,7 +9,7 @@ from typing import Any
 from hunyuan_jax import flags
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath
 from hunyuan_jax.infer.settings import DEFAULTS, Sampling
 
 
@@ -19,12 +19,10 @@ def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
 
 
 _MODEL = (
-    flags.Option(
-        "checkpoint", user_path, "Workdir of a run, or a model folder.", is_required=True
-    ),
+    flags.Option("checkpoint", AnyPath, "Workdir of a run, or a model folder.", is_required=True),
     flags.Option(
         "tokenizer",
-        user_path,
+        AnyPath,
         "byte, a folder or a file.",
         default_meaning="the checkpoint's",
     ),

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
 from hunyuan_jax.infer import pretrained
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.score import Scorer
@@ -268,7 +267,7 @@ def load(
             f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "
             "pass the one it was trained with."
         )
-    recommended = read_sampling(Place(user_path(os.fspath(path))))
+    recommended = read_sampling(Place(path))
     return LM(pretrained.load(opened, mesh, adapter), vocabulary, recommended)
 
 

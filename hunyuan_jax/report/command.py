@@ -1,12 +1,12 @@
 """The command `report`."""
 
 from hunyuan_jax import flags
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import LocalPath
 
 
 @flags.command(
-    flags.Option("workdir", user_path, "folder of the run, such as runs/tiny.", is_required=True),
-    flags.Option("output", user_path, "File to write.", default_meaning="WORKDIR/report.html"),
+    flags.Option("workdir", LocalPath, "folder of the run, such as runs/tiny.", is_required=True),
+    flags.Option("output", LocalPath, "File to write.", default_meaning="WORKDIR/report.html"),
 )
 def report(values) -> int:
     """Writes one HTML page about a run (also while it runs): curves, goodput, experts, config."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from hunyuan_jax.config import flat_fields
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.runlog import goodput, metrics
 
 _MAX_POINTS = 1200  # per curve; more than a screen has pixels
@@ -63,7 +64,7 @@ def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -
       ConfigError: the workdir has no metrics, the output's folder does not exist, or plotly is
         missing.
     """
-    workdir = Path(workdir)
+    workdir = Path(user_path(workdir, "--workdir"))
     rows = [
         row for row in metrics.read_objects(workdir / metrics.FILE) if type(row.get("step")) is int
     ]
@@ -76,7 +77,7 @@ def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -
         raise ConfigError(
             "the report needs plotly, which is not installed: pip install -e '.[report]'"
         )
-    path = Path(output) if output else workdir / "report.html"
+    path = Path(user_path(output, "--output")) if output else workdir / "report.html"
     if not path.parent.is_dir():
         raise ConfigError(
             f"--output={path}: the folder {path.parent} does not exist; make it first."

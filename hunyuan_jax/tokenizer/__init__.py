@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath, local_copy, user_path
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
@@ -23,6 +23,9 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
 ]
+
+
+_SUFFIXES = (".json", ".jinja", ".tiktoken")  # of the files that a tokenizer consists of
 
 
 class Tokenizer(Protocol):
@@ -103,14 +106,26 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
 
     A folder has tokenizer.json or hy.tiktoken, and maybe a chat template (`files.read_settings`).
     A file is a tokenizer.json, whose folder is read too, or a ranks file alone: chats then use
-    Hunyuan-Large's built-in template.  The network is not used.
+    Hunyuan-Large's built-in template.  Of an fsspec URL, such as gs://BUCKET/FOLDER, the
+    tokenizer's files are copied; else the network is not used.
 
     Raises:
       ConfigError: the path has no tokenizer, or a damaged one.
     """
     if name_or_path == "byte":
         return ByteTokenizer()
-    path = pathlib.Path(user_path(str(name_or_path)))
+    path = user_path(name_or_path, "the tokenizer", AnyPath)
+    if "://" not in path:
+        return _load(pathlib.Path(path))
+    folder, file = path.rsplit("/", 1) if path.endswith(_SUFFIXES) else (path, "")
+    with local_copy(folder, "the tokenizer", _SUFFIXES) as copy:
+        try:
+            return _load(copy / file)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(copy), folder)) from error
+
+
+def _load(path: pathlib.Path) -> Tokenizer:
     if not path.is_dir():
         return HfTokenizer(path) if path.suffix == ".json" else HyTokenizer(path)
     if (path / "tokenizer.json").is_file():

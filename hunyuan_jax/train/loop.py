@@ -19,6 +19,7 @@ from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
 from hunyuan_jax.config import Config, to_dict
 from hunyuan_jax.data.stream import BatchIterator, DataStream, read_ahead
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
@@ -55,6 +56,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     Raises:
       ConfigError: something the user must change.
     """
+    workdir = user_path(workdir, "--workdir")
     join_processes()
     process = f"process {jax.process_index()} of {jax.process_count()}"
     stacks = Path(workdir) / f"stacks-{jax.process_index()}.txt"

@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights.open import open_model
@@ -47,7 +46,6 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
       ConfigError: the folder does not exist, or its model differs from `cfg`; the message names
         the first field that differs.
     """
-    path = user_path(path)
     opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
     require_same_model(path, opened.cfg, cfg)
     plain = dataclasses.replace(cfg, lora=LoraConfig())

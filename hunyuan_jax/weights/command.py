@@ -3,12 +3,12 @@
 import sys
 
 from hunyuan_jax import flags
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath
 
-_SOURCE = flags.Option("source", user_path, "Official model folder.", is_required=True)
-_OUTPUT = flags.Option("output", user_path, "Folder to write.", is_required=True)
+_SOURCE = flags.Option("source", AnyPath, "Official model folder.", is_required=True)
+_OUTPUT = flags.Option("output", AnyPath, "Folder to write.", is_required=True)
 _CHECKPOINT = flags.Option(
-    "checkpoint", user_path, "Converted checkpoint, or workdir of a run.", is_required=True
+    "checkpoint", AnyPath, "Converted checkpoint, or workdir of a run.", is_required=True
 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object, user_path
+from hunyuan_jax.files import json_object
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names, stream, write
 from hunyuan_jax.weights.storage import Place
@@ -55,12 +55,11 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
-    path = user_path(os.fspath(path))
     place = Place(path)
     if place.is_local and Path(place.path("checkpoints")).is_dir():
         from hunyuan_jax.weights.run import Run
 
-        return Run(path, dtype)
+        return Run(place.path(), dtype)
     return (Converted if place.is_file(stream.ABOUT) else Official)(place, dtype)
 
 
@@ -121,7 +120,7 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     Raises:
       ConfigError: no such model, an output that holds something else, a full disk.
     """
-    model, target = open_model(checkpoint), Place(output)
+    model, target = open_model(checkpoint), Place(output, "--output")
     layout = model.layout or write.new_layout(model.cfg)
     if model.others:
         place, copied = model.others

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -54,6 +55,7 @@ def write_adapter(
       cfg: with its lora section; params: nested dict that holds the adapters, float32.
       base: path or name of the model that they belong to, as PEFT notes it.
     """
+    folder = Path(user_path(folder, "--output"))
     tensors = {}
     for entry, target in _projections(cfg):
         for name, part in zip(lora.names(target)[1:], "AB", strict=True):
@@ -76,7 +78,6 @@ def write_adapter(
         ),
         "task_type": "CAUSAL_LM",
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(
@@ -113,7 +114,7 @@ def read_adapter(
       ConfigError: no adapter there, one that does more than LoRA on projections, or tensors that
         do not fit the model, by name.
     """
-    folder = Path(folder)
+    folder = Path(user_path(folder, "adapter"))
     rank, alpha, modules = _settings(folder)
     tensors = _read_tensors(folder / _WEIGHTS)
     projections = {

@@ -17,10 +17,14 @@ _TEMPORARY = ".partial"
 class Place:
     """Names below are relative to the folder, with '/'."""
 
-    def __init__(self, url: str | os.PathLike):
-        """Raises ConfigError: a URL of a protocol that fsspec does not have here."""
-        self.url = os.fspath(url)
-        self._fs, self._root = files.filesystem(self.url, "the folder")
+    def __init__(self, url: str | os.PathLike, option: str = "the folder"):
+        """`option` is the name of the user's option, for errors.
+
+        Raises:
+          ConfigError: as `files.user_path`, or a protocol that fsspec does not have here.
+        """
+        self.url = files.user_path(url, option, files.AnyPath)
+        self._fs, self._root = files.filesystem(self.url, option)
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def __str__(self) -> str:

@@ -56,7 +56,7 @@ def import_model(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
-    opened, target = official.OfficialFolder(Place(source)), Place(output)
+    opened, target = official.OfficialFolder(Place(source)), Place(output, "--output")
     plan = official.plan(opened, dtype)
     if plan.rounded:
         raise ConfigError(

@@ -41,6 +41,7 @@ from hunyuan_jax.config import (
     unknown_key_message,
 )
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import AnyPath, LocalPath
 from support import paths
 
 ROOT = paths.ROOT
@@ -654,7 +655,7 @@ def test_every_field_has_a_type_that_is_checked():
             origin = typing.get_origin(hint)
             assert (
                 dataclasses.is_dataclass(hint)
-                or hint in (int, float, str, bool)
+                or hint in (int, float, str, bool, AnyPath, LocalPath)
                 or origin in (typing.Literal, tuple)
             ), (cls, name)
 

@@ -11,14 +11,14 @@ from hunyuan_jax.config import field_names
 from hunyuan_jax.config.section import meanings
 from hunyuan_jax.config.train import TrainConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import AnyPath
 from support import paths
 
 TINY = f"--config={paths.ROOT / 'configs/tiny.py'}"
 
 
 @flags.command(
-    flags.Option("folder", user_path, "a folder.", is_required=True),
+    flags.Option("folder", AnyPath, "a folder.", is_required=True),
     flags.Option("count", int, "A number.", 3, minimum=1, maximum=5),
     flags.Option("kind", str, "A kind.", choices=("a", "b")),
     flags.Option("share", float, "A share.", default_meaning="half"),
@@ -68,8 +68,8 @@ def test_paths_are_expanded_and_other_text_is_not(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     run("--folder=~/runs")
     assert seen.pop().folder == f"{tmp_path}/runs"
-    run("--folder=gs://bucket/~x")
-    assert seen.pop().folder == "gs://bucket/~x"
+    run("--folder=memory://bucket/~x")
+    assert seen.pop().folder == "memory://bucket/~x"
     with pytest.raises(ConfigError, match=rf"^--config={tmp_path}/absent.py: no such file"):
         cli.run(["count", "--config=~/absent.py"])
 
