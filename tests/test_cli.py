@@ -173,6 +173,7 @@ def test_train_then_generate_then_bench(tmp_path):
     result = run(*generate)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def ")
+    assert "(8 tokens in " in result.stderr
     assert "is not a model folder: it has no config.json. Give" in error_of(
         "-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x"
     )

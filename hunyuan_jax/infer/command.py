@@ -32,7 +32,7 @@ _MODEL = (
         "Mesh axes to spread the model over, such as expert:2,tensor:4.",
         default_meaning="one device",
     ),
-    flags.Option("max_new_tokens", int, "Stop after this many tokens.", Sampling.max_new_tokens),
+    _sampling_option("max_new_tokens", int, "Stop after this many tokens."),
     _sampling_option("temperature", float, "Sampling temperature; 0 is greedy."),
     _sampling_option("top_k", int, "Draw from the k most likely tokens; 0 is off."),
     _sampling_option("top_p", float, "Draw from the most likely tokens of this mass; 1 is off."),
@@ -120,7 +120,7 @@ def _values_are_settings() -> Iterator[None]:
 
 def _sampling(values) -> Sampling:
     """The settings of the options; those that are not given are left to the model's folder."""
-    names = ("max_new_tokens", "seed", *DEFAULTS)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return Sampling(**{name: getattr(values, name) for name in names})
 
 

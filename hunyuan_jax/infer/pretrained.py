@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.sampling import Processors
-from hunyuan_jax.infer.settings import Sampling
+from hunyuan_jax.infer.settings import Sampling, checked_ids
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
@@ -62,8 +63,16 @@ class Pretrained:
         S-1 whatever the mask, as the official forward does.
         """
         ids = self._ids("input_ids", input_ids)
-        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
-        arrays = (ids, mask, _like("position_ids", position_ids, ids, _arange(ids)))
+        mask = _mask(attention_mask, ids)
+        positions = _arange(ids)
+        if position_ids is not None:
+            positions = _like("position_ids", position_ids, ids)
+            wrong = positions[(mask == 1) & ((positions < 0) | (positions >= 2**31))]
+            if wrong.size:
+                raise ValueError(
+                    f"position_ids holds {wrong[0]} for a token; positions count from 0."
+                )
+        arrays = (ids, mask, positions.astype(np.int32))
         return self._logits(self.params, *map(self._filled_up, arrays))[: len(ids)]
 
     def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> float:
@@ -72,8 +81,8 @@ class Pretrained:
         Label -100 is ignored.
         """
         ids = self._ids("input_ids", input_ids)
-        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
-        labels = _like("labels", labels, ids, None)
+        mask = _mask(attention_mask, ids)
+        labels = _like("labels", labels, ids)
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
         if wrong.size:
             raise ValueError(
@@ -84,7 +93,7 @@ class Pretrained:
             self._loss(
                 self.params,
                 self._filled_up(ids),
-                self._filled_up(labels, -100),
+                self._filled_up(labels.astype(np.int32), -100),
                 self._filled_up(mask),
             )
         )
@@ -103,6 +112,8 @@ class Pretrained:
     ) -> np.ndarray:
         """int32 [B, S + max_new_tokens]: the prompts and what follows; temperature 0 is greedy.
 
+        The settings are those of the call alone; `hunyuan_jax.load` takes what is not given from
+        the folder's generation_config.json.
         Prompts of unequal length are padded on the left and masked.  A row ends with its first
         eos_token_id (default: the config's) and is filled with the padding id.
         """
@@ -139,27 +150,39 @@ class Pretrained:
     ) -> Iterator[np.ndarray]:
         """As `generate`, yielding int32 [B] tokens as they come; ends when every row has ended."""
         ids = self._ids("input_ids", input_ids)
-        mask = _like("attention_mask", attention_mask, ids, np.ones_like(ids))
+        mask = _mask(attention_mask, ids)
         if not mask[:, -1].all() or (np.diff(mask, axis=1) < 0).any():
             raise ValueError(
                 "attention_mask has a 0 after a 1: generation continues the last token of a row, "
                 "so pad prompts on the left only."
             )
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        if None in given.values():
+            name = next(name for name, value in given.items() if value is None)
+            raise ConfigError(
+                f"{name} = None must be a number; leave it out for the default, or use "
+                "hunyuan_jax.load for what the folder recommends."
+            )
+        sampling = Sampling(**given)
+        eos_ids = self.config.eos_token_ids
+        if eos_token_id is not None:
+            eos_ids = checked_ids("eos_token_id", np.atleast_1d(eos_token_id).tolist())
         if ids.shape[1] + max_new_tokens > self.config.max_position:
             raise ValueError(
                 f"{ids.shape[1]} prompt tokens + max_new_tokens = {max_new_tokens} exceed the "
                 f"{self.config.max_position} positions of the "
                 "model; shorten the prompt or ask for fewer tokens."
             )
-        eos = (
-            self.config.eos_token_ids
-            if eos_token_id is None
-            else np.atleast_1d(eos_token_id).tolist()
-        )
         length_B = mask.sum(axis=1)
         rows = [row[-length:] for row, length in zip(ids, length_B, strict=True)]
-        return self.stream_rows(rows, sampling, tuple(eos))
+        return self.stream_rows(rows, sampling, eos_ids)
 
     def stream_rows(
         self, rows: Sequence[Sequence[int]], sampling: Sampling, stop_ids: tuple[int, ...]
@@ -189,7 +212,7 @@ class Pretrained:
             processors,
             stop_ids,
             self._fill_id(),
-            sampling.seed,
+            sampling.seed % 2**32,  # all that a key holds, whatever jax_enable_x64 says
         )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -289,10 +312,32 @@ def _arange(ids_BS):
     return np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
 
 
-def _like(name: str, value: Any, ids_BS: np.ndarray, default: np.ndarray | None) -> np.ndarray:
-    array = default if value is None else np.asarray(value)
+def _like(name: str, value: Any, ids_BS: np.ndarray) -> np.ndarray:
+    """The integers [B, S] of an argument, checked before they are cast."""
+    array = np.asarray(value)
     if array.shape != ids_BS.shape:
         raise ValueError(
             f"{name} has shape {array.shape}; it must match input_ids, {ids_BS.shape}."
         )
-    return array.astype(np.int32)
+    if array.dtype.kind not in "biufV":  # bfloat16 is of kind V
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers.")
+    if array.dtype.kind in "fV":
+        array = array.astype(np.float64)
+        wrong = array[~(np.abs(array) < 2**31) | (array != np.trunc(array))]
+        if wrong.size:
+            raise ValueError(f"{name} holds {wrong[0]}; it must hold integers.")
+    return array.astype(np.int64)
+
+
+def _mask(attention_mask: Any, ids_BS: np.ndarray) -> np.ndarray:
+    """int32 [B, S], 1 where a token is real; all of them by default."""
+    if attention_mask is None:
+        return np.ones_like(ids_BS)
+    mask_BS = _like("attention_mask", attention_mask, ids_BS)
+    wrong = mask_BS[(mask_BS != 0) & (mask_BS != 1)]
+    if wrong.size:
+        raise ValueError(
+            f"attention_mask holds {wrong[0]}; it must be 1 for tokens and 0 for padding. For "
+            "several documents in a row, pass them as rows of their own."
+        )
+    return mask_BS.astype(np.int32)

@@ -52,6 +52,8 @@ def process(logits_BV: jax.Array, seen_BV: jax.Array | None, processors: Process
             axis=-1,
             keepdims=True,
         )
+        # A top_p that float32 rounds to 0 keeps the most likely one as well.
+        threshold_B1 = jnp.minimum(threshold_B1, sorted_BV[:, :1])
         logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
     return logits_BV
 

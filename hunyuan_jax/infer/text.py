@@ -87,15 +87,16 @@ class LM:
         return completions[0] if is_single else completions
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Yields pieces of the text that continues one prompt, one a token, never half a
-        character.  Errors are those of `generate`, raised at the call.
+        """Yields pieces of the text that continues one prompt, exactly one a token (maybe ""),
+        never half a character.  Errors are those of `generate`, raised at the call.
         """
         row = self._row("the prompt", prompt, num_new=1)
         sampling, stop_ids = self._resolved(sampling)
         room = self._max_position - len(row)
         limited = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         tokens = self.model.stream_rows([row], limited, stop_ids)
-        return _texts(tokens, StreamDecoder(self.tokenizer, skip_special=True), stop_ids)
+        decoder = StreamDecoder(self.tokenizer, skip_special=True)
+        return _texts(tokens, decoder, stop_ids, limited.max_new_tokens)
 
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Completion:
         """Answers a conversation, a list of {"role", "content"}, by the model's chat template.
@@ -319,9 +320,14 @@ class Chat:
 
 
 def _texts(
-    tokens: Iterator[np.ndarray], decoder: StreamDecoder, stop_ids: tuple[int, ...]
+    tokens: Iterator[np.ndarray],
+    decoder: StreamDecoder,
+    stop_ids: tuple[int, ...],
+    max_new_tokens: int,
 ) -> Iterator[str]:
-    for token_B in tokens:
+    """One piece a token; that of the last one also ends the text."""
+    for number, token_B in enumerate(tokens, start=1):
         token_id = int(token_B[0])
-        yield "" if token_id in stop_ids else decoder.push(token_id)
-    yield decoder.finish()
+        is_stop = token_id in stop_ids
+        piece = "" if is_stop else decoder.push(token_id)
+        yield piece + decoder.finish() if is_stop or number == max_new_tokens else piece

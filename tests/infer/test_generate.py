@@ -103,6 +103,24 @@ def test_nothing_is_compiled_for_another_length_or_setting(model):
     assert any(name.startswith("/jax/core/compile") for name in events)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-6},
+        {"temperature": 0.9, "top_p": 1e-40},
+        {"temperature": 0.9, "top_p": 1e-40, "top_k": 12},
+        {"temperature": 0.9, "top_k": 1},
+    ],
+)
+def test_the_limits_of_drawing_are_greedy(model, how):
+    for penalty in (1.0, 1e-20, 1e20):
+        options = {"max_new_tokens": 9, "eos_token_id": (), "repetition_penalty": penalty}
+        np.testing.assert_array_equal(
+            model.generate(IDS, **options, **how), model.generate(IDS, **options)
+        )
+
+
 def test_buckets_are_few_and_waste_little():
     lengths = range(1, 5000)
     sizes = [engine_lib.bucket(length, 32) for length in lengths]

@@ -54,7 +54,8 @@ def test_texts_of_different_lengths_are_continued_as_each_alone(name, request):
         assert completion.token_ids == tuple(expected)
         assert completion.finish_reason == "length"
         assert completion.text == lm.tokenizer.decode(expected, skip_special=True)
-        assert completion.text == "".join(lm.stream(text, GREEDY))
+        pieces = list(lm.stream(text, GREEDY))
+        assert completion.text == "".join(pieces) and len(pieces) == len(completion.token_ids)
 
 
 def test_a_stop_id_ends_its_row_only(moe):
@@ -66,7 +67,8 @@ def test_a_stop_id_ends_its_row_only(moe):
     text = moe.tokenizer.decode(free[0].token_ids[:end], skip_special=True)
     assert stopped == Completion(text, free[0].token_ids[: end + 1], "stop")
     assert other == free[1]
-    assert "".join(moe.stream(TEXTS[0], sampling)) == text
+    pieces = list(moe.stream(TEXTS[0], sampling))
+    assert "".join(pieces) == text and len(pieces) == end + 1
 
 
 def test_a_row_ends_where_the_positions_end(moe):

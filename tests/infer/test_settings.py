@@ -1,6 +1,7 @@
 """Sampling settings of `generate` and `chat`: an option, else the model folder, else a default."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,22 @@ from hunyuan_jax.infer import text
 from hunyuan_jax.infer.settings import DEFAULTS, Sampling, read_sampling
 from hunyuan_jax.weights.storage import Place
 
-STATED = {"temperature": 0.7, "top_k": 5, "top_p": 0.6, "repetition_penalty": 1.05}
-GIVEN = {"temperature": 0.1, "top_k": 7, "top_p": 0.5, "repetition_penalty": 1.2}
+STATED = {
+    "max_new_tokens": 30,
+    "min_new_tokens": 3,
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.6,
+    "min_p": 0.02,
+    "repetition_penalty": 1.05,
+}
+GIVEN = {
+    "max_new_tokens": 20,
+    "temperature": 0.1,
+    "top_k": 7,
+    "top_p": 0.5,
+    "repetition_penalty": 1.2,
+}
 
 
 @pytest.fixture
@@ -31,7 +46,8 @@ def used(monkeypatch, tmp_path):
 
         monkeypatch.setattr(text, "load", lambda *_, **__: Model())
         assert cli.run(["generate", f"--checkpoint={tmp_path}", "--prompt=x", *options]) == 0
-        resolved = given[0].resolved(read_sampling(Place(tmp_path)))
+        with warnings.catch_warnings(action="ignore"):
+            resolved = given[0].resolved(read_sampling(Place(tmp_path)))
         return {name: getattr(resolved, name) for name in DEFAULTS}
 
     return run
@@ -52,8 +68,8 @@ def test_an_option_goes_before_the_folder(used, name):
 
 
 def test_an_option_that_says_the_default_is_given_too(used):
-    options = [f"--{name}={value}" for name, value in DEFAULTS.items()]
-    assert used(STATED, *options) == DEFAULTS
+    options = [f"--{name}={DEFAULTS[name]}" for name in GIVEN]
+    assert used(STATED, *options) == STATED | {name: DEFAULTS[name] for name in GIVEN}
 
 
 def test_greedy_folders_and_top_k_off(used):
@@ -72,6 +88,9 @@ def test_greedy_folders_and_top_k_off(used):
         ('{"top_k": 2.5}', "top_k = 2.5 must be an integer"),
         ('{"top_p": 0}', r"top_p = 0 must be in \(0, 1\]"),
         ('{"repetition_penalty": 0}', "repetition_penalty = 0 must be a positive number"),
+        ('{"repetition_penalty": 1e39}', r"repetition_penalty = 1e\+39 must be at most 1e\+20"),
+        ('{"max_new_tokens": 0}', "max_new_tokens = 0 must be an integer of at least 1"),
+        ('{"do_sample": "false"}', "do_sample = 'false' must be true or false"),
         ("[]", "must be an object of fields"),
         ("{", "is not valid JSON"),
     ],
@@ -86,10 +105,14 @@ def test_a_bad_file_is_named(tmp_path, stated, message):
     ("fields", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens = 0 must be an integer of at least 1"),
-        ({"max_new_tokens": None}, "max_new_tokens = None must be an integer"),
+        ({"seed": None}, "seed = None must be an integer"),
         ({"temperature": -1}, "temperature = -1 must be a number that is not negative; 0 is"),
         ({"temperature": float("nan")}, "temperature = nan must be a number"),
         ({"temperature": float("inf")}, "temperature = inf must be finite"),
+        ({"temperature": 1e39}, r"temperature = 1e\+39 must be at most 1e\+20 in size"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty = 1e-40 must be a positive number of"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty = inf must be finite"),
+        ({"logit_bias": {1: -1e39}}, r"logit_bias of 1 = -1e\+39 must be at most 1e\+20 in size"),
         ({"top_k": 2.5}, "top_k = 2.5 must be an integer"),
         ({"top_p": 0}, r"top_p = 0 must be in \(0, 1\]; 1 is off"),
         ({"repetition_penalty": "a lot"}, "repetition_penalty = 'a lot' must be a positive"),
@@ -104,12 +127,33 @@ def test_a_bad_file_is_named(tmp_path, stated, message):
         ({"logit_bias": 3}, "logit_bias = 3 must map token ids"),
         ({"logit_bias": {1: "x"}}, "logit_bias of 1 = 'x' must be a number"),
         ({"stop_ids": "2"}, "stop_ids = '2' must be token ids"),
-        ({"stop_ids": [2, -3]}, r"stop_ids = \[2, -3\] must be token ids, none of them negative"),
+        ({"stop_ids": [2, -3]}, r"stop_ids = \[2, -3\] must be token ids, integers from 0"),
+        ({"stop_ids": 2**31}, "stop_ids = 2147483648 must be token ids, integers from 0 to"),
+        ({"stop_ids": [2.0]}, r"stop_ids = \[2.0\] must be token ids"),
     ],
 )
 def test_a_bad_setting_is_named_when_it_is_built(fields, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**fields)
+
+
+def test_what_float32_cannot_tell_from_its_limit_is_the_limit(tmp_path):
+    for tiny in (1e-40, 5e-324, 9e-7):
+        assert Sampling(temperature=tiny).temperature == 0
+    assert Sampling(temperature=1e-6).temperature == 1e-6
+    assert Sampling(top_p=1 - 1e-12).top_p == 1
+    assert Sampling(top_p=1 - 1e-6).top_p == 1 - 1e-6
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1e-40, "top_p": 1e-40}')
+    assert read_sampling(Place(tmp_path)) == {"temperature": 0, "top_p": 1e-40}
+
+
+def test_what_the_folder_states_and_is_not_implemented_is_named(tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"num_beams": 4, "typical_p": 1.0, "no_repeat_ngram_size": 3, "top_k": 5}')
+    with pytest.warns(UserWarning, match=r"no_repeat_ngram_size = 3, num_beams = 4: not impl"):
+        assert read_sampling(Place(tmp_path)) == {"top_k": 5}
+    file.write_text('{"num_beams": 1, "typical_p": 1.0, "stop_strings": null, "max_length": 20}')
+    assert read_sampling(Place(tmp_path)) == {}  # without a warning, which would be an error
 
 
 def test_numbers_of_numpy_are_numbers():

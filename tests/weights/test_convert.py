@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -642,11 +643,46 @@ def test_arrays_of_another_shape_are_refused(model, name):
 
 
 @pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5, "holds 0.5"),
+        (2, "holds 2"),
+        (-1, "holds -1"),
+        (np.nan, "holds nan"),
+        (1e300, "holds"),
+    ],
+)
+def test_masks_are_checked_before_they_are_cast(model, value, message):
+    mask = np.ones(IDS.shape, np.asarray(value).dtype)
+    mask[0, 0] = value
+    for method in (model.logits, lambda *a: model.loss(a[0], IDS, a[1]), model.generate):
+        with pytest.raises(ValueError, match=f"attention_mask {message}"):
+            method(IDS, mask)
+    ones = np.ones(IDS.shape)
+    for same in (ones, ones.astype(bool), jnp.ones(IDS.shape, jnp.bfloat16), ones.tolist()):
+        np.testing.assert_array_equal(model.logits(IDS, same), model.logits(IDS))
+
+
+def test_positions_are_checked_before_they_are_cast(model):
+    mask = [[0, 1, 1], [1, 1, 1]]
+    for value, message in ((-1, "holds -1 for a token"), (0.5, "holds 0.5"), (2**31, "holds 21")):
+        with pytest.raises(ValueError, match=f"position_ids {message}"):
+            model.logits(IDS, None, np.array([[value, 0, 1], [0, 1, 2]]))
+    # cumsum - 1, as it is before transformers fills in the padding.
+    found = model.logits(IDS, mask, [[-1, 0, 1], [0, 1, 2]])
+    expected = model.logits(IDS, mask, [[1, 0, 1], [0, 1, 2]])
+    np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
+
+
+@pytest.mark.parametrize(
     ("labels", "message"),
     [
         (IDS[:, :2], r"labels has shape \(2, 2\)"),
         (IDS - 2, "labels holds -1"),
         (IDS + 34, "labels holds 40"),
+        (IDS + 0.5, r"labels holds 1.5"),
+        (IDS + 2**32, "labels holds 4294967"),
+        ([["a"] * 3] * 2, "labels has dtype <U1; it must hold integers"),
     ],
 )
 def test_bad_labels_are_refused(model, labels, message):
@@ -670,6 +706,9 @@ def test_bad_labels_are_refused(model, labels, message):
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.5}, "top_p = 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"temperature": None}, "temperature = None must be a number; leave it out"),
+        ({"eos_token_id": 2.7}, r"eos_token_id = \[2.7\] must be token ids"),
+        ({"eos_token_id": [2**31]}, r"eos_token_id = \[2147483648\] must be token ids"),
     ],
 )
 def test_bad_generation_arguments_are_refused_at_once(model, arguments, message):
