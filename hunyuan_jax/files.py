@@ -179,7 +179,7 @@ def json_object(where: str, text: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as e:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError) as e:  # not JSON, not even UTF-8, or nested without end
         raise ConfigError(f"{where} is not valid JSON: {e}.") from e
     if not isinstance(value, dict):
         raise ConfigError(

@@ -1,10 +1,9 @@
-"""The tensors of an official model folder, found by their headers and read one at a time:
-safetensors or .bin shards, float32, BF16 or FP8, experts one by one or fused.
+"""An official model folder, the one reader of it: config.json, and the tensors one at a time
+(shards.py finds them), float32, BF16, F16 or FP8, experts one by one or fused.
 """
 
 import functools
 import hashlib
-import json
 import math
 import re
 from typing import Any, NamedTuple
@@ -19,16 +18,12 @@ from hunyuan_jax.files import json_object
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.tokenizer.files import stop_ids
-from hunyuan_jax.weights import hf_config, names
+from hunyuan_jax.weights import hf_config, names, quantized, shards
+from hunyuan_jax.weights.shards import DTYPES, Stored, listed
 from hunyuan_jax.weights.storage import Place
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
-_SCALE = re.compile(r"(.*)\.(weight_scale|input_scale|kv_scale|k_scale|v_scale)")
+# Scales of activations and caches, which the model does not use.
+_OTHER_SCALES = (".input_scale", ".kv_scale", ".k_scale", ".v_scale")
 # Experts as transformers 5 has them in memory and can save them: gate_up_proj [E, 2 F, D] is gate
 # above up, down_proj [E, D, F].
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
@@ -38,23 +33,6 @@ _FUSED = {
     "down": ("down_proj", 0, 1),
 }
 _SAMPLE = 65_536
-_BLOCK = 1 << 20
-_MAX_LISTED = 40
-
-
-class Stored(NamedTuple):
-    """Where one tensor lies: the file, the first byte in it (-1 in a .bin), and what it is."""
-
-    name: str
-    file: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class Piece(NamedTuple):
@@ -91,8 +69,7 @@ class OfficialFolder:
         """Reads the config and the list of tensors.
 
         Raises:
-          ConfigError: no config, what `from_hf` refuses, no weights, missing or truncated shards,
-            or duplicate tensors; the message lists them.
+          ConfigError: no config, what `from_hf`, `quantized` and `shards.find` refuse.
         """
         self.place = place
         sizes = place.sizes()
@@ -104,45 +81,17 @@ class OfficialFolder:
             )
         self.config_bytes = place.read("config.json")
         self.config = json_object(f"{place}/config.json", self.config_bytes)
-        # An architecture that cannot be loaded is refused before its headers are read.
-        hf_config.from_hf(hf_config.with_dtype(self.config, "float32"))
-        self.index_name, files = self._files(sizes)
-        self.index = place.read(self.index_name) if self.index_name else None
-        self.headers: dict[str, bytes] = {}
-        self.tensors: dict[str, Stored] = {}
-        self._bins: dict[str, dict[str, Any]] = {}
-        self._sizes = {file: sizes[file] for file in files}
-        for file in files:
-            found = (
-                self._headers_of_bin(file)
-                if file.endswith(".bin")
-                else self._header(file, sizes[file])
-            )
-            for stored in found:
-                if stored.name in self.tensors:
-                    raise ConfigError(
-                        f"{place}: {stored.name} is in both {self.tensors[stored.name].file} and "
-                        f"{file}."
-                    )
-                self.tensors[stored.name] = stored
-        is_weight = re.compile(r".*\.(safetensors|bin)(\.index\.json)?")
+        # What cannot be loaded is refused before headers are read.
+        plain = quantized.plain_config(self.config)
+        hf_config.from_hf(hf_config.with_dtype(plain, "float32"))
+        found = shards.find(place, sizes)
+        self.tensors, self.headers = found.tensors, found.headers
+        self.index_name, self.index = found.index_name, found.index
+        self._sizes, self._bins = found.sizes, found.bins
+        self._fp8_block = quantized.fp8_block(self.config)
         self.others = [
-            name
-            for name in sorted(sizes)
-            if name != "config.json" and not is_weight.fullmatch(name)
+            name for name in sorted(sizes) if name != "config.json" and not shards.is_weights(name)
         ]
-        if self.index is not None:
-            promised = json.loads(self.index)["weight_map"]
-            wrong = [
-                name
-                for name, file in promised.items()
-                if name not in self.tensors or self.tensors[name].file != file
-            ]
-            wrong += [name for name in self.tensors if name not in promised]
-            if wrong:
-                raise ConfigError(
-                    f"{place}/{self.index_name} and the shards disagree about {listed(wrong)}."
-                )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -168,18 +117,19 @@ class OfficialFolder:
         """
         stored, end = piece.stored, piece.first + piece.size
         if stored.start < 0:
-            flat = _of_torch(self._load_bin(stored.file)[stored.name]).reshape(-1)
+            flat = _of_torch(self._bins[stored.file][stored.name]).reshape(-1)
             flat = flat[piece.first : end]
         else:
             begin, width = stored.start, stored.dtype.itemsize
             data = self.place.read(stored.file, begin + piece.first * width, begin + end * width)
             flat = np.frombuffer(data, stored.dtype)
         if piece.scale:
-            factor = np.float32(self.read_scale(piece.scale))
-            scaled = np.empty(flat.shape, np.dtype(np.float32) if dtype is None else dtype)
-            for i in range(0, flat.size, _BLOCK):
-                scaled[i : i + _BLOCK] = flat[i : i + _BLOCK].astype(np.float32) * factor
-            flat = scaled
+            return quantized.dequantized(
+                flat.reshape(piece.shape),
+                self._weight_scale(piece),
+                self._fp8_block,
+                np.dtype(np.float32) if dtype is None else dtype,
+            )
         flat = flat if dtype is None else flat.astype(dtype, copy=False)
         return flat.reshape(piece.shape)
 
@@ -189,124 +139,30 @@ class OfficialFolder:
         return self.read(Piece(stored, 0, stored.shape))
 
     def read_scale(self, name: str) -> float:
-        """One per-tensor FP8 factor.
+        """A scale of activations or of a cache.
 
         Raises:
           ConfigError: not one positive finite number.
         """
-        value = self.read_tensor(name).astype(np.float32).reshape(-1)
-        if value.size != 1 or not np.isfinite(value[0]) or value[0] <= 0:
-            raise ConfigError(
-                f"{self.place}: {name} = {value[:4]} must be one positive number: only per-tensor "
-                "FP8 scales can be read."
-            )
-        return float(value[0])
+        return float(self._scale(name, ()).reshape(()))
 
-    def _files(self, sizes: dict[str, int]) -> tuple[str, list[str]]:
-        """(index name or "", weight files)."""
-        for single in ("model.safetensors", "pytorch_model.bin"):
-            index = f"{single}.index.json"
-            if index in sizes:
-                promised = json_object(f"{self.place}/{index}", self.place.read(index)).get(
-                    "weight_map"
-                )
-                if not isinstance(promised, dict) or not promised:
-                    raise ConfigError(f"{self.place}/{index} has no weight_map.")
-                files = sorted(set(promised.values()))
-                missing = [file for file in files if file not in sizes]
-                if missing:
-                    raise ConfigError(
-                        f"{self.place}/{index} names {len(files)} shards, but {listed(missing)} "
-                        "is not there; copy the whole folder."
-                    )
-                return index, files
-            if single in sizes:
-                return "", [single]
-        raise ConfigError(
-            f"{self.place} holds no weights: neither model.safetensors nor pytorch_model.bin, nor "
-            "an index of shards."
-        )
+    def _weight_scale(self, piece: Piece) -> np.ndarray:
+        rows, columns = self._fp8_block
+        is_matrix = len(piece.shape) == 2
+        shape = (-(-piece.shape[0] // rows), -(-piece.shape[1] // columns)) if is_matrix else ()
+        return self._scale(piece.scale, shape)
 
-    def _header(self, file: str, size: int) -> list[Stored]:
-        """The tensors of a safetensors file in the order of their bytes."""
-        where = f"{self.place}/{file}"
-        length = int.from_bytes(self.place.read(file, 0, 8), "little") if size >= 8 else size
-        if length + 8 > size:
+    def _scale(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, one number or of `shape`."""
+        value = self.read_tensor(name).astype(np.float32)
+        is_fit = value.size == 1 or value.shape == shape
+        if not is_fit or not (np.isfinite(value) & (value > 0)).all():
             raise ConfigError(
-                f"{where} is not a safetensors file or is truncated; was it downloaded whole, and "
-                "not as a git-lfs pointer?"
+                f"{self.place}: {name} {value.shape} begins with {value.reshape(-1)[:4]}; "
+                "FP8 is read with scales that are positive numbers, one for a tensor or one for "
+                f"each block of {self._fp8_block} (weight_block_size)."
             )
-        raw = self.place.read(file, 0, 8 + length)
-        try:
-            header = json.loads(raw[8:])
-            found = sorted(
-                (tuple(about["data_offsets"]), name, about)
-                for name, about in header.items()
-                if name != "__metadata__"
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConfigError(
-                f"{where} is not a safetensors file: its header cannot be read ({e})."
-            ) from e
-        self.headers[file] = raw
-        tensors, position = [], 0
-        for (begin, end), name, about in found:
-            if about["dtype"] not in DTYPES:
-                raise ConfigError(
-                    f"{where}: {name} has dtype {about['dtype']}; only {', '.join(DTYPES)} can be "
-                    "read."
-                )
-            stored = Stored(
-                name, file, DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + begin
-            )
-            if begin != position or end - begin != stored.num_bytes:
-                raise ConfigError(
-                    f"{where}: {name} lies at bytes {begin} to {end}, which does not fit its "
-                    "shape and its neighbours."
-                )
-            tensors.append(stored)
-            position = end
-        if size != 8 + length + position:
-            raise ConfigError(
-                f"{where} is truncated or damaged: it has {size} bytes, its header asks for "
-                f"{8 + length + position}."
-            )
-        return tensors
-
-    def _headers_of_bin(self, file: str) -> list[Stored]:
-        return [
-            Stored(name, file, _numpy_dtype(self.place, name, tensor), tuple(tensor.shape), -1)
-            for name, tensor in self._load_bin(file).items()
-        ]
-
-    def _load_bin(self, file: str) -> dict[str, Any]:
-        if file in self._bins:
-            return self._bins[file]
-        if not self.place.is_local:
-            raise ConfigError(
-                f"{self.place}/{file} is a PyTorch pickle, which is mapped from a local disk "
-                "only; copy the folder first."
-            )
-        try:
-            import torch
-        except ModuleNotFoundError as e:
-            raise ConfigError(
-                f"{self.place}/{file} is a PyTorch pickle; reading it needs torch: pip install "
-                "'hunyuan_jax[torch]'."
-            ) from e
-        try:
-            tensors = torch.load(
-                self.place.path(file), map_location="cpu", weights_only=True, mmap=True
-            )
-        except (
-            Exception
-        ) as e:  # torch raises RuntimeError, UnpicklingError and more for a damaged file
-            raise ConfigError(
-                f"{self.place}/{file} cannot be read by torch.load(weights_only=True): "
-                f"{str(e).splitlines()[0]}"
-            ) from e
-        self._bins[file] = tensors
-        return tensors
+        return value
 
 
 class Plan(NamedTuple):
@@ -314,8 +170,8 @@ class Plan(NamedTuple):
 
     cfg: of the model; hf: its config.json; pieces: entry -> where its values lie; extra_scales:
     values of activation and cache scales, which the model does not use; dropped: tensors that are
-    not kept; rounded: tensors in another dtype than the one that config.json promises; is_exact:
-    whether the same bytes can be written again.
+    not kept; rounded: tensors of more precision than the dtype that config.json promises;
+    is_exact: whether the same bytes can be written again.
     """
 
     cfg: ModelConfig
@@ -339,15 +195,8 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
       ConfigError: what `from_hf` refuses; tensors without a use, entries without a tensor, other
         shapes: all of them, by name.
     """
-    hf = folder.config if dtype is None else hf_config.with_dtype(folder.config, dtype)
-    quantization = hf.get("quantization_config")
-    if quantization is not None:
-        if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-            raise ConfigError(
-                f"config.json: quantization_config = {quantization!r}; only quant_method 'fp8' "
-                "can be read."
-            )
-        hf = {name: value for name, value in hf.items() if name != "quantization_config"}
+    stated = folder.config if dtype is None else hf_config.with_dtype(folder.config, dtype)
+    hf = quantized.plain_config(stated)
     cfg = hf_config.from_hf(hf)
     unused, pieces, missing, wrong = dict(folder.tensors), {}, [], []
     for entry in names.entries(cfg):
@@ -359,22 +208,17 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
         if piece.shape != entry.shape:
             wrong.append(f"{entry.name} {piece.shape}, not {entry.shape}")
         if piece.stored.dtype == DTYPES["F8_E4M3"]:
-            piece = piece._replace(
-                scale=piece.stored.name.removesuffix(".weight") + ".weight_scale"
-            )
+            piece = piece._replace(scale=_scale_name(folder.tensors, piece.stored.name))
             unused.pop(piece.scale, None)
             if piece.scale not in folder.tensors:
                 missing.append(piece.scale)
         pieces[entry] = piece
     # A buffer that old saves hold; it is computed from the config.
     dropped = [name for name in unused if name.endswith("rotary_emb.inv_freq")]
-    tied_head = "lm_head.weight" if cfg.tie_embeddings and "lm_head.weight" in unused else None
-    extra = [
-        name
-        for name in unused
-        if quantization and _SCALE.fullmatch(name) and not name.endswith("weight_scale")
-    ]
-    for name in dropped + extra + [tied_head] * (tied_head is not None):
+    head = "lm_head.weight" if cfg.tie_embeddings and "lm_head.weight" in unused else None
+    is_fp8 = hf.keys() != stated.keys() or any(piece.scale for piece in pieces.values())
+    extra = [name for name in unused if is_fp8 and name.endswith(_OTHER_SCALES)]
+    for name in dropped + extra + [head] * (head is not None):
         del unused[name]
     problems = [
         f"{what}: {listed(found)}"
@@ -385,29 +229,33 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
         )
         if found
     ]
+    if "lm_head.weight" in missing:
+        problems.append(
+            "if the head is the embedding, set tie_word_embeddings to true in config.json"
+        )
     if problems:
         raise ConfigError(f"{folder.place}: " + "; ".join(problems) + ".")
-    if tied_head:
-        _check_tied_head(folder, tied_head)
-        dropped.append(tied_head)
-    target = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[cfg.dtype]]
-    rounded = [
+    target = dtype_of(next(iter(pieces)), cfg.dtype)
+    if head:
+        _check_tied_head(folder, head)
+        dropped.append(head)
+    cast = [
         entry.name
         for entry, piece in pieces.items()
         if piece.stored.dtype != target and not is_router(entry)
     ]
-    is_same_dtype = hf_config.dtype_of(hf) == hf_config.dtype_of(folder.config)
     is_exact = (
         bool(folder.headers)
-        and is_same_dtype
-        and not rounded
-        and not quantization
-        and set(dropped) <= {tied_head}
+        and hf_config.dtype_of(hf) == hf_config.dtype_of(folder.config)
+        and not cast
+        and not is_fp8
+        and set(dropped) <= {head}
+        and (head is None or folder.tensors[head].dtype == target)
         and all(piece.shape == piece.stored.shape for piece in pieces.values())
     )
-    rounded = rounded if dtype is None and not quantization else []
+    is_told = dtype is not None or is_fp8 or target == np.float32
     extra_scales = {name: folder.read_scale(name) for name in extra}
-    return Plan(cfg, hf, pieces, extra_scales, dropped, rounded, is_exact)
+    return Plan(cfg, hf, pieces, extra_scales, dropped, [] if is_told else cast, is_exact)
 
 
 def read_params(folder: OfficialFolder, plan: Plan, shardings: dict[str, Any]) -> dict[str, Any]:
@@ -470,12 +318,16 @@ def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> 
 
 
 def _check_tied_head(folder: OfficialFolder, name: str) -> None:
-    """Raises ConfigError unless the head is the copy of the embedding that .bin saves hold."""
-    head, embedding = (folder.read_tensor(n) for n in (name, "model.embed_tokens.weight"))
-    if (
-        head.dtype != embedding.dtype
-        or head.shape != embedding.shape
-        or not np.array_equal(_bits(head), _bits(embedding))
+    """Raises ConfigError unless the head is the copy of the embedding that some saves hold: the
+    same numbers in the narrower of their two dtypes.
+    """
+    head, embedding = (
+        Piece(folder.tensors[n], 0, folder.tensors[n].shape)
+        for n in (name, "model.embed_tokens.weight")
+    )
+    dtype = min((head.stored.dtype, embedding.stored.dtype), key=lambda d: d.itemsize)
+    if head.shape != embedding.shape or not np.array_equal(
+        _bits(folder.read(head, dtype)), _bits(folder.read(embedding, dtype))
     ):
         raise ConfigError(
             f"{folder.place}: {name} differs from model.embed_tokens.weight although config.json "
@@ -483,24 +335,11 @@ def _check_tied_head(folder: OfficialFolder, name: str) -> None:
         )
 
 
-def listed(found: list[str]) -> str:
-    """Names for a message: all of them, up to a screenful."""
-    more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
-    return f"{len(found)} ({', '.join(found[:_MAX_LISTED])}{more})" if len(found) > 1 else found[0]
-
-
-def _numpy_dtype(place: Place, name: str, tensor: Any) -> np.dtype:
-    dtypes = {
-        "torch.float32": "F32",
-        "torch.bfloat16": "BF16",
-        "torch.float16": "F16",
-        "torch.float8_e4m3fn": "F8_E4M3",
-    }
-    if str(tensor.dtype) not in dtypes:
-        raise ConfigError(
-            f"{place}: {name} has dtype {tensor.dtype}; only {', '.join(dtypes)} can be read."
-        )
-    return DTYPES[dtypes[str(tensor.dtype)]]
+def _scale_name(tensors: dict[str, Stored], name: str) -> str:
+    """The FP8 scale of a weight, in the spelling that the folder has."""
+    stem = name.removesuffix(".weight")
+    both = (f"{stem}.weight_scale", f"{stem}.weight_scale_inv")
+    return both[1] if both[1] in tensors else both[0]
 
 
 def _of_torch(tensor: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.weights import folder as official
-from hunyuan_jax.weights import names, stream, write
+from hunyuan_jax.weights import names, shards, stream, write
 from hunyuan_jax.weights.storage import Place
 
 _EXPORTING = "export.json"
@@ -135,7 +135,7 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
             )
     elif found:
         raise ConfigError(
-            f"{target} is not empty: it holds {official.listed(sorted(found))}; use another "
+            f"{target} is not empty: it holds {shards.listed(sorted(found))}; use another "
             "--output."
         )
     written = found & layout.headers.keys()  # what has its name is whole

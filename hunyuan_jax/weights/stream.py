@@ -8,6 +8,7 @@ restores it onto any mesh) and source/ (headers and index, to write the same byt
 
 import json
 import os
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import Meter, in_order
-from hunyuan_jax.weights import chunks, hf_config, names
+from hunyuan_jax.weights import chunks, hf_config, names, shards
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights.storage import Place
 from hunyuan_jax.weights.write import SIDE_FILES, Layout, as_json, new_layout, router_dtype_of
@@ -51,18 +52,18 @@ def import_model(
         The router is float32 always.
 
     Raises:
-      ConfigError: what `OfficialFolder` and `plan` refuse, tensors that would be rounded without
-        being told to, values that are not finite, an output made from something else, a full disk.
+      ConfigError: what `OfficialFolder` and `plan` refuse, values that are not finite, an output
+        made from something else, a full disk.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
     opened, target = official.OfficialFolder(Place(source)), Place(output, "--output")
     plan = official.plan(opened, dtype)
     if plan.rounded:
-        raise ConfigError(
-            f"{opened.place}: config.json says torch_dtype {plan.cfg.dtype}, but other dtypes are "
-            f"stored in {official.listed(plan.rounded)}; say --dtype={plan.cfg.dtype} to round "
-            "them, or --dtype=float32."
+        print(
+            f"note: config.json says torch_dtype {plan.cfg.dtype}, to which these tensors are "
+            f"rounded: {shards.listed(plan.rounded)}; --dtype=float32 keeps them.",
+            file=sys.stderr,
         )
     about = {
         "format": _FORMAT,
@@ -76,6 +77,7 @@ def import_model(
         "shards": list(opened.headers),
         "copied": opened.others,
         "dropped": plan.dropped,
+        "rounded": plan.rounded,
         "scales": plan.extra_scales,
     }
     old = _claim(target, about)
@@ -209,7 +211,7 @@ def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
     if ABOUT not in found:
         if found:
             raise ConfigError(
-                f"{target} is not empty and not an import: it holds {official.listed(found)}; use "
+                f"{target} is not empty and not an import: it holds {shards.listed(found)}; use "
                 "another --output."
             )
         return about
@@ -234,6 +236,6 @@ def _check_whole(place: Place, params: dict[str, chunks.Param]) -> None:
         missing += [f"{param.folder}/{key}" for key in keys if sizes.get(key) != param.chunk_bytes]
     if missing:
         raise ConfigError(
-            f"{place}/params lacks chunks, or holds parts of them: {official.listed(missing)}. "
+            f"{place}/params lacks chunks, or holds parts of them: {shards.listed(missing)}. "
             "Import into another folder."
         )

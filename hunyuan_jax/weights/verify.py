@@ -27,7 +27,7 @@ from hunyuan_jax.model.stack import Layer
 from hunyuan_jax.parallel import island
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.progress import Meter, in_order
-from hunyuan_jax.weights import chunks, hf_config, reference
+from hunyuan_jax.weights import chunks, hf_config, quantized, reference
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
@@ -281,8 +281,7 @@ def _float32(cfg: ModelConfig) -> ModelConfig:
 
 def _defaults(hf: dict[str, Any]) -> dict[str, Any]:
     """A copy in one spelling, without what only says how the weights are stored."""
-    hf = {name: value for name, value in hf.items() if name != "quantization_config"}
-    return hf_config.one_spelling(json.loads(json.dumps(hf)))
+    return hf_config.one_spelling(json.loads(json.dumps(quantized.plain_config(hf))))
 
 
 def _fields(theirs: ModelConfig, ours: ModelConfig):

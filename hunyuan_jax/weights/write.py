@@ -10,7 +10,8 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import hf_config, names
-from hunyuan_jax.weights.folder import DTYPES, OfficialFolder, Plan, dtype_of, is_router
+from hunyuan_jax.weights.folder import OfficialFolder, Plan, dtype_of, is_router
+from hunyuan_jax.weights.shards import DTYPES
 from hunyuan_jax.weights.storage import Place
 
 INDEX = "model.safetensors.index.json"

@@ -393,10 +393,6 @@ BAD = {
         lambda s: rewrite(s, lambda t: t.update({NORM: np.ones(3, np.float32)})),
         r"another shape: .*norm\.weight \(3,\), not \(16,\)",
     ),
-    "dtype": (
-        lambda s: rewrite(s, lambda t: t.update({NORM: np.ones(16, BFLOAT16)})),
-        r"stored in .*norm\.weight; say --dtype=float32",
-    ),
     "nan": (
         lambda s: rewrite(s, lambda t: t[NORM].__setitem__(2, np.nan)),
         r"model\.norm\.weight holds NaN",
