@@ -184,3 +184,11 @@ def test_train_then_generate_then_bench(tmp_path):
     assert figures["prefill_tokens_per_second"] > 0
     assert figures["compile_seconds"] > 0
     assert 100 < figures["peak_memory_mb"] < 8000
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "abacus"])
+def test_a_platform_that_is_not_there_is_one_line(platform, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    line = error_of("-m", "hunyuan_jax", "bench", TINY)
+    assert f"jax cannot open its devices with JAX_PLATFORMS={platform}: " in line
+    assert "set it to cpu" in line

@@ -73,4 +73,24 @@ def exit_with_message(main: Callable[[], int]) -> NoReturn:
         # The reader of a pipe, such as `head`, has seen enough.  Nothing is left to flush to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141  # what a shell reports of a program that SIGPIPE ended
+    except Exception as e:
+        if not _is_of_devices(e):
+            raise
+        asked = os.environ.get("JAX_PLATFORMS")
+        print(
+            "error: jax cannot open its devices"
+            + (f" with JAX_PLATFORMS={asked}" if asked else "")
+            + f": {' '.join(str(e).split()) or 'no such platform is installed'}. Unset "
+            "JAX_PLATFORMS, set it to cpu, or install jax for the platform.",
+            file=sys.stderr,
+        )
+        status = 2
     sys.exit(status)
+
+
+def _is_of_devices(error: Exception) -> bool:
+    """Whether jax raised the error while it opened its devices, in one of several types."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__") == "jax._src.xla_bridge"

@@ -117,7 +117,7 @@ class OfficialFolder:
         """
         stored, end = piece.stored, piece.first + piece.size
         if stored.start < 0:
-            flat = _of_torch(self._bins[stored.file][stored.name]).reshape(-1)
+            flat = shards.of_torch(self._bins[stored.file][stored.name]).reshape(-1)
             flat = flat[piece.first : end]
         else:
             begin, width = stored.start, stored.dtype.itemsize
@@ -340,19 +340,6 @@ def _scale_name(tensors: dict[str, Stored], name: str) -> str:
     stem = name.removesuffix(".weight")
     both = (f"{stem}.weight_scale", f"{stem}.weight_scale_inv")
     return both[1] if both[1] in tensors else both[0]
-
-
-def _of_torch(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach().contiguous()  # some saves hold nn.Parameters
-    plain = {
-        torch.bfloat16: (torch.int16, "BF16"),
-        torch.float8_e4m3fn: (torch.uint8, "F8_E4M3"),
-    }.get(tensor.dtype)
-    return (
-        tensor.numpy() if plain is None else tensor.view(plain[0]).numpy().view(DTYPES[plain[1]])
-    )
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

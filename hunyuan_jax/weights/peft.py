@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import json_object, user_path, write_whole
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights import shards
+from hunyuan_jax.weights.storage import Place
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -25,10 +26,8 @@ _PREFIX = "base_model.model."
 # layer.
 _MODULE = re.compile(r"(?:shared_mlp\.|experts\.\d+\.)?\w+_proj(?=\.weight$)")
 _TARGETS = {lora.names(target)[0]: target for target in LORA_TARGETS}
-# What else PEFT can do with an adapter: other values change the product, or add weights.
-_FIXED = {
-    "peft_type": "LORA",
-    "bias": "none",
+# Other fields of PEFT that say something when they are not empty; written as such.
+_EMPTY = {
     "fan_in_fan_out": False,
     "use_rslora": False,
     "use_dora": False,
@@ -43,6 +42,29 @@ _FIXED = {
     "exclude_modules": None,
     "lora_bias": False,
 }
+_FIXED = {"peft_type": "LORA", "bias": "none"}
+# Fields that leave the product as it is, whatever they hold: how the adapter was made and trained.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "ephemeral_gpu_offload",
+    "eva_config",
+    "inference_mode",
+    "lora_dropout",
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_READ = {"r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
+# Initialisations of A and B alone.  Others change the frozen weights when PEFT loads an adapter.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def write_adapter(
@@ -67,19 +89,24 @@ def write_adapter(
                 else array.reshape(cfg.lora.rank, -1)
             )
             tensors[_tensor_name(entry.name, part)] = np.ascontiguousarray(matrix.T)
-    settings = _FIXED | {
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "lora_alpha": cfg.lora.alpha,
-        "lora_dropout": 0.0,
-        "r": cfg.lora.rank,
-        "target_modules": list(
-            dict.fromkeys(_MODULE.search(entry.name)[0] for entry, _ in _projections(cfg))
-        ),
-        "task_type": "CAUSAL_LM",
-    }
+    settings = (
+        _FIXED
+        | _EMPTY
+        | {
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "lora_alpha": cfg.lora.alpha,
+            "lora_dropout": 0.0,
+            "r": cfg.lora.rank,
+            "target_modules": list(
+                dict.fromkeys(_MODULE.search(entry.name)[0] for entry, _ in _projections(cfg))
+            ),
+            "task_type": "CAUSAL_LM",
+        }
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    # Not save_file, which makes a file that only its owner can read.
+    write_whole(folder / _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     (folder / _CONFIG).write_text(
         json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
@@ -114,27 +141,15 @@ def read_adapter(
       ConfigError: no adapter there, one that does more than LoRA on projections, or tensors that
         do not fit the model, by name.
     """
-    folder = Path(user_path(folder, "adapter"))
-    rank, alpha, modules = _settings(folder)
-    tensors = _read_tensors(folder / _WEIGHTS)
+    place = Place(user_path(folder, "adapter"))
+    rank, alpha, targeted = _settings(place)
+    weights, tensors = _read_tensors(place)
     projections = {
         entry.name.removesuffix(".weight"): target
         for entry, target in _projections(cfg, LORA_TARGETS)
     }
-    held = {target for name, target in projections.items() if _tensor_name(name, "A") in tensors}
-    for module in modules:
-        meant = {target for name, target in projections.items() if name.endswith(f".{module}")}
-        if not meant:
-            known = dict.fromkeys(name.rsplit(".", 1)[1] for name in projections)
-            raise ConfigError(
-                f"{folder / _CONFIG}: target_modules = {modules}; only {', '.join(known)} can "
-                "have adapters in this model. Merge the adapter with PEFT itself."
-            )
-        if not meant & held:
-            raise ConfigError(
-                f"{folder / _WEIGHTS} has no tensor of {module}, which {_CONFIG} promises; save "
-                "the adapter again."
-            )
+    modules = _modules(f"{place}/{_CONFIG}", targeted, cfg, projections)
+    held = {projections[name] for name in modules}
     cfg = dataclasses.replace(
         cfg, lora=LoraConfig(rank, alpha, tuple(t for t in LORA_TARGETS if t in held))
     )
@@ -143,29 +158,31 @@ def read_adapter(
         _tensor_name(entry.name, part): (entry, target, part)
         for entry, target in _projections(cfg)
         for part in "AB"
+        if entry.name.removesuffix(".weight") in modules
     }
     params: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise ConfigError(f"{folder / _WEIGHTS} holds {name!r}, {_why_not(name, cfg)}.")
+            raise ConfigError(f"{weights} holds {name!r}, {_why_not(name, cfg)}.")
         entry, target, part = wanted.pop(name)
         shape = (rank, entry.shape[1]) if part == "A" else (entry.shape[0], rank)
         if tensor.shape != shape:
             raise ConfigError(
-                f"{folder / _WEIGHTS}: {name} has shape {tensor.shape}; this model and r = {rank} "
-                f"ask for {shape}."
+                f"{weights}: {name} has shape {tensor.shape}; this model and r = {rank} ask for "
+                f"{shape}."
             )
         leaf = lora.names(target)["AB".index(part) + 1]
         whole = _leaf(shapes, entry, leaf).shape
         node = params
         for key in entry.path.split("/")[:-1]:
             node = node.setdefault(key, {})
-        stacked = node.setdefault(leaf, np.empty(whole, np.float32))
+        # Zeros are the adapter of a layer that has none.
+        stacked = node.setdefault(leaf, np.zeros(whole, np.float32))
         stacked[entry.index] = tensor.astype(np.float32).T.reshape(whole[len(entry.index) :])
     if wanted:
         raise ConfigError(
-            f"{folder / _WEIGHTS} lacks {len(wanted)} tensors that {_CONFIG} promises, the first "
-            f"one {next(iter(wanted))}."
+            f"{weights} lacks {len(wanted)} tensors that target_modules = {targeted} of {_CONFIG} "
+            f"promises, the first one {next(iter(wanted))}; save the adapter again."
         )
     return cfg, params
 
@@ -190,47 +207,92 @@ def _leaf(params: dict[str, Any], entry: table.Entry, name: str) -> Any:
     return params[name]
 
 
-def _settings(folder: Path) -> tuple[int, float, list[str]]:
-    """(rank, alpha, target_modules) of adapter_config.json."""
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a PEFT adapter: it has no {_CONFIG}.")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, modules = settings["r"], settings["lora_alpha"], settings["target_modules"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ConfigError(
-            f"{path} is not the JSON of a LoRA adapter: {type(e).__name__}: {e}."
-        ) from e
-    for name, value in _FIXED.items():
-        if (
-            name in settings and settings[name] != value and (settings[name] or value)
-        ):  # all that is empty means the same
+def _settings(place: Place) -> tuple[int, float, str | list[str]]:
+    """(rank, alpha, target_modules) of adapter_config.json; the product is times alpha / rank."""
+    where = f"{place}/{_CONFIG}"
+    if not place.is_file(_CONFIG):
+        raise ConfigError(f"{place} is not a PEFT adapter: it has no {_CONFIG}.")
+    settings = json_object(where, place.read(_CONFIG))
+    for name, value in settings.items():
+        wanted = _FIXED.get(name)
+        is_fine = name in _HARMLESS | _READ or (value == wanted if wanted else not value)
+        if not is_fine:
             raise ConfigError(
-                f"{path}: {name} = {settings[name]!r}; only {value!r} is implemented. Merge the "
-                "adapter with PEFT itself."
+                f"{where}: {name} = {value!r}; only {wanted or _EMPTY.get(name)!r} is "
+                "implemented. Merge the adapter with PEFT itself."
             )
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in settings]:
+        raise ConfigError(f"{where} is not of a LoRA adapter: it has no {missing[0]}.")
+    init = settings.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
+        raise ConfigError(
+            f"{where}: init_lora_weights = {init!r} also changes the frozen weights when PEFT "
+            "loads the adapter, which is not implemented. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it with PEFT itself."
+        )
+    rank, alpha, targeted = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise ConfigError(
-            f"{path}: r = {rank!r} and lora_alpha = {alpha!r} must be a positive integer and a "
+            f"{where}: r = {rank!r} and lora_alpha = {alpha!r} must be a positive integer and a "
             "number."
         )
-    return rank, float(alpha), [modules] if isinstance(modules, str) else list(modules or [])
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    is_names = isinstance(targeted, list) and all(isinstance(name, str) for name in targeted)
+    if not targeted or not (is_names or isinstance(targeted, str)):
         raise ConfigError(
-            f"{path.parent} holds no {path.name}; PEFT writes one unless it was asked for .bin. "
-            "Save the adapter as safetensors."
+            f"{where}: target_modules = {targeted!r} must be a list of names or a regular "
+            "expression."
         )
-    try:
-        return safetensors.numpy.load_file(path)
-    except SafetensorError as e:
+    return rank, float(alpha) * (rank**0.5 if settings.get("use_rslora") else 1.0), targeted
+
+
+def _modules(
+    where: str, targeted: str | list[str], cfg: ModelConfig, projections: dict[str, str]
+) -> set[str]:
+    """The modules of the model that PEFT gives adapters.
+
+    A text is a regular expression of the whole name; names in a list are whole or end behind a
+    dot.
+    """
+    linears = [
+        entry.name.removesuffix(".weight") for entry in table.entries(cfg) if len(entry.shape) == 2
+    ]
+
+    def is_named(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    idle = []  # in the list, but of no module that can have an adapter
+    if not isinstance(targeted, str):
+        found = {name for name in linears if any(is_named(name, t) for t in targeted)}
+        idle = [t for t in targeted if not any(is_named(name, t) for name in projections)]
+    elif targeted.lower() == "all-linear":
+        found = set(linears) - {"lm_head", "model.embed_tokens"}
+    else:
+        try:
+            found = {name for name in linears if re.fullmatch(targeted, name)}
+        except re.error as e:
+            raise ConfigError(
+                f"{where}: target_modules = {targeted!r} is not a regular expression: {e}."
+            ) from e
+    other = idle or sorted(found - projections.keys()) or ([] if found else [targeted])
+    if other:
+        known = dict.fromkeys(name.rsplit(".", 1)[1] for name in projections)
         raise ConfigError(
-            f"{path} is not a safetensors file ({e}); was it downloaded whole, and not as a "
-            "git-lfs pointer?"
-        ) from e
+            f"{where}: target_modules = {targeted} asks for {shards.listed(other)}; only "
+            f"{', '.join(known)} can have adapters in this model. Merge the adapter with PEFT "
+            "itself."
+        )
+    return found
+
+
+def _read_tensors(place: Place) -> tuple[str, dict[str, np.ndarray]]:
+    """(the file's path, its tensors)."""
+    sizes = place.sizes()
+    for name in (_WEIGHTS, "adapter_model.bin"):
+        if name in sizes:
+            return f"{place}/{name}", shards.read_file(place, name, sizes[name])
+    raise ConfigError(
+        f"{place} holds no {_WEIGHTS} and no adapter_model.bin; copy the whole adapter."
+    )
 
 
 def _why_not(name: str, cfg: ModelConfig) -> str:

@@ -110,6 +110,41 @@ def find(place: Place, sizes: dict[str, int]) -> Shards:
     return Shards(tensors, {f: sizes[f] for f in files}, headers, index_name, index, bins)
 
 
+def read_file(place: Place, file: str, size: int) -> dict[str, np.ndarray]:
+    """All tensors of one safetensors or .bin file, by name, in the dtypes of the file.
+
+    Raises:
+      ConfigError: as `find`.
+    """
+    where = f"{place}/{file}"
+    if file.endswith(".bin"):
+        tensors = _load_bin(place, file)
+        _tensors_of_bin(where, file, tensors)
+        return {name: of_torch(tensor) for name, tensor in tensors.items()}
+    raw = _header(where, place, file, size)
+    data = place.read(file)
+    return {
+        stored.name: np.frombuffer(
+            data, stored.dtype, stored.num_bytes // stored.dtype.itemsize, stored.start
+        ).reshape(stored.shape)
+        for stored in _tensors_of_header(where, file, size, raw)
+    }
+
+
+def of_torch(tensor: Any) -> np.ndarray:
+    """A tensor of torch as an array that shares its memory."""
+    import torch
+
+    tensor = tensor.detach().contiguous()  # some saves hold nn.Parameters
+    plain = {
+        torch.bfloat16: (torch.int16, "BF16"),
+        torch.float8_e4m3fn: (torch.uint8, "F8_E4M3"),
+    }.get(tensor.dtype)
+    return (
+        tensor.numpy() if plain is None else tensor.view(plain[0]).numpy().view(DTYPES[plain[1]])
+    )
+
+
 def is_weights(name: str) -> bool:
     """Whether a file's name is that of weights or their index, in any format."""
     return bool(_WEIGHTS.fullmatch(name))

@@ -535,7 +535,7 @@ def test_adapters_that_do_not_fit_are_refused(adapted, written):
     with pytest.raises(ConfigError, match="is not a safetensors file"):
         peft_io.read_adapter(written, cfg)
     (written / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors and no"):
         peft_io.read_adapter(written, cfg)
 
 
@@ -544,17 +544,16 @@ def test_adapters_that_do_not_fit_are_refused(adapted, written):
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3'; only 'LORA' is implemented"),
         ({"use_dora": True}, "use_dora = True; only False"),
-        ({"use_rslora": True}, "use_rslora = True"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (
             {"target_modules": ["q_proj", "lm_head"]},
-            r"target_modules = \['q_proj', 'lm_head'\]; only q_proj, k_proj, v_proj, o_proj, "
-            r"gate_proj, up_proj, down_proj can have",
+            r"target_modules = \['q_proj', 'lm_head'\] asks for lm_head; only q_proj, k_proj, "
+            r"v_proj, o_proj, gate_proj, up_proj, down_proj can have",
         ),
         (
-            {"target_modules": ["q_proj", "gate_proj"]},
-            "has no tensor of gate_proj, which adapter_config.json promises",
+            {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]},
+            r"lacks 8 tensors that target_modules = .* promises, the first one .*gate_proj",
         ),
         ({"target_modules": ["q_proj", "experts.0.gate_proj"]}, "only q_proj"),
         ({"target_modules": "all-linear"}, "all-linear"),
@@ -574,7 +573,7 @@ def test_no_adapter_config_is_refused(adapted, tmp_path):
     ):
         peft_io.read_adapter(tmp_path, adapted[0])
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is not the JSON of a LoRA adapter"):
+    with pytest.raises(ConfigError, match="holds a JSON list"):
         peft_io.read_adapter(tmp_path, adapted[0])
 
 
