@@ -1,15 +1,17 @@
 """Labels of chats for fine-tuning: which tokens the model learns to write."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hunyuan_jax.chat.render import ASSISTANT_END, USER_END, render_chat
+from hunyuan_jax.chat import template
+from hunyuan_jax.chat.render import ASSISTANT_END, USER_END, find_fault, render_chat
 from hunyuan_jax.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100
 
 
 def sft_example(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     max_len: int | None = None,
     parse_special: bool = False,
@@ -18,7 +20,9 @@ def sft_example(
 
     A label is the id at its position, not shifted, or -100 where nothing is learned.
 
-    With a jinja template the labels are what each assistant turn adds to the prompt before it.
+    With a jinja template that marks what the assistant says by {% generation %} tags, the labels
+    are the tokens that overlap it, as in transformers.  With others they are what each assistant
+    turn adds to the prompt before it.
     With the built-in template they are the ids from the i-th <|extra_0|> to the i-th <|eos|>, both
     included, so the model also learns to close the user's turn (docs/model.md, Tokenizer).  Tokens
     are paired in order of appearance, as in the official code.  That is meaningful if user and
@@ -46,13 +50,26 @@ def sft_example(
         labels = _answer_labels(
             ids, tokenizer.special_id(USER_END), tokenizer.special_id(ASSISTANT_END)
         )
+    elif template.has_generation_tag(tokenizer.chat_template):
+        ids, labels = _labelled_by_tags(messages, tokenizer, parse_special)
     else:
         ids, labels = _labelled_by_prefixes(messages, tokenizer, parse_special)
     return ids[:max_len], labels[:max_len]
 
 
+def _labelled_by_tags(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
+) -> tuple[list[int], list[int]]:
+    if fault := find_fault(messages):
+        raise ValueError(fault)
+    ids, is_learned = template.encode_learned(messages, tokenizer, parse_special=parse_special)
+    return ids, [
+        i if is_label else IGNORED_LABEL for i, is_label in zip(ids, is_learned, strict=True)
+    ]
+
+
 def _labelled_by_prefixes(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, parse_special: bool
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
 ) -> tuple[list[int], list[int]]:
     """Labels under a jinja template: an answer is what the chat up to it adds to its prompt."""
 

@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hunyuan_jax.chat import template
+from hunyuan_jax.chat import origin, template
 from hunyuan_jax.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -31,11 +31,12 @@ def render_chat(
 
     `messages` are {"role": "system" | "user" | "assistant", "content": str}.  A chat that ends
     with a user turn is a prompt: the model answers from its last id.  No default system message is
-    added.
+    added.  A jinja template decides about other roles and fields; a content may then be absent,
+    None, or a list of parts.
 
-    The template's own tokens are placed as ids and contents are encoded as plain text, so that a
-    content cannot forge a turn.  `parse_special` turns token names inside contents into tokens, as
-    the official code does.
+    The template's own tokens are placed as ids; contents, tools and everything else of the caller
+    are encoded as plain text, so that they cannot forge a turn.  `parse_special` turns token names
+    inside them into tokens, as the official code and transformers do.
 
     For a jinja template only: `add_generation_prompt`, by default true unless the last turn is the
     assistant's; further `variables`, such as tools; and `enable_thinking`, for models that can
@@ -46,11 +47,11 @@ def render_chat(
     one fail (or, outside its sandbox, repeat <|startoftext|>).  Here an empty system message is as
     good as none: the user after it starts with one <|startoftext|>.
 
-    Raises ValueError for malformed messages, a tokenizer without the chat tokens, and what the
-    template cannot do.
+    Raises ValueError for malformed messages, a tokenizer without the chat tokens, roles that the
+    template leaves out, and what it cannot do.  Warns of other messages that it leaves out.
     """
     has_template = tokenizer.chat_template is not None
-    fault = _find_fault(messages, None if has_template else ROLES)
+    fault = find_fault(messages, None if has_template else ROLES)
     if fault:
         raise ValueError(fault)
     if has_template:
@@ -84,9 +85,23 @@ def render_chat(
     ):
         pieces = list(group)
         ids += (
-            tokenizer.encode("".join(pieces), parse_special=parse_special) if is_text else pieces
+            template.encode_text(origin.concat(pieces), tokenizer, parse_special)
+            if is_text
+            else pieces
         )
     return ids
+
+
+def said(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text that a model wrote as these ids, with the names of special tokens.
+
+    In a message these are tokens again, unlike names that somebody has typed.
+    """
+    special = set(map(tokenizer.special_id, tokenizer.special_names))
+    return origin.concat(
+        origin.Text(tokenizer.decode(run), origin.OWN if is_special else origin.VARIABLE)
+        for is_special, run in itertools.groupby(token_ids, key=special.__contains__)
+    )
 
 
 def _with_thinking_command(
@@ -100,8 +115,12 @@ def _with_thinking_command(
         raise ValueError(
             f"enable_thinking puts {command} before a user turn, but the chat has none; add one"
         )
-    changed = {**messages[last], "content": f"{command} {messages[last].get('content') or ''}"}
-    return [*messages[:last], changed, *messages[last + 1 :]]
+    content = messages[last].get("content") or ""
+    if isinstance(content, str):
+        content = f"{command} {content}"
+    else:
+        content = [{"type": "text", "text": f"{command} "}, *content]
+    return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
 def _template_pieces(
@@ -114,7 +133,8 @@ def _template_pieces(
     has_head = messages[0]["content"] != ""
     pieces = []
     for index, message in enumerate(messages):
-        role, content = message["role"], message["content"]
+        role = message["role"]
+        content = origin.written_by(message["content"], origin.VARIABLE)
         if role == "assistant":
             pieces += [content, assistant_end]
         elif role == "user":
@@ -130,13 +150,13 @@ def _template_pieces(
     return pieces
 
 
-def _find_fault(
-    messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...] | None
+def find_fault(
+    messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...] | None = None
 ) -> str | None:
     """Returns one line about the first thing that the template cannot hold, or None.
 
-    With `roles` None a jinja template decides about roles, and about messages that have other
-    fields than a content.
+    With `roles` None a jinja template decides about roles, about messages that have other fields
+    than a content, and about contents of parts.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return (
@@ -161,9 +181,17 @@ def _find_fault(
                 f"messages[{index}] has role {reprlib.repr(role)}: it must be {known}; rename the "
                 "role or drop the message"
             )
-        if not isinstance(content, str):
+        is_text = isinstance(content, str)
+        if not is_text and (roles is not None or not _is_parts(content)):
             return (
                 f"messages[{index}] has content {reprlib.repr(content)}: it must be a string; "
                 "join its text parts into one"
             )
     return None
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is None or parts such as {"type": "text", "text": ...}."""
+    return content is None or (
+        isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)
+    )

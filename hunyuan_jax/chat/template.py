@@ -4,17 +4,30 @@ and helpers of transformers.
 
 import datetime
 import functools
-import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hunyuan_jax.chat import origin
+from hunyuan_jax.chat.origin import Text
 from hunyuan_jax.tokenizer import Tokenizer
 
-# Around the number of a special token whose name stands in somebody's text while the template is
-# rendered: private characters.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# Roles that a template may put into the name of a token, as "<|" + role + "|>".
+_ROLES = (
+    "assistant",
+    "developer",
+    "environment",
+    "function",
+    "ipython",
+    "model",
+    "observation",
+    "system",
+    "tool",
+    "user",
+)
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_chat(
@@ -27,56 +40,73 @@ def encode_chat(
 ) -> list[int]:
     """Return the ids of the chat under the tokenizer's template, a list of int.
 
-    Names of special tokens that the template writes are tokens; those in the messages are text
-    unless `parse_special`, which is what transformers does.  `variables` are further names that
-    the template can use, such as enable_thinking or tools.
+    Names of special tokens that the template writes are tokens; those in the messages, tools and
+    other variables are text, whatever the template does with them, unless `parse_special`, which
+    is what transformers does.  `variables` are further names that the template can use, such as
+    enable_thinking or tools.
 
-    Raises ValueError with one line for a template that cannot be read or fails, and with the
-    template's own word where it refuses.
+    Warns of a message that the template leaves out.
+
+    Raises ValueError with one line for a template that cannot be read or fails, with the
+    template's own word where it refuses, and for messages of a role that it does not know.
     """
-    names = tokenizer.special_names
-    shown = messages if parse_special else _map_texts(messages, lambda text: _hide(text, names))
-    text = render(
-        tokenizer.chat_template,
-        shown,
-        tokenizer.named_tokens,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
-    )
-    if not _STAND_IN.search(text):
-        return tokenizer.encode(text, parse_special=True)
-    ids = []
-    for piece in re.split(_any_of(names), text):
-        if piece in names:
-            ids.append(tokenizer.special_id(piece))
-        else:
-            ids += tokenizer.encode(_STAND_IN.sub(lambda found: names[int(found[1])], piece))
-    return ids
+    variables["add_generation_prompt"] = add_generation_prompt
+    text = render(tokenizer, messages, **variables)
+    _check_nothing_is_left_out(text, tokenizer, messages, variables)
+    return encode_text(text, tokenizer, parse_special)
 
 
-def render(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    named_tokens: Mapping[str, str],
-    *,
-    add_generation_prompt: bool,
-    **variables: Any,
-) -> str:
-    """Return the text of the chat; errors as in `encode_chat`."""
+def encode_learned(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, parse_special: bool
+) -> tuple[list[int], list[bool]]:
+    """(ids, whether each overlaps what the template has between {% generation %} tags).
+
+    Errors as in `encode_chat`, and for a tokenizer that changes the length of a text.
+    """
+    variables = {"add_generation_prompt": False}
+    text = render(tokenizer, messages, **variables)
+    _check_nothing_is_left_out(text, tokenizer, messages, variables)
+    ids = encode_text(text, tokenizer, parse_special)
+    spans = [
+        [len(tokenizer.normalized(text[:end]).encode()) for end in span]
+        for span in origin.learned_spans(text)
+    ]
+    sizes = [len(tokenizer.decode_bytes([token_id])) for token_id in ids]
+    if sum(sizes) != len(tokenizer.normalized(text).encode()):
+        raise ValueError(
+            "this chat cannot be labelled by the {% generation %} tags of its template: its "
+            "tokens do not give its text again; use a tokenizer that keeps texts as they are"
+        )
+    is_learned, start = [], 0
+    for size in sizes:
+        end = start + size
+        is_learned.append(any(start < last and end > first for first, last in spans))
+        start = end
+    return ids, is_learned
+
+
+def has_generation_tag(template: str) -> bool:
+    """Whether the template says itself what the assistant writes."""
+    return _GENERATION_TAG.search(template) is not None
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Text:
+    """Return the text of the chat with its origins; errors as in `encode_chat`."""
     from jinja2 import TemplateError
 
     try:
-        compiled = _compile(template)
+        compiled = _compile(tokenizer.chat_template)
     except TemplateError as e:
         raise ValueError(
             f"the chat template cannot be read: {_one_line(e)}; correct it, or take the one of "
             "the model's folder"
         ) from e
     values = {
-        **named_tokens,
-        **variables,
-        "messages": messages,
-        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+        **{name: _variable(value) for name, value in variables.items()},
+        **origin.own(dict(tokenizer.named_tokens)),
+        "messages": [_message(index, message) for index, message in enumerate(messages)],
     }
     try:
         return compiled.render(values)
@@ -93,54 +123,222 @@ class Refusal(Exception):
     """What `raise_exception` of a template raises."""
 
 
+def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers shows it to a template: without fields that are None, and with
+    the names that templates have for its reasoning.
+    """
+    shown = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((shown[name] for name in _REASONING if name in shown), None)
+    if reasoning is not None:
+        shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
+    shown = origin.written_by(shown, origin.of_message(index))
+    if shown["role"] in _ROLES:
+        shown["role"] = origin.own(shown["role"])
+    return shown
+
+
+def _variable(value: Any) -> Any:
+    """A setting of one word is the program's, and may be part of a token's name; others are text
+    of anybody.
+    """
+    is_word = isinstance(value, str) and re.fullmatch(r"\w+", value)
+    return origin.own(value) if is_word else origin.written_by(value, origin.VARIABLE)
+
+
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> Any:
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return _environment_class()().from_string(template)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+
+@functools.cache
+def _environment_class() -> type:
+    """The sandbox of transformers, with texts that know their origin."""
+    import jinja2
+    from jinja2.compiler import CodeGenerator
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.filters import make_attrgetter
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+
+    @jinja2.pass_environment
+    def join(
+        environment: Any, values: Any, separator: str = "", attribute: str | int | None = None
+    ) -> Text:
+        if attribute is not None:
+            values = map(make_attrgetter(environment, attribute), values)
+        parts = list(map(origin.as_text, values))
+        return Text(separator, origin.origins_of(separator)).join(parts)
+
+    class OriginCodeGenerator(CodeGenerator):
+        """Marks the template's own strings, and keeps origins through `~`."""
+
+        def visit_Const(self, node: Any, frame: Any) -> None:
+            if isinstance(node.value, str | list | tuple | dict):
+                self.write(f"environment.own({node.value!r})")
+            else:
+                super().visit_Const(node, frame)
+
+        def visit_TemplateData(self, node: Any, frame: Any) -> None:
+            self.write(f"environment.own({node.data!r})")
+
+        def visit_Concat(self, node: Any, frame: Any) -> None:
+            self.write("environment.concat((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
+        def _output_const_repr(self, group: Any) -> str:
+            return f"environment.own({''.join(map(str, group))!r})"
+
+    class GenerationTag(Extension):
+        """{% generation %} ... {% endgeneration %}: what the assistant writes."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_learned")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _learned(self, caller: Callable[[], str]) -> Text:
+            return origin.learned(caller())
+
+    class OriginEnvironment(ImmutableSandboxedEnvironment):
+        code_generator_class = OriginCodeGenerator
+        concat = staticmethod(origin.concat)
+        own = staticmethod(origin.own)
+
+        def __init__(self):
+            super().__init__(
+                trim_blocks=True,
+                lstrip_blocks=True,
+                extensions=[GenerationTag, loopcontrols],
+                finalize=origin.as_text,
+            )
+            title = self.filters["title"]
+            self.filters["tojson"] = origin.to_json
+            self.filters["indent"] = origin.indent
+            self.filters["safe"] = lambda text: text
+            self.filters["title"] = lambda text: origin.mapped(text, title(text))
+            self.filters["join"] = join
+            self.globals["raise_exception"] = _refuse
+            self.globals["strftime_now"] = lambda form: Text(
+                datetime.datetime.now().strftime(form), origin.origins_of(form)[:1] or origin.OWN
+            )
+
+        def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+            wrapped = super().wrap_str_format(value)
+            if wrapped is None or not isinstance(value.__self__, Text):
+                return wrapped
+
+            def formatted(*args: Any, **kwargs: Any) -> str:
+                plain = str.__getitem__(wrapped(*args, **kwargs), slice(None))
+                if value.__name__ == "format_map":
+                    args, kwargs = (), args[0]
+                pieces = origin.brace_pieces(
+                    value.__self__, SandboxedFormatter(self), args, kwargs
+                )
+                return origin.found_as(plain, pieces)
+
+            return formatted
+
+    return OriginEnvironment
 
 
 def _refuse(message: str) -> None:
     raise Refusal(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # jinja's own escapes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _check_nothing_is_left_out(
+    text: Text,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+) -> None:
+    """Refuses messages of a role that the template does not know; warns of others that it leaves
+    out.
+    """
+    written = set(origin.without_learned(origin.origins_of(text)))
+    for index, message in enumerate(messages):
+        if origin.of_message(index) in written or not _says_something(message):
+            continue
+        others = [*messages[:index], *messages[index + 1 :]]
+        if others and _renders_otherwise(text, tokenizer, others, variables):
+            continue
+        role = message["role"]
+        known = [name for name in _ROLES if _names(tokenizer.chat_template, name)]
+        if known and not _names(tokenizer.chat_template, role):
+            raise ValueError(
+                f"messages[{index}] has role {role!r}, which this chat template leaves out; it "
+                f"knows {', '.join(known)}: rename the role or drop the message"
+            )
+        warnings.warn(
+            f"the chat template leaves out messages[{index}] of role {role!r}: the model does not "
+            "see it",
+            stacklevel=4,
+        )
 
 
-def _hide(text: str, names: tuple[str, ...]) -> str:
-    if not names:
-        return text
-    return re.sub(_any_of(names), lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", text)
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return bool(content.strip() or message.get("tool_calls"))
+    return True
+
+
+def _renders_otherwise(
+    text: Text,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+) -> bool:
+    try:
+        return str.__ne__(text, render(tokenizer, messages, **variables))
+    except ValueError:
+        return True
+
+
+def _names(template: str, word: str) -> bool:
+    """Whether the template has the word as a string."""
+    return f"'{word}'" in template or f'"{word}"' in template
+
+
+def encode_text(text: Text, tokenizer: Tokenizer, parse_special: bool) -> list[int]:
+    """The ids of a rendered chat; only what the template has written itself becomes a token."""
+    plain, names = origin.plain(text), tokenizer.special_names
+    if parse_special or not names:
+        return tokenizer.encode(plain, parse_special=parse_special)
+    origins = origin.without_learned(origin.origins_of(text))
+    found = list(_any_of(names).finditer(plain))
+    writers = [set(origins[slice(*match.span())]) for match in found]
+    if all(writer == {origin.OWN} for writer in writers):
+        # As transformers does it.  Anything that only the tokenizer takes for a token, such as a
+        # name in other letters, shows here.
+        ids = tokenizer.encode(plain, parse_special=True)
+        special = set(map(tokenizer.special_id, names))
+        if [i for i in ids if i in special] == [tokenizer.special_id(m[0]) for m in found]:
+            return ids
+    for match, writer in zip(found, writers, strict=True):
+        if origin.UNKNOWN in writer <= {origin.OWN, origin.UNKNOWN}:
+            raise ValueError(
+                f"the chat template computes {match[0]} so that nobody can tell its own text from "
+                "that of a message; take a template that writes it out"
+            )
+    ids, start = [], 0
+    for own_run in re.finditer(f"{origin.OWN}+", origins):
+        for match in _any_of(names).finditer(plain[slice(*own_run.span())]):
+            first = own_run.start() + match.start()
+            ids += tokenizer.encode(plain[start:first])
+            ids.append(tokenizer.special_id(match[0]))
+            start = own_run.start() + match.end()
+    return ids + tokenizer.encode(plain[start:])
 
 
 @functools.lru_cache(maxsize=16)
 def _any_of(names: tuple[str, ...]) -> re.Pattern:
-    """Matches a name; in a group, so that `split` keeps it.  Of two that begin alike the longer
-    one.
-    """
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
-
-
-def _map_texts(value: Any, change: Any) -> Any:
-    """The messages with every text but a role changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {
-            key: item if key == "role" else _map_texts(item, change) for key, item in value.items()
-        }
-    return (
-        [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
-    )
+    """Matches a name; of two that begin alike the longer one."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from hunyuan_jax.chat.render import render_chat
+from hunyuan_jax.chat.render import render_chat, said
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import pretrained
 from hunyuan_jax.infer.pretrained import Pretrained
@@ -90,6 +90,13 @@ class LM:
         """Yields pieces of the text that continues one prompt, exactly one a token (maybe ""),
         never half a character.  Errors are those of `generate`, raised at the call.
         """
+        tokens = self.stream_tokens(prompt, sampling)
+        return (piece for piece, _ in tokens)
+
+    def stream_tokens(
+        self, prompt: Prompt, sampling: Sampling | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """As `stream`, each piece with the id of its token."""
         row = self._row("the prompt", prompt, num_new=1)
         sampling, stop_ids = self._resolved(sampling)
         room = self._max_position - len(row)
@@ -132,6 +139,17 @@ class LM:
                 "user's turn."
             )
         return ids
+
+    def said(self, token_ids: Sequence[int], sampling: Sampling | None = None) -> str:
+        """The content of the assistant's turn that the model wrote as these ids, with the names of
+        special tokens but for a stop id at its end.
+
+        They are tokens again when the turn is part of a chat, as in transformers; a chat template
+        can so find the end of a thought, and leave old thoughts out.
+        """
+        stop_ids = self._resolved(sampling)[1]
+        is_ended = bool(token_ids) and token_ids[-1] in stop_ids
+        return said(token_ids[: len(token_ids) - is_ended], self.tokenizer)
 
     def logprobs(self, prompts: Prompt | Sequence[Prompt]) -> np.ndarray | list[np.ndarray]:
         """log p in nats of each token given those before it, float32 [tokens - 1] for each prompt:
@@ -295,7 +313,7 @@ class Chat:
 
     def ask(self, question: str) -> Iterator[str]:
         """Pieces of the answer.  What was read of it when the iterator is closed is what the
-        conversation remembers.
+        conversation remembers, with its special tokens, such as the marks around a thought.
 
         Raises:
           ValueError: the conversation fills the model's positions; the question is then forgotten.
@@ -307,16 +325,19 @@ class Chat:
                 f"the conversation has {len(ids)} tokens, the model "
                 f"{self._lm.model.config.max_position} positions; /reset starts a new one."
             )
-        return self._remembered(asked, self._lm.stream(ids, self._sampling))
+        return self._remembered(asked, self._lm.stream_tokens(ids, self._sampling))
 
-    def _remembered(self, asked: list[dict[str, str]], pieces: Iterator[str]) -> Iterator[str]:
-        said = []
+    def _remembered(
+        self, asked: list[dict[str, str]], tokens: Iterator[tuple[str, int]]
+    ) -> Iterator[str]:
+        ids = []
         try:
-            for piece in pieces:
-                said.append(piece)
+            for piece, token_id in tokens:
+                ids.append(token_id)
                 yield piece
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+            content = self._lm.said(ids, self._sampling)
+            self.messages = [*asked, {"role": "assistant", "content": content}]
 
 
 def _texts(
@@ -324,10 +345,12 @@ def _texts(
     decoder: StreamDecoder,
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
-) -> Iterator[str]:
-    """One piece a token; that of the last one also ends the text."""
+) -> Iterator[tuple[str, int]]:
+    """(piece, id) of each token; the piece of the last one also ends the text."""
     for number, token_B in enumerate(tokens, start=1):
         token_id = int(token_B[0])
         is_stop = token_id in stop_ids
         piece = "" if is_stop else decoder.push(token_id)
-        yield piece + decoder.finish() if is_stop or number == max_new_tokens else piece
+        if is_stop or number == max_new_tokens:
+            piece += decoder.finish()
+        yield piece, token_id

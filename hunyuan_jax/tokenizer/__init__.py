@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
         Names of special tokens in it are ordinary text unless `parse_special`.
         """
 
+    def normalized(self, text: str) -> str:
+        """Returns what the bytes of the ids of `text` say: the text in the tokenizer's form."""
+
     def encode_array(self, text: str) -> "np.ndarray":
         """Returns `encode(text)` as an array of unsigned integers [S]."""
 

@@ -41,6 +41,10 @@ class ByteTokenizer(Vocabulary):
             ids += [self.special_id(piece)] if index % 2 else piece.encode("utf-8")
         return ids
 
+    def normalized(self, text: str) -> str:
+        """Returns what the bytes of the ids of `text` say."""
+        return replace_surrogates(text)
+
     def encode_array(self, text: str) -> "np.ndarray":
         """Returns `encode(text)` as uint8 [S]; faster."""
         import numpy as np

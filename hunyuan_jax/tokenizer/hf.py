@@ -108,6 +108,12 @@ class HfTokenizer(Vocabulary):
         tokenizer = self._parsing if parse_special else self._plain
         return tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
 
+    def normalized(self, text: str) -> str:
+        """Returns what the bytes of the ids of `text` say."""
+        normalizer = self._parsing.normalizer
+        text = replace_surrogates(text)
+        return text if normalizer is None else normalizer.normalize_str(text)
+
     def encode_array(self, text: str) -> "np.ndarray":
         """Returns `encode(text)` as uint32 [S]."""
         import numpy as np

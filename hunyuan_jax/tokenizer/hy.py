@@ -100,6 +100,10 @@ class HyTokenizer(Vocabulary):
                 ids += self._encoding.encode_ordinary(piece)
         return ids
 
+    def normalized(self, text: str) -> str:
+        """Returns what the bytes of the ids of `text` say."""
+        return unicodedata.normalize("NFC", replace_surrogates(text))
+
     def encode_array(self, text: str) -> "np.ndarray":
         """Returns `encode(text)` as uint32 [S].
 

@@ -277,7 +277,6 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
     chat = text.Chat(talker, "Be brief.", Sampling(max_new_tokens=5, temperature=0))
     answer = "".join(chat.ask("Hello"))
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
-    assert chat.messages[-1]["content"] == answer
     model, vocabulary = talker.model, talker.tokenizer
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     ids = render_chat(asked, vocabulary)
@@ -285,10 +284,14 @@ def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
         0, len(ids) :
     ]
     assert answer == vocabulary.decode(expected, skip_special=True)
+    ended = [i for i in expected if i not in vocabulary.stop_ids]
+    assert chat.messages[-1]["content"] == vocabulary.decode(ended)
+    again = talker.chat_ids([*chat.messages, {"role": "user", "content": "And now?"}])
+    read = model.generate([again], max_new_tokens=1)[0, -1:].tolist()
     pieces = chat.ask("And now?")
-    first = next(pieces)
+    assert next(pieces) == vocabulary.decode(read, skip_special=True)
     pieces.close()
-    assert chat.messages[-1] == {"role": "assistant", "content": first}
+    assert chat.messages[-1] == {"role": "assistant", "content": vocabulary.decode(read)}
     chat.reset()
     assert chat.messages == asked[:1]
     with pytest.raises(

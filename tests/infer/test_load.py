@@ -196,7 +196,10 @@ def test_what_it_answers_to_mistakes(moe, dense, workdir, tmp_path):
             lambda: run.chat(question),
             "this tokenizer cannot chat: .*has 3, <.bos.> to <.pad.>; .*pass tokenizer=FILE",
         ),
-        (lambda: moe.chat([{"role": "robot", "content": "?"}]), "writes nothing .* their roles"),
+        (
+            lambda: moe.chat([{"role": "robot", "content": "?"}]),
+            r"\[0\] has role 'robot', which .* leaves",
+        ),
         (lambda: moe.chat("hello"), "messages is a str: a chat is a list"),
         (
             lambda: moe.chat([*question, {"role": "assistant", "content": "!"}]),

@@ -235,6 +235,7 @@ def test_chats_are_those_of_transformers(tokenizer, source, template, chat):
             )
 
 
+@pytest.mark.filterwarnings("ignore:the chat template leaves out")
 def test_a_prompt_is_what_does_not_end_with_an_answer(tokenizer):
     thinking = with_template(
         tokenizer, "{{ 'P' if add_generation_prompt else 'N' }}{{ messages[0].content }}"
@@ -321,6 +322,7 @@ def test_the_built_in_template_has_no_switches(folder):
             render_chat(CHAT, built_in, **{name: True})
 
 
+@pytest.mark.filterwarnings("ignore:the chat template leaves out")
 def test_labels_are_what_the_assistant_says(tokenizer):
     ids, labels = sft_example(
         [
@@ -341,3 +343,27 @@ def test_labels_are_what_the_assistant_says(tokenizer):
     forgetful = with_template(tokenizer, "{{ messages[-1].content }}")
     with pytest.raises(ValueError, match=r"messages\[2\] cannot be labelled"):
         sft_example(CHAT[:3], forgetful)
+
+
+def test_a_role_that_the_template_leaves_out(tokenizer):
+    chat = [*CHAT[:2], {"role": "critic", "content": "No."}]
+    match = r"messages\[2\] has role 'critic', which .* it knows assistant, system, user: rename"
+    with pytest.raises(ValueError, match=match):
+        render_chat(chat, tokenizer)
+    with pytest.raises(ValueError, match=r"messages\[0\] has role 'critic'"):
+        render_chat(chat[2:], tokenizer)
+    # An empty message loses nothing, and a template that takes any role is as good as ever.
+    empty = [*CHAT[:2], {"role": "critic", "content": " "}]
+    assert render_chat(empty, tokenizer, add_generation_prompt=False) == render_chat(
+        CHAT[:2], tokenizer, add_generation_prompt=False
+    )
+    any_role = with_template(
+        tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    assert any_role.decode(render_chat(chat, any_role)).endswith("critic: No.\n")
+    # A template that knows a role may have its reasons: said, and rendered.
+    known = with_template(
+        tokenizer, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match=r"leaves out messages\[0\] of role 'system'"):
+        assert known.decode(render_chat(CHAT[:2], known)) == "héllo 12"
