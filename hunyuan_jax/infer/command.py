@@ -18,7 +18,7 @@ def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
     return flags.Option(name, kind, meaning, default_meaning=where)
 
 
-_MODEL = (
+MODEL = (
     flags.Option("checkpoint", AnyPath, "Workdir of a run, or a model folder.", is_required=True),
     flags.Option(
         "tokenizer",
@@ -32,6 +32,8 @@ _MODEL = (
         "Mesh axes to spread the model over, such as expert:2,tensor:4.",
         default_meaning="one device",
     ),
+)
+_SAMPLING = (
     _sampling_option("max_new_tokens", int, "Stop after this many tokens."),
     _sampling_option("temperature", float, "Sampling temperature; 0 is greedy."),
     _sampling_option("top_k", int, "Draw from the k most likely tokens; 0 is off."),
@@ -42,14 +44,16 @@ _MODEL = (
 
 
 @flags.command(
-    *_MODEL, flags.Option("prompt", str, "Text to continue; not empty.", is_required=True)
+    *MODEL,
+    *_SAMPLING,
+    flags.Option("prompt", str, "Text to continue; not empty.", is_required=True),
 )
 def generate(values) -> int:
     """Continues --prompt, printing as it goes."""
     start, num_tokens = time.perf_counter(), 0
     with _values_are_settings():
         sampling = _sampling(values)
-        pieces = _load(values).stream(values.prompt, sampling)
+        pieces = load_lm(values).stream(values.prompt, sampling)
         print(values.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -62,7 +66,7 @@ def generate(values) -> int:
     return 0
 
 
-@flags.command(*_MODEL, flags.Option("system", str, "System message.", ""))
+@flags.command(*MODEL, *_SAMPLING, flags.Option("system", str, "System message.", ""))
 def chat(values) -> int:
     """Chats with a model, on the terminal or with questions from a pipe, one a line.
 
@@ -72,7 +76,7 @@ def chat(values) -> int:
 
     with _values_are_settings():
         sampling = _sampling(values)
-        conversation = text.Chat(_load(values), values.system, sampling)
+        conversation = text.Chat(load_lm(values), values.system, sampling)
         for question in _questions():
             if question == "/reset":
                 conversation.reset()
@@ -124,8 +128,8 @@ def _sampling(values) -> Sampling:
     return Sampling(**{name: getattr(values, name) for name in names})
 
 
-def _load(values) -> Any:
-    """The LM of --checkpoint."""
+def load_lm(values) -> Any:
+    """The LM that the options of MODEL name."""
     from hunyuan_jax.infer import text
 
     return text.load(values.checkpoint, tokenizer=values.tokenizer, mesh=_mesh(values.mesh))

@@ -46,7 +46,7 @@ class LM:
     returns one result or a list.  A prompt is a text or a list of token ids.  A text is encoded
     without a bos, and the names of special tokens in it are plain text.
 
-    model: Pretrained; tokenizer: Tokenizer.
+    model: Pretrained; tokenizer: Tokenizer; recommended: sampling settings of the model's folder.
     """
 
     def __init__(
@@ -55,10 +55,15 @@ class LM:
         tokenizer: Tokenizer,
         recommended: Mapping[str, float | int] | None = None,
     ):
-        """`recommended`: sampling settings of the model's folder, of `read_sampling`."""
+        """`recommended`: as `read_sampling` returns them."""
         self.model = model
         self.tokenizer = tokenizer
-        self._recommended = recommended or {}
+        self.recommended = dict(recommended or {})
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: those of the tokenizer and of the model."""
+        return tuple(sorted({*self.tokenizer.stop_ids, *self.model.config.eos_token_ids}))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None
@@ -202,11 +207,8 @@ class LM:
         """(settings without None but for stop_ids, the stop ids)."""
         if not isinstance(sampling, Sampling | None):
             raise TypeError(f"sampling = {sampling!r} must be a hunyuan_jax.Sampling(...).")
-        resolved = (sampling or Sampling()).resolved(self._recommended)
-        stop_ids = resolved.stop_ids
-        if stop_ids is None:
-            stop_ids = sorted({*self.tokenizer.stop_ids, *self.model.config.eos_token_ids})
-        return resolved, tuple(stop_ids)
+        resolved = (sampling or Sampling()).resolved(self.recommended)
+        return resolved, self.stop_ids if resolved.stop_ids is None else resolved.stop_ids
 
     def _rows(
         self, prompts: Prompt | Sequence[Prompt], num_new: int = 0
