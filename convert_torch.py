@@ -11,7 +11,8 @@ COMMANDS = {
 }
 ABOUT = """Converts official PyTorch weights to a checkpoint and back.
 
-Folders are local paths or fsspec URLs.  The same command again continues one that was killed.
+Folders are local paths or fsspec URLs; a source may be a hub id, ORG/NAME.
+The same command again continues one that was killed.
 Exit status: 0 done, 1 verify found differences, 2 something the user must change."""
 
 if __name__ == "__main__":

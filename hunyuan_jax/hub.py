@@ -49,8 +49,20 @@ def hub_id(path: str) -> HubId | None:
     if match := _ID.fullmatch(path.removeprefix(_PROTOCOL)):
         return HubId(match[1], match[2], match[3].strip("/"))
     if path.startswith(_PROTOCOL):
-        raise ConfigError(f"{path!r} is not hf://ORG/NAME, hf://ORG/NAME@REVISION or a folder in it.")
+        raise ConfigError(
+            f"{path!r} is not hf://ORG/NAME, hf://ORG/NAME@REVISION or a folder in one of them."
+        )
     return None
+
+
+def local_folder(path: str, patterns: Sequence[str]) -> str:
+    """Returns `path`, or the folder with its files that match a pattern if it is a hub id.
+
+    Raises:
+      ConfigError: as `fetch`.
+    """
+    wanted = hub_id(path)
+    return path if wanted is None else fetch(wanted, patterns)
 
 
 def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
@@ -69,7 +81,7 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
         from huggingface_hub import constants, errors
     except ImportError as e:
         raise ConfigError(
-            f"{wanted} is not a folder here. To fetch a model of that name from the Hugging Face "
+            f"{wanted} does not exist here. To fetch a model of that name from the Hugging Face "
             "hub: pip install 'hunyuan_jax[hub]'."
         ) from e
     hub = constants.ENDPOINT
@@ -87,7 +99,7 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
         ) from e
     except errors.RepositoryNotFoundError as e:
         raise ConfigError(
-            f"{wanted.repo} is neither a folder here nor a model on {hub}; check the name. A "
+            f"{wanted.repo} does not exist, neither here nor on {hub}; check the name. A "
             "private model needs `hf auth login` or HF_TOKEN."
         ) from e
     except errors.RevisionNotFoundError as e:
@@ -102,7 +114,7 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
             why = f"{hub} cannot be reached ({_reason(e.__cause__ or e)})"
             remedy = "check the name and the connection"
         raise ConfigError(
-            f"{wanted} is not a folder here, nor complete in {constants.HF_HUB_CACHE}, and {why}; "
+            f"{wanted} does not exist here, nor complete in {constants.HF_HUB_CACHE}, and {why}; "
             f"{remedy}."
         ) from e
     except (OSError, errors.HTTPError, RuntimeError) as e:  # RuntimeError: Xet's, a closed client
@@ -113,7 +125,7 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
             ) from e
         raise ConfigError(
             f"the download of {wanted} from {hub} broke off ({_reason(e)}); the same command "
-            "continues it."
+            "fetches the files that are missing."
         ) from e
     return os.path.join(snapshot, wanted.folder) if wanted.folder else snapshot
 

@@ -16,7 +16,7 @@ ROOT = paths.ROOT
 # in its own.
 LAYERS = [
     ["pallas_kernels"],
-    ["errors", "files", "progress", "malloc"],
+    ["errors", "files", "hub", "progress", "malloc"],
     ["config", "presets", "flags"],
     ["parallel"],
     ["quant", "params"],
@@ -34,6 +34,7 @@ ALLOWED = {part: set(ORDER[: ORDER.index(part)]) for part in ORDER}
 NO_KERNELS = {
     "errors",
     "files",
+    "hub",
     "progress",
     "malloc",
     "config",

@@ -45,7 +45,7 @@ class DataConfig(Section):
     phases: tuple[PhaseConfig, ...] = ()
     """Phases of a mixture, in order."""
     tokenizer: AnyPath = "byte"
-    """"byte", or the path of a model folder, a tokenizer.json or a tiktoken ranks file."""
+    """"byte", the path of a model folder, tokenizer.json or tiktoken ranks file, or a hub id."""
     text_field: str = "text"
     """Field of a .jsonl row, or column of a .parquet file, that holds the text."""
     validation_fraction: float = 0.02

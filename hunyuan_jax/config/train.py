@@ -23,7 +23,7 @@ class TrainConfig(Section):
     seq_len: int = 256
     """Tokens per sequence."""
     init_from: AnyPath = ""
-    """Initial weights: a model folder or the workdir of a run; "" = random, from `seed`."""
+    """Initial weights: a model folder, a hub id or a run's workdir; "" = random, from `seed`."""
     grad_accum_steps: int = 1
     """Micro-batches per step, one after another; they split the batch evenly."""
     seed: int = 0

@@ -19,11 +19,13 @@ def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
 
 
 MODEL = (
-    flags.Option("checkpoint", AnyPath, "Workdir of a run, or a model folder.", is_required=True),
+    flags.Option(
+        "checkpoint", AnyPath, "Workdir of a run, model folder or hub id.", is_required=True
+    ),
     flags.Option(
         "tokenizer",
         AnyPath,
-        "byte, a folder or a file.",
+        "byte, a folder, a file or a hub id.",
         default_meaning="the checkpoint's",
     ),
     flags.Option(

@@ -257,13 +257,15 @@ def from_pretrained(
     the newest one of a training run.
 
     Args:
-      path: a folder with config.json and *.safetensors or pytorch_model*.bin, the --output of an
-        import, or the --workdir of a run.
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, its id on the
+        Hugging Face hub (ORG/NAME or ORG/NAME@REVISION), the --output of an import, or the
+        --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder
         says.
       mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first
         device if None.
-      adapter: a folder with a LoRA adapter in PEFT's format, which is merged into the weights.
+      adapter: a folder with a LoRA adapter in PEFT's format, or its hub id; it is merged into the
+        weights.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.

@@ -18,7 +18,6 @@ from hunyuan_jax.infer.score import Scorer
 from hunyuan_jax.infer.settings import Sampling, read_sampling
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from hunyuan_jax.weights.open import open_model
-from hunyuan_jax.weights.storage import Place
 
 # A text, or its token ids.
 Prompt = str | Sequence[int]
@@ -288,7 +287,7 @@ def load(
             f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "
             "pass the one it was trained with."
         )
-    recommended = read_sampling(Place(path))
+    recommended = read_sampling(opened.place)
     return LM(pretrained.load(opened, mesh, adapter), vocabulary, recommended)
 
 

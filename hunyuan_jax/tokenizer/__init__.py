@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from hunyuan_jax import hub
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath, local_copy, user_path
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
@@ -109,8 +110,8 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
 
     A folder has tokenizer.json or hy.tiktoken, and maybe a chat template (`files.read_settings`).
     A file is a tokenizer.json, whose folder is read too, or a ranks file alone: chats then use
-    Hunyuan-Large's built-in template.  Of an fsspec URL, such as gs://BUCKET/FOLDER, the
-    tokenizer's files are copied; else the network is not used.
+    Hunyuan-Large's built-in template.  The files of a hub id (`hub.hub_id`) or of an fsspec URL,
+    such as gs://BUCKET/FOLDER, are copied; else the network is not used.
 
     Raises:
       ConfigError: the path has no tokenizer, or a damaged one.
@@ -118,6 +119,7 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
     if name_or_path == "byte":
         return ByteTokenizer()
     path = user_path(name_or_path, "the tokenizer", AnyPath)
+    path = hub.local_folder(path, hub.TOKENIZER_FILES)
     if "://" not in path:
         return _load(pathlib.Path(path))
     folder, file = path.rsplit("/", 1) if path.endswith(_SUFFIXES) else (path, "")

@@ -38,7 +38,8 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     They are float32 like a run's master weights, or have the dtype of `cfg` if LoRA freezes them.
 
     Args:
-      path: a model folder, a converted checkpoint, or a workdir, whose newest checkpoint is read.
+      path: a model folder or its hub id, a converted checkpoint, or a workdir, whose newest
+        checkpoint is read.
       cfg: the model that the run trains.
       mesh: that of the run.
 

@@ -5,7 +5,7 @@ import sys
 from hunyuan_jax import flags
 from hunyuan_jax.files import AnyPath
 
-_SOURCE = flags.Option("source", AnyPath, "Official model folder.", is_required=True)
+_SOURCE = flags.Option("source", AnyPath, "Official model folder or hub id.", is_required=True)
 _OUTPUT = flags.Option("output", AnyPath, "Folder to write.", is_required=True)
 _CHECKPOINT = flags.Option(
     "checkpoint", AnyPath, "Converted checkpoint, or workdir of a run.", is_required=True

@@ -82,8 +82,7 @@ class OfficialFolder:
         self.config_bytes = place.read("config.json")
         self.config = json_object(f"{place}/config.json", self.config_bytes)
         # What cannot be loaded is refused before headers are read.
-        plain = quantized.plain_config(self.config)
-        hf_config.from_hf(hf_config.with_dtype(plain, "float32"))
+        require_loadable(self.config)
         found = shards.find(place, sizes)
         self.tensors, self.headers = found.tensors, found.headers
         self.index_name, self.index = found.index_name, found.index
@@ -181,6 +180,11 @@ class Plan(NamedTuple):
     dropped: list[str]
     rounded: list[str]
     is_exact: bool
+
+
+def require_loadable(config: dict[str, Any]) -> None:
+    """Raises ConfigError if a model with this config.json cannot be loaded."""
+    hf_config.from_hf(hf_config.with_dtype(quantized.plain_config(config), "float32"))
 
 
 def plan(folder: OfficialFolder, dtype: str | None) -> Plan:

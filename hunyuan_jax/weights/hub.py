@@ -3,42 +3,47 @@
 import os
 
 from hunyuan_jax import hub
-from hunyuan_jax.files import json_object, user_path
-from hunyuan_jax.weights import hf_config
+from hunyuan_jax.files import AnyPath, json_object, user_path
+from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights.storage import Place
 
-# Everything beside the weights that an import and an export take along.
+# What an import and an export take along beside the weights.
 _TEXTS = (*hub.TOKENIZER_FILES, "*.py", "*.txt", "LICENSE*", "License*", "NOTICE*", "Notice*")
 
 
 def model_place(path: str | os.PathLike) -> Place:
-    """The place of a model, fetched first if `path` is a hub id (`hub.hub_id`).
+    """The place of a model, whose files are fetched first if `path` is a hub id (`hub.hub_id`).
 
-    Of several kinds of weights safetensors are taken; a model that cannot be loaded is refused
-    before its weights are fetched.
+    Only one kind of weights is fetched, safetensors if there are any, and none of a model that
+    cannot be loaded.
 
     Raises:
-      ConfigError: what `hub.fetch`, `from_hf` and `Place` refuse.
+      ConfigError: what `hub.fetch`, `require_loadable` and `Place` refuse.
     """
-    path = user_path(os.fspath(path))
+    path = user_path(path, "the folder", AnyPath)
     wanted = hub.hub_id(path)
     if wanted is None:
         return Place(path)
     place = Place(hub.fetch(wanted, _TEXTS))
     if not place.is_file("config.json"):
         return place
-    config = json_object(f"{place}/config.json", place.read("config.json"))
-    hf_config.from_hf(hf_config.with_dtype(config, "float32"))
-    # The rest comes from the same commit, whatever the hub is given meanwhile.
+    where = f"{place}/config.json"
+    official.require_loadable(json_object(where, place.read("config.json")))
+    # The weights come from the same commit, whatever is uploaded meanwhile.
     root = place.url.removesuffix(f"/{wanted.folder}") if wanted.folder else place.url
-    same = wanted._replace(revision=os.path.basename(root))
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = f"{single}.index.json"
-        files = {single}
-        if place.is_file(index):
-            stated = json_object(f"{place}/{index}", place.read(index)).get("weight_map")
-            files = set(stated.values()) if isinstance(stated, dict) else files
-        hub.fetch(same, ["config.json", *sorted(files)])
-        if any(place.is_file(file) for file in files):
+    wanted = wanted._replace(revision=os.path.basename(root))
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        files = _listed_files(place, f"{stem}.{suffix}.index.json")
+        files = files or [f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}"]
+        hub.fetch(wanted, ["config.json", *files])
+        if any(name.endswith(f".{suffix}") for name in place.sizes()):
             break
     return place
+
+
+def _listed_files(place: Place, index: str) -> list[str]:
+    """The files of an index of shards; [] if there is no index, or one without files."""
+    if not place.is_file(index):
+        return []
+    stated = json_object(f"{place}/{index}", place.read(index)).get("weight_map")
+    return sorted(set(stated.values())) if isinstance(stated, dict) else []

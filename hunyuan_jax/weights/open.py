@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names, shards, stream, write
+from hunyuan_jax.weights.hub import model_place
 from hunyuan_jax.weights.storage import Place
 
 _EXPORTING = "export.json"
@@ -20,15 +22,17 @@ _EXPORTING = "export.json"
 class Model(Protocol):
     """A model in files, of which nothing but headers has been read.
 
-    cfg: with the dtype in which it is read; tokenizer_folder: what `load_tokenizer` takes; layout:
-    in which it is written as an official folder, None if it never was one; others: names and
-    folder of the files that are copied with it; fingerprint: tells models apart.
+    cfg: with the dtype in which it is read; place: where it lies; tokenizer_folder: what
+    `load_tokenizer` takes; layout: in which it is written as an official folder, None if it never
+    was one; others: names of the files in `place` that are copied with it; fingerprint: tells
+    models apart.
     """
 
     cfg: ModelConfig
+    place: Place
     tokenizer_folder: str
     layout: write.Layout | None
-    others: tuple[Place, list[str]] | None
+    others: Sequence[str]
     fingerprint: str
 
     def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +49,8 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
     """The model at a path.
 
     Args:
-      path: the workdir of a run, the --output of an import, or a folder with config.json and
-        *.safetensors or pytorch_model*.bin.
+      path: the workdir of a run, the --output of an import, a folder with config.json and
+        *.safetensors or pytorch_model*.bin, or the hub id of one (`hub.hub_id`).
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the path says.
         The router is float32 always.
 
@@ -55,7 +59,7 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
-    place = Place(path)
+    place = model_place(path)
     if place.is_local and Path(place.path("checkpoints")).is_dir():
         from hunyuan_jax.weights.run import Run
 
@@ -69,10 +73,10 @@ class Official:
     def __init__(self, place: Place, dtype: str | None):
         self._folder = official.OfficialFolder(place)
         self._plan = official.plan(self._folder, dtype)
-        self.cfg = _with_stop_ids(self._plan.cfg, place)
+        self.cfg, self.place = _with_stop_ids(self._plan.cfg, place), place
         self.tokenizer_folder = str(place)
         self.layout = write.layout_of(self._folder, self._plan)
-        self.others = (place, self._folder.others)
+        self.others = self._folder.others
 
     @property
     def fingerprint(self) -> str:
@@ -96,9 +100,9 @@ class Converted:
         self._converted = stream.open_converted(place.url)
         cfg = self._converted.cfg
         self.cfg = _with_stop_ids(dataclasses.replace(cfg, dtype=dtype or cfg.dtype), place)
-        self.tokenizer_folder = str(place)
+        self.place, self.tokenizer_folder = place, str(place)
         self.layout = stream.layout_of(self._converted, self.cfg)
-        self.others = (place, self._converted.about["copied"])
+        self.others = self._converted.about["copied"]
         self.fingerprint = self._converted.about["fingerprint"]
 
     def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +126,8 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     """
     model, target = open_model(checkpoint), Place(output, "--output")
     layout = model.layout or write.new_layout(model.cfg)
-    if model.others:
-        place, copied = model.others
-        layout = layout._replace(texts={n: place.read(n) for n in copied} | layout.texts)
+    copied = {name: model.place.read(name) for name in model.others}
+    layout = layout._replace(texts=copied | layout.texts)
     claim = {"fingerprint": model.fingerprint, "dtype": model.cfg.dtype}
     found = set(target.sizes())
     if _EXPORTING in found:

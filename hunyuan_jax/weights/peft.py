@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from hunyuan_jax import hub
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object, user_path, write_whole
+from hunyuan_jax.files import AnyPath, json_object, user_path, write_whole
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -21,6 +22,7 @@ from hunyuan_jax.weights import shards
 from hunyuan_jax.weights.storage import Place
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 # What PEFT's target_modules call a projection: a suffix that is that of no other, but for the
 # layer.
@@ -75,7 +77,7 @@ def write_adapter(
     Args:
       folder: made if it is not there.
       cfg: with its lora section; params: nested dict that holds the adapters, float32.
-      base: path or name of the model that they belong to, as PEFT notes it.
+      base: path or hub id of the model that they belong to, as PEFT notes it.
     """
     folder = Path(user_path(folder, "--output"))
     tensors = {}
@@ -89,11 +91,13 @@ def write_adapter(
                 else array.reshape(cfg.lora.rank, -1)
             )
             tensors[_tensor_name(entry.name, part)] = np.ascontiguousarray(matrix.T)
+    base_id = hub.hub_id(base)
     settings = (
         _FIXED
         | _EMPTY
         | {
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": base_id.repo if base_id else base,
+            "revision": base_id.revision if base_id else None,
             "inference_mode": True,
             "lora_alpha": cfg.lora.alpha,
             "lora_dropout": 0.0,
@@ -141,7 +145,9 @@ def read_adapter(
       ConfigError: no adapter there, one that does more than LoRA on projections, or tensors that
         do not fit the model, by name.
     """
-    place = Place(user_path(folder, "adapter"))
+    place = Place(
+        hub.local_folder(user_path(folder, "adapter", AnyPath), (_CONFIG, _WEIGHTS, _PICKLE))
+    )
     rank, alpha, targeted = _settings(place)
     weights, tensors = _read_tensors(place)
     projections = {
@@ -287,12 +293,10 @@ def _modules(
 def _read_tensors(place: Place) -> tuple[str, dict[str, np.ndarray]]:
     """(the file's path, its tensors)."""
     sizes = place.sizes()
-    for name in (_WEIGHTS, "adapter_model.bin"):
+    for name in (_WEIGHTS, _PICKLE):
         if name in sizes:
             return f"{place}/{name}", shards.read_file(place, name, sizes[name])
-    raise ConfigError(
-        f"{place} holds no {_WEIGHTS} and no adapter_model.bin; copy the whole adapter."
-    )
+    raise ConfigError(f"{place} holds no {_WEIGHTS} and no {_PICKLE}; copy the whole adapter.")
 
 
 def _why_not(name: str, cfg: ModelConfig) -> str:

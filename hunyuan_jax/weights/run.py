@@ -22,6 +22,7 @@ from hunyuan_jax.params.abstract import ParamSpec
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
 from hunyuan_jax.weights import names
+from hunyuan_jax.weights.storage import Place
 
 
 class Run:
@@ -31,7 +32,8 @@ class Run:
     config: of the run; cfg: of the plain model, into which adapters are merged.
     """
 
-    layout = others = None
+    layout = None
+    others = ()
 
     def __init__(self, workdir: str | os.PathLike, dtype: str | None = None):
         """Raises ConfigError: no run, or no finished checkpoint yet."""
@@ -40,7 +42,7 @@ class Run:
             self.config.model, lora=LoraConfig(), dtype=dtype or self.config.model.dtype
         )
         self.tokenizer_folder = self.config.data.tokenizer
-        self._workdir = workdir
+        self._workdir, self.place = workdir, Place(workdir)
         with self._store() as store:
             self._step, self._facts = store.newest_good(("params",))
         self.fingerprint = f"{self._facts['config_hash']} {self._step}"

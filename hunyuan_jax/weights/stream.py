@@ -21,6 +21,7 @@ from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, names, shards
 from hunyuan_jax.weights import folder as official
+from hunyuan_jax.weights.hub import model_place
 from hunyuan_jax.weights.storage import Place
 from hunyuan_jax.weights.write import SIDE_FILES, Layout, as_json, new_layout, router_dtype_of
 
@@ -47,7 +48,7 @@ def import_model(
     many tensors this call converted.
 
     Args:
-      source, output: local folders or fsspec URLs.
+      source: a local folder, an fsspec URL or a hub id; output: a local folder or an fsspec URL.
       dtype: "float32" or "bfloat16" for the parameters; None keeps torch_dtype of config.json.
         The router is float32 always.
 
@@ -57,7 +58,7 @@ def import_model(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
-    opened, target = official.OfficialFolder(Place(source)), Place(output, "--output")
+    opened, target = official.OfficialFolder(model_place(source)), Place(output, "--output")
     plan = official.plan(opened, dtype)
     if plan.rounded:
         print(

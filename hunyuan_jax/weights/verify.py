@@ -30,6 +30,7 @@ from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, quantized, reference
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names as table
+from hunyuan_jax.weights.hub import model_place
 from hunyuan_jax.weights.storage import Place
 from hunyuan_jax.weights.stream import Converted, open_converted
 
@@ -47,7 +48,7 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
     Raises:
       ConfigError: one of the two cannot be opened.
     """
-    opened, converted = official.OfficialFolder(Place(source)), open_converted(checkpoint)
+    opened, converted = official.OfficialFolder(model_place(source)), open_converted(checkpoint)
     found = compare_configs(opened, converted)
     # Sizes differ: tensors cannot be matched.
     if found or opened.config.get("model_type") == hf_config.OWN:

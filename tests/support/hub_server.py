@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from huggingface_hub import constants
+
 _API = re.compile(r"/api/models/([^/]+/[^/]+)/revision/([^/?]+)")
 _TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)")
@@ -61,8 +63,22 @@ def serving() -> Iterator[Hub]:
         server.server_close()
 
 
+def point_to(endpoint: str, cache: Path, monkeypatch) -> None:
+    """Makes the huggingface_hub of this process use an endpoint and a cache folder, as it does in
+    one that starts with HF_ENDPOINT and HF_HUB_CACHE.
+    """
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def end_headers(self):
+        self.send_header("Connection", "close")  # an idle connection would outlive the hub
+        super().end_headers()
 
     def log_message(self, *args):
         pass
