@@ -101,10 +101,11 @@ def test_an_adapter_and_a_tokenizer_on_the_hub(served, tmp_path):
     server.folders["org/adapter"] = {"main": tmp_path / "adapter"}
     found, _ = read_adapter("org/adapter", small())
     assert found.lora == cfg.lora
-    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"eos_token": "b"}')
     assert load_tokenizer("org/name").encode("a") == [0]
     assert not any(name.endswith(".safetensors") for name in server.fetched()[2:])
 
