@@ -192,14 +192,15 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
 
     Args:
       folder: opened.
-      dtype: of the parameters; None keeps torch_dtype of config.json.  The router is float32
-        always.
+      dtype: of the parameters; None keeps torch_dtype of config.json, and without one that of the
+        files.  The router is float32 always.
 
     Raises:
       ConfigError: what `from_hf` refuses; tensors without a use, entries without a tensor, other
         shapes: all of them, by name.
     """
-    stated = folder.config if dtype is None else hf_config.with_dtype(folder.config, dtype)
+    chosen = dtype or _unstated_dtype(folder)
+    stated = folder.config if chosen is None else hf_config.with_dtype(folder.config, chosen)
     hf = quantized.plain_config(stated)
     cfg = hf_config.from_hf(hf)
     unused, pieces, missing, wrong = dict(folder.tensors), {}, [], []
@@ -337,6 +338,18 @@ def _check_tied_head(folder: OfficialFolder, name: str) -> None:
             f"{folder.place}: {name} differs from model.embed_tokens.weight although config.json "
             "says tie_word_embeddings; set it to false to keep both."
         )
+
+
+def _unstated_dtype(folder: OfficialFolder) -> str | None:
+    """What "auto" means, where config.json states no dtype: bfloat16 if all but routers is."""
+    if hf_config.stated_dtype(folder.config) is not None:
+        return None
+    found = {
+        stored.dtype
+        for name, stored in folder.tensors.items()
+        if not name.endswith(".gate.wg.weight")
+    }
+    return "bfloat16" if found == {DTYPES["BF16"]} else None
 
 
 def _scale_name(tensors: dict[str, Stored], name: str) -> str:

@@ -21,6 +21,7 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.files import stop_ids
+from hunyuan_jax.weights import hf_fields
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
 # A folder with layers that no release has; its config.json holds the fields of ModelConfig.
@@ -32,7 +33,7 @@ _ARCHITECTURES = {
 }
 
 # Read by from_hf, in the spelling of the hub; a config.json may hold more, which `_FIXED` and its
-# like check or which has no influence.
+# like check, or hf_fields.py.
 _DEFAULTS = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -93,7 +94,8 @@ _FIXED = {
     "group_limited_greedy": False,
     "mlp_bias": False,
     "moe_layer_num_skipped": 0,
-    "norm_type": "rms",
+    "norm_type": ("rms", "hf_rms"),
+    "partial_rotary_factor": 1.0,
     "position_embedding_xdrope": False,
     "routed_scaling_factor": 1.0,
     "use_mla": False,
@@ -107,6 +109,24 @@ _FIXED_V1_MOE = {
     "norm_topk_prob": True,
     "num_shared_expert": 1,
     "use_mixed_mlp_moe": True,
+}
+# torch's names of dtypes, each with the one that is used here.
+_DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+_DTYPES |= {"float": "float32", "half": "float16"}
+# Names that transformers takes for others (attribute_map of its class).
+_ALIASES = {"num_experts_per_tok": "moe_topk", "num_local_experts": "num_experts"}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # null is a value
+# What is read or checked in this file.
+_KNOWN = {*_DEFAULTS, *_REQUIRED, *_FIXED, *_FIXED_V1, *_FIXED_V1_MOE}
+_KNOWN |= {"model_type", "head_dim", "attention_head_dim", "moe_intermediate_size"}
+_ROPE_FIELDS = {"type", "rope_type", "rope_theta", "factor", "alpha"}
+# Of RoPE types that are not read; the official classes do not read them with those that are.
+_IDLE_ROPE_FIELDS = {
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
 }
 
 
@@ -126,7 +146,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             "folders can be loaded (Hunyuan-Large, "
             "Hunyuan-A13B and the dense models of 0.5B to 7B)."
         )
-    missing = [name for name in _REQUIRED if name not in hf]
+    missing = [name for name in _REQUIRED if hf.get(name) is None]
     if missing:
         raise ConfigError(
             f"config.json: {missing[0]} is missing; a Hunyuan config needs {', '.join(_REQUIRED)}."
@@ -135,6 +155,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     hf = _DEFAULTS | given
     _check_types(hf)
     _check_fixed(given, kind)
+    hf_fields.refuse_unknown(given, _KNOWN)
     if hf["hidden_act"] != "silu":
         raise ConfigError(
             f"config.json: hidden_act = {hf['hidden_act']!r}; only 'silu' is implemented."
@@ -142,7 +163,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     if hf["torch_dtype"] not in ("float32", "bfloat16"):
         raise ConfigError(
             f"config.json: torch_dtype = {hf['torch_dtype']!r}; only float32 and bfloat16 are "
-            "implemented."
+            "implemented. Load or import it with dtype bfloat16 or float32, or change it there."
         )
     for name in ("rms_norm_eps", "rope_theta"):
         if hf[name] <= 0:
@@ -251,8 +272,27 @@ def _from_own(hf: dict[str, Any]) -> ModelConfig:
 
 
 def dtype_of(hf: dict[str, Any]) -> str:
-    """The dtype a config.json asks for, in either spelling."""
-    return hf.get("dtype", hf.get("torch_dtype", _DEFAULTS["torch_dtype"]))
+    """The dtype that a config.json asks for, in any spelling; float32 if it asks for none."""
+    return stated_dtype(hf) or _DEFAULTS["torch_dtype"]
+
+
+def stated_dtype(hf: dict[str, Any]) -> Any:
+    """The dtype that a config.json states, None if it is absent, null or "auto".
+
+    Raises:
+      ConfigError: two that differ.
+    """
+    stated = {
+        name: _DTYPES.get(str(hf[name]).removeprefix("torch."), hf[name])
+        for name in ("dtype", "torch_dtype")
+        if hf.get(name) not in (None, "auto")
+    }
+    if len(set(map(str, stated.values()))) > 1:
+        raise ConfigError(
+            f"config.json: dtype = {hf['dtype']!r} and torch_dtype = {hf['torch_dtype']!r} are "
+            "one field; keep one."
+        )
+    return next(iter(stated.values()), None)
 
 
 def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -262,36 +302,29 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
-    """`hf` with torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and
+    """`hf` in the spelling of the hub: without nulls and other words for what is absent, with
+    torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and
     rope_parameters, and integers for lists.
+
+    Raises:
+      ConfigError: a field in two spellings that differ, layers that differ.
     """
-    hf = dict(hf)
-    if "dtype" in hf:
-        if hf.get("torch_dtype", hf["dtype"]) != hf["dtype"]:
-            raise ConfigError(
-                f"config.json: dtype = {hf['dtype']!r} and torch_dtype = {hf['torch_dtype']!r} "
-                "are one field; keep one."
-            )
-        hf["torch_dtype"] = hf.pop("dtype")
-    parameters = hf.pop("rope_parameters", None)
-    if parameters is not None:
-        if hf.get("rope_scaling") is not None:
-            raise ConfigError(
-                "config.json: rope_parameters and rope_scaling are one field in two spellings; "
-                "keep one."
-            )
-        if not isinstance(parameters, dict):
-            raise ConfigError(
-                f"config.json: rope_parameters = {parameters!r} must be an object or null."
-            )
-        scaling = dict(parameters)
-        theta = scaling.pop("rope_theta", hf.get("rope_theta", _DEFAULTS["rope_theta"]))
-        if hf.get("rope_theta", theta) != theta:
-            raise ConfigError(
-                f"config.json: rope_theta is {hf['rope_theta']}, but {theta} in rope_parameters; "
-                "keep one."
-            )
-        hf |= {"rope_theta": theta, "rope_scaling": scaling or None}
+    dtype = stated_dtype(hf)
+    hf = {name: v for name, v in hf.items() if v is not None or name in _TOKENS}
+    for name in ("dtype", "torch_dtype"):
+        hf.pop(name, None)
+    if dtype is not None:
+        hf["torch_dtype"] = dtype
+    for alias, name in _ALIASES.items():
+        if alias in hf:
+            value = hf.pop(alias)
+            if hf.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"config.json: {alias} = {value!r} and {name} = {hf[name]!r} are one field; "
+                    "keep one."
+                )
+    hf |= _one_rope(hf)
+    hf.pop("rope_parameters", None)
     for name in _PER_LAYER:
         values = hf.get(name)
         if isinstance(values, list):
@@ -303,6 +336,33 @@ def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
                 )
             hf[name] = values[0]
     return hf
+
+
+def _one_rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta, if it is stated, and rope_scaling of a config.json in any spelling."""
+    both = {n: hf[n] for n in ("rope_parameters", "rope_scaling") if hf.get(n) not in (None, {})}
+    thetas = {"rope_theta": hf["rope_theta"]} if "rope_theta" in hf else {}
+    scalings = []
+    for name, value in both.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"config.json: {name} = {value!r} must be an object or null.")
+        value = {n: v for n, v in value.items() if v is not None}
+        theta = value.pop("rope_theta", None)
+        if theta is not None and thetas.setdefault("rope_theta", theta) != theta:
+            raise ConfigError(
+                f"config.json: rope_theta is {thetas['rope_theta']}, but {theta} in {name}; keep "
+                "one."
+            )
+        if value.get("partial_rotary_factor", 1) == 1:
+            value.pop("partial_rotary_factor", None)
+        scalings.append({"type" if n == "rope_type" and "type" not in value else n: v
+                         for n, v in value.items()} or None)  # fmt: skip
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise ConfigError(
+            "config.json: rope_parameters and rope_scaling are one field in two spellings, and "
+            "differ; keep one."
+        )
+    return thetas | {"rope_scaling": scalings[0] if scalings else None}
 
 
 def _check_types(hf: dict[str, Any]) -> None:
@@ -328,8 +388,10 @@ def _check_fixed(given: dict[str, Any], kind: str) -> None:
         fixed |= {name: (value, f"transformers' {kind}") for name, value in _FIXED_V1.items()}
     if kind == V1_MOE:
         fixed |= {name: (value, f"transformers' {kind}") for name, value in _FIXED_V1_MOE.items()}
-    for name, (value, where) in fixed.items():
-        if name in given and given[name] != value:
+    for name, (values, where) in fixed.items():
+        values = values if isinstance(values, tuple) else (values,)
+        value = values[0]
+        if name in given and given[name] not in values:
             raise ConfigError(
                 f"config.json: {name} = {given[name]!r} has no effect in {where}, which computes "
                 f"what {value!r} asks for. Set {name} to {value!r} if that is what the model was "
@@ -464,26 +526,25 @@ def _rope(scaling: dict[str, Any] | None, kind: str) -> dict[str, Any]:
         raise ConfigError(
             f"config.json: rope_scaling = {scaling}: type and rope_type are one field; keep one."
         )
-    scaling = {"factor": 1.0, "alpha": None} | scaling if kind != LARGE else scaling
-    missing = [name for name in ("factor", "alpha") if name not in scaling]
-    if rope_type is None or (missing and rope_type != "default"):
+    other = scaling.keys() - _ROPE_FIELDS - _IDLE_ROPE_FIELDS
+    hf_fields.refuse_unknown({f"rope_scaling.{name}": scaling[name] for name in other}, set())
+    if rope_type is None:
         raise ConfigError(
-            f"config.json: rope_scaling = {scaling} lacks "
-            f"{'type' if rope_type is None else missing[0]!r}; the official class reads type, "
+            f"config.json: rope_scaling = {scaling} lacks 'type'; the official class reads type, "
             "factor and alpha."
         )
     if rope_type == "default":
         return plain
-    for name in ("factor", "alpha"):
-        value = scaling[name]
+    factor, alpha = (scaling.get(name) for name in ("factor", "alpha"))
+    for name, value in (("factor", factor), ("alpha", alpha)):
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
             raise ConfigError(
                 f"config.json: rope_scaling {name} = {value!r} must be a finite number."
             )
-    if rope_type == "linear" and scaling["factor"] is not None and kind == LARGE:
-        return {"rope_type": "linear", "rope_factor": float(scaling["factor"])}
-    if rope_type == "dynamic" and scaling["alpha"]:
-        return {"rope_type": "alpha", "rope_alpha": float(scaling["alpha"])}
+    if rope_type == "linear" and factor is not None and kind == LARGE:
+        return {"rope_type": "linear", "rope_factor": float(factor)}
+    if rope_type == "dynamic" and alpha:
+        return {"rope_type": "alpha", "rope_alpha": float(alpha)}
     if rope_type == "dynamic":
         raise ConfigError(
             f"config.json: rope_scaling = {scaling}: dynamic without alpha changes its base with "

@@ -281,6 +281,100 @@ def test_what_would_be_computed_wrongly_is_refused(changes, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+SAME = [
+    *({name: None} for name in ("rope_theta", "hidden_act", "num_shared_expert", "use_qk_norm",
+                                "norm_type", "sliding_window", "alpha")),
+    {"rope_scaling": {"type": "dynamic", "alpha": 1000.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0, "beta_fast": 32, "mscale": 1.0}},
+    {"rope_scaling": {}, "rope_parameters": {"type": "dynamic", "alpha": 1000.0}},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0,
+                         "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    {"torch_dtype": "torch.float32"},
+    {"torch_dtype": "auto"},
+    {"torch_dtype": None, "dtype": "float"},
+    {"dtype": "float32"},
+    {"norm_type": "hf_rms"},
+    {"moe_topk": None, "num_experts_per_tok": 2, "num_experts": None, "num_local_experts": 4},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": 4096, "use_sliding_window": False,
+     "max_window_layers": 2},
+    {"partial_rotary_factor": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1},
+    {"final_logit_softcapping": None, "attention_chunk_size": 0, "mlp_only_layers": []},
+    {"use_mla": False, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64},
+    {"vit_norm_type": "fused", "anyres_pooling_size": 2, "dense_list": [16, 0]},
+    {"output_router_logits": True, "router_aux_loss_coef": 0.01, "use_flash_attn": True},
+    {"my_note": "trained on Monday", "unsloth_version": "2026.1", "neftune_noise_alpha": 5},
+    {"architectures": None, "id2label": {"0": "a"}, "top_k": 50, "output_scores": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", SAME, ids=[" ".join(changes) for changes in SAME])
+def test_other_words_for_the_same_model(changes):
+    hf = hf_config.to_hf(small())
+    if "rope_parameters" in changes:
+        del hf["rope_scaling"]
+    assert hf_config.from_hf(hf | changes) == hf_config.from_hf(hf_config.to_hf(small()))
+
+
+MORE = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 4096,
+    "use_sliding_window": True,
+    "partial_rotary_factor": 0.5,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "residual_multiplier": 0.22,
+    "embedding_multiplier": 12,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.01,
+    "query_pre_attn_scalar": 256,
+    "clip_qkv": 8.0,
+    "rotary_pct": 0.25,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 8192,
+    "mlp_only_layers": [0],
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "decoder_sparse_step": 2,
+    "num_nextn_predict_layers": 1,
+    "qkv_bias": True,
+    "use_alibi": True,
+    "norm_type": "torch_nn",
+    "norm_of_the_future": "deep",
+    "hidden_activation": "gelu",
+    "scoring_func": "sigmoid",
+    "moe_router_use_sigmoid": True,
+    "use_parallel_residual": True,
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_field_that_may_change_the_model_is_refused_by_its_name(name):
+    for kind in ("hunyuan_v1_moe", "hunyuan"):
+        hf = hf_config.to_hf(small(head_dim=4)) | {"model_type": kind, name: MORE[name]}
+        with pytest.raises(ConfigError) as error:
+            hf_config.from_hf(hf)
+        message = str(error.value)
+        assert message.startswith(f"config.json: {name} = {MORE[name]!r} ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1e3, "partial_rotary_factor": 0.5}},
+         "rope_scaling.partial_rotary_factor = 0.5 is not implemented"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "default"}}},
+         "rope_scaling.full_attention = {'rope_type': 'default'} is not implemented"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok = 3 and moe_topk = 2 are one field"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+    ],
+    ids=["rope", "layers", "alias", "null"],
+)  # fmt: skip
+def test_spellings_that_say_something_else_are_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        hf_config.from_hf(hf_config.to_hf(small()) | changes)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [

@@ -388,3 +388,33 @@ def test_a_head_of_another_dtype_is_the_embedding_in_the_models(tmp_path, good):
     assert set(answers(source, good / "ours", tmp_path).values()) == {""}
     export_model(source, tmp_path / "out")
     assert tensors_of(tmp_path / "out").keys() == tensors.keys()
+
+
+# -----------------------------------------------------------------------------
+# the dtype
+
+
+@pytest.mark.parametrize("stated", ["absent", None, "auto", "torch.bfloat16", "bfloat16"])
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_no_dtype_is_that_of_the_files(tmp_path, good, stated, field):
+    """As transformers' "auto"; routers, which are float32 in bfloat16 folders, do not count."""
+    source = write_source(tmp_path / "source", 2, num_hidden_layers=2, torch_dtype="bfloat16")
+    hf = json.loads((source / "config.json").read_text())
+    del hf["torch_dtype"]
+    (source / "config.json").write_text(
+        json.dumps(hf | ({} if stated == "absent" else {field: stated}))
+    )
+    assert from_pretrained(source).config.dtype == "bfloat16"
+    assert set(answers(source, good / "ours", tmp_path).values()) == {""}
+    assert from_pretrained(tmp_path / "imported").config.dtype == "bfloat16"
+    export_model(tmp_path / "imported", tmp_path / "out")
+    for name, tensor in tensors_of(source).items():
+        written = tensors_of(tmp_path / "out")[name]
+        np.testing.assert_array_equal(written, tensor)
+
+
+def test_float16_says_what_to_do(single, good, tmp_path):
+    edit_json(single / "config.json", torch_dtype="float16")
+    with pytest.raises(ConfigError, match="with dtype bfloat16 or float32"):
+        from_pretrained(single)
+    assert from_pretrained(single, dtype="float32").config.dtype == "float32"
