@@ -185,6 +185,12 @@ def learned_spans(text: Text) -> list[tuple[int, int]]:
     return [found.span() for found in re.finditer(pattern, text._origins)]
 
 
+def first_of_message(text: Text, index: int) -> int:
+    """Where the text of messages[index] begins; len(text) if it is left out."""
+    start = without_learned(text._origins).find(of_message(index))
+    return len(text) if start < 0 else start
+
+
 def own(value: Any) -> Any:
     """A constant of the template, its strings marked as the template's own."""
     if isinstance(value, str):

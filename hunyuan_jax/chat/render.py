@@ -77,19 +77,9 @@ def render_chat(
             f"{given[0]} has no effect without a chat template: this tokenizer's folder has none; "
             "leave it out"
         )
-    ids = []
-    # Texts that meet (a system message after the first has no token around it) are joined before
-    # they are encoded.
-    for is_text, group in itertools.groupby(
-        _template_pieces(messages, tokenizer), key=lambda piece: isinstance(piece, str)
-    ):
-        pieces = list(group)
-        ids += (
-            template.encode_text(origin.concat(pieces), tokenizer, parse_special)
-            if is_text
-            else pieces
-        )
-    return ids
+    return template.encode_text(
+        origin.concat(built_in_turns(messages, tokenizer)), tokenizer, parse_special
+    )
 
 
 def said(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -123,31 +113,35 @@ def _with_thinking_command(
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
-def _template_pieces(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
-) -> list[int | str]:
-    """Returns the chat as special ids (int) and texts (str) in order."""
+def built_in_turns(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> list[origin.Text]:
+    """Returns the text of each message by Hunyuan-Large's template, the tokens as their names.
+
+    Raises ValueError for a tokenizer without these tokens.
+    """
+    for name in (_START, _SYSTEM_END, USER_END, ASSISTANT_END):
+        tokenizer.special_id(name)
     start, system_end, user_end, assistant_end = map(
-        tokenizer.special_id, (_START, _SYSTEM_END, USER_END, ASSISTANT_END)
+        origin.own, (_START, _SYSTEM_END, USER_END, ASSISTANT_END)
     )
     has_head = messages[0]["content"] != ""
-    pieces = []
+    turns = []
     for index, message in enumerate(messages):
-        role = message["role"]
-        content = origin.written_by(message["content"], origin.VARIABLE)
-        if role == "assistant":
-            pieces += [content, assistant_end]
-        elif role == "user":
+        content = origin.written_by(message["content"], origin.of_message(index))
+        if message["role"] == "assistant":
+            parts = [content, assistant_end]
+        elif message["role"] == "user":
             # The template goes by position alone: the second message continues the head, whatever
             # the head's role.
-            pieces += (
-                [content, user_end] if index == 1 and has_head else [start, content, user_end]
-            )
+            is_first = not (index == 1 and has_head)
+            parts = [start, content, user_end] if is_first else [content, user_end]
         elif index == 0 and has_head:
-            pieces += [start, content, system_end]
+            parts = [start, content, system_end]
         else:
-            pieces.append(content)
-    return pieces
+            parts = [content]
+        turns.append(origin.concat(parts))
+    return turns
 
 
 def find_fault(

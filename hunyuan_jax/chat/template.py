@@ -6,7 +6,7 @@ import datetime
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hunyuan_jax.chat import origin
@@ -50,39 +50,43 @@ def encode_chat(
     Raises ValueError with one line for a template that cannot be read or fails, with the
     template's own word where it refuses, and for messages of a role that it does not know.
     """
-    variables["add_generation_prompt"] = add_generation_prompt
-    text = render(tokenizer, messages, **variables)
-    _check_nothing_is_left_out(text, tokenizer, messages, variables)
+    text = render(tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables)
     return encode_text(text, tokenizer, parse_special)
 
 
-def encode_learned(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, parse_special: bool
+def encode_spans(
+    text: Text, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer, *, parse_special: bool
 ) -> tuple[list[int], list[bool]]:
-    """(ids, whether each overlaps what the template has between {% generation %} tags).
+    """(ids of a rendered chat, whether each overlaps one of the spans of characters).
 
-    Errors as in `encode_chat`, and for a tokenizer that changes the length of a text.
+    Raises ValueError as `encode_text`, and for a tokenizer that cuts texts in its own way.
     """
-    variables = {"add_generation_prompt": False}
-    text = render(tokenizer, messages, **variables)
-    _check_nothing_is_left_out(text, tokenizer, messages, variables)
-    ids = encode_text(text, tokenizer, parse_special)
-    spans = [
-        [len(tokenizer.normalized(text[:end]).encode()) for end in span]
-        for span in origin.learned_spans(text)
-    ]
-    sizes = [len(tokenizer.decode_bytes([token_id])) for token_id in ids]
-    if sum(sizes) != len(tokenizer.normalized(text).encode()):
+    ids, found, is_marked = encode_text(text, tokenizer, parse_special), [], []
+    for piece, start, end in _pieces(text, tokenizer, parse_special):
+        found += piece
+
+        def num_bytes(stop: int, start: int = start, end: int = end) -> int:
+            shown = origin.plain(text)[start : min(max(stop, start), end)]
+            return len(tokenizer.normalized(shown).encode())
+
+        bounds = [
+            (num_bytes(first), num_bytes(last))
+            for first, last in spans
+            if first < end and last > start
+        ]
+        last_byte = 0
+        for token_id in piece:
+            first_byte = last_byte
+            last_byte += len(tokenizer.decode_bytes([token_id]))
+            is_marked.append(any(first_byte < b and last_byte > a for a, b in bounds))
+        if bounds and last_byte != num_bytes(end):
+            found.append(-1)
+    if found != ids:
         raise ValueError(
-            "this chat cannot be labelled by the {% generation %} tags of its template: its "
-            "tokens do not give its text again; use a tokenizer that keeps texts as they are"
+            "this chat cannot be labelled: its tokens do not give its text again; use a tokenizer "
+            "that keeps texts as they are"
         )
-    is_learned, start = [], 0
-    for size in sizes:
-        end = start + size
-        is_learned.append(any(start < last and end > first for first, last in spans))
-        start = end
-    return ids, is_learned
+    return ids, is_marked
 
 
 def has_generation_tag(template: str) -> bool:
@@ -91,7 +95,15 @@ def has_generation_tag(template: str) -> bool:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Text:
-    """Return the text of the chat with its origins; errors as in `encode_chat`."""
+    """Return the text of the chat with its origins; errors and warnings as in `encode_chat`."""
+    text = _render(tokenizer, messages, variables)
+    _check_nothing_is_left_out(text, tokenizer, messages, variables)
+    return text
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> Text:
     from jinja2 import TemplateError
 
     try:
@@ -104,8 +116,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variab
     values = {
         "tools": None,
         "documents": None,
-        **{name: _variable(value) for name, value in variables.items()},
         **origin.own(dict(tokenizer.named_tokens)),
+        **{name: _variable(value) for name, value in variables.items()},
         "messages": [_message(index, message) for index, message in enumerate(messages)],
     }
     try:
@@ -276,7 +288,7 @@ def _check_nothing_is_left_out(
         warnings.warn(
             f"the chat template leaves out messages[{index}] of role {role!r}: the model does not "
             "see it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -294,7 +306,7 @@ def _renders_otherwise(
     variables: Mapping[str, Any],
 ) -> bool:
     try:
-        return str.__ne__(text, render(tokenizer, messages, **variables))
+        return str.__ne__(text, _render(tokenizer, messages, variables))
     except ValueError:
         return True
 
@@ -325,14 +337,23 @@ def encode_text(text: Text, tokenizer: Tokenizer, parse_special: bool) -> list[i
                 f"the chat template computes {match[0]} so that nobody can tell its own text from "
                 "that of a message; take a template that writes it out"
             )
-    ids, start = [], 0
-    for own_run in re.finditer(f"{origin.OWN}+", origins):
-        for match in _any_of(names).finditer(plain[slice(*own_run.span())]):
-            first = own_run.start() + match.start()
-            ids += tokenizer.encode(plain[start:first])
-            ids.append(tokenizer.special_id(match[0]))
-            start = own_run.start() + match.end()
-    return ids + tokenizer.encode(plain[start:])
+    return [i for piece, _, _ in _pieces(text, tokenizer, parse_special) for i in piece]
+
+
+def _pieces(
+    text: Text, tokenizer: Tokenizer, parse_special: bool
+) -> Iterator[tuple[list[int], int, int]]:
+    """(ids, first character, last + 1) of each special token and of each text between them."""
+    plain, names = origin.plain(text), tokenizer.special_names
+    origins = origin.without_learned(origin.origins_of(text))
+    runs = re.finditer(".+" if parse_special else f"{origin.OWN}+", origins, re.DOTALL)
+    start = 0
+    for run in runs if names else ():
+        for match in _any_of(names).finditer(plain, *run.span()):
+            yield tokenizer.encode(plain[start : match.start()]), start, match.start()
+            yield [tokenizer.special_id(match[0])], *match.span()
+            start = match.end()
+    yield tokenizer.encode(plain[start:]), start, len(plain)
 
 
 @functools.lru_cache(maxsize=16)

@@ -189,14 +189,38 @@ def test_labels_cover_each_answer_and_the_tokens_around_it(tiny):
     )
 
 
-def test_pairing_is_by_order_of_appearance(tiny):
+def test_nobody_else_s_text_is_learned(tiny):
+    """Nor left unlearned for the order of the turns."""
+    for turns, expected in (
+        ([("user", "q"), ("user", "r"), ("assistant", "A")], "....<|extra_0|>A<|eos|>"),
+        ([("assistant", "A"), ("user", "q")], "A<|eos|>.."),
+        ([("user", "q"), ("system", "s"), ("assistant", "A")], "....A<|eos|>"),
+        (
+            [("system", "s"), ("assistant", "A"), ("user", "q"), ("assistant", "B")],
+            "...A<|eos|>..<|extra_0|>B<|eos|>",
+        ),
+        ([("system", "<|extra_0|>"), ("assistant", "A")], "." * 13 + "A<|eos|>"),
+        ([("user", "q"), ("assistant", "")], "..<|extra_0|><|eos|>"),
+        ([("user", "\u0338"), ("assistant", "\u0338é")], "...<|extra_0|>\u0338é<|eos|>"),
+    ):
+        ids, labels = sft_example(chat(*turns), tiny)
+        found = tiny.decode([label for label in labels if label != IGNORED_LABEL])
+        assert found == expected.lstrip(".").replace(".", "")
+        assert labels.index(next(x for x in labels if x >= 0)) == len(expected) - len(
+            expected.lstrip(".")
+        )
+        assert ids == render_chat(chat(*turns), tiny)
+
+
+def test_the_official_pairing_is_by_order_of_appearance(tiny):
     # Two user turns in a row: the first <|extra_0|> pairs with the only <|eos|>, over the second
     # user text.
-    _, labels = sft_example(chat(("user", "q"), ("user", "r"), ("assistant", "A")), tiny)
+    messages = chat(("user", "q"), ("user", "r"), ("assistant", "A"))
+    _, labels = sft_example(messages, tiny, parse_special=True)
     assert shown(tiny, labels) == "..<|extra_0|>r<|extra_0|>A<|eos|>"
     # The assistant first: the first <|eos|> lies before the first <|extra_0|>, so that pair is
     # empty.
-    _, labels = sft_example(chat(("assistant", "A"), ("user", "q")), tiny)
+    _, labels = sft_example(chat(("assistant", "A"), ("user", "q")), tiny, parse_special=True)
     assert shown(tiny, labels) == "...."
 
 

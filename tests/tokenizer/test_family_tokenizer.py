@@ -345,6 +345,19 @@ def test_labels_are_what_the_assistant_says(tokenizer):
         sft_example(CHAT[:3], forgetful)
 
 
+def test_a_system_prompt_that_the_template_adds_is_not_learned(tokenizer):
+    """Before a chat that the assistant begins."""
+    polite = with_template(
+        tokenizer,
+        "{% if messages[0].role != 'system' %}Be polite.<|extra_4|>{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|eos|>{% endfor %}",
+    )
+    chat = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "q"}]
+    ids, labels = sft_example(chat, polite)
+    assert polite.decode(ids) == "Be polite.<|extra_4|>assistant:Hi.<|eos|>user:q<|eos|>"
+    assert polite.decode([i for i in labels if i != IGNORED_LABEL]) == "Hi.<|eos|>"
+
+
 def test_a_role_that_the_template_leaves_out(tokenizer):
     chat = [*CHAT[:2], {"role": "critic", "content": "No."}]
     match = r"messages\[2\] has role 'critic', which .* it knows assistant, system, user: rename"
