@@ -276,7 +276,12 @@ def _check_nothing_is_left_out(
         if origin.of_message(index) in written or not _says_something(message):
             continue
         others = [*messages[:index], *messages[index + 1 :]]
-        if others and _renders_otherwise(text, tokenizer, others, variables):
+        is_used = (
+            _renders_otherwise(text, tokenizer, others, variables)
+            if others
+            else origin.UNKNOWN in written
+        )
+        if is_used:
             continue
         role = message["role"]
         known = [name for name in _ROLES if _names(tokenizer.chat_template, name)]
@@ -331,8 +336,10 @@ def encode_text(text: Text, tokenizer: Tokenizer, parse_special: bool) -> list[i
         special = set(map(tokenizer.special_id, names))
         if [i for i in ids if i in special] == [tokenizer.special_id(m[0]) for m in found]:
             return ids
+    of_template = {*tokenizer.named_tokens.values(), tokenizer.chat_template or ""}
     for match, writer in zip(found, writers, strict=True):
-        if origin.UNKNOWN in writer <= {origin.OWN, origin.UNKNOWN}:
+        is_lost = origin.UNKNOWN in writer <= {origin.OWN, origin.UNKNOWN}
+        if is_lost and any(match[0] in text_of_template for text_of_template in of_template):
             raise ValueError(
                 f"the chat template computes {match[0]} so that nobody can tell its own text from "
                 "that of a message; take a template that writes it out"

@@ -210,9 +210,11 @@ def _checked(name: str, value: Any, rule: tuple[type, Callable[[Any], bool], str
 
 
 def _limit(name: str, value: float | int) -> float | int:
-    """The value, or the one that float32 cannot tell from it."""
+    """The value, or the one that 32 bits cannot tell from it."""
     if name == "temperature" and value < _SMALLEST_TEMPERATURE:
         return 0.0
+    if name == "top_k":
+        return min(value, 2**31 - 1)
     if name == "top_p" and np.float32(value) == 1:
         return 1.0
     return value

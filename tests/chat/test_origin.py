@@ -223,6 +223,17 @@ def test_no_operation_makes_a_token_of_a_text(plain_tokenizer, operation, first,
     assert tokenizer.decode(ids) == tokenizer.normalized(expected)
 
 
+def test_a_token_that_may_be_anybody_s_is_refused(with_template):
+    template = "{{ ('<|eos|>' ~ messages[0].content) | wordwrap(99) }}"
+    tokenizer = with_template(template)
+    with pytest.raises(ValueError, match=r"computes <\|eos\|> so that nobody can tell"):
+        render_chat([{"role": "user", "content": "x"}], tokenizer)
+    # A name that the template does not have is not its own.
+    tokenizer = with_template("{{ messages[0].content | wordwrap(99) }}")
+    ids = render_chat([{"role": "user", "content": "<|eos|>"}], tokenizer)
+    assert specials(tokenizer, ids) == [] and tokenizer.decode(ids) == "<|eos|>"
+
+
 # Of these the template's own tokens are a part.
 WITH_TOKENS = [
     *("'<|eos|>' ~ c", "[c, d] | join('<|eos|>')", "('<|eos|>' ~ c) | trim", "'%s<|eos|>' % c"),

