@@ -43,9 +43,11 @@ class Pretrained:
         params: dict[str, Any],
         layout: write.Layout | None = None,
         mesh: Mesh | None = None,
+        texts: dict[str, bytes] | None = None,
     ):
+        """layout: in which it is saved; None is a new one with the files `texts`, by name."""
         self.config = dropless(config)
-        self._layout = layout
+        self._layout, self._texts = layout, texts or {}
         self.mesh = single_device_mesh() if mesh is None else mesh
         graph_def, specs = abstract_model(self.config, self.mesh)
         self.params = jax.device_put(params, abstract.shardings(specs))
@@ -219,7 +221,8 @@ class Pretrained:
         """Writes a model folder with the official names; one that was loaded unchanged comes out
         byte for byte the same.
         """
-        layout, target = self._layout or write.new_layout(self.config), Place(folder)
+        layout = self._layout or write.new_layout(self.config, self._texts)
+        target = Place(folder)
         read = functools.partial(names.read_tensor, self.params)
         write.write_folder(target, layout, self.config, read)
         write.remove_stale(target, layout)
@@ -283,7 +286,8 @@ def load(
         adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
         _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
-    return Pretrained(opened.cfg, params, opened.layout, mesh)
+    texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
+    return Pretrained(opened.cfg, params, opened.layout, mesh, texts)
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:

@@ -42,6 +42,7 @@ from hunyuan_jax.train.state import (
     to_items,
     with_state_dtype,
 )
+from hunyuan_jax.weights import side_files
 
 
 def run(config: Config, workdir: str | os.PathLike) -> int:
@@ -118,6 +119,9 @@ class _Trainer:
             restored = self._restored()
         if restored is None:
             self._first_step, self._state, facts = 0, self._initial_state(), None
+            with hosts.fail_together():
+                if hosts.is_first():
+                    side_files.keep(self._workdir, self._config)
         else:
             self._first_step, self._state, facts = restored
         self._watchdog.finished(self._first_step)

@@ -2,6 +2,7 @@
 (shards.py finds them), float32, BF16, F16 or FP8, experts one by one or fused.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -294,18 +295,19 @@ def is_router(entry: names.Entry) -> bool:
     return entry.role == Role.ROUTER
 
 
-def generation_stop_ids(place: Place) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, which is what `generate` of transformers stops at;
-    () if there is none.
+def with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
+    """`cfg` with the eos_token_id of a folder's generation_config.json, which is what `generate`
+    of transformers stops at, if there is one.
 
     Raises:
       ConfigError: something else than an integer or a list of integers.
     """
     if not place.is_file("generation_config.json"):
-        return ()
+        return cfg
     where = f"{place}/generation_config.json"
     fields = json_object(where, place.read("generation_config.json"))
-    return stop_ids(where, fields.get("eos_token_id"))
+    found = stop_ids(where, fields.get("eos_token_id"))
+    return dataclasses.replace(cfg, eos_token_ids=found or cfg.eos_token_ids)
 
 
 def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> Piece | None:

@@ -46,4 +46,5 @@ def _listed_files(place: Place, index: str) -> list[str]:
     if not place.is_file(index):
         return []
     stated = json_object(f"{place}/{index}", place.read(index)).get("weight_map")
-    return sorted(set(stated.values())) if isinstance(stated, dict) else []
+    files = stated.values() if isinstance(stated, dict) else ()
+    return sorted({file for file in files if isinstance(file, str)})

@@ -22,10 +22,10 @@ _EXPORTING = "export.json"
 class Model(Protocol):
     """A model in files, of which nothing but headers has been read.
 
-    cfg: with the dtype in which it is read; place: where it lies; tokenizer_folder: what
-    `load_tokenizer` takes; layout: in which it is written as an official folder, None if it never
-    was one; others: names of the files in `place` that are copied with it; fingerprint: tells
-    models apart.
+    cfg: with the dtype in which it is read; place: where its other files lie; tokenizer_folder:
+    what `load_tokenizer` takes; layout: in which it is written as an official folder, None if it
+    never was one; others: names of the files in `place` that are copied with it; fingerprint:
+    tells models apart.
     """
 
     cfg: ModelConfig
@@ -73,7 +73,7 @@ class Official:
     def __init__(self, place: Place, dtype: str | None):
         self._folder = official.OfficialFolder(place)
         self._plan = official.plan(self._folder, dtype)
-        self.cfg, self.place = _with_stop_ids(self._plan.cfg, place), place
+        self.cfg, self.place = official.with_stop_ids(self._plan.cfg, place), place
         self.tokenizer_folder = str(place)
         self.layout = write.layout_of(self._folder, self._plan)
         self.others = self._folder.others
@@ -99,7 +99,9 @@ class Converted:
     def __init__(self, place: Place, dtype: str | None):
         self._converted = stream.open_converted(place.url)
         cfg = self._converted.cfg
-        self.cfg = _with_stop_ids(dataclasses.replace(cfg, dtype=dtype or cfg.dtype), place)
+        self.cfg = official.with_stop_ids(
+            dataclasses.replace(cfg, dtype=dtype or cfg.dtype), place
+        )
         self.place, self.tokenizer_folder = place, str(place)
         self.layout = stream.layout_of(self._converted, self.cfg)
         self.others = self._converted.about["copied"]
@@ -147,8 +149,3 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     num_written = write.write_folder(target, layout, model.cfg, model.tensor, written)
     target.remove(_EXPORTING)
     return num_written
-
-
-def _with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
-    stop_ids = official.generation_stop_ids(place) or cfg.eos_token_ids
-    return dataclasses.replace(cfg, eos_token_ids=stop_ids)

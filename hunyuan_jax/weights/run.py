@@ -21,8 +21,8 @@ from hunyuan_jax.params import abstract
 from hunyuan_jax.params.abstract import ParamSpec
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
-from hunyuan_jax.weights import names
-from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.weights import names, side_files
+from hunyuan_jax.weights.folder import with_stop_ids
 
 
 class Run:
@@ -33,16 +33,17 @@ class Run:
     """
 
     layout = None
-    others = ()
 
     def __init__(self, workdir: str | os.PathLike, dtype: str | None = None):
         """Raises ConfigError: no run, or no finished checkpoint yet."""
         self.config = read_config(workdir)
-        self.cfg = dataclasses.replace(
+        cfg = dataclasses.replace(
             self.config.model, lora=LoraConfig(), dtype=dtype or self.config.model.dtype
         )
-        self.tokenizer_folder = self.config.data.tokenizer
-        self._workdir, self.place = workdir, Place(workdir)
+        self._workdir, self.place = workdir, side_files.place_of(workdir)
+        self.cfg = with_stop_ids(cfg, self.place)
+        self.tokenizer_folder = side_files.tokenizer_of(self.config, self.place)
+        self.others = [name for name in sorted(self.place.sizes()) if name != "config.json"]
         with self._store() as store:
             self._step, self._facts = store.newest_good(("params",))
         self.fingerprint = f"{self._facts['config_hash']} {self._step}"

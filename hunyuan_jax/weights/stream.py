@@ -22,8 +22,9 @@ from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, names, shards
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights.hub import model_place
+from hunyuan_jax.weights.side_files import is_side_file
 from hunyuan_jax.weights.storage import Place
-from hunyuan_jax.weights.write import SIDE_FILES, Layout, as_json, new_layout, router_dtype_of
+from hunyuan_jax.weights.write import Layout, as_json, new_layout, router_dtype_of
 
 ABOUT = "conversion.json"
 _FORMAT = 1
@@ -186,7 +187,7 @@ def layout_of(converted: Converted, cfg: ModelConfig) -> Layout:
     """
     about, place = converted.about, converted.place
     texts = {"config.json": place.read("config.json")}
-    texts |= {name: place.read(name) for name in about["copied"] if name in SIDE_FILES}
+    texts |= {name: place.read(name) for name in about["copied"] if is_side_file(name)}
     if cfg.dtype != converted.cfg.dtype:
         texts["config.json"] = as_json(hf_config.with_dtype(converted.hf, cfg.dtype))
         return new_layout(cfg, texts)

@@ -12,19 +12,10 @@ from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import hf_config, names
 from hunyuan_jax.weights.folder import OfficialFolder, Plan, dtype_of, is_router
 from hunyuan_jax.weights.shards import DTYPES
+from hunyuan_jax.weights.side_files import is_side_file
 from hunyuan_jax.weights.storage import Place
 
 INDEX = "model.safetensors.index.json"
-# Kept and written again with a model, so that a saved folder can be used like the one it came
-# from.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "hy.tiktoken",
-)
 _MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -82,7 +73,7 @@ def layout_of(folder: OfficialFolder, plan: Plan) -> Layout:
     """The layout in which a folder's model is written again: its own, if that is exact."""
     is_same = plan.hf == folder.config
     texts = {"config.json": folder.config_bytes if is_same else as_json(plan.hf)}
-    texts |= {name: folder.place.read(name) for name in folder.others if name in SIDE_FILES}
+    texts |= {name: folder.place.read(name) for name in folder.others if is_side_file(name)}
     if plan.is_exact:
         index = {} if folder.index is None else {folder.index_name: folder.index}
         return Layout(folder.headers, texts | index)
