@@ -336,10 +336,11 @@ def encode_text(text: Text, tokenizer: Tokenizer, parse_special: bool) -> list[i
         special = set(map(tokenizer.special_id, names))
         if [i for i in ids if i in special] == [tokenizer.special_id(m[0]) for m in found]:
             return ids
-    of_template = {*tokenizer.named_tokens.values(), tokenizer.chat_template or ""}
+    template = tokenizer.chat_template or ""
+    named = [value for name, value in tokenizer.named_tokens.items() if name in template]
     for match, writer in zip(found, writers, strict=True):
         is_lost = origin.UNKNOWN in writer <= {origin.OWN, origin.UNKNOWN}
-        if is_lost and any(match[0] in text_of_template for text_of_template in of_template):
+        if is_lost and any(match[0] in words for words in (template, *named)):
             raise ValueError(
                 f"the chat template computes {match[0]} so that nobody can tell its own text from "
                 "that of a message; take a template that writes it out"
