@@ -1,4 +1,7 @@
-"""decode_attention: attention of a few new tokens to a long cache.  Shape letters: dims.md."""
+"""decode_attention: attention of a few new tokens to a long cache, contiguous or in pages.
+
+Shape letters: dims.md; n pages, s slots of a page, m pages of a row.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +15,20 @@ from pallas_kernels.decode_attention import reference, tpu, triton
 MAX_TOKENS = 16
 
 
-def _run_tpu(device_kind, interpret, q_BTNH, k_BSKH, *rest):
-    cfg = tpu.config(device_kind, q_BTNH.shape, k_BSKH.shape, k_BSKH.dtype)
-    return tpu.run(q_BTNH, k_BSKH, *rest, cfg=cfg, interpret=interpret)
+def _run_tpu(device_kind, interpret, q_BTNH, k_PnsKH, *rest):
+    shapes = q_BTNH.shape, k_PnsKH.shape
+    cfg = tpu.config(device_kind, *shapes, k_PnsKH.dtype, _pages_of_row(*rest))
+    return tpu.run(q_BTNH, k_PnsKH, *rest, cfg=cfg, interpret=interpret)
 
 
-def _run_triton(_, interpret, q_BTNH, k_BSKH, *rest):
-    return triton.run(
-        q_BTNH, k_BSKH, *rest, cfg=triton.config(q_BTNH.shape, k_BSKH.shape), interpret=interpret
-    )
+def _run_triton(_, interpret, q_BTNH, k_PnsKH, *rest):
+    cfg = triton.config(q_BTNH.shape, k_PnsKH.shape, _pages_of_row(*rest))
+    return triton.run(q_BTNH, k_PnsKH, *rest, cfg=cfg, interpret=interpret)
+
+
+def _pages_of_row(*rest):
+    table_Bm = rest[-2]
+    return 1 if table_Bm is None else table_Bm.shape[1]
 
 
 IMPLEMENTATIONS = (
@@ -37,38 +45,46 @@ IMPLEMENTATIONS = (
 
 def decode_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_PnsKH: jax.Array,
+    v_PnsKH: jax.Array,
     length_B: jax.Array,
     *,
+    group: jax.Array | int,
     device_kind: str,
+    table_Bm: jax.Array | None = None,
     start_B: jax.Array | None = None,
-    k_scale_BSK: jax.Array | None = None,
-    v_scale_BSK: jax.Array | None = None,
+    k_scale_PnsK: jax.Array | None = None,
+    v_scale_PnsK: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | Sequence[str] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Attends with the last T tokens of each sequence to its cache, which includes them.
 
-    Query head n uses kv head n // (N // K).  Query t sees the slots from start up to and including
-    its own, length - T + t; a query that sees no slot returns zeros.  Slots outside [start,
-    length) may hold anything, NaN too; on TPU and GPU, blocks of them are not fetched.  Has no
-    gradient.
+    Slot i of row b is slot i % s of page table_Bm[b, i // s]; without a table the cache is
+    contiguous: page b is row b.  Query head n uses kv head n // (N // K).  Query t sees the slots
+    from start up to and including its own, length - T + t; a query that sees no slot returns
+    zeros.  Slots outside [start, length) may hold anything, NaN too, and so may the table's
+    entries of pages without any other slots; on TPU and GPU, blocks of them are not fetched.  Has
+    no gradient.
 
-    On a TPU the kernel reads [B, K, H, S].  XLA stores a [B, S, K, H] array in that order unless H
-    is a multiple of 128, and scales as [B, K, S], so the transpose is free.  With H = 128 it would
-    copy the cache in every call: keep the cache as [B, K, H, S] then and pass its transpose; XLA
-    drops both transposes.
+    The group's index is an operand of the kernels on TPU and GPU, so that a scan over groups makes
+    no copy of the cache.  On a TPU the kernel reads [P, n, K, H, s].  XLA stores a [P, n, s, K, H]
+    array in that order unless H is a multiple of 128, and scales as [P, n, K, s], so the transpose
+    is free.  With H = 128 it would copy the cache in every call: keep the cache as [P, n, K, H, s]
+    then and pass its transpose; XLA drops both transposes.
 
     Args:
       q_BTNH: 1 to 16 new tokens of each sequence, bfloat16 or float32.
-      k_BSKH, v_BSKH: the cache with the new tokens' keys and values, in q's dtype or int8.  The
-        kernels need H to be a multiple of 8.
-      length_B: int32 numbers of filled slots, at most S.
+      k_PnsKH, v_PnsKH: the cache of P groups of layers with the new tokens' keys and values, in
+        q's dtype or int8.  The kernels need H to be a multiple of 8, and with a table s to be a
+        multiple of 128 (TPU) or 16 (GPU).
+      length_B: int32 numbers of filled slots, at most m * s.
+      group: int32 scalar, the entry of P to read.
       device_kind: jax's name of the mesh's devices, such as "TPU v5".
+      table_Bm: int32 numbers of each row's pages; None for n = B contiguous rows.
       start_B: int32 first slots that hold a token, for a cache padded on the left; None for 0.
-      k_scale_BSK, v_scale_BSK: float32 factors of an int8 cache's values.
+      k_scale_PnsK, v_scale_PnsK: float32 factors of an int8 cache's values.
       scale: factor of the scores; None for H ** -0.5.
       implementation: None, a name ("pallas_tpu", "pallas_triton", "xla", "reference") or a list of
         names in order of preference.
@@ -81,45 +97,58 @@ def decode_attention(
       ValueError: shapes or dtypes that do not fit together, or that no named implementation can
         serve.
     """
-    _check(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        {"length_B": length_B} | ({} if start_B is None else {"start_B": start_B}),
-    )
-    _check_scales(k_BSKH, k_scale_BSK, v_scale_BSK)
+    _check(q_BTNH, k_PnsKH, v_PnsKH, table_Bm)
+    _check_integers(q_BTNH.shape[0], {"length_B": length_B, "start_B": start_B})
+    _check_scales(k_PnsKH, k_scale_PnsK, v_scale_PnsK)
     chosen = select.choose(
-        "decode_attention", IMPLEMENTATIONS, implementation, device_kind, q_BTNH.shape[-1]
+        "decode_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        device_kind,
+        q_BTNH.shape[-1],
+        k_PnsKH.shape[2],
+        None if table_Bm is None else table_Bm.shape,
     )
-    start_B = jnp.zeros_like(length_B) if start_B is None else start_B
-    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     return chosen.run(
         device_kind,
         interpret,
         q_BTNH,
-        k_BSKH,
-        v_BSKH,
+        k_PnsKH,
+        v_PnsKH,
         length_B,
-        start_B,
-        k_scale_BSK,
-        v_scale_BSK,
-        scale,
+        jnp.zeros_like(length_B) if start_B is None else start_B,
+        k_scale_PnsK,
+        v_scale_PnsK,
+        group,
+        table_Bm,
+        q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
     )
 
 
 def _check(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, integers: dict[str, jax.Array]
+    q_BTNH: jax.Array, k_PnsKH: jax.Array, v_PnsKH: jax.Array, table_Bm: jax.Array | None
 ) -> None:
-    if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
+    if q_BTNH.ndim != 4 or k_PnsKH.ndim != 5 or k_PnsKH.shape != v_PnsKH.shape:
         raise ValueError(
-            f"q {q_BTNH.shape}, k {k_BSKH.shape} and v {v_BSKH.shape} must be [B, T, N, H] and "
-            "twice [B, S, K, H]; reshape."
+            f"q {q_BTNH.shape}, k {k_PnsKH.shape} and v {v_PnsKH.shape} must be [B, T, N, H] and "
+            "twice [P, pages, slots, K, H]; reshape."
         )
-    (B, T, N, H), (cache_B, S, K, cache_H) = q_BTNH.shape, k_BSKH.shape
-    if (cache_B, cache_H) != (B, H):
+    (B, T, N, H), (_, num_pages, S, K, cache_H) = q_BTNH.shape, k_PnsKH.shape
+    if table_Bm is None and num_pages != B:
         raise ValueError(
-            f"q {q_BTNH.shape} and the cache {k_BSKH.shape} must agree in batch and head dim; "
-            "slice the one that is larger."
+            f"{num_pages} pages for {B} rows: without a table each row has one; pass table_Bm."
+        )
+    if table_Bm is not None:
+        if table_Bm.ndim != 2 or table_Bm.shape[0] != B or table_Bm.dtype != jnp.int32:
+            raise ValueError(
+                f"table_Bm is {table_Bm.dtype}{list(table_Bm.shape)}, must be int32[{B}, pages of "
+                "a row]; give one list of pages per sequence."
+            )
+        S *= table_Bm.shape[1]
+    if cache_H != H:
+        raise ValueError(
+            f"q {q_BTNH.shape} and the cache {k_PnsKH.shape} must agree in head dim; slice the "
+            "one that is larger."
         )
     if N % K:
         raise ValueError(
@@ -132,33 +161,36 @@ def _check(
         )
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"q is {q_BTNH.dtype}, must be bfloat16 or float32; cast it.")
-    if k_BSKH.dtype != v_BSKH.dtype or k_BSKH.dtype not in (q_BTNH.dtype, jnp.int8):
+    if k_PnsKH.dtype != v_PnsKH.dtype or k_PnsKH.dtype not in (q_BTNH.dtype, jnp.int8):
         raise ValueError(
-            f"the cache is {k_BSKH.dtype} and {v_BSKH.dtype}, must be {q_BTNH.dtype} as q or "
+            f"the cache is {k_PnsKH.dtype} and {v_PnsKH.dtype}, must be {q_BTNH.dtype} as q or "
             "int8; cast q."
         )
+
+
+def _check_integers(batch_size: int, integers: dict[str, jax.Array | None]) -> None:
     for name, x_B in integers.items():
-        if x_B.shape != (B,) or x_B.dtype != jnp.int32:
+        if x_B is not None and (x_B.shape != (batch_size,) or x_B.dtype != jnp.int32):
             raise ValueError(
-                f"{name} is {x_B.dtype}{list(x_B.shape)}, must be int32[{B}]; give one number per "
-                "sequence."
+                f"{name} is {x_B.dtype}{list(x_B.shape)}, must be int32[{batch_size}]; give one "
+                "number per sequence."
             )
 
 
 def _check_scales(
-    k_BSKH: jax.Array, k_scale_BSK: jax.Array | None, v_scale_BSK: jax.Array | None
+    k_PnsKH: jax.Array, k_scale_PnsK: jax.Array | None, v_scale_PnsK: jax.Array | None
 ) -> None:
-    for name, scale_BSK in (("k_scale_BSK", k_scale_BSK), ("v_scale_BSK", v_scale_BSK)):
-        if (k_BSKH.dtype == jnp.int8) != (scale_BSK is not None):
-            given = "missing" if scale_BSK is None else "given"
+    for name, scale_PnsK in (("k_scale_PnsK", k_scale_PnsK), ("v_scale_PnsK", v_scale_PnsK)):
+        if (k_PnsKH.dtype == jnp.int8) != (scale_PnsK is not None):
+            given = "missing" if scale_PnsK is None else "given"
             raise ValueError(
-                f"{name} is {given} with a cache of {k_BSKH.dtype}; pass both scales with int8, "
+                f"{name} is {given} with a cache of {k_PnsKH.dtype}; pass both scales with int8, "
                 "else none."
             )
-        if scale_BSK is not None and (
-            scale_BSK.shape != k_BSKH.shape[:3] or scale_BSK.dtype != jnp.float32
+        if scale_PnsK is not None and (
+            scale_PnsK.shape != k_PnsKH.shape[:4] or scale_PnsK.dtype != jnp.float32
         ):
             raise ValueError(
-                f"{name} is {scale_BSK.dtype}{list(scale_BSK.shape)}, must be "
-                f"float32{list(k_BSKH.shape[:3])}; reshape it."
+                f"{name} is {scale_PnsK.dtype}{list(scale_PnsK.shape)}, must be "
+                f"float32{list(k_PnsKH.shape[:4])}; reshape it."
             )

@@ -1,6 +1,6 @@
 """Defines decode attention in float32 (`reference`), and computes it in XLA (`xla`).
 
-Shape letters: dims.md.
+Shape letters: dims.md; n pages, s slots of a page, m pages of a row, S = m * s.
 """
 
 import jax
@@ -16,17 +16,35 @@ def seen_slots(
     return (slot_S >= start_B[:, None, None]) & (slot_S < end_BT[..., None])
 
 
+def rows(x_Pns: jax.Array, group: jax.Array | int, table_Bm: jax.Array | None) -> jax.Array:
+    """Returns [B, S, ...] of one group: the pages of each row, one after another.
+
+    table_Bm None: page b is row b.  Numbers out of range give any page.
+    """
+    x_ns = jax.lax.dynamic_index_in_dim(x_Pns, group, keepdims=False)
+    if table_Bm is None:
+        return x_ns
+    x_Bms = x_ns.at[table_Bm].get(mode="clip")
+    return x_Bms.reshape(x_Bms.shape[0], -1, *x_Bms.shape[3:])
+
+
 def reference(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_PnsKH: jax.Array,
+    v_PnsKH: jax.Array,
     length_B: jax.Array,
     start_B: jax.Array,
-    k_scale_BSK: jax.Array | None,
-    v_scale_BSK: jax.Array | None,
+    k_scale_PnsK: jax.Array | None,
+    v_scale_PnsK: jax.Array | None,
+    group: jax.Array | int,
+    table_Bm: jax.Array | None,
     scale: float,
 ) -> jax.Array:
     """As `api.decode_attention`, float32 throughout."""
+    k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
+        None if x_Pns is None else rows(x_Pns, group, table_Bm)
+        for x_Pns in (k_PnsKH, v_PnsKH, k_scale_PnsK, v_scale_PnsK)
+    )
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H)
     seen_BTS = seen_slots(T, S, length_B, start_B)
@@ -50,18 +68,24 @@ def reference(
 
 def xla(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_PnsKH: jax.Array,
+    v_PnsKH: jax.Array,
     length_B: jax.Array,
     start_B: jax.Array,
-    k_scale_BSK: jax.Array | None,
-    v_scale_BSK: jax.Array | None,
+    k_scale_PnsK: jax.Array | None,
+    v_scale_PnsK: jax.Array | None,
+    group: jax.Array | int,
+    table_Bm: jax.Array | None,
     scale: float,
 ) -> jax.Array:
     """As `reference`, with products in q's dtype and a float32 softmax.
 
     The scales of an int8 cache multiply scores and probabilities.
     """
+    k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
+        None if x_Pns is None else rows(x_Pns, group, table_Bm)
+        for x_Pns in (k_PnsKH, v_PnsKH, k_scale_PnsK, v_scale_PnsK)
+    )
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     precision = "highest" if q_BTNH.dtype == jnp.float32 else None
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

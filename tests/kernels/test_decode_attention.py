@@ -16,9 +16,11 @@ from pallas_kernels.decode_attention import api, cases, reference, splits, tpu, 
 # and behind the first block.
 LENGTHS, STARTS = [0, 16, 77, 128, 257, 300], [0, 0, 40, 3, 130, 0]
 TPU_CONFIGS = {
-    "1 split": tpu.Config(128, 1),
-    "2 splits": tpu.Config(128, 2),
-    "3 splits": tpu.Config(300, 3),
+    "1 split": tpu.Config(128, 1, 1),
+    "2 splits": tpu.Config(128, 1, 2),
+    "3 splits": tpu.Config(300, 1, 3),
+    "2 pages a block": tpu.Config(128, 2, 2),
+    "3 pages a block": tpu.Config(128, 3, 1),
 }
 TRITON_CONFIGS = [triton.Config(16, 64, num_splits, 4, 3) for num_splits in (1, 2, 5)]
 
@@ -32,12 +34,22 @@ def _inputs(case, lengths=LENGTHS, starts=STARTS):
     return args, _reference(*args, case.H**-0.5)
 
 
-@pytest.mark.parametrize("name", ["draft", "int8"])
+def _rows(x_ns, table_Bm):
+    """Each row's pages, one after another, by loops."""
+    if table_Bm is None:
+        return x_ns
+    return np.stack([np.concatenate([x_ns[page] for page in row]) for row in table_Bm])
+
+
+@pytest.mark.parametrize("name", ["draft", "int8", "pages", "pages int8"])
 def test_reference_is_what_loops_compute(name):
     case = cases.SMALL[name]
     args, out_BTNH = _inputs(case)
-    q_BTNH, k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
-        None if x is None else np.asarray(x.astype(jnp.float32)) for x in (*args[:3], *args[5:])
+    group, table_Bm = args[7:]
+    q_BTNH = np.asarray(args[0].astype(jnp.float32))
+    k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
+        None if x_Pns is None else _rows(np.asarray(x_Pns.astype(jnp.float32))[group], table_Bm)
+        for x_Pns in (*args[1:3], *args[5:7])
     )
     if case.is_int8:
         k_BSKH, v_BSKH = k_BSKH * k_scale_BSK[..., None], v_BSKH * v_scale_BSK[..., None]
@@ -64,7 +76,9 @@ def test_xla_is_the_reference(name):
 @pytest.mark.parametrize(
     ("name", "config_name"),
     [
-        *(("draft", config_name) for config_name in TPU_CONFIGS),
+        *(("draft", config_name) for config_name in ("1 split", "2 splits", "3 splits")),
+        *(("pages", config_name) for config_name in TPU_CONFIGS if config_name != "3 splits"),
+        ("pages int8", "2 pages a block"),
         ("one", "2 splits"),
         ("most", "2 splits"),
         ("float32", "1 split"),
@@ -85,7 +99,11 @@ def test_tpu_is_the_reference_without_races(name, config_name):
 
 @pytest.mark.parametrize(
     ("name", "num_splits"),
-    [*((name, 2) for name in cases.SMALL), ("draft", 1), ("draft", 5), ("int8", 5)],
+    [
+        *((name, 2) for name in cases.SMALL),
+        ("draft", 1),
+        *((name, 5) for name in ("draft", "int8", "pages")),
+    ],
 )
 def test_triton_is_the_reference(name, num_splits):
     case = cases.SMALL[name]

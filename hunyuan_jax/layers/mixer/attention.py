@@ -256,7 +256,8 @@ def attend(
         return flash_attention(q_BTNH, k_BSKH, v_BSKH, *segments, dropout_seed=seed_BN, **options)
     length_B, start_B = sequence.length_B + q_BTNH.shape[1], sequence.start_B
     if q_BTNH.shape[1] <= MAX_TOKENS:
-        return decode_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, **options)
+        cache = (k_BSKH[None], v_BSKH[None], length_B)
+        return decode_attention(q_BTNH, *cache, group=0, start_B=start_B, **options)
     return extend_attention(q_BTNH, k_BSKH, v_BSKH, length_B, start_B, **options)
 
 
