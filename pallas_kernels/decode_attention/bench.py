@@ -5,6 +5,7 @@ Without one, with libtpu: static estimates for TPUs.  The kernel's cycles do not
 stalls: a call takes the larger of kernel_ms and hbm_ms.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import multiprocessing
@@ -16,61 +17,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import benchmark, chips, cycles, tpu_compiler
 from pallas_kernels.decode_attention import api, cases, reference, tpu
 
 _NUM_CORES = {"v5p": 2}
+_NUM_SCALARS = 7  # of tpu.call
 # libtpu 0.0.50.1 compiles the conversion of an int8 block for v5e and v5p, and crashes when it
 # profiles it.
-_NO_PROFILE = {("v5e", "T=1 int8"), ("v5p", "T=1 int8")}
+_NO_PROFILE = {(chip, name) for chip in ("v5e", "v5p") for name in ("T=1 int8", "T=1 int8 pages")}
 
 
 def all_blocks(case: cases.Case, cfg: tpu.Config) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
-    """Returns the kernel's inner step on all blocks of one sequence, and its arguments.
+    """Returns the kernel on all blocks of one sequence, and its arguments.
 
     No control flow depends on lengths.
     """
+    Shape = jax.ShapeDtypeStruct
+    cfg = dataclasses.replace(cfg, num_splits=1)
     K, H, R = case.K, case.H, -(-case.N // case.K * case.T // 16) * 16
-    state_shapes = [jax.ShapeDtypeStruct((K, R, width), jnp.float32) for width in (H, 1, 1)]
+    num_blocks = -(-case.S // cfg.block_slots)
 
-    def kernel(q_ref, k_ref, v_ref, *rest):
-        scale_refs, state_refs = rest[:-3], rest[-3:]
+    def kernel(*refs):
+        q_ref, *cache_refs = refs[_NUM_SCALARS:-3]
 
-        @pl.when(pl.program_id(0) == 0)
+        @pl.when(pl.program_id(1) == 0)
         def _():
-            for ref in state_refs:
+            for ref in refs[-3:]:
                 ref[...] = jnp.zeros_like(ref)
 
-        scales = tuple(ref[...][:, None] for ref in scale_refs)
-        state = tpu.attend(
-            q_ref[...],
-            k_ref[...],
-            v_ref[...],
-            scales,
-            tuple(ref[...] for ref in state_refs),
-            None,
-            H**-0.5,
-        )
-        for ref, value in zip(state_refs, state, strict=True):
-            ref[...] = value
+        tpu.update(cfg, q_ref, cache_refs, refs[-3:], None, H**-0.5)
 
-    def call(*args):
-        cache = pl.BlockSpec((K, H, cfg.block_slots), lambda step: (0, 0, step))
-        scales = [pl.BlockSpec((K, cfg.block_slots), lambda step: (0, step))] * (len(args) - 3)
-        return pl.pallas_call(
-            kernel,
-            grid=(case.S // cfg.block_slots,),
-            in_specs=[pl.BlockSpec((K, R, H), lambda step: (0, 0, 0)), cache, cache, *scales],
-            out_specs=[pl.BlockSpec(x.shape, lambda step: (0, 0, 0)) for x in state_shapes],
-            out_shape=state_shapes,
-            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tpu.VMEM_LIMIT_BYTES),
-        )(*args)
+    def call(q_BKRH, *rest):
+        scalars, caches = rest[:_NUM_SCALARS], list(rest[_NUM_SCALARS:])
+        return tpu.call(kernel, (1, num_blocks), cfg, num_blocks, scalars, q_BKRH, caches)
 
-    cache = jax.ShapeDtypeStruct((K, H, case.S), "int8" if case.is_int8 else case.dtype)
-    scales = [jax.ShapeDtypeStruct((K, case.S), jnp.float32)] * (2 if case.is_int8 else 0)
-    return call, [jax.ShapeDtypeStruct((K, R, H), case.dtype), cache, cache, *scales]
+    pages = (case.P, case.num_pages)
+    cache = Shape((*pages, K, H, case.s or case.S), "int8" if case.is_int8 else case.dtype)
+    scale = Shape((*pages, K, case.s or case.S), jnp.float32)
+    sizes = [1, 1, num_blocks, num_blocks, num_blocks * cfg.num_copies, 1, 1]
+    scalars = [Shape((size,), jnp.int32) for size in sizes]
+    caches = [cache] * 2 + [scale] * (2 if case.is_int8 else 0)
+    return call, [Shape((1, K, R, H), case.dtype), *scalars, *caches]
 
 
 def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
@@ -92,9 +80,8 @@ def tpu_rows(chip_names: list[str]) -> Iterator[dict[str, Any]]:
         }
         if (chip_name, name) not in _NO_PROFILE:
             q, k = case.shapes()[:2]
-            call, args = all_blocks(
-                case, tpu.config(chip.device_kinds[0], q.shape, k.shape, k.dtype)
-            )
+            cfg = tpu.config(chip.device_kinds[0], q.shape, k.shape, k.dtype, case.num_pages)
+            call, args = all_blocks(case, cfg)
             num_cycles = (
                 cycles.cost(chip_name, call, *args).cycles * case.B / _NUM_CORES.get(chip_name, 1)
             )
@@ -136,10 +123,19 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _ours(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK):
-    scales = {"k_scale_BSK": k_scale_BSK, "v_scale_BSK": v_scale_BSK}
+def _ours(device_kind, q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, *rest):
+    k_scale_PnsK, v_scale_PnsK, group, table_Bm = rest
     return api.decode_attention(
-        q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, device_kind=device_kind, **scales
+        q_BTNH,
+        k_PnsKH,
+        v_PnsKH,
+        length_B,
+        group=group,
+        table_Bm=table_Bm,
+        start_B=start_B,
+        k_scale_PnsK=k_scale_PnsK,
+        v_scale_PnsK=v_scale_PnsK,
+        device_kind=device_kind,
     )
 
 

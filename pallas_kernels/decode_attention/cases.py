@@ -47,7 +47,9 @@ class Case(NamedTuple):
 
     def cache_bytes(self) -> int:
         """Bytes a call reads if all slots are filled."""
-        return sum(x.size * x.dtype.itemsize for x in self.shapes()[1:7] if x is not None) // self.P
+        return (
+            sum(x.size * x.dtype.itemsize for x in self.shapes()[1:7] if x is not None) // self.P
+        )
 
 
 # Hunyuan-Large's heads, 8 sequences of 32 thousand tokens: one token, a draft to verify, the most

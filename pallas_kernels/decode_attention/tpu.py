@@ -292,7 +292,7 @@ def run(
     interpret: Any = False,
 ) -> jax.Array:
     """As `api.decode_attention`."""
-    (B, T, _, H), (page_slots, K) = q_BTNH.shape, k_PnsKH.shape[2:4]
+    (B, T), (page_slots, K) = q_BTNH.shape[:2], k_PnsKH.shape[2:4]
     q_BKRH = splits.rows_of_heads(q_BTNH, K)
     num_rows = q_BKRH.shape[2]
     # Rows are padded to tiles of 16; the padding sees slots like other rows and is dropped.
@@ -305,9 +305,7 @@ def run(
     work = list_work(cfg, page_slots, table_Bm, length_B, start_B)
     list_size = work.row_iW.shape[1]
     state_iBKRx = call(
-        functools.partial(
-            _kernel, cfg=cfg, list_size=list_size, num_tokens=T, scale=scale
-        ),
+        functools.partial(_kernel, cfg=cfg, list_size=list_size, num_tokens=T, scale=scale),
         (cfg.num_splits, work.num_blocks),
         cfg,
         list_size,
@@ -371,7 +369,9 @@ def call(
     def row_of(split, step, length, start, row, *_):
         return row[split * list_size + step]
 
-    specs = [(copy_spec(number, cache), cache) for cache in caches for number in range(cfg.num_copies)]
+    specs = [
+        (copy_spec(number, cache), cache) for cache in caches for number in range(cfg.num_copies)
+    ]
     state_shapes = [(K, R, H), (K, R, 1), (K, R, 1)]
     return pl.pallas_call(
         kernel,

@@ -116,13 +116,14 @@ def _kernel(
         is_filled_b = (slot_b >= start) & (slot_b < length)
         # The mask keeps unfilled slots and the padding of a head from being read at all.
         k_bH, v_bH = (
-            plgpu.load(ref.at[group, page, slots, :], mask=is_filled_b[:, None] & is_dim_1H, other=0).astype(
-                dtype
-            )
+            plgpu.load(
+                ref.at[group, page, slots, :], mask=is_filled_b[:, None] & is_dim_1H, other=0
+            ).astype(dtype)
             for ref in (k_ref, v_ref)
         )
         scale_1b = [
-            plgpu.load(ref.at[group, page, slots], mask=is_filled_b, other=0.0)[None] for ref in scale_refs
+            plgpu.load(ref.at[group, page, slots], mask=is_filled_b, other=0.0)[None]
+            for ref in scale_refs
         ]
         score_Rb = dot(q_RH, k_bH, trans_b=True) * (scale * splits.LOG2_E)
         if scale_refs:
@@ -173,13 +174,18 @@ def run(
         table_Bm = jnp.arange(B, dtype=jnp.int32)[:, None]
     one_int = pl.BlockSpec((None,), lambda r, i, b: (b,))
     # All pages of one kv head: the kernel reads the group's and the row's.
-    cache = pl.BlockSpec(
-        (P, n, padded_slots, None, padded_H), lambda r, i, b: (0, 0, 0, r % K, 0)
-    )
+    cache = pl.BlockSpec((P, n, padded_slots, None, padded_H), lambda r, i, b: (0, 0, 0, r % K, 0))
     scale_spec = pl.BlockSpec((P, n, padded_slots, None), lambda r, i, b: (0, 0, 0, r % K))
     acc_iBKRH, max_iBKR, sum_iBKR = pl.pallas_call(
         functools.partial(
-            _kernel, cfg=cfg, num_kv_heads=K, num_rows=R, num_tokens=T, page_slots=page_slots, head_dim=H, scale=scale
+            _kernel,
+            cfg=cfg,
+            num_kv_heads=K,
+            num_rows=R,
+            num_tokens=T,
+            page_slots=page_slots,
+            head_dim=H,
+            scale=scale,
         ),
         grid=(pl.cdiv(R, cfg.block_rows) * K, cfg.num_splits, B),
         in_specs=[

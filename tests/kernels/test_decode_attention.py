@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import testing, tpu_compiler
-from pallas_kernels.decode_attention import api, cases, reference, splits, tpu, triton
+from pallas_kernels.decode_attention import (
+    api,
+    append,
+    cases,
+    reference,
+    splits,
+    tpu,
+    triton,
+)
 
 # Empty, one step, inside a block, a whole block, across a block's edge, full; starts at 0, inside
 # and behind the first block.
@@ -149,24 +157,18 @@ def test_splits_share_all_visible_blocks(num_splits):
         assert blocks == list(range(start // 64, -(-length // 64)))
 
 
-def test_api_serves_every_device_and_passes_all_on():
-    case = cases.SMALL["draft"]
+@pytest.mark.parametrize("name", ["draft", "pages"])
+def test_api_serves_every_device_and_passes_all_on(name):
+    case = cases.SMALL[name]
     args, _ = _inputs(case)
-    q_BTNH, k_BSKH, v_BSKH, length_B, start_B = args[:5]
     expected_BTNH = reference.reference(*args, 0.3)
-    call = functools.partial(
-        api.decode_attention, q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, scale=0.3
-    )
-    testing.assert_close(call(device_kind="cpu"), expected_BTNH, case.dtype)
-    testing.assert_close(
-        call(device_kind="cpu", implementation="reference"), expected_BTNH, case.dtype
-    )
-    testing.assert_close(
-        call(device_kind="NVIDIA H200", interpret=True), expected_BTNH, case.dtype
-    )
+    call = functools.partial(_call, scale=0.3)
+    testing.assert_close(call("cpu", *args), expected_BTNH, case.dtype)
+    testing.assert_close(call("cpu", *args, implementation="reference"), expected_BTNH, case.dtype)
+    testing.assert_close(call("NVIDIA H200", *args, interpret=True), expected_BTNH, case.dtype)
     with testing.interpreted_tpu() as interpret:
         testing.assert_close(
-            jax.block_until_ready(call(device_kind="TPU v5", interpret=interpret)),
+            jax.block_until_ready(call("TPU v5", *args, interpret=interpret)),
             expected_BTNH,
             case.dtype,
         )
@@ -176,7 +178,7 @@ def test_api_defaults_are_the_whole_cache_and_the_head_dims_root():
     case = cases.SMALL["int8"]
     args, expected_BTNH = _inputs(case, starts=[0] * case.B)
     out_BTNH = api.decode_attention(
-        *args[:4], device_kind="cpu", k_scale_BSK=args[5], v_scale_BSK=args[6]
+        *args[:4], group=0, device_kind="cpu", k_scale_PnsK=args[5], v_scale_PnsK=args[6]
     )
     testing.assert_close(out_BTNH, expected_BTNH, case.dtype)
 
@@ -192,10 +194,8 @@ def test_api_defaults_are_the_whole_cache_and_the_head_dims_root():
     ],
 )
 def test_the_device_chooses(device_kind, is_kernel):
-    shapes = cases.SMALL["one"].shapes()[:4]
-    jaxpr = jax.make_jaxpr(functools.partial(api.decode_attention, device_kind=device_kind))(
-        *shapes
-    )
+    shapes = cases.SMALL["one"].shapes()
+    jaxpr = jax.make_jaxpr(functools.partial(_call, device_kind))(*shapes)
     assert ("pallas_call" in str(jaxpr)) == is_kernel
 
 
@@ -203,35 +203,64 @@ def test_the_device_chooses(device_kind, is_kernel):
     ("change", "message"),
     [
         ({"q_BTNH": (2, 1, 8)}, r"must be \[B, T, N, H\].*reshape"),
-        ({"v_BSKH": (2, 32, 2, 24)}, r"must be \[B, T, N, H\].*reshape"),
-        ({"q_BTNH": (3, 1, 8, 16)}, "agree in batch and head dim; slice"),
+        ({"v_PnsKH": (1, 2, 32, 2, 24)}, r"must be \[B, T, N, H\].*reshape"),
+        ({"q_BTNH": (2, 1, 8, 24)}, "agree in head dim; slice"),
+        ({"q_BTNH": (3, 1, 8, 16)}, "2 pages for 3 rows: without a table.*pass table_Bm"),
+        ({"table_Bm": (3, 4)}, r"table_Bm is int32\[3, 4\], must be int32\[2, pages of a row\]"),
         ({"q_BTNH": (2, 1, 7, 16)}, "7 query heads cannot share 2 kv heads.*multiple of K"),
         (
             {
                 "q_BTNH": (2, 1, 8, 12),
-                "k_BSKH": (2, 32, 2, 12),
-                "v_BSKH": (2, 32, 2, 12),
+                "k_PnsKH": (1, 2, 32, 2, 12),
+                "v_PnsKH": (1, 2, 32, 2, 12),
                 "implementation": "pallas_tpu",
                 "device_kind": "TPU v5",
             },
             "needs a head dim that is a multiple of 8, not 12; pad",
         ),
+        (
+            {"table_Bm": (2, 4), "implementation": "pallas_tpu", "device_kind": "TPU v5"},
+            "needs pages whose slots are a multiple of 128, not 32",
+        ),
+        (
+            {
+                "k_PnsKH": (1, 2, 128, 2, 16),
+                "v_PnsKH": (1, 2, 128, 2, 16),
+                "table_Bm": (2, 2**17),
+                "implementation": "pallas_tpu",
+                "device_kind": "TPU v5",
+            },
+            "needs a table of at most 131072 entries, not 262144; larger pages",
+        ),
+        (
+            {
+                "k_PnsKH": (1, 2, 24, 2, 16),
+                "v_PnsKH": (1, 2, 24, 2, 16),
+                "table_Bm": (2, 4),
+                "implementation": "pallas_triton",
+                "device_kind": "NVIDIA H200",
+            },
+            "needs pages whose slots are a multiple of 16, not 24",
+        ),
         ({"q_BTNH": (2, 17, 8, 16)}, "17 query tokens for 32 slots.*1 to 16.*flash_attention"),
         ({"q_BTNH": "float16"}, "q is float16, must be bfloat16 or float32; cast"),
         (
-            {"k_BSKH": "float32"},
+            {"k_PnsKH": "float32"},
             "cache is float32 and bfloat16, must be bfloat16 as q or int8; cast",
         ),
         ({"length_B": (3,)}, r"length_B is int32\[3\], must be int32\[2\]"),
         ({"start_B": "float32"}, r"start_B is float32\[2\], must be int32\[2\]"),
-        ({"k_scale_BSK": (2, 32, 2)}, "k_scale_BSK is given with a cache of bfloat16; pass"),
         (
-            {"k_BSKH": "int8", "v_BSKH": "int8"},
-            "k_scale_BSK is missing with a cache of int8; pass",
+            {"k_scale_PnsK": (1, 2, 32, 2)},
+            "k_scale_PnsK is given with a cache of bfloat16; pass",
         ),
         (
-            {"k_BSKH": "int8", "v_BSKH": "int8", "k_scale_BSK": (2, 32)},
-            r"k_scale_BSK is float32\[2, 32\], must be float32\[2, 32, 2\]",
+            {"k_PnsKH": "int8", "v_PnsKH": "int8"},
+            "k_scale_PnsK is missing with a cache of int8; pass",
+        ),
+        (
+            {"k_PnsKH": "int8", "v_PnsKH": "int8", "k_scale_PnsK": (2, 32)},
+            r"k_scale_PnsK is float32\[2, 32\], must be float32\[1, 2, 32, 2\]",
         ),
         ({"implementation": "pallas_gpu"}, "no implementation 'pallas_gpu'; it has pallas_tpu"),
         (
@@ -247,29 +276,45 @@ def test_the_device_chooses(device_kind, is_kernel):
 def test_bad_arguments_are_explained(change, message):
     shapes = {
         "q_BTNH": (2, 1, 8, 16),
-        "k_BSKH": (2, 32, 2, 16),
-        "v_BSKH": (2, 32, 2, 16),
+        "k_PnsKH": (1, 2, 32, 2, 16),
+        "v_PnsKH": (1, 2, 32, 2, 16),
         "length_B": (2,),
         "start_B": (2,),
     }
-    dtypes = {"length_B": "int32", "start_B": "int32", "k_scale_BSK": "float32"}
+    dtypes = dict.fromkeys(("length_B", "start_B", "table_Bm"), "int32")
+    dtypes["k_scale_PnsK"] = "float32"
     shapes |= {name: value for name, value in change.items() if isinstance(value, tuple)}
-    dtypes |= {name: value for name, value in change.items() if isinstance(value, str)}
+    dtypes |= {
+        name: value
+        for name, value in change.items()
+        if isinstance(value, str) and name not in ("device_kind", "implementation")
+    }
     kwargs = {
-        name: jnp.zeros(shape, dtypes.get(name, "bfloat16")) for name, shape in shapes.items()
+        name: jax.ShapeDtypeStruct(shape, dtypes.get(name, "bfloat16"))
+        for name, shape in shapes.items()
+    }
+    options = {
+        "device_kind": change.get("device_kind", "cpu"),
+        "implementation": change.get("implementation"),
     }
     with pytest.raises(ValueError, match=message):
-        api.decode_attention(
-            **kwargs,
-            device_kind=change.get("device_kind", "cpu"),
-            implementation=change.get("implementation"),
-        )
+        jax.eval_shape(functools.partial(api.decode_attention, group=0, **options), **kwargs)
 
 
-def _call(device_kind, q_BTNH, k_BSKH, v_BSKH, length_B, start_B, k_scale_BSK, v_scale_BSK):
-    scales = {"k_scale_BSK": k_scale_BSK, "v_scale_BSK": v_scale_BSK}
+def _call(device_kind, *args, **options):
+    q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, k_scale_PnsK, v_scale_PnsK, group, table_Bm = args
     return api.decode_attention(
-        q_BTNH, k_BSKH, v_BSKH, length_B, start_B=start_B, device_kind=device_kind, **scales
+        q_BTNH,
+        k_PnsKH,
+        v_PnsKH,
+        length_B,
+        group=group,
+        table_Bm=table_Bm,
+        start_B=start_B,
+        k_scale_PnsK=k_scale_PnsK,
+        v_scale_PnsK=v_scale_PnsK,
+        device_kind=device_kind,
+        **options,
     )
 
 
@@ -280,6 +325,11 @@ _SLOW = [
     pytest.param(chip, "T=1 int8", marks=pytest.mark.slow) for chip in ("v5e", "v5p", "tpu7x")
 ]
 _SLOW += [pytest.param("v5p", "T=16", marks=pytest.mark.slow)]
+_SLOW += [
+    pytest.param(chip, name, marks=pytest.mark.slow)
+    for chip in _KINDS
+    for name in ("T=4 pages", "T=1 int8 pages")
+]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +343,8 @@ def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
     )
     assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
     assert (
-        compiled.memory_analysis().argument_size_in_bytes < 1.01 * cases.BENCH[name].cache_bytes()
+        compiled.memory_analysis().argument_size_in_bytes
+        < 1.01 * cases.BENCH[name].cache_bytes() * cases.BENCH[name].P
     )
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cases.BENCH[name].cache_bytes()
 
@@ -310,21 +361,49 @@ def test_small_sizes_compile_for_a_tpu(name):
 def test_a_head_dim_of_128_is_not_copied_if_stored_slots_last():
     pytest.importorskip("libtpu")
     tpu_compiler.prepare()
-    shapes = cases.BENCH["T=1 H=128"].shapes()
-    B, S, K, H = shapes[1].shape
+    q, cache, _, *rest = cases.BENCH["T=1 H=128"].shapes()
+    P, n, s, K, H = cache.shape
 
-    def call(q_BTNH, k_BKHS, v_BKHS, *rest):
-        return _call(
-            "TPU v5", q_BTNH, *(x_BKHS.transpose(0, 3, 1, 2) for x_BKHS in (k_BKHS, v_BKHS)), *rest
-        )
+    def call(q_BTNH, k_PnKHs, v_PnKHs, *rest):
+        caches = (x_PnKHs.transpose(0, 1, 4, 2, 3) for x_PnKHs in (k_PnKHs, v_PnKHs))
+        return _call("TPU v5", q_BTNH, *caches, *rest)
 
-    compiled = tpu_compiler.compile_for(
-        "v5p", call, shapes[0], *[jax.ShapeDtypeStruct((B, K, H, S), "bfloat16")] * 2, *shapes[3:]
-    )
+    stored = jax.ShapeDtypeStruct((P, n, K, H, s), "bfloat16")
+    compiled = tpu_compiler.compile_for("v5p", call, q, stored, stored, *rest)
     assert (
         compiled.memory_analysis().temp_size_in_bytes
         < 0.1 * cases.BENCH["T=1 H=128"].cache_bytes()
     )
+
+
+@pytest.mark.parametrize(
+    "chip", [pytest.param(chip, marks=[pytest.mark.slow] * (chip != "v6e")) for chip in _KINDS]
+)
+def test_a_scan_over_groups_neither_copies_the_pages_nor_writes_them_elsewhere(chip):
+    pytest.importorskip("libtpu")
+    tpu_compiler.prepare()
+    case = cases.BENCH["T=1 pages"]._replace(S=1024, P=8)
+    q, cache, _, int_B, *_, table = case.shapes()
+    new = jax.ShapeDtypeStruct((case.B, case.T, case.K, case.H), case.dtype)
+
+    def step(q_BTNH, k_PnsKH, v_PnsKH, new_BTKH, length_B, table_Bm):
+        def one_group(carry, group):
+            caches, x_BTNH = carry
+            options = {"group": group, "table_Bm": table_Bm, "device_kind": _KINDS[chip]}
+            # The new entries depend on the groups before, as in a model.
+            new_k_BTKH = new_BTKH + x_BTNH[:, :, : case.K]
+            caches = append.append(
+                caches, (new_k_BTKH, new_BTKH), slot_B=length_B - case.T, **options
+            )
+            for _ in range(2):
+                x_BTNH += api.decode_attention(x_BTNH, *caches, length_B, **options)
+            return (caches, x_BTNH), None
+
+        return jax.lax.scan(one_group, ((k_PnsKH, v_PnsKH), q_BTNH), jnp.arange(case.P))[0]
+
+    compiled = tpu_compiler.compile_for(chip, step, q, cache, cache, new, int_B, table)
+    # Not donated here: the results are one copy, and the loop makes no other.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * case.cache_bytes() * case.P
 
 
 @pytest.mark.slow
@@ -348,21 +427,146 @@ def test_lowers_for_a_gpu(name):
 
 
 def test_configs_fit_the_chip():
-    draft, full = cases.BENCH["T=4"], cases.BENCH["T=16"]
-    by_chip = {
-        kind: tpu.config(kind, *(x.shape for x in draft.shapes()[:2]), "bfloat16")
-        for kind in ("TPU v4", "TPU v5", "TPU v6 lite")
-    }
-    assert by_chip == {
-        "TPU v4": tpu.Config(1024, 2),
-        "TPU v5": tpu.Config(2048, 2),
-        "TPU v6 lite": tpu.Config(2048, 1),
-    }
-    assert tpu.config(
-        "TPU v6 lite", *(x.shape for x in full.shapes()[:2]), "bfloat16"
-    ) == tpu.Config(2048, 1)
-    assert tpu.config(
-        "TPU v6 lite", *(x.shape for x in full.shapes()[:2]), "float32"
-    ) == tpu.Config(1024, 1)
-    assert triton.config(*(x.shape for x in draft.shapes()[:2])).num_splits == 17
-    assert triton.config((1, 1, 8, 64), (1, 128, 8, 64)).num_splits == 1
+    def config(kind, name, dtype="bfloat16", **sizes):
+        case = cases.BENCH[name]._replace(**sizes)
+        q, cache = case.shapes()[:2]
+        return tpu.config(kind, q.shape, cache.shape, dtype, case.num_pages)
+
+    assert config("TPU v4", "T=4") == tpu.Config(1024, 1, 2)
+    assert config("TPU v5", "T=4") == tpu.Config(2048, 1, 2)
+    assert config("TPU v6 lite", "T=4") == tpu.Config(2048, 1, 1)
+    assert config("TPU v6 lite", "T=16") == tpu.Config(2048, 1, 1)
+    assert config("TPU v6 lite", "T=16", "float32") == tpu.Config(1024, 1, 1)
+    assert config("TPU v6 lite", "T=4 pages") == tpu.Config(128, 16, 1)
+    assert config("TPU v6 lite", "T=4 pages", S=512) == tpu.Config(128, 4, 1)
+    assert config("TPU v6 lite", "T=4 pages", s=2560) == tpu.Config(1280, 1, 1)
+    shapes = [x.shape for x in cases.BENCH["T=4"].shapes()[:2]]
+    assert triton.config(*shapes).num_splits == 17
+    assert triton.config((1, 1, 8, 64), (1, 1, 128, 8, 64)).num_splits == 1
+    assert triton.config((1, 1, 8, 64), (1, 1, 48, 8, 64), 4).block_slots == 16
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3])
+def test_work_lists_every_visible_block_once(num_splits):
+    cfg = tpu.Config(128, 2, num_splits)
+    lengths, starts = np.array([0, 1, 1000, 256, 700, 0]), np.array([0, 0, 300, 255, 600, 5])
+    table_Bm = np.arange(6 * 8, dtype=np.int32).reshape(6, 8)[:, ::-1]
+    work = tpu.list_work(cfg, 128, *map(jnp.asarray, (table_Bm, lengths, starts)))
+    listed, copies = [], []
+    for split, end in enumerate(work.end_i.tolist()):
+        assert end <= work.num_blocks
+        for row, block, copy_c in zip(
+            *(np.asarray(x[split, :end]).tolist() for x in work[:3]), strict=True
+        ):
+            listed.append((row, block))
+            for number, copy in enumerate(copy_c):
+                slot = block * 256 + number * 128
+                if slot < lengths[row] and slot + 128 > starts[row]:
+                    assert copy == table_Bm[row, slot // 128]
+                    copies.append(copy)
+    assert listed == [
+        (row, block)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        for block in range(start // 256, -(-length // 256))
+    ]
+    assert len(copies) == len(set(copies)) == 1 + 6 + 1 + 2
+
+
+def _written(caches, new, group, table_Bm, slot_B):
+    """What `append` is to return, by loops."""
+    caches = [np.array(cache) for cache in caches]
+    for b, t in np.ndindex(*new[0].shape[:2]):
+        page, slot = divmod(int(slot_B[b]) + t, caches[0].shape[2])
+        if page < table_Bm.shape[1] and table_Bm[b, page] >= 0:
+            for cache, x in zip(caches, new, strict=True):
+                cache[group, table_Bm[b, page], slot] = x[b, t]
+    return caches
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("num_tokens", "slots"),
+    [(1, [0, 127, 128, 383, 5]), (4, [0, 126, 300, 381, 510]), (256, [0, 128, 256, 0, 384])],
+)
+def test_append_writes_the_tokens_and_nothing_else(dtype, num_tokens, slots):
+    rng = np.random.default_rng(0)
+    P, n, s, K, H = 2, 9, 256, 2, 16
+
+    def draw(*shape, dtype=dtype):
+        return jnp.asarray(rng.integers(-100, 100, shape), dtype)
+
+    # The first row and the last write nothing or less than all.
+    table_Bm = np.array([[-1, -1], [7, 2], [3, 8], [0, 5], [6, -1]], np.int32)
+    caches, new = [draw(P, n, s, K, H)], [draw(5, num_tokens, K, H)]
+    if dtype == "int8":
+        caches.append(draw(P, n, s, K, dtype="float32"))
+        new.append(draw(5, num_tokens, K, dtype="float32"))
+    expected = _written(caches, new, 1, table_Bm, slots)
+    call = functools.partial(
+        append.append,
+        tuple(caches),
+        tuple(new),
+        group=1,
+        table_Bm=jnp.asarray(table_Bm),
+        slot_B=jnp.asarray(slots, jnp.int32),
+    )
+    np.testing.assert_equal([np.asarray(x) for x in call(device_kind="cpu")], expected)
+    with testing.interpreted_tpu() as interpret:
+        written = jax.block_until_ready(call(device_kind="TPU v5", interpret=interpret))
+    np.testing.assert_equal([np.asarray(x) for x in written], expected)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "page_slots", "message"),
+    [
+        (1, 96, "needs pages whose slots are a multiple of 128, not 96"),
+        (100, 128, "takes up to 16 tokens or a multiple of 128, not 100"),
+    ],
+)
+def test_what_append_cannot_write_is_refused(num_tokens, page_slots, message):
+    cache, new = jnp.zeros((1, 2, page_slots, 1, 8)), jnp.zeros((2, num_tokens, 1, 8))
+    zeros = jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        append.append(
+            (cache,),
+            (new,),
+            group=0,
+            table_Bm=zeros,
+            slot_B=zeros[:, 0],
+            device_kind="TPU v5",
+            implementation="pallas_tpu",
+        )
+
+
+@pytest.mark.parametrize(
+    ("chip", "num_tokens"),
+    [
+        ("v6e", 1),
+        *(pytest.param(chip, 1, marks=pytest.mark.slow) for chip in ("v5e", "v5p", "tpu7x")),
+        *(pytest.param("v6e", num_tokens, marks=pytest.mark.slow) for num_tokens in (16, 256)),
+    ],
+)
+def test_append_compiles_for_a_tpu_and_writes_in_place(chip, num_tokens):
+    pytest.importorskip("libtpu")
+    tpu_compiler.prepare()
+    case = cases.BENCH["T=1 int8 pages"]
+    cache, _, _, slot_B, scale, _, _, table_Bm = case.shapes()[1:]
+    new = [
+        jax.ShapeDtypeStruct((case.B, num_tokens, *x.shape[3:]), x.dtype) for x in (cache, scale)
+    ]
+
+    def write(cache, scale, new, new_scale, table_Bm, slot_B):
+        def one_group(caches, group):
+            return append.append(
+                caches,
+                (new, new_scale),
+                group=group,
+                table_Bm=table_Bm,
+                slot_B=slot_B,
+                device_kind=_KINDS[chip],
+            ), None
+
+        return jax.lax.scan(one_group, (cache, scale), jnp.arange(case.P))[0]
+
+    compiled = tpu_compiler.compile_for(chip, write, cache, scale, *new, table_Bm, slot_B)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * case.cache_bytes()
