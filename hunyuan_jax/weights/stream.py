@@ -6,7 +6,6 @@ config.json, the tokenizer and other files of the source as they were, params/ (
 restores it onto any mesh) and source/ (headers and index, to write the same bytes).
 """
 
-import json
 import os
 import sys
 from typing import Any, NamedTuple
@@ -28,6 +27,9 @@ from hunyuan_jax.weights.write import Layout, as_json, new_layout, router_dtype_
 
 ABOUT = "conversion.json"
 _FORMAT = 1
+# Of conversion.json, those that are read.
+_FIELDS = {"is_complete", "source", "fingerprint", "dtype", "is_exact", "router_dtype"}
+_FIELDS |= {"index_name", "shards", "copied"}
 
 
 class Converted(NamedTuple):
@@ -145,12 +147,7 @@ def open_converted(folder: str | os.PathLike) -> Converted:
             f"{place} is not a converted checkpoint: it has no {ABOUT}. Make one with `python "
             "convert_torch.py import`."
         )
-    about = json_object(f"{place}/{ABOUT}", place.read(ABOUT))
-    if about["format"] != _FORMAT:
-        raise ConfigError(
-            f"{place}/{ABOUT}: format = {about['format']}; this version reads format {_FORMAT}. "
-            "Import the model again."
-        )
+    about = _read_about(place)
     if not about["is_complete"]:
         raise ConfigError(
             f"{place} is an import that has not finished; run the same `convert_torch.py import` "
@@ -217,8 +214,8 @@ def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
                 "another --output."
             )
         return about
-    old = json.loads(target.read(ABOUT))
-    for name in ("format", "fingerprint", "dtype"):
+    old = _read_about(target)
+    for name in ("fingerprint", "dtype"):
         if old.get(name) != about[name]:
             raise ConfigError(
                 f"{target} holds an import of another source: {old.get('source')} with {name} "
@@ -226,6 +223,17 @@ def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
                 f"with {name} {about[name]}. Use another --output."
             )
     return old
+
+
+def _read_about(place: Place) -> dict[str, Any]:
+    """conversion.json of an import."""
+    about = json_object(f"{place}/{ABOUT}", place.read(ABOUT))
+    if about.get("format") != _FORMAT or _FIELDS - about.keys():
+        raise ConfigError(
+            f"{place}/{ABOUT}: format = {about.get('format')} with {len(about)} fields; this "
+            f"version reads format {_FORMAT}. Import the model again, into another folder."
+        )
+    return about
 
 
 def _check_whole(place: Place, params: dict[str, chunks.Param]) -> None:

@@ -391,6 +391,40 @@ def test_a_head_of_another_dtype_is_the_embedding_in_the_models(tmp_path, good):
 
 
 # -----------------------------------------------------------------------------
+# an import
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "format = None with 0 fields; this version reads format 1"),
+        ('{"format": 1}', "format = 1 with 1 fields"),
+        ('{"format": 2}', "format = 2 with 1 fields"),
+    ],
+)
+def test_a_damaged_import_is_named_by_all_readers(good, tmp_path, text, message):
+    ours = shutil.copytree(good / "ours", tmp_path / "ours")
+    (ours / "conversion.json").write_text(text)
+    for read in (
+        lambda: from_pretrained(ours),
+        lambda: verify.verify(good / "source", ours),
+        lambda: export_model(ours, tmp_path / "out"),
+        lambda: stream.import_model(good / "source", ours),
+    ):
+        with pytest.raises(ConfigError) as error:
+            read()
+        assert f"{ours}/conversion.json" in str(error.value) and message in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_hindrance(source, good, tmp_path):
+    for name in ("config.json", INDEX):
+        (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
+    assert set(answers(source, good / "ours", tmp_path).values()) == {""}
+
+
+# -----------------------------------------------------------------------------
 # the dtype
 
 
