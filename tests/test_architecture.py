@@ -88,8 +88,13 @@ PARAM_NAME = re.compile(
     r"|_lora_"
 )
 KNOWS_PARAM_NAMES = {"params", "layers", "model", "weights", "pallas_kernels"}
-# Sizes are counted without jax, so that `count` answers at once.
-WITHOUT_JAX = ("model/count.py", "model/layout.py", "params/roles.py")
+# Sizes are counted without jax, so that `count` answers at once; the engine's plans are too.
+WITHOUT_JAX = (
+    "model/count.py",
+    "model/layout.py",
+    "params/roles.py",
+    *(f"infer/{name}.py" for name in ("request", "pages", "scheduler")),
+)
 # Files that declare or start commands; nothing else reads a command line.
 COMMAND_LINES = ("command.py", "cli.py", "__main__.py", "train.py", "convert_torch.py")
 

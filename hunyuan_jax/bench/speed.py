@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from hunyuan_jax.config import Config
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import dropless
-from hunyuan_jax.infer.sampling import Processors
+from hunyuan_jax.infer.request import Limits, Request
+from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.quant.scaled import load_params
@@ -71,12 +71,20 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
 def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -> float:
     """Median time to run a batch of prompts into a cache and draw the first new token."""
     model = dropless(config.model)
-    engine = Engine(abstract_model(model, program.mesh)[0], load_params(params, model.dtype))
+    graph_def = abstract_model(model, program.mesh)[0]
     tokens_BS = program.objective.random_batch()["tokens"]
-    length_B = np.full(*tokens_BS.shape, np.int32)
+    limits = Limits(max_rows=len(tokens_BS), max_context=tokens_BS.shape[1] + 1)
+    engine = Engine(graph_def, load_params(params, model.dtype), limits)
+    sampling = Sampling(max_new_tokens=1, temperature=0, stop_ids=()).resolved({})
     seconds = []
-    for _ in range(num_runs + 2):
+    for run in range(num_runs + 2):
+        # A salt for each run, so that no run finds the pages of another.
+        requests = [
+            Request(str(row), tuple(tokens_S), sampling, cache_salt=f"{run} {row}")
+            for row, tokens_S in enumerate(tokens_BS.tolist())
+        ]
         start = time.perf_counter()
-        next(iter(engine.stream(tokens_BS, length_B, 1, Processors(), (), 0, 0)))
+        for _ in engine.run(requests):
+            pass
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])

@@ -2,19 +2,15 @@
 
 A loop over groups takes each group's parameters out of the stacked array before it multiplies
 with them; XLA:CPU does that by a copy, which for a few tokens costs as much as the products.  So
-here every layer, every expert and every group's cache is an array of its own, and a batch of small
-experts is generated in slices, one a thread.  Tokens are those of the other layout.
-Letters: P groups, B batch, S slots, T new tokens, K kv heads, H head dim, E experts, D model, F
-ffn, M tokens.
+here every layer and every expert is an array of its own, and a batch of small experts is generated
+in slices, one a thread.  Tokens are those of the other layout.
+Letters: P groups, B batch, T new tokens, E experts, D model, F ffn, M tokens.
 """
 
-import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +22,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
 from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
-from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.protocols import Sequence
-from hunyuan_jax.model.cache import Cache
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.stack import Entries, Layer, run_group, stack_figures
 from hunyuan_jax.model.transformer import Transformer
@@ -199,83 +193,6 @@ def run_experts_one_by_one(
     return y_MD.reshape(x_gTD.shape)
 
 
-class UnrolledKeysValues(NamedTuple):
-    """As `KeysValues`, with arrays for each of the P groups, and keys as [B, K, H, S].
-
-    XLA:CPU multiplies heads in that order, and would transpose all keys for every token.  Values
-    it masks first, and transposes on the way; as [B, K, S, H] it would fuse the mask with the
-    write of new rows, and write to a copy.
-    """
-
-    k_BKHS: tuple[jax.Array, ...]
-    v_BSKH: tuple[jax.Array, ...]
-
-    def append(
-        self,
-        group: int,
-        new: tuple[jax.Array, jax.Array],
-        slot_B: jax.Array | None,
-        mesh: Mesh,
-    ) -> Self:
-        """As `KeysValues.append`."""
-        del mesh
-        k_BTKH, v_BTKH = new
-        slot_B = jnp.zeros(len(k_BTKH), jnp.int32) if slot_B is None else slot_B
-        k_BKHS = _write(self.k_BKHS[group], k_BTKH.transpose(0, 2, 3, 1), slot_B, dim=2)
-        v_BSKH = _write(self.v_BSKH[group], v_BTKH, slot_B, dim=0)
-        return type(self)(
-            *(
-                (*old_P[:group], written, *old_P[group + 1 :])
-                for old_P, written in ((self.k_BKHS, k_BKHS), (self.v_BSKH, v_BSKH))
-            )
-        )
-
-    def view(self, group: int) -> tuple[jax.Array, jax.Array]:
-        """(k, v) [B, S, K, H] of one group."""
-        return self.k_BKHS[group].transpose(0, 3, 1, 2), self.v_BSKH[group]
-
-
-class UnrolledEntry(NamedTuple):
-    """Any cache entry as one of its kind for each of the P groups."""
-
-    entries: tuple[Any, ...]
-
-    def append(self, group: int, new: Any, slot_B: jax.Array | None, mesh: Mesh) -> Self:
-        """As the entry's own."""
-        written = self.entries[group].append(0, new, slot_B, mesh)
-        return type(self)((*self.entries[:group], written, *self.entries[group + 1 :]))
-
-    def view(self, group: int) -> Any:
-        """As the entry's own."""
-        return self.entries[group].view(0)
-
-
-def _write(old_B: jax.Array, new_B: jax.Array, slot_B: jax.Array, dim: int) -> jax.Array:
-    """old_B with new_B at slot_B of dim `dim` of each row, row by row: XLA:CPU writes in place."""
-    new_B = new_B.astype(old_B.dtype)
-    for row in range(len(old_B)):
-        start = [0] * old_B.ndim
-        start[0], start[1 + dim] = row, slot_B[row]
-        old_B = jax.lax.dynamic_update_slice(old_B, new_B[row : row + 1], start)
-    return old_B
-
-
-def unstacked_cache(cache: Cache) -> Cache:
-    """The same cache in this layout."""
-
-    def split(entry):
-        if not isinstance(entry, KeysValues):
-            num_groups = len(jax.tree.leaves(entry)[0])
-            return UnrolledEntry(
-                tuple(jax.tree.map(lambda x, p=p: x[p : p + 1], entry) for p in range(num_groups))
-            )
-        return UnrolledKeysValues(
-            tuple(entry.k_PBSKH.transpose(0, 1, 3, 4, 2)), tuple(entry.v_PBSKH)
-        )
-
-    return cache._replace(entries={name: split(entry) for name, entry in cache.entries.items()})
-
-
 def num_slices(cfg: ModelConfig, batch_size: int) -> int:
     """Number of slices of a batch that are generated in a thread each.
 
@@ -286,31 +203,3 @@ def num_slices(cfg: ModelConfig, batch_size: int) -> int:
         return 1
     rows = math.ceil(batch_size / (os.cpu_count() or 1))
     return math.ceil(batch_size / rows)  # no slice of padding rows alone
-
-
-Each = Callable[[Callable[..., tuple[Any, Any]], Iterable[tuple]], tuple[tuple, tuple]]
-
-
-@contextlib.contextmanager
-def threads(num_slices: int) -> Iterator[Each]:
-    """Gives a function each(fn, arguments of every slice) -> (first, second results of every
-    slice), where fn returns a pair of results.
-
-    XLA:CPU serialises work dispatched from one thread, so each slice has a thread of its own.
-    """
-    with contextlib.ExitStack() as stack:
-        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_slices)]
-
-        def each(fn, arguments):
-            if num_slices == 1:
-                pairs = [fn(*slice_arguments) for slice_arguments in arguments]
-            else:
-                # One by one, so that the first compiles for all; fn comes back as soon as the work
-                # is dispatched.
-                pairs = [
-                    pool.submit(fn, *slice_arguments).result()
-                    for pool, slice_arguments in zip(pools, arguments, strict=True)
-                ]
-            return tuple(zip(*pairs, strict=True))
-
-        yield each

@@ -1,243 +1,342 @@
-"""Jitted prefill and decode on token ids; the engine knows nothing about text.
+"""Continuous batching over one model: requests in, tokens out (infer/request.py)."""
 
-Letters: B batch, S prompt slots, V vocabulary, D model, N tokens of a chunk.
-"""
-
-import functools
+import collections
+import dataclasses
+import itertools
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import cpu_layout
-from hunyuan_jax.infer.sampling import Processors, next_token
-from hunyuan_jax.model.cache import Cache, empty_cache
-from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.infer.pages import Pages
+from hunyuan_jax.infer.plan_array import MAX_STOP_IDS
+from hunyuan_jax.infer.request import (
+    ContextTooLong,
+    Limits,
+    Output,
+    QueueFull,
+    Request,
+    Stats,
+)
+from hunyuan_jax.infer.runner import Runner
+from hunyuan_jax.infer.scheduler import Choice, Plan, Scheduler, Shapes
+from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.params.abstract import abstract_module
+from hunyuan_jax.parallel.mesh import device_kind
 
-# Lengths are rounded up to multiples of these, and to no more than four lengths an octave: few
-# programs, and at most a quarter wasted.
-_PROMPT_BUCKET = 32
-_CACHE_BUCKET = 128
-# Tokens that one call of the decode program may make, and how long a call should last, so that a
-# reader sees them flow.
-_MAX_CHUNK = 32
-_CHUNK_SECONDS = 0.05
-
-
-class State(NamedTuple):
-    """A generation in progress.
-
-    cache: tokens so far; row_B: int32, a row's number in the batch; token_B: the newest token, not
-    yet in the cache; seen_BV: bool, tokens that occur in the row (None without a repetition
-    penalty); is_done_B: whether the row has produced a stop id; num_drawn: int32.
-    """
-
-    cache: Cache
-    row_B: jax.Array
-    token_B: jax.Array
-    seen_BV: jax.Array | None
-    is_done_B: jax.Array
-    num_drawn: jax.Array
-
-
-class DecodeArgs(NamedTuple):
-    """Traced sampling arguments.  Changing a value never recompiles; turning a processor on or off
-    does.
-
-    stop_ids: int32; fill_id: follows a stop id; key: typed PRNG key of the seed.
-    """
-
-    processors: Processors
-    stop_ids: jax.Array
-    fill_id: int
-    key: jax.Array
+# Tokens that one call may draw of a row, and how long a call should last, so that a reader sees
+# them flow and a new request is soon served.
+_MAX_STEPS = 32
+_CALL_SECONDS = 0.05
+# Tokens of a page, of a small and of a large piece of a prompt.
+_CPU_SIZES = (64, 64, 256)
+_SIZES = (128, 256, 1024)
+# Small pieces of prompts in a call.
+_MOST_PIECES = 4
+# Of the memory of a device, or of the machine for CPU devices, the share that pages take at most.
+_MEMORY_SHARE = {"cpu": 0.05}
+_MEMORY_SHARE_OTHERWISE = 0.4
 
 
 class Engine:
-    """Generates with one model; holds the compiled functions."""
+    """Serves requests with one model.  Which calls are for which threads: infer/request.py."""
 
-    def __init__(self, graph_def: nnx.GraphDef, params: dict):
-        self.params = params
+    def __init__(self, graph_def: nnx.GraphDef, params: dict[str, Any], limits: Limits):
         model = nnx.merge(graph_def, params)
-        self._mesh, self._cfg = model.mesh, model.cfg
-        self._specs = abstract_module(lambda: model, self._mesh)[1]
-        self._is_unrolled = cpu_layout.suits(self._cfg, self._mesh)
-        place_cache = cpu_layout.unstacked_cache if self._is_unrolled else self._pinned
-        self.prefill = jax.jit(
-            functools.partial(_prefill, graph_def, place_cache),
-            static_argnames=("num_slots", "top_k"),
+        cfg, mesh = model.cfg, model.mesh
+        self.limits = limits
+        self.max_context = min(limits.max_context or cfg.max_position, cfg.max_position)
+        page_size, small, large = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
+        page_size = limits.page_size or page_size
+        small, large = (-(-size // page_size) * page_size for size in (small, large))
+        most = min(_MOST_PIECES, limits.max_rows)
+        if limits.invariant:
+            large, most = small, 1
+        num_shards = rules.num_shards(mesh, "batch")
+        num_lanes = cpu_layout.num_slices(cfg, limits.max_rows) if mesh.size == 1 else 1
+        num_lanes = num_lanes if cpu_layout.suits(cfg, mesh) else 1
+        num_pools = num_lanes * num_shards
+        rows = -(-limits.max_rows // num_pools)
+        shapes = Shapes(page_size, small, large, min(most, rows), rows, _MAX_STEPS)
+        of_one = -(-self.max_context // page_size)
+        num_pages = limits.num_pages or max(
+            of_one, min(rows * of_one, _affordable_pages(cfg, mesh, page_size) // num_lanes)
         )
-        decode_def = (
-            cpu_layout.graph_def(self._cfg, self._mesh) if self._is_unrolled else graph_def
+        if num_pages < of_one:
+            raise ConfigError(
+                f"num_pages = {num_pages} of {page_size} tokens do not hold max_context = "
+                f"{self.max_context}; use at least {of_one}."
+            )
+        pools = [Pages(num_pages) for _ in range(num_pools)]
+        self._scheduler = Scheduler(pools, shapes, limits.invariant)
+        self._runner = Runner(
+            graph_def,
+            params,
+            num_lanes,
+            shapes,
+            num_pages,
+            self.max_context,
+            limits.invariant,
         )
-        self.decode = jax.jit(
-            functools.partial(_decode, decode_def), static_argnames="top_k", donate_argnums=1
-        )
+        self._lock = threading.Condition()
+        self._step_lock = threading.Lock()
+        self._choices: dict[str, list[Choice]] = {}
+        self._arrived: collections.deque[Choice] = collections.deque()
+        self._aborted: collections.deque[tuple[str, int | None]] = collections.deque()
+        # Plans that have not come back, when they were dispatched, and what they draw.
+        self._under_way: collections.deque[tuple[Plan, float, Future]] = collections.deque()
+        self._reader = ThreadPoolExecutor(1)
+        self._mail: dict[str, collections.deque[Output]] = {}
+        self._numbers = itertools.count()
+        self._clock = _Clock()
+        self._compilations = _Compilations()
+        self._vocab_size = cfg.vocab_size
+        self._scheduler.max_steps = 1
 
-    @functools.cached_property
-    def _decode_params(self) -> dict:
-        if not self._is_unrolled:
-            return self.params
-        return cpu_layout.unstacked(self._cfg, self.params, self._specs)
+    # -- for any thread -------------------------------------------------------
 
-    def _pinned(self, cache: Cache) -> Cache:
-        entries = {name: entry.pinned(self._mesh) for name, entry in cache.entries.items()}
-        return cache._replace(entries=entries)
+    def add(self, request: Request) -> None:
+        """Queues a request.
 
-    def stream(
-        self,
-        tokens_BS: np.ndarray,
-        length_B: np.ndarray,
-        max_new_tokens: int,
-        processors: Processors,
-        stop_ids: tuple[int, ...],
-        fill_id: int,
-        seed: int,
-    ) -> Iterator[np.ndarray]:
-        """Yields int32 [B] tokens, one step at a time, until max_new_tokens or until every row has
-        stopped.
-
-        What a row draws depends on the seed, its number in the batch and how many tokens it has
-        drawn, not on the other rows.
-
-        Args:
-          tokens_BS: int32; row b is a prompt of length_B[b] tokens, then padding.
-          length_B: at least 1.
-          stop_ids: a row ends with the first of these it produces and is filled with fill_id from
-            then on.
+        Raises:
+          QueueFull: as many choices wait as may.
+          ContextTooLong: the prompt leaves no room for a token.
+          ConfigError: a request that cannot be served, or an id that is in use.
         """
-        B, S = tokens_BS.shape
-        padding = bucket(S, _PROMPT_BUCKET) - S
-        num_slices = cpu_layout.num_slices(self._cfg, B) if self._is_unrolled else 1
-        # Padding rows, so that the batch divides over the slices and the mesh.
-        num_idle = -B % (num_slices * rules.num_shards(self._mesh, "batch"))
-        tokens_BS = np.pad(tokens_BS, ((0, num_idle), (0, padding)))
-        length_B = np.pad(length_B, (0, num_idle), constant_values=1).astype(np.int32)
-        row_B = np.arange(B + num_idle, dtype=np.int32)
-        args = DecodeArgs(
-            processors._replace(top_k=0),
-            np.asarray(stop_ids, np.int32),
-            fill_id,
-            jax.random.key(seed),
+        sampling, num_prompt = request.sampling, len(request.tokens)
+        room = self.max_context - num_prompt + bool(request.only_score)
+        if room < 1:
+            raise ContextTooLong(
+                f"the prompt has {num_prompt} tokens; at most "
+                f"{self.max_context - 1 + bool(request.only_score)} fit into the context of "
+                f"{self.max_context}. Shorten it."
+            )
+        _check(request, self._vocab_size)
+        choices = [
+            Choice(request, request.first_choice + i, min(sampling.max_new_tokens, room))
+            for i in range(request.n)
+        ]
+        with self._lock:
+            if request.id in self._choices:
+                raise ConfigError(f"id = {request.id!r} is in use; choose another.")
+            num_waiting = len(self._arrived) + len(self._scheduler.waiting)
+            if num_waiting + request.n > self.limits.max_queue:
+                raise QueueFull(
+                    f"{num_waiting} choices wait, max_queue = {self.limits.max_queue}; try again "
+                    "later."
+                )
+            self._choices[request.id] = choices
+            self._arrived.extend(choices)
+            self._lock.notify_all()
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Ends a request, or one of its choices, at the next step; unknown ids are ignored."""
+        with self._lock:
+            self._aborted.append((request_id, choice))
+            self._lock.notify_all()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not finished."""
+        return bool(self._choices)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until there is work, at most so long; whether there is."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self.has_work, seconds)
+
+    def stats(self) -> Stats:
+        """What the engine holds and has done."""
+        scheduler = self._scheduler
+        pools = scheduler.pools
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._arrived),
+            pages_total=sum(pages.num_total for pages in pools),
+            pages_used=sum(pages.num_used for pages in pools),
+            pages_cached=sum(pages.num_cached for pages in pools),
+            preemptions=scheduler.num_preempted,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            generated_tokens=scheduler.num_generated,
+            prefix_queries=scheduler.num_looked_up,
+            prefix_hits=scheduler.num_found,
+            idle_share=self._clock.idle_share,
+            compilations=self._compilations.num,
         )
-        options = {"args": args, "top_k": processors.top_k}
-        num_slots = bucket(S + max(padding, max_new_tokens), _CACHE_BUCKET)
-        prefill = functools.partial(self.prefill, self.params, num_slots=num_slots, **options)
-        decode = functools.partial(self.decode, self._decode_params, **options)
-        prompts = zip(
-            *(np.split(array, num_slices) for array in (tokens_BS, length_B, row_B, row_B >= B)),
-            strict=True,
+
+    # -- for one thread at a time ---------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compiles every program, in threads; a compilation after it is counted."""
+        shapes = self._runner.shapes()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda shape: self._runner.program(*shape), shapes))
+        self._compilations.start()
+
+    def step(self) -> list[Output]:
+        """Starts the next step, then waits for the one before; what that one has brought."""
+        outputs = self._take_in()
+        plan = self._scheduler.plan()
+        if plan is not None:
+            start, dispatched = time.perf_counter(), self._runner.dispatch(plan)
+            results = self._reader.submit(self._runner.read, dispatched)
+            self._under_way.append((plan, start, results))
+        if len(self._under_way) > (plan is not None):
+            outputs += self._take_out(*self._under_way.popleft())
+        if not self._under_way:
+            self._scheduler.settle()
+        with self._lock:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    left = self._choices[output.id]
+                    left[:] = [c for c in left if c.number != output.choice]
+                    if not left:
+                        del self._choices[output.id]
+            if not self._choices:
+                self._clock.pause()
+        return outputs
+
+    def _take_in(self) -> list[Output]:
+        with self._lock:
+            arrived, aborted = list(self._arrived), list(self._aborted)
+            self._arrived.clear()
+            self._aborted.clear()
+        for choice in arrived:
+            self._scheduler.add(choice)
+        outputs = []
+        for request_id, number in aborted:
+            for choice in self._choices.get(request_id, ()):
+                if number in (None, choice.number):
+                    outputs.append(self._scheduler.abort(choice))
+        return [output for output in outputs if output is not None]
+
+    def _take_out(self, plan: Plan, start: float, results: Future) -> list[Output]:
+        of_chunks, of_rows, end = results.result()
+        seconds = self._clock.took(start, end)
+        is_full = not plan.chunks and plan.num_steps == self._scheduler.max_steps
+        if is_full and seconds < _CALL_SECONDS:
+            self._scheduler.max_steps = min(2 * plan.num_steps, _MAX_STEPS)
+        return self._scheduler.update(plan, of_chunks, of_rows)
+
+    # -- for whoever wants answers only ---------------------------------------
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Yields the outputs of some requests, whose ids are replaced by their place in the list;
+        others may run at the same time.  Requests that are left unfinished are aborted.
+        """
+        ids = [f"run {next(self._numbers)}" for _ in requests]
+        place_of = {request_id: str(place) for place, request_id in enumerate(ids)}
+        mail = collections.deque()
+        num_left = sum(request.n for request in requests)
+        waiting = collections.deque(zip(ids, requests, strict=True))
+        self._mail.update(dict.fromkeys(ids, mail))
+        try:
+            while num_left:
+                while not mail:
+                    self._advance(waiting)
+                output = mail.popleft()
+                num_left -= output.finish_reason is not None
+                yield dataclasses.replace(output, id=place_of[output.id])
+        finally:
+            for request_id in ids:
+                self._mail.pop(request_id, None)
+                self.abort(request_id)
+
+    def _advance(self, waiting: collections.deque[tuple[str, Request]]) -> None:
+        """One step for everybody; what it brings goes to whom it belongs."""
+        with self._step_lock:
+            while waiting:
+                try:
+                    self.add(dataclasses.replace(waiting[0][1], id=waiting[0][0]))
+                except QueueFull:
+                    break
+                waiting.popleft()
+            for output in self.step():
+                if output.id in self._mail:
+                    self._mail[output.id].append(output)
+
+
+def _check(request: Request, vocab_size: int) -> None:
+    sampling = request.sampling
+    if request.n < 1:
+        raise ConfigError(f"n = {request.n} must be at least 1.")
+    if not request.tokens:
+        raise ConfigError("the prompt is empty; it must have at least one token.")
+    ids = (*request.tokens, *(token for token, _ in sampling.logit_bias))
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"the prompt or logit_bias holds the id {wrong}; ids are 0 to {vocab_size - 1}."
         )
-        with cpu_layout.threads(num_slices) as each:
-            states, is_finished = each(prefill, prompts)
-            yield np.concatenate(jax.device_get([state.token_B for state in states]))[:B]
-            num_left, length, chunk, start = max_new_tokens - 1, 1, None, time.perf_counter()
-            while (num_left or chunk) and not all(is_finished):
-                following = None
-                if num_left:
-                    num_steps = min(num_left, length)
-                    states, following = each(decode, [(state, num_steps) for state in states])
-                    num_left -= num_steps
-                if chunk is not None:
-                    # Read while the device works on the next chunk.
-                    tokens_NB, num_made, is_finished = zip(*jax.device_get(chunk), strict=True)
-                    yield from np.concatenate(tokens_NB, axis=1)[: max(num_made), :B]
-                    now = time.perf_counter()
-                    if now - start < _CHUNK_SECONDS:
-                        length = min(2 * length, _MAX_CHUNK)
-                    start = now
-                chunk = following
-
-
-def bucket(length: int, multiple: int) -> int:
-    """Rounds a length up to a multiple of `multiple` and of 1/8 of the next power of two."""
-    step = max(multiple, 1 << max(0, length.bit_length() - 3))
-    return -(-length // step) * step
-
-
-def _prefill(
-    graph_def: nnx.GraphDef,
-    place_cache: Callable[[Cache], Cache],
-    params: dict,
-    tokens_BS: jax.Array,
-    length_B: jax.Array,
-    row_B: jax.Array,
-    is_done_B: jax.Array,
-    *,
-    args: DecodeArgs,
-    num_slots: int,
-    top_k: int,
-) -> tuple[State, jax.Array]:
-    """(state with the first new token, whether every row has stopped)."""
-    model: Transformer = nnx.merge(graph_def, params)
-    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    mask_BS = (positions_BS < length_B[:, None]).astype(jnp.int32)
-    cache = empty_cache(model.cfg, len(tokens_BS), num_slots)
-    output = model.prefill(tokens_BS, positions_BS, mask_BS, cache)
-    last_B11 = length_B[:, None, None] - 1
-    hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
-    logits_BV = model.logits(hidden_B1D)[:, 0]
-    seen_BV = None
-    if args.processors.repetition_penalty is not None:
-        seen_BV = jax.vmap(lambda t, m: jnp.zeros(logits_BV.shape[-1], bool).at[t].max(m > 0))(
-            tokens_BS, mask_BS
+    if sampling.min_new_tokens and len(sampling.stop_ids) > MAX_STOP_IDS:
+        raise ConfigError(
+            f"min_new_tokens with {len(sampling.stop_ids)} stop ids; use at most {MAX_STOP_IDS}."
         )
-    cache = place_cache(output.cache)
-    state = State(cache, row_B, tokens_BS[:, 0], seen_BV, is_done_B, jnp.int32(0))
-    state = _advance(state, logits_BV, args, top_k)
-    return state, state.is_done_B.all()
 
 
-def _decode(
-    graph_def: nnx.GraphDef,
-    params: dict,
-    state: State,
-    num_steps: jax.Array,
-    *,
-    args: DecodeArgs,
-    top_k: int,
-) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
-    """(state, (tokens [N, B], how many of N are made, whether every row has stopped)) after
-    num_steps or when every row has.
-    """
-    model: Transformer = nnx.merge(graph_def, params)
-
-    def goes_on(carry):
-        step, state, _ = carry
-        return (step < num_steps) & ~state.is_done_B.all()
-
-    def one_step(carry):
-        step, state, tokens_NB = carry
-        output = model.decode(state.token_B, state.cache)
-        logits_BV = model.logits(output.hidden_BTD)[:, 0]
-        state = _advance(state._replace(cache=output.cache), logits_BV, args, top_k)
-        return step + 1, state, tokens_NB.at[step].set(state.token_B)
-
-    tokens_NB = jnp.full((_MAX_CHUNK, state.token_B.shape[0]), args.fill_id, jnp.int32)
-    num_made, state, tokens_NB = jax.lax.while_loop(
-        goes_on, one_step, (jnp.int32(0), state, tokens_NB)
-    )
-    return state, (tokens_NB, num_made, state.is_done_B.all())
+def _affordable_pages(cfg: Any, mesh: Any, page_size: int) -> int:
+    """Pages of each pool that a share of the memory holds."""
+    entries = jax.eval_shape(lambda: empty_cache(cfg, 1, page_size)).entries
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
+    num_shards = rules.num_shards(mesh, "batch")
+    # The pages of a pool are spread over the devices that hold one batch shard.
+    devices_of_pool = mesh.size // num_shards
+    kind = device_kind(mesh)
+    if kind == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+    else:
+        stats = mesh.devices.flat[0].memory_stats() or {}
+        memory = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    share = _MEMORY_SHARE.get(kind, _MEMORY_SHARE_OTHERWISE)
+    return int(memory * share * devices_of_pool // num_bytes)
 
 
-def _advance(state: State, logits_BV: jax.Array, args: DecodeArgs, top_k: int) -> State:
-    """With the token that the logits give."""
-    processors = args.processors._replace(top_k=top_k)
-    key_B = jax.vmap(
-        lambda row: jax.random.fold_in(jax.random.fold_in(args.key, row), state.num_drawn)
-    )(state.row_B)
-    drawn_B = next_token(logits_BV, state.seen_BV, processors, key_B)
-    token_B = jnp.where(state.is_done_B, args.fill_id, drawn_B).astype(jnp.int32)
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-    is_done_B = state.is_done_B | (token_B[:, None] == args.stop_ids).any(-1)
-    return state._replace(
-        token_B=token_B, seen_BV=seen_BV, is_done_B=is_done_B, num_drawn=state.num_drawn + 1
-    )
+class _Clock:
+    """For how long the device had nothing to do while there was work."""
+
+    def __init__(self):
+        self._busy = self._idle = 0.0
+        self._last: float | None = None
+
+    def took(self, start: float, end: float) -> float:
+        """Seconds that the device needed for a step that was dispatched at `start`."""
+        last = start if self._last is None else self._last
+        seconds = end - max(start, last)
+        self._idle += max(0.0, start - last)
+        self._busy += seconds
+        self._last = end
+        return seconds
+
+    def pause(self) -> None:
+        """There is no more work."""
+        self._last = None
+
+    @property
+    def idle_share(self) -> float:
+        """0 where nothing has run."""
+        total = self._busy + self._idle
+        return self._idle / total if total else 0.0
+
+
+class _Compilations:
+    """Counts jax's compilations of this process from `start` on."""
+
+    def __init__(self):
+        self.num = 0
+
+    def start(self) -> None:
+        counter = weakref.ref(self)
+
+        def count(name: str, *_: Any, **__: Any) -> None:
+            if name == "/jax/core/compile/backend_compile_duration" and counter() is not None:
+                counter().num += 1
+
+        jax.monitoring.register_event_duration_secs_listener(count)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.engine import Engine
-from hunyuan_jax.infer.sampling import Processors
+from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling, checked_ids
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
@@ -51,7 +51,7 @@ class Pretrained:
         self.mesh = single_device_mesh() if mesh is None else mesh
         graph_def, specs = abstract_model(self.config, self.mesh)
         self.params = jax.device_put(params, abstract.shardings(specs))
-        self._engine = Engine(graph_def, self.params)
+        self._graph_def = graph_def
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
         self._loss = jax.jit(
             lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels)
@@ -172,7 +172,7 @@ class Pretrained:
                 f"{name} = None must be a number; leave it out for the default, or use "
                 "hunyuan_jax.load for what the folder recommends."
             )
-        sampling = Sampling(**given)
+        sampling = Sampling(**given).resolved({})
         eos_ids = self.config.eos_token_ids
         if eos_token_id is not None:
             eos_ids = checked_ids("eos_token_id", np.atleast_1d(eos_token_id).tolist())
@@ -196,26 +196,38 @@ class Pretrained:
           sampling: resolved; its stop_ids are not read.
           stop_ids: a row ends with the first of these, and is filled with the padding id.
         """
-        length_B = np.array([len(row) for row in rows])
-        tokens_BS = np.zeros((len(rows), length_B.max()), np.int32)
-        for tokens_S, row in zip(tokens_BS, rows, strict=True):
-            tokens_S[: len(row)] = row
-        is_drawn = sampling.temperature > 0
-        processors = Processors(
-            sampling.temperature if is_drawn else None,
-            sampling.top_k if is_drawn else 0,
-            sampling.top_p if is_drawn and sampling.top_p < 1 else None,
-            sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
-        )
-        return self._engine.stream(
-            tokens_BS,
-            length_B,
-            sampling.max_new_tokens,
-            processors,
-            stop_ids,
-            self._fill_id(),
-            sampling.seed % 2**32,  # all that a key holds, whatever jax_enable_x64 says
-        )
+        sampling = dataclasses.replace(sampling, stop_ids=stop_ids)
+        requests = [
+            Request(str(place), tuple(row), sampling, first_choice=place)
+            for place, row in enumerate(rows)
+        ]
+        return self._in_step(requests)
+
+    def _in_step(self, requests: Sequence[Request]) -> Iterator[np.ndarray]:
+        """Yields the i-th token of all requests, for i from 0 on."""
+        tokens: list[list[int]] = [[] for _ in requests]
+        is_done, num_yielded = [False] * len(requests), 0
+        for output in self.engine.run(requests):
+            place = int(output.id)
+            tokens[place] += output.tokens
+            is_done[place] = output.finish_reason is not None
+            lengths = [
+                len(row) for row, done in zip(tokens, is_done, strict=True) if not done
+            ] or [max(map(len, tokens))]
+            while num_yielded < min(lengths):
+                yield np.array(
+                    [
+                        row[num_yielded] if num_yielded < len(row) else self._fill_id()
+                        for row in tokens
+                    ],
+                    np.int32,
+                )
+                num_yielded += 1
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The engine under `generate`, made when it is first needed."""
+        return Engine(self._graph_def, self.params, Limits())
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes a model folder with the official names; one that was loaded unchanged comes out

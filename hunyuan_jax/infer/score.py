@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hunyuan_jax.infer.engine import bucket
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.layers.ffn.moe.layer import router_metrics
 from hunyuan_jax.model.abstract import abstract_model
@@ -73,6 +72,12 @@ class Scorer:
                 ids_BS[row, : len(rows[index])] = rows[index]
                 mask_BS[row, : len(rows[index])] = 1
             yield indices, ids_BS, mask_BS
+
+
+def bucket(length: int, multiple: int) -> int:
+    """Rounds a length up to a multiple of `multiple` and of 1/8 of the next power of two."""
+    step = max(multiple, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
 
 
 def _logprobs(

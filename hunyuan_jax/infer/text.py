@@ -14,6 +14,7 @@ from hunyuan_jax.chat.render import render_chat, said
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import pretrained
 from hunyuan_jax.infer.pretrained import Pretrained
+from hunyuan_jax.infer.request import Request
 from hunyuan_jax.infer.score import Scorer
 from hunyuan_jax.infer.settings import Sampling, read_sampling
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -81,12 +82,19 @@ class LM:
         """
         rows, is_single = self._rows(prompts, num_new=1)
         sampling, stop_ids = self._resolved(sampling)
-        limit_B = [min(sampling.max_new_tokens, self._max_position - len(row)) for row in rows]
-        longest = dataclasses.replace(sampling, max_new_tokens=max(limit_B))
-        tokens_BN = np.stack(list(self.model.stream_rows(rows, longest, stop_ids)), axis=1)
+        sampling = dataclasses.replace(sampling, stop_ids=stop_ids)
+        requests = [
+            Request(str(place), tuple(row), sampling, first_choice=place)
+            for place, row in enumerate(rows)
+        ]
+        token_ids: list[list[int]] = [[] for _ in rows]
+        reasons = [""] * len(rows)
+        for output in self.model.engine.run(requests):
+            place = int(output.id)
+            token_ids[place] += output.tokens
+            reasons[place] = output.finish_reason
         completions = [
-            self._completion(tokens_N[:limit].tolist(), stop_ids)
-            for tokens_N, limit in zip(tokens_BN, limit_B, strict=True)
+            self._completion(ids, reason) for ids, reason in zip(token_ids, reasons, strict=True)
         ]
         return completions[0] if is_single else completions
 
@@ -254,12 +262,10 @@ class LM:
             )
         return ids.tolist()
 
-    def _completion(self, token_ids: list[int], stop_ids: tuple[int, ...]) -> Completion:
-        end = next((i for i, token in enumerate(token_ids) if token in stop_ids), None)
-        text = self.tokenizer.decode(token_ids[:end], skip_special=True)
-        if end is None:
-            return Completion(text, tuple(token_ids), "length")
-        return Completion(text, tuple(token_ids[: end + 1]), "stop")
+    def _completion(self, token_ids: list[int], reason: str) -> Completion:
+        said = token_ids[:-1] if reason == "stop" else token_ids
+        text = self.tokenizer.decode(said, skip_special=True)
+        return Completion(text, tuple(token_ids), reason)
 
 
 def load(

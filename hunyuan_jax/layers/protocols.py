@@ -21,23 +21,26 @@ class Sequence(NamedTuple):
     segment_BT: int32 document of each token; tokens see their own document only, 0 is padding.
     start_B, length_B: int32; the tokens continue the slots [start, length) of their row's cache.
       None if they continue nothing: training, and the prompt that fills a cache.
+    table_BN: int32; the pages that hold a row's slots, from slot 0 on.  None if the cache is
+      contiguous.
     """
 
     cos_sin_BTh: tuple[jax.Array, jax.Array]
     segment_BT: jax.Array
     start_B: jax.Array | None = None
     length_B: jax.Array | None = None
+    table_BN: jax.Array | None = None
 
 
 class CacheEntry(Protocol):
     """The cache of one place in the pattern: of the layers there of all P groups.  A pytree that
-    owns its layout.
+    owns its layout: [P, B, S, ...], B rows of S slots or, where the sequence has a table, pages.
     """
 
-    def append(self, group: Any, new: Any, slot_B: jax.Array | None, mesh: Mesh) -> Self:
-        """The entry with the mixer's `new` in T slots of a group, from slot_B of each row on.
+    def append(self, group: Any, new: Any, sequence: Sequence, mesh: Mesh) -> Self:
+        """The entry with the mixer's `new` in T slots of a group, behind each row's tokens.
 
-        Rows must have room for them.  slot_B None writes from slot 0 on.
+        Rows must have room for them.  Without a length the tokens go into the first slots.
         """
         ...
 

@@ -17,11 +17,14 @@ class Cache(NamedTuple):
       ("layer_0").
     start_B, length_B: int32; row b has its tokens in the slots [start, length).  What the other
       slots hold does not matter.
+    table_BN: int32, the pages that hold a row's slots, where rows share a pool of pages
+      (layers/mixer/paged.py); starts are 0 then.
     """
 
     entries: dict[str, CacheEntry]
     start_B: jax.Array
     length_B: jax.Array
+    table_BN: jax.Array | None = None
 
     def rollback(self, length_B: jax.Array) -> Self:
         """Truncates row b to its first length_B[b] tokens (int32, at most its length)."""

@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
         """Appends T tokens to every row of a cache; each row must have room for them.
 
         Where rows need different numbers of tokens, extend all by the most, then
-        `cache.rollback`.
+        `cache.rollback`.  In pages, T is 1 or whole pages, at the beginning of one.
         """
         length_B = cache.length_B + tokens_BT.shape[1]
         positions_BT = (cache.length_B - cache.start_B)[:, None] + jnp.arange(tokens_BT.shape[1])
@@ -106,9 +106,10 @@ class Transformer(nnx.Module):
             jnp.ones_like(tokens_BT),
             cache.start_B,
             cache.length_B,
+            cache.table_BN,
         )
         hidden_BTD, entries, stats = self._run(tokens_BT, sequence, cache.entries)
-        return Output(hidden_BTD, Cache(entries, cache.start_B, length_B), stats)
+        return Output(hidden_BTD, cache._replace(entries=entries, length_B=length_B), stats)
 
     def decode(self, token_B: jax.Array, cache: Cache) -> Output:
         """Appends one token to every row of a cache; the output has T = 1."""

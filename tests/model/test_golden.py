@@ -42,6 +42,7 @@ from support.parity import (
     read,
     run,
 )
+from support.sampling import row_settings
 
 MOE_CASES = tuple(case for case in FORWARD_CASES if not case.startswith(("dense", "rope")))
 
@@ -563,20 +564,18 @@ def test_sampling_processors():
     golden = goldens.load("generate")
     raw_BV, prefix_BS = golden["sampling.raw"], golden["sampling.prefix"]
     seen_BV = np.isin(np.arange(raw_BV.shape[1]), prefix_BS)[None]
-    how = sampling.Processors(temperature=0.7, top_k=20, top_p=0.6, repetition_penalty=1.05)
-    ours_BV, expected_BV = (
-        np.asarray(sampling.process(raw_BV, seen_BV, how)),
-        golden["sampling.processed"],
-    )
+    rows = row_settings(temperature=0.7, top_k=20, top_p=0.6, repetition_penalty=1.05)
+    seen = sampling.Seen(seen_BV, np.zeros(raw_BV.shape, np.int32), np.zeros(raw_BV.shape))
+    penalised_BV = sampling.adjusted(raw_BV, rows, seen)
+    ours_BV = np.asarray(sampling.truncated(penalised_BV, rows))
+    expected_BV = golden["sampling.processed"]
     np.testing.assert_array_equal(np.isneginf(ours_BV), np.isneginf(expected_BV))
     is_left_BV = np.isfinite(expected_BV)
     assert 1 < is_left_BV.sum() < 20
     np.testing.assert_allclose(ours_BV[is_left_BV], expected_BV[is_left_BV], atol=ATOL, rtol=0)
     # The recorded row keeps likely tokens only; the penalty makes unlikely ones, with a negative
     # logit, less likely too.
-    penalised_BV = np.asarray(
-        sampling.process(raw_BV, seen_BV, sampling.Processors(repetition_penalty=1.05))
-    )
+    penalised_BV = np.asarray(penalised_BV)
     assert (raw_BV[seen_BV] < 0).any() and (raw_BV[seen_BV] > 0).any()
     assert (penalised_BV[seen_BV] < raw_BV[seen_BV]).all()
     np.testing.assert_array_equal(penalised_BV[~seen_BV], raw_BV[~seen_BV])

@@ -20,7 +20,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
-from hunyuan_jax.layers.mixer import kv_cache
+from hunyuan_jax.layers.mixer import kv_cache, paged
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
@@ -33,7 +33,9 @@ from pallas_kernels.flash_attention import flash_attention, head_seeds
 
 _ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
 _KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
-_SEQUENCE = Sequence((_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",))
+_SEQUENCE = Sequence(
+    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "seq")
+)
 
 
 class Attention(nnx.Module):
@@ -105,11 +107,45 @@ class Attention(nnx.Module):
         if self.is_producer:
             new, entry = self.keys_values(y_BTD, sequence.cos_sin_BTh), cache.entry
             if entry is not None:
-                entry = entry.append(cache.group, new, sequence.length_B, self.mesh)
-            seen = new if sequence.length_B is None else entry.view(cache.group)
+                entry = entry.append(cache.group, new, sequence, self.mesh)
+            seen = new
+            if sequence.table_BN is not None:
+                seen = tuple(entry)
+            elif sequence.length_B is not None:
+                seen = entry.view(cache.group)
             cache = LayerCache(entry, cache.group, seen)
+        if sequence.table_BN is not None:
+            return self.attend_pages(y_BTD, *cache.seen, cache.group, sequence), cache
         dropout_key = key if self.cfg.attention_dropout else None
         return self.attend(y_BTD, *cache.seen, sequence, dropout_key), cache
+
+    def attend_pages(
+        self,
+        y_BTD: jax.Array,
+        k_PRSKH: jax.Array,
+        v_PRSKH: jax.Array,
+        group: jax.Array,
+        sequence: Sequence,
+    ) -> jax.Array:
+        """As `attend`, over the pages of one group."""
+        weights, logical = params.declared(self)
+        options = kernel_options(self.cfg, self.mesh)
+
+        def fn(weights, y_BTD, k_PRSKH, v_PRSKH, group, sequence):
+            q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
+            pages, length_B = (k_PRSKH, v_PRSKH), sequence.length_B + y_BTD.shape[1]
+            if top_k := self.cfg.spark.attention_top_k:
+                rows = (paged.gather_pages(x, group, sequence.table_BN) for x in pages)
+                out_BTNH = spark_attention(q_BTNH, *rows, sequence, top_k)
+            else:
+                out_BTNH = paged.paged_attention(
+                    q_BTNH, *pages, sequence.table_BN, group, length_B, **options
+                )
+            return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
+
+        in_logical = (_ROWS, kv_cache.DIMS, kv_cache.DIMS, (), _SEQUENCE)
+        arrays = (y_BTD, k_PRSKH, v_PRSKH, jnp.asarray(group), sequence)
+        return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
 
     def attend(
         self,

@@ -1,7 +1,8 @@
 """Keys and values of earlier tokens, one pair per CLA group (the official code stores one per
 layer).
 
-Letters: P CLA groups, B batch, S slots of a row, T new tokens, K kv heads, H head dim.
+Letters: P CLA groups, B batch, S slots of a row, T new tokens, K kv heads, H head dim, N pages of
+a row.
 """
 
 from typing import Any, NamedTuple, Self
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hunyuan_jax.layers.mixer.paged import write_pages
+from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.parallel import island, rules
 
-_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
+DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
 _NEW_DIMS = ("batch", "seq", "kv_heads", "head_dim")
 
 
@@ -26,15 +29,14 @@ class KeysValues(NamedTuple):
         self,
         group: jax.Array,
         new: tuple[jax.Array, jax.Array],
-        slot_B: jax.Array | None,
+        sequence: Sequence,
         mesh: Mesh,
     ) -> Self:
-        """The cache with (k, v) [B, T, K, H] of one group from slot_B of each row on; None is slot
-        0.
+        """The cache with (k, v) [B, T, K, H] of one group behind each row's tokens.
 
         Only the new rows are written: the cache is carried from group to group and stays in place.
         """
-        if slot_B is None:
+        if sequence.length_B is None:
             return type(self)(
                 *(
                     jax.lax.dynamic_update_slice(
@@ -44,14 +46,8 @@ class KeysValues(NamedTuple):
                 )
             )
 
-        def write(_, old, new, group, slot_B):
-            return tuple(write_rows(*pair, group, slot_B) for pair in zip(old, new, strict=True))
-
-        # An island, so that each device writes its own rows: XLA would gather the cache to scatter
-        # into it.
-        in_logical = ((_DIMS, _DIMS), (_NEW_DIMS, _NEW_DIMS), (), ("batch",))
-        fn = island.island(write, mesh, {}, in_logical, (_DIMS, _DIMS))
-        return type(self)(*fn({}, tuple(self), new, group, slot_B))
+        logical = ((DIMS, DIMS), (_NEW_DIMS, _NEW_DIMS))
+        return type(self)(*write_new(tuple(self), new, group, sequence, mesh, *logical))
 
     def view(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(k, v) [B, S, K, H] of one group."""
@@ -61,12 +57,41 @@ class KeysValues(NamedTuple):
 
     def pinned(self, mesh: Mesh) -> Self:
         """The same, laid out over the mesh as every call expects it."""
-        return type(self)(*(rules.constrain(x_PBSKH, mesh, _DIMS) for x_PBSKH in self))
+        return type(self)(*(rules.constrain(x_PBSKH, mesh, DIMS) for x_PBSKH in self))
 
 
 def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> KeysValues:
     """Zeros of shape [P, B, S, K, H]."""
     return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write_new(
+    old: tuple[jax.Array, ...],
+    new: tuple[jax.Array, ...],
+    group: jax.Array,
+    sequence: Sequence,
+    mesh: Mesh,
+    old_dims: tuple,
+    new_dims: tuple,
+) -> tuple[jax.Array, ...]:
+    """The arrays of an entry with new ones behind each row's tokens, by `write_rows` or, where the
+    sequence has a table, `write_pages`.
+
+    Args:
+      old_dims, new_dims: the dims' logical names, of each array.
+    """
+    where = (sequence.length_B,)
+    if sequence.table_BN is not None:
+        where = (sequence.table_BN, sequence.length_B)
+    write_one = write_rows if sequence.table_BN is None else write_pages
+
+    def write(_, old, new, group, where):
+        return tuple(write_one(*pair, group, *where) for pair in zip(old, new, strict=True))
+
+    # An island, so that each device writes its own rows: XLA would gather the cache to scatter
+    # into it.
+    in_logical = (old_dims, new_dims, (), (("batch",),) * len(where))
+    return island.island(write, mesh, {}, in_logical, old_dims)({}, old, new, group, where)
 
 
 def write_rows(

@@ -27,7 +27,8 @@ from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.mixer.attention import attend
-from hunyuan_jax.layers.mixer.kv_cache import write_rows
+from hunyuan_jax.layers.mixer.kv_cache import write_new
+from hunyuan_jax.layers.mixer.paged import attend_pages
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.parallel import island, rules
@@ -36,7 +37,9 @@ from hunyuan_jax.params import declare as params
 from pallas_kernels.flash_attention import head_seeds
 
 _ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
-_SEQUENCE = Sequence((_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",))
+_SEQUENCE = Sequence(
+    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "seq")
+)
 _CACHE, _NEW = ("layers", "batch", "seq", "latent"), ("batch", "seq", "latent")
 _LARGEST = 7  # of a 4-bit integer, symmetric around 0
 
@@ -63,26 +66,18 @@ class LatentCache(NamedTuple):
         self,
         group: jax.Array,
         new: tuple[jax.Array, jax.Array, jax.Array],
-        slot_B: jax.Array | None,
+        sequence: Sequence,
         mesh: Mesh,
     ) -> Self:
         """The cache with (codes [B, T, L], scales [B, T, L / g], rotary keys [B, T, R]) of one
-        group from slot_B of each row on; None is slot 0.
+        group behind each row's tokens.
         """
         code_BTL, scale_BTg, rotary_BTR = new
         arrays = (pack(code_BTL), scale_BTg, rotary_BTR)
-        slot_B = jnp.zeros(code_BTL.shape[0], jnp.int32) if slot_B is None else slot_B
-
-        def write(_, old, arrays, group, slot_B):
-            return tuple(
-                write_rows(*pair, group, slot_B) for pair in zip(old, arrays, strict=True)
-            )
-
-        # An island, so that each device writes its own rows: XLA would gather the cache to scatter
-        # into it.
-        in_logical = ((_CACHE,) * 3, (_NEW,) * 3, (), ("batch",))
-        fn = island.island(write, mesh, {}, in_logical, (_CACHE,) * 3)
-        return type(self)(*fn({}, tuple(self), arrays, group, slot_B))
+        if sequence.length_B is None:
+            sequence = sequence._replace(length_B=jnp.zeros(code_BTL.shape[0], jnp.int32))
+        logical = ((_CACHE,) * 3, (_NEW,) * 3)
+        return type(self)(*write_new(tuple(self), arrays, group, sequence, mesh, *logical))
 
     def view(self, group: jax.Array) -> Latents:
         """The latents of one group."""
@@ -141,8 +136,11 @@ class LatentAttention(nnx.Module):
             new, latents = self.latents(y_BTD, sequence.cos_sin_BTh)
             entry = cache.entry
             if entry is not None:
-                entry = entry.append(cache.group, new, sequence.length_B, self.mesh)
-            seen = latents if sequence.length_B is None else entry.view(cache.group)
+                entry = entry.append(cache.group, new, sequence, self.mesh)
+            if sequence.table_BN is not None:
+                seen = (*entry, jnp.asarray(cache.group))
+            else:
+                seen = latents if sequence.length_B is None else entry.view(cache.group)
             cache = LayerCache(entry, cache.group, seen)
         dropout_key = key if self.cfg.attention_dropout else None
         return self.attend(y_BTD, cache.seen, sequence, dropout_key), cache
@@ -177,12 +175,14 @@ class LatentAttention(nnx.Module):
     def attend(
         self,
         y_BTD: jax.Array,
-        latents: Latents,
+        latents: Latents | tuple[jax.Array, ...],
         sequence: Sequence,
         dropout_key: jax.Array | None,
     ) -> jax.Array:
         """Attends from y over the group's latents; returns [B, T, D].  dropout_key None: no
         attention dropout.
+
+        Where the sequence has a table, `latents` are the cache's arrays and the group's index.
         """
         cfg = self.cfg
         weights, logical = params.declared(self)
@@ -203,13 +203,20 @@ class LatentAttention(nnx.Module):
             q_BTNZ = jnp.einsum("BTD,DNZ->BTNZ", y_BTD, w["wq_DNZ"])
             q_BTNH, q_BTNR = jnp.split(q_BTNZ, [cfg.head_dim], axis=-1)
             q_BTNR = rope.rotate(q_BTNR, sequence.cos_sin_BTh)
-            over = up_projected if sequence.length_B is None else absorbed
-            out_BTNH = over(w, q_BTNH, q_BTNR, latents, sequence, seed_BN, options)
+            if sequence.table_BN is not None:
+                scale = options["scale"]
+                out_BTNH = absorbed_pages(w, q_BTNH, q_BTNR, latents, sequence, scale)
+            else:
+                over = up_projected if sequence.length_B is None else absorbed
+                out_BTNH = over(w, q_BTNH, q_BTNR, latents, sequence, seed_BN, options)
             out_BTNH = checkpoint_name(out_BTNH, "attended")
             out_BTD = fusion_barrier(jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["wo_NHD"]))
             return island.reduce_sum(out_BTD, "heads")
 
-        in_logical = (_ROWS, Latents(_NEW, _NEW), _SEQUENCE, ("batch", "heads"))
+        latents_logical = Latents(_NEW, _NEW)
+        if sequence.table_BN is not None:
+            latents_logical = (_CACHE, _CACHE, _CACHE, ())
+        in_logical = (_ROWS, latents_logical, _SEQUENCE, ("batch", "heads"))
         arrays = (y_BTD, latents, sequence, seed_BN)
         return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
 
@@ -240,6 +247,26 @@ def absorbed(w, q_BTNH, q_BTNR, latents, sequence, seed_BN, options) -> jax.Arra
     mean_BTNZ = attend(_joined(q_BTNL, q_BTNR), k_BS1Z, v_BS1Z, sequence, seed_BN, **options)
     mean_BTNL = mean_BTNZ[..., : latent_BSL.shape[-1]]
     return jnp.einsum("BTNL,LNH->BTNH", mean_BTNL, w["w_value_LNH"])
+
+
+def absorbed_pages(w, q_BTNH, q_BTNR, pages, sequence, scale) -> jax.Array:
+    """As `absorbed`, reading the cache page by page; pages: its arrays and the group's index."""
+    packed_PRSl, scale_PRSg, rotary_PRSR, group = pages
+
+    def read(page_B):
+        packed, scale_BSg, rotary_BSR = (
+            x[group, page_B] for x in (packed_PRSl, scale_PRSg, rotary_PRSR)
+        )
+        latent_BSL = dequantize(unpack(packed), scale_BSg).astype(rotary_BSR.dtype)
+        k_BS1Z = _joined(latent_BSL, rotary_BSR)[:, :, None]
+        return k_BS1Z, _joined(latent_BSL, jnp.zeros_like(rotary_BSR))[:, :, None]
+
+    q_BTNL = jnp.einsum("BTNH,LNH->BTNL", q_BTNH, w["w_key_LNH"])
+    length_B = sequence.length_B + q_BTNH.shape[1]
+    mean_BTNZ = attend_pages(
+        _joined(q_BTNL, q_BTNR), read, packed_PRSl.shape[2], sequence.table_BN, length_B, scale
+    )
+    return jnp.einsum("BTNL,LNH->BTNH", mean_BTNZ[..., : q_BTNL.shape[-1]], w["w_value_LNH"])
 
 
 def quantize(x_BTL: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,365 @@
+"""What the device does next: which pieces of which prompts, and which rows draw tokens.
+
+There is no prefill or decode phase.  A choice has tokens, and the cache holds the first of them;
+each step computes more of them, for the choices that run first and then for those that wait, first
+come first served.  When pages run out, the choice that came last starts over.
+A step is planned before the results of the last one are known: a choice then counts the tokens
+that it may have drawn.  Imports no jax.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from hunyuan_jax.infer.pages import Pages, page_hashes
+from hunyuan_jax.infer.request import FinishReason, Output, Request, TokenLogprobs
+
+
+class Shapes(NamedTuple):
+    """What one call of the device takes.
+
+    page_size: tokens of a page; small, large: tokens of a piece of a prompt, whole pages;
+    most_rows: small pieces of one pool in a call, a large one is alone; rows: of each pool that
+    draw; max_steps: tokens that a row draws in one call.
+    """
+
+    page_size: int
+    small: int
+    large: int
+    most_rows: int
+    rows: int
+    max_steps: int
+
+
+class Choice:
+    """One answer to a request in progress.
+
+    tokens: prompt and answer; num_computed: of the tokens, those that the cache holds or that are
+    on their way; num_ahead: tokens that the device may have drawn and that have not come back;
+    epoch: counts the times that it started over, so that late results are known.
+    """
+
+    def __init__(self, request: Request, number: int, max_new: int):
+        self.request = request
+        self.number = number
+        self.max_new = 0 if request.only_score else max_new
+        self.tokens = list(request.tokens)
+        self.num_prompt = len(self.tokens)
+        self.pool = self.row = -1
+        self.pages: list[int] = []
+        self.names: list[bytes] = []
+        self.num_computed = self.num_ahead = self.num_sent = self.epoch = 0
+        self.num_cached: int | None = None
+        self.is_drawing = False
+        self.is_finished = False
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if request.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens of the answer."""
+        return len(self.tokens) - self.num_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The tokens [start, end) of a choice; is_last: the next token is drawn."""
+
+    choice: Choice
+    epoch: int
+    start: int
+    end: int
+    is_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step: chunks, then num_steps tokens of each row, fewer if one ends and ends_early."""
+
+    step: int
+    chunks: list[Chunk]
+    rows: list[tuple[Choice, int]]
+    num_steps: int
+    ends_early: bool
+
+
+class Drawn(NamedTuple):
+    """What came back of a chunk or a row: tokens, and logprobs as far as asked."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+
+
+class Scheduler:
+    """Plans steps over pools of pages and rows; a choice stays in one pool."""
+
+    def __init__(self, pools: Sequence[Pages], shapes: Shapes, is_invariant: bool = False):
+        self.pools = list(pools)
+        self.waiting: collections.deque[Choice] = collections.deque()
+        self.running: dict[Choice, None] = {}
+        self.max_steps = shapes.max_steps
+        self.num_preempted = self.num_prompt_tokens = self.num_generated = 0
+        self.num_looked_up = self.num_found = 0
+        self._shapes = shapes
+        self._is_invariant = is_invariant
+        self._step = 0
+        self._free_rows = [list(reversed(range(shapes.rows))) for _ in pools]
+        # Names of pages that a running choice will have computed, by pool.
+        self._promised: list[dict[bytes, Choice]] = [{} for _ in pools]
+
+    # -- what goes in ---------------------------------------------------------
+
+    def add(self, choice: Choice) -> None:
+        """Puts a choice at the end of the queue."""
+        size, salt = self._shapes.page_size, choice.request.cache_salt
+        choice.names = page_hashes(choice.tokens, size, salt)
+        self.waiting.append(choice)
+
+    def abort(self, choice: Choice) -> Output | None:
+        """Ends a choice; None if it has ended."""
+        if choice.is_finished:
+            return None
+        if choice not in self.running:
+            self.waiting.remove(choice)
+            choice.is_finished = True
+        else:
+            self._finish(choice)
+        return self._output(choice, (), "abort")
+
+    # -- plans ----------------------------------------------------------------
+
+    def plan(self) -> Plan | None:
+        """The next step, or None where nothing can be done before the last one has come back."""
+        self._step += 1
+        rows = self._drawing_rows()
+        chunks = self._chunks()
+        num_steps = 1
+        if not chunks:
+            num_steps = max((n for n in _halves(self.max_steps) if self._fit(rows, n)), default=1)
+        for choice in rows:
+            self._extend(choice, num_steps)
+            choice.num_ahead += num_steps
+        if not chunks and not rows:
+            return None
+        planned = [(choice, choice.epoch) for choice in rows]
+        return Plan(self._step, chunks, planned, num_steps, bool(self.waiting))
+
+    def _drawing_rows(self) -> list[Choice]:
+        """Choices with room for one more token; where there is none, the last one that came has to
+        make room.
+        """
+        rows, full = [], set()
+        for choice in list(self.running):
+            if not choice.is_drawing or choice.num_drawn + choice.num_ahead >= choice.max_new:
+                continue
+            if self._extend(choice, 1):
+                rows.append(choice)
+            else:
+                full.add(choice.pool)
+        for pool in full:
+            if self.pools[pool].has_leaving:
+                continue  # room comes with the next results
+            victim = next(c for c in reversed(self.running) if c.pool == pool)
+            self._start_over(victim)
+            rows = [choice for choice in rows if choice is not victim]
+        return rows
+
+    def _fit(self, rows: list[Choice], num_steps: int) -> bool:
+        needed = collections.Counter()
+        for choice in rows:
+            needed[choice.pool] += self._num_missing(choice, num_steps)
+        return all(self.pools[pool].num_available >= num for pool, num in needed.items())
+
+    def _num_missing(self, choice: Choice, num_steps: int) -> int:
+        # The newest token is not in the cache, and the last one never gets there.
+        length = len(choice.tokens) + choice.num_ahead - 1 + num_steps
+        length = min(length, choice.num_prompt + choice.max_new - 1)
+        return max(0, -(-length // self._shapes.page_size) - len(choice.pages))
+
+    def _extend(self, choice: Choice, num_steps: int) -> bool:
+        num = self._num_missing(choice, num_steps)
+        pages = self.pools[choice.pool].take(num) if num else []
+        choice.pages += pages or []
+        return pages is not None
+
+    def _chunks(self) -> list[Chunk]:
+        """Pieces of prompts: one large one in each pool, or several small ones."""
+        shapes, chunks, size, most = self._shapes, [], 0, 0
+        num_in_pool = collections.Counter()
+        for choice in self._prompts():
+            left = len(choice.tokens) - choice.num_computed
+            if not chunks:
+                is_large = left > shapes.small
+                size = shapes.large if is_large else shapes.small
+                most = 1 if is_large else shapes.most_rows
+            if num_in_pool[choice.pool] >= most:
+                continue
+            num_in_pool[choice.pool] += 1
+            start, choice.num_computed = choice.num_computed, choice.num_computed + min(size, left)
+            is_last = choice.num_computed == len(choice.tokens)
+            choice.is_drawing = is_last
+            choice.num_ahead += is_last
+            self.num_prompt_tokens += choice.num_computed - start
+            chunks.append(Chunk(choice, choice.epoch, start, choice.num_computed, is_last))
+            if all(num_in_pool[pool] >= most for pool in range(len(self.pools))):
+                break
+        for chunk in chunks:
+            self._name_pages(chunk.choice, chunk.choice.num_computed)
+        return chunks
+
+    def _prompts(self) -> Iterator[Choice]:
+        """Running choices whose prompt is not computed, then waiting ones as they get a row."""
+        yield from [choice for choice in self.running if not choice.is_drawing]
+        while self.waiting:
+            free = [pool for pool, rows in enumerate(self._free_rows) if rows]
+            if not free or not self._admit(self.waiting[0], free):
+                return
+            yield self.waiting.popleft()
+
+    def _admit(self, choice: Choice, free: list[int]) -> bool:
+        """Gives a waiting choice a row and pages for its tokens; False if it must wait."""
+        size, is_scored = self._shapes.page_size, choice.prompt_logprobs is not None
+        # The last token is computed in any case: the next one is drawn from it.
+        usable = choice.names[: 0 if is_scored else (len(choice.tokens) - 1) // size]
+        num_running = collections.Counter(other.pool for other in self.running)
+        known = {pool: self.pools[pool].num_known(usable) for pool in free}
+        pool = min(free, key=lambda pool: (num_running[pool], -known[pool]))
+        num_known = known[pool]
+        if num_known < len(usable) and usable[num_known] in self._promised[pool]:
+            return False
+        if self._is_invariant:
+            num_known -= num_known % (self._shapes.large // size)
+        # A page for each row that runs is left: else this prompt would soon have to start over.
+        num_new = -(-len(choice.tokens) // size) - num_known
+        pages, found = self.pools[pool], usable[:num_known]
+        num_left = pages.num_available - pages.num_unused(found) - num_new
+        if num_left < num_running[pool]:
+            return False
+        choice.pool, choice.row = pool, self._free_rows[pool].pop()
+        choice.pages = pages.share(found) + pages.take(num_new)
+        choice.num_computed = num_known * size
+        self.num_looked_up += len(choice.tokens)
+        self.num_found += choice.num_computed
+        if choice.num_cached is None:
+            choice.num_cached = choice.num_computed
+        self.running[choice] = None
+        for name in choice.names[num_known:]:
+            self._promised[pool].setdefault(name, choice)
+        return True
+
+    def _name_pages(self, choice: Choice, num_computed: int) -> None:
+        """Says what the full pages among the first num_computed tokens hold."""
+        promised, pages = self._promised[choice.pool], self.pools[choice.pool]
+        num_full = num_computed // self._shapes.page_size
+        for page, name in zip(choice.pages[:num_full], choice.names, strict=False):
+            pages.name(page, name)
+            if promised.get(name) is choice:
+                del promised[name]
+
+    # -- what comes back ------------------------------------------------------
+
+    def settle(self, step: int | None = None) -> None:
+        """Frees the pages that wait for steps up to this one; None: nothing is on its way."""
+        for pages in self.pools:
+            pages.settle(self._step if step is None else step)
+
+    def update(
+        self, plan: Plan, of_chunks: Sequence[Drawn], of_rows: Sequence[Drawn]
+    ) -> list[Output]:
+        """Takes what a plan has drawn; the news of each choice."""
+        self.settle(plan.step)
+        outputs = []
+        for chunk, drawn in zip(plan.chunks, of_chunks, strict=True):
+            choice = chunk.choice
+            if choice.is_finished or choice.epoch != chunk.epoch:
+                continue
+            if choice.prompt_logprobs is not None and choice.num_sent == 0:
+                choice.prompt_logprobs += drawn.prompt_logprobs or ()
+            if chunk.is_last:
+                choice.num_ahead -= 1
+                outputs += self._take(choice, drawn)
+        for (choice, epoch), drawn in zip(plan.rows, of_rows, strict=True):
+            if not choice.is_finished and choice.epoch == epoch:
+                choice.num_ahead -= plan.num_steps
+                outputs += self._take(choice, drawn)
+        return outputs
+
+    def _take(self, choice: Choice, drawn: Drawn) -> list[Output]:
+        sampling, reason, num = choice.request.sampling, None, 0
+        for token in drawn.tokens[: choice.max_new - choice.num_drawn]:
+            choice.tokens.append(token)
+            num += 1
+            if token in sampling.stop_ids:
+                reason = "stop"
+                break
+        if reason is None and choice.num_drawn >= choice.max_new:
+            reason = "length"
+        if reason is not None:
+            self._finish(choice)
+        # A choice that started over draws again what was sent before.
+        num_again = max(0, choice.num_sent - (choice.num_drawn - num))
+        if num <= num_again and reason is None:
+            return []
+        logprobs = None
+        if drawn.logprobs is not None:
+            logprobs = tuple(drawn.logprobs[num_again:num])
+        tokens = tuple(choice.tokens[len(choice.tokens) - num + num_again :])
+        return [self._output(choice, tokens, reason, logprobs)]
+
+    def _output(
+        self,
+        choice: Choice,
+        tokens: tuple[int, ...],
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+    ) -> Output:
+        prompt_logprobs = None
+        if choice.num_sent == 0 and choice.prompt_logprobs is not None and reason != "abort":
+            prompt_logprobs = tuple(choice.prompt_logprobs[: choice.num_prompt])
+        choice.num_sent += len(tokens)
+        self.num_generated += len(tokens)
+        number = choice.number
+        cached = choice.num_cached or 0
+        return Output(choice.request.id, number, tokens, logprobs, prompt_logprobs, reason, cached)
+
+    def _finish(self, choice: Choice) -> None:
+        choice.is_finished = True
+        self._leave(choice)
+
+    def _start_over(self, choice: Choice) -> None:
+        """Gives up the row and the pages of a choice; it is the next to get some."""
+        self._leave(choice)
+        if self._is_invariant:
+            # The same calls draw the same tokens again.
+            del choice.tokens[choice.num_prompt :]
+        choice.epoch += 1
+        choice.num_computed = choice.num_ahead = 0
+        choice.is_drawing = False
+        if choice.prompt_logprobs is not None:
+            choice.prompt_logprobs = [None]
+        self.num_preempted += 1
+        self.waiting.appendleft(choice)
+
+    def _leave(self, choice: Choice) -> None:
+        if choice.is_drawing and not self._is_invariant:
+            # Tokens that were drawn have other bits than those of a prompt, but are as good.
+            salt = choice.request.cache_salt
+            choice.names = page_hashes(choice.tokens, self._shapes.page_size, salt)
+            self._name_pages(choice, len(choice.tokens) - 1)
+        promised = self._promised[choice.pool]
+        for name in [name for name in choice.names if promised.get(name) is choice]:
+            del promised[name]
+        self.pools[choice.pool].release(choice.pages, self._step)
+        self._free_rows[choice.pool].append(choice.row)
+        choice.pages = []
+        del self.running[choice]
+
+
+def _halves(num: int) -> Iterator[int]:
+    """num, and half of it again and again, down to 1."""
+    while num:
+        yield num
+        num //= 2

@@ -1,0 +1,135 @@
+"""A cache in pages: rows share a pool of pages, and a table says which are whose.
+
+An entry's arrays have the shape [P, B, S, ...] of the contiguous cache, with pages in place of
+rows: R pages of S slots.  Page 0 belongs to nobody; what need not be kept is written there.
+Letters: P CLA groups, R pages, S slots of a page, B rows, N pages of a row, T new tokens, K kv
+heads, G queries of a kv head, H head dim, Q = G * T.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention
+
+_MASKED = -1e30  # swallows any score in float32
+
+
+def write_pages(
+    old_PRS: jax.Array,
+    new_BT: jax.Array,
+    group: jax.Array,
+    table_BN: jax.Array,
+    length_B: jax.Array,
+) -> jax.Array:
+    """old_PRS with new_BT behind the length_B tokens of each row, in one group.
+
+    Both arrays may have further dims, the same ones.  T is 1, or a multiple of S, and then every
+    length too.
+    """
+    (B, T), S = new_BT.shape[:2], old_PRS.shape[2]
+    new_BT = new_BT.astype(old_PRS.dtype)
+    # Beyond the table lies padding: an index that is out of bounds writes nothing.
+    if T == 1:
+        page_B1 = jnp.take_along_axis(table_BN, (length_B // S)[:, None], 1, mode="fill")
+        page_B = page_B1[:, 0]
+        return old_PRS.at[group, page_B, length_B % S].set(new_BT[:, 0], mode="drop")
+    place_Bn = (length_B // S)[:, None] + jnp.arange(T // S)
+    page_Bn = jnp.take_along_axis(table_BN, place_Bn, 1, mode="fill")
+    pages_BnS = new_BT.reshape(B, T // S, S, *new_BT.shape[2:])
+    return old_PRS.at[group, page_Bn].set(pages_BnS, mode="drop")
+
+
+def gather_pages(x_PRS: jax.Array, group: jax.Array, table_BN: jax.Array) -> jax.Array:
+    """The rows [B, N * S, ...] of one group."""
+    pages_BNS = x_PRS[group, table_BN]
+    return pages_BNS.reshape(pages_BNS.shape[0], -1, *pages_BNS.shape[3:])
+
+
+def attend_pages(
+    q_BTNH: jax.Array,
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    page_size: int,
+    table_BN: jax.Array,
+    length_B: jax.Array,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attention of the last T tokens of each row to its pages, which include them; [B, T, N, H] in
+    q's dtype, softmax in float32.
+
+    The loop over pages ends with the longest row.  A page beyond a row's end changes none of its
+    bits: it multiplies by one and adds zero.  What unused slots hold does not matter, NaN neither.
+
+    Args:
+      read: gives keys and values [B, S, K, H] of the pages page_B, one a row.
+      length_B: int32, the new tokens included.
+      scale: factor of the scores; None for H ** -0.5.
+    """
+    B, T, N, H = q_BTNH.shape
+    S = page_size
+    K = jax.eval_shape(read, table_BN[:, 0])[0].shape[2]
+    precision = "highest" if q_BTNH.dtype == jnp.float32 else None
+    scale = H**-0.5 if scale is None else scale
+    q_BKQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    end_BQ = jnp.tile(length_B[:, None] - T + 1 + jnp.arange(T), (1, N // K))
+
+    def product(spec, a, b):
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    def one_page(i, carry):
+        max_BKQ, sum_BKQ, acc_BKQH = carry
+        k_BSKH, v_BSKH = read(jax.lax.dynamic_index_in_dim(table_BN, i, 1, keepdims=False))
+        slot_S = i * S + jnp.arange(S)
+        seen_B1QS = (slot_S < end_BQ[..., None])[:, None]
+        score_BKQS = jnp.where(
+            seen_B1QS, scale * product("BKQH,BSKH->BKQS", q_BKQH, k_BSKH), _MASKED
+        )
+        new_max_BKQ = jnp.maximum(max_BKQ, score_BKQS.max(-1))
+        p_BKQS = jnp.where(seen_B1QS, jnp.exp(score_BKQS - new_max_BKQ[..., None]), 0)
+        kept_BKQ = jnp.exp(max_BKQ - new_max_BKQ)
+        is_filled_BS = slot_S < length_B[:, None]
+        v_BSKH = jnp.where(is_filled_BS[..., None, None], v_BSKH, 0)  # 0 * NaN is NaN
+        added_BKQH = product("BKQS,BSKH->BKQH", p_BKQS.astype(q_BTNH.dtype), v_BSKH)
+        return (
+            new_max_BKQ,
+            sum_BKQ * kept_BKQ + p_BKQS.sum(-1),
+            acc_BKQH * kept_BKQ[..., None] + added_BKQH,
+        )
+
+    zeros_BKQ = jnp.zeros(q_BKQH.shape[:3], jnp.float32)
+    carry = (zeros_BKQ + _MASKED, zeros_BKQ, jnp.zeros(q_BKQH.shape, jnp.float32))
+    num_pages = jnp.minimum(-(-length_B.max() // S), table_BN.shape[1])
+    _, sum_BKQ, acc_BKQH = jax.lax.fori_loop(0, num_pages, one_page, carry)
+    out_BKQH = acc_BKQH / jnp.where(sum_BKQ > 0, sum_BKQ, 1)[..., None]
+    out_BKGTH = out_BKQH.reshape(B, K, N // K, T, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def paged_attention(
+    q_BTNH: jax.Array,
+    k_PRSKH: jax.Array,
+    v_PRSKH: jax.Array,
+    table_BN: jax.Array,
+    group: jax.Array,
+    length_B: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """Attention of the last T tokens of each row to the pages of one group; as `attend_pages`.
+
+    A few tokens run through the kernel of `decode_attention`, but on a CPU: there, its XLA version
+    would gather whole tables.
+
+    Args:
+      options: of `kernel_options`.
+    """
+    if q_BTNH.shape[1] <= MAX_TOKENS and options["device_kind"] != "cpu":
+        return decode_attention(
+            q_BTNH, k_PRSKH, v_PRSKH, length_B, group=group, table_Bm=table_BN, **options
+        )
+
+    def read(page_B):
+        return k_PRSKH[group, page_B], v_PRSKH[group, page_B]
+
+    return attend_pages(q_BTNH, read, k_PRSKH.shape[2], table_BN, length_B)
