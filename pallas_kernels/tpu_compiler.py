@@ -4,14 +4,16 @@ large programs ask of it.
 Needs libtpu (pip install 'jax[tpu]').  `cycles.py` reads what a compiled program costs.
 """
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -131,8 +133,21 @@ def compile_for(
     # Kernels ask the mesh around them what they are compiled for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         results = jax.tree.map(placed, jax.eval_shape(fn, *shapes)) if row_major else None
-        return (
-            jax.jit(fn, out_shardings=results)
-            .lower(*args)
-            .compile(compiler_options=compiler_options or None)
-        )
+        lowered = jax.jit(fn, out_shardings=results).lower(*args)
+    with without_cache():
+        return lowered.compile(compiler_options=compiler_options or None)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Turns jax's persistent cache off: a program for devices that are not there cannot be loaded
+    from it, which jax 0.12 tries with a warning.
+    """
+    was_on = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # jax asks whether it is on once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_on)
+        reset_cache()

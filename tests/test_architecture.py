@@ -16,7 +16,7 @@ ROOT = paths.ROOT
 # in its own.
 LAYERS = [
     ["pallas_kernels"],
-    ["errors", "files", "hub", "progress", "malloc"],
+    ["errors", "files", "hub", "progress", "malloc", "startup"],
     ["config", "presets", "flags"],
     ["parallel"],
     ["quant", "params"],
@@ -37,6 +37,7 @@ NO_KERNELS = {
     "hub",
     "progress",
     "malloc",
+    "startup",
     "config",
     "presets",
     "parallel",

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from hunyuan_jax import flags
+from hunyuan_jax import flags, startup
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath
 from hunyuan_jax.infer.settings import DEFAULTS, Sampling
+from hunyuan_jax.model.count import count
 
 
 def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
@@ -74,11 +75,12 @@ def chat(values) -> int:
 
     /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D leaves.
     """
-    from hunyuan_jax.infer import text
-
     with _values_are_settings():
         sampling = _sampling(values)
-        conversation = text.Chat(load_lm(values), values.system, sampling)
+        lm = load_lm(values)
+        from hunyuan_jax.infer import text  # after load_lm, which prepares the import
+
+        conversation = text.Chat(lm, values.system, sampling)
         for question in _questions():
             if question == "/reset":
                 conversation.reset()
@@ -132,9 +134,24 @@ def _sampling(values) -> Sampling:
 
 def load_lm(values) -> Any:
     """The LM that the options of MODEL name."""
+    folder = startup.prepare()
+    kept = f"; compiled programs are kept in {folder}" if folder else ""
+    _note(f"loading {values.checkpoint}{kept}")
     from hunyuan_jax.infer import text
 
-    return text.load(values.checkpoint, tokenizer=values.tokenizer, mesh=_mesh(values.mesh))
+    start = time.perf_counter()
+    lm = text.load(values.checkpoint, tokenizer=values.tokenizer, mesh=_mesh(values.mesh))
+    size = count(lm.model.config, lm.model.config.max_position).total / 1e6
+    _note(
+        f"loaded {size:,.1f} M parameters, {lm.model.config.dtype}, in "
+        f"{time.perf_counter() - start:.1f} s; the first answer waits for the compiler"
+    )
+    return lm
+
+
+def _note(text: str) -> None:
+    """Prints what the command is doing, apart from what the model writes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _mesh(spec: str | None) -> Any:

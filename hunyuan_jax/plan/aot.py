@@ -15,6 +15,7 @@ from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.plan import hlo, memory, topology
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_state, build_program
+from pallas_kernels import tpu_compiler
 
 _GIB = 2**30
 
@@ -105,7 +106,8 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
         abstract_state(program), step_lib.abstract_batch(program)
     )
     try:
-        compiled = lowered.compile()
+        with tpu_compiler.without_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         overflow = parse_overflow(str(e))
         if overflow is None:

@@ -4,20 +4,33 @@ Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
 
 import functools
+import types
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import select
-from pallas_kernels.flash_attention import dropout, gpu, reference, tpu, triton, xla
+from pallas_kernels.flash_attention import dropout, reference, tpu, triton, xla
 from pallas_kernels.flash_attention.reference import Settings
+
+
+def _gpu() -> types.ModuleType:
+    """The module for Hopper GPUs, imported only for them: Pallas' Mosaic GPU takes 0.2 s."""
+    from pallas_kernels.flash_attention import gpu
+
+    return gpu
+
 
 # In order of preference.  run(q, k, v, query_segment, key_segment, seed_BN, settings,
 # device_kind=, interpret=) -> (out_BTNH, lse_BNT), differentiable in q, k and v through both.
 _CANDIDATES = (
     select.Implementation("pallas_tpu", tpu.refuse, tpu.attention),
-    select.Implementation("pallas_gpu", gpu.refuse, gpu.attention),
+    select.Implementation(
+        "pallas_gpu",
+        lambda kind, *problem: select.only_on_hopper(kind) or _gpu().refuse(kind, *problem),
+        lambda *args, **options: _gpu().attention(*args, **options),
+    ),
     select.Implementation("pallas_triton", triton.refuse, triton.attention),
     select.Implementation(
         "xla", lambda *_: None, lambda *args, device_kind, interpret: xla.attention(*args)
