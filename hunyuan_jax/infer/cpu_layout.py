@@ -45,11 +45,13 @@ def suits(cfg: ModelConfig, mesh: Mesh) -> bool:
     return mesh.size == 1 and device_kind(mesh) == "cpu" and not has_adapted_experts
 
 
-def graph_def(cfg: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
-    """The model whose parameters are those of `unstacked`."""
-    return nnx.split(
-        nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0), UnrolledStack))
-    )[0]
+def graph_def(cfg: ModelConfig, mesh: Mesh, is_invariant: bool = False) -> nnx.GraphDef:
+    """The model whose parameters are those of `unstacked`; is_invariant: what a token gets has the
+    same bits whatever the others are.
+    """
+    stack = InvariantStack if is_invariant else UnrolledStack
+    model = nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0), stack))
+    return nnx.split(model)[0]
 
 
 def unstacked(cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +92,15 @@ class UnrolledStack(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array):
         self.cfg = cfg
+        ffn = self.ffn()
         for index, spec in enumerate(pattern(cfg) * cfg.num_groups):
-            spec = spec._replace(ffn=FFN.get(spec.ffn, spec.ffn))
+            spec = spec._replace(ffn=ffn.get(spec.ffn, spec.ffn))
             setattr(self, f"layer_{index}", Layer(cfg, mesh, key, spec))
+
+    @staticmethod
+    def ffn() -> dict[type, type]:
+        """What generates in the place of a feed-forward layer."""
+        return FFN
 
     def __call__(
         self,
@@ -113,6 +121,15 @@ class UnrolledStack(nnx.Module):
             )
             stats += [group_stats] * bool(group_stats)
         return x_BTD, entries, stack_figures(stats)
+
+
+class InvariantStack(UnrolledStack):
+    """As `UnrolledStack`, with experts that multiply one token at a time."""
+
+    @staticmethod
+    def ffn() -> dict[type, type]:
+        """See `UnrolledStack`."""
+        return FFN | {Moe: InvariantMoe}
 
 
 class UnrolledExperts(nnx.Module):
@@ -141,18 +158,30 @@ class UnrolledMoe(Moe):
         return run_experts_one_by_one
 
 
+class InvariantMoe(UnrolledMoe):
+    """As `UnrolledMoe`; the other tokens of an expert change no bit of a token's output."""
+
+    def server(self) -> Serve:
+        """See `UnrolledMoe`."""
+        return functools.partial(run_experts_one_by_one, is_invariant=True)
+
+
 # What generates in the place of a feed-forward layer; the others are left as they are.
 FFN = {Moe: UnrolledMoe, SparkMlp: SparseSparkMlp}
 
 
 def run_experts_one_by_one(
-    weights: dict[str, jax.Array], x_gTD: jax.Array, assignment: routing.Assignment
+    weights: dict[str, jax.Array],
+    x_gTD: jax.Array,
+    assignment: routing.Assignment,
+    is_invariant: bool = False,
 ) -> jax.Array:
     """CPU decoding: loops over experts and skips idle ones; [g, T, D], as `serve` without a
     capacity.
 
     An expert of one token multiplies that token; one of several multiplies a few tiles of its
-    tokens, filled up with weight zero.  An expert without tokens is not read.
+    tokens, filled up with weight zero.  An expert without tokens is not read.  If is_invariant,
+    tokens are multiplied one by one: products of different shapes differ in the last bits.
 
     Args:
       weights: the parameters of `UnrolledExperts` by name.
@@ -187,6 +216,9 @@ def run_experts_one_by_one(
             tile = math.gcd(_TILE, M)  # whole tiles: a slice beyond the end would take rows twice
             return jax.lax.fori_loop(0, -(-count_E[e] // tile), functools.partial(add, tile), y_MD)
 
+        if is_invariant:
+            y_MD = jax.lax.fori_loop(0, count_E[e], functools.partial(add, 1), y_MD)
+            continue
         y_MD = jax.lax.switch(
             jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD
         )

@@ -227,7 +227,11 @@ class Pretrained:
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine under `generate`, made when it is first needed."""
-        return Engine(self._graph_def, self.params, Limits())
+        return self.new_engine(Limits())
+
+    def new_engine(self, limits: Limits) -> Engine:
+        """An engine of its own, with a cache and programs within these limits."""
+        return Engine(self._graph_def, self.params, limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes a model folder with the official names; one that was loaded unchanged comes out

@@ -2,7 +2,7 @@
 
 The engine (`infer/engine.py`) has one loop under `generate`, `chat`, scores and the server:
 
-    engine = Engine(model: Pretrained, limits: Limits = Limits())
+    engine = pretrained.new_engine(limits: Limits)
     engine.warm_up()                    # compiles every program ahead, in threads
     engine.add(request)                 # raises QueueFull, ContextTooLong or ConfigError
     engine.step() -> list[Output]       # [] while nothing has come back

@@ -72,7 +72,7 @@ class Runner:
         decode_def = graph_def
         if cpu_layout.suits(self._cfg, self._mesh):
             specs = abstract_module(lambda: model, self._mesh)[1]
-            decode_def = cpu_layout.graph_def(self._cfg, self._mesh)
+            decode_def = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
             self._decode_params = cpu_layout.unstacked(self._cfg, params, specs)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
