@@ -6,11 +6,10 @@ Imports no jax, so that a wrong setting is answered at once.
 import dataclasses
 import math
 import numbers
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
-
-import numpy as np
 
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
@@ -215,7 +214,7 @@ def _limit(name: str, value: float | int) -> float | int:
         return 0.0
     if name == "top_k":
         return min(value, 2**31 - 1)
-    if name == "top_p" and np.float32(value) == 1:
+    if name == "top_p" and struct.unpack("f", struct.pack("f", value))[0] == 1:
         return 1.0
     return value
 

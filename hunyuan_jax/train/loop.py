@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -232,7 +233,20 @@ class _Trainer:
                     stop_lib.wait_for_save(received, step, self._store, self._log)
                     return 130 if received == signal.SIGINT else 0
             self._log.stop(is_finished=True)
+            self._log.print(self._next_commands())
         return 0
+
+    def _next_commands(self) -> str:
+        """What to type after a finished run."""
+        folder = shlex.quote(os.fspath(self._workdir))
+        prompt = "def " if self._config.data.source == "stdlib" else "The "
+        return (
+            f"done; it writes:       python -m hunyuan_jax generate --checkpoint={folder} "
+            f'--prompt="{prompt}"\n'
+            f"      its curves:      python -m hunyuan_jax report --workdir={folder}\n"
+            f"      official folder: python -m hunyuan_jax export --checkpoint={folder} "
+            f"--output=FOLDER"
+        )
 
     def _run_step(self, step: int, signals: list[signal.Signals]) -> bool:
         """Runs one step, then logs, evaluates and saves if due.

@@ -89,7 +89,7 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
 
 
 @pytest.mark.heavy
-def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_path):
+def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_path, capsys):
     """After a kill there are rows newer than the checkpoint; they are replaced, equal, and not
     doubled.
     """
@@ -107,6 +107,7 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(corpus, whole, tmp_pa
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a row cut off by the crash
     assert loop.run(config, tmp_path / "parts") == 0
+    assert f"generate --checkpoint={tmp_path / 'parts'} --prompt=" in capsys.readouterr().err
     assert [row["step"] for row in rows(tmp_path / "parts")] == [
         row["step"] for row in rows(whole)
     ]
