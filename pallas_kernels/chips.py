@@ -31,7 +31,7 @@ class Chip(NamedTuple):
 
 # Sources:
 # * peak_flops and hbm_bytes_per_s: the vendors' data sheets (cloud.google.com/tpu/docs,
-#   nvidia.com); GPUs in their SXM form.
+#   nvidia.com); GPUs in their SXM form where no other is named.
 # * hbm_bytes and vmem_bytes of TPUs: the compiler's out-of-memory messages ("exceeds available HBM
 #   (95.73G)"), libtpu 0.0.50.1.
 # * clock_hz: v4 and v5e are published, 1.75 GHz for v5p is a common estimate.  v6e and tpu7x are
@@ -65,6 +65,9 @@ CHIPS = {
             64 * _MIB,
         ),
         Chip("h100", ("NVIDIA H100",), 1, 989e12, None, 80 * 10**9, 3.35e12, 227 * _KIB),
+        Chip("h100 pcie", ("NVIDIA H100 PCIe",), 1, 756e12, None, 80 * 10**9, 2.0e12, 227 * _KIB),
+        Chip("h100 nvl", ("NVIDIA H100 NVL",), 1, 835e12, None, 94 * 10**9, 3.9e12, 227 * _KIB),
+        Chip("h200 nvl", ("NVIDIA H200 NVL",), 1, 835e12, None, 141 * 10**9, 4.8e12, 227 * _KIB),
         Chip("h200", ("NVIDIA H200",), 1, 989e12, None, 141 * 10**9, 4.8e12, 227 * _KIB),
         Chip("gh200", ("NVIDIA GH200",), 1, 989e12, None, 96 * 10**9, 4.0e12, 227 * _KIB),
     )

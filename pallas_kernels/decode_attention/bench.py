@@ -115,15 +115,19 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
             "case": name,
             "hbm_ms": 1e3 * case.cache_bytes() / chip.hbm_bytes_per_s,
         }
-        row["kernel_ms"] = benchmark.median_ms(functools.partial(_ours, device.device_kind), args)
+        row["kernel_ms"] = benchmark.median_ms(functools.partial(ours, device.device_kind), args)
         row["hbm_share"] = row["hbm_ms"] / row["kernel_ms"]
         row["xla_ms"] = benchmark.median_ms(functools.partial(_xla, case), args)
-        for rival, call in _rivals().items():
-            row[f"{rival}_ms"] = benchmark.rival_ms(f"{rival}, {name}", call, args[:4])
+        # The rivals take contiguous caches of the queries' dtype.
+        contiguous = [args[0], *(x_Pns[0] for x_Pns in args[1:3]), args[3]]
+        rivals = {} if case.s or case.is_int8 else _rivals()
+        for rival, call in rivals.items():
+            row[f"{rival}_ms"] = benchmark.rival_ms(f"{rival}, {name}", call, contiguous)
         yield row
 
 
-def _ours(device_kind, q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, *rest):
+def ours(device_kind, q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, *rest):
+    """decode_attention of the arguments that `cases.inputs` makes."""
     k_scale_PnsK, v_scale_PnsK, group, table_Bm = rest
     return api.decode_attention(
         q_BTNH,

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import itertools
 import types
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -200,9 +201,9 @@ def _plain(q_GTH, k_1SH, v_1SH):
     return jax.nn.dot_product_attention(q_TGH, k_SKH, v_SKH, implementation="xla").swapaxes(0, 1)
 
 
-def measure_gpu() -> list[dict]:
-    """Returns one row per case, pass and implementation, measured in this process."""
-    device_kind, rows = jax.devices()[0].device_kind, []
+def measure_gpu() -> Iterator[dict]:
+    """Yields one row per case, pass and implementation, measured in this process."""
+    device_kind = jax.devices()[0].device_kind
     for case in cases.TIMED:
         arrays = [jnp.nan_to_num(x) for x in case.arrays(np.random.default_rng(0))]
         for name, attend in _gpu_rivals(case, device_kind).items():
@@ -220,9 +221,7 @@ def measure_gpu() -> list[dict]:
                 # wanted.
                 except Exception as error:
                     row["note"] = f"{type(error).__name__}: {error}"[:60]
-                rows.append(row)
-                print(*row.values(), flush=True)
-    return rows
+                yield row
 
 
 def _gpu_rivals(case, device_kind):

@@ -71,7 +71,10 @@ def test_the_problems_fit_the_operations(layout, monkeypatch):
         ("TPU v6 lite", "v6e", 918e12),
         ("TPU7x", "tpu7x", 1153.5e12),  # and a tpu7x chip as two
         ("NVIDIA H100 80GB HBM3", "h100", 989e12),
+        ("NVIDIA H100 PCIe", "h100 pcie", 756e12),
+        ("NVIDIA H100 NVL", "h100 nvl", 835e12),
         ("NVIDIA H200", "h200", 989e12),
+        ("NVIDIA H200 NVL", "h200 nvl", 835e12),
         ("NVIDIA GH200 480GB", "gh200", 989e12),
     ],
 )
