@@ -10,6 +10,7 @@ COMMANDS = {
     "bench": "hunyuan_jax.bench.command:bench",
     "generate": "hunyuan_jax.infer.command:generate",
     "chat": "hunyuan_jax.infer.command:chat",
+    "serve": "hunyuan_jax.serve.command:serve",
     "export": "hunyuan_jax.weights.command:export",
     "plan": "hunyuan_jax.plan.command:plan",
     "report": "hunyuan_jax.report.command:report",

@@ -24,7 +24,7 @@ LAYERS = [
     ["tokenizer", "chat", "data", "optim", "runlog"],
     ["checkpoint", "weights"],
     ["train", "infer"],
-    ["plan", "report", "bench"],
+    ["serve", "plan", "report", "bench"],
     ["cli", "__main__", "train.py", "convert_torch.py", "configs"],
 ]
 ORDER = [part for layer in LAYERS for part in layer]
