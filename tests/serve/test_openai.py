@@ -7,6 +7,7 @@ from hunyuan_jax.serve import fields, openai
 from hunyuan_jax.serve.errors import Refused
 from hunyuan_jax.serve.openai import Served
 from hunyuan_jax.tokenizer import ByteTokenizer
+from support import paths
 
 QUESTION = [{"role": "user", "content": "?"}]
 TEMPLATE = (
@@ -272,3 +273,10 @@ def test_every_field_is_tried_above():
     }
     assert refused["completion"] == fields.COMPLETION.keys()
     assert refused["chat"] == fields.CHAT.keys()
+
+
+def test_every_field_is_in_the_docs():
+    page = (paths.ROOT / "docs" / "serving.md").read_text()
+    table = page.partition("## Settings of an answer")[2].partition("\n## ")[0]
+    for name in fields.COMPLETION.keys() | fields.CHAT.keys():
+        assert f"`{name}`" in table, name
