@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from hunyuan_jax.infer.request import Output, Request, Stats
 
@@ -123,17 +123,24 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             self._engine.warm_up()
-            self._loop.call_soon_threadsafe(self._set_ready)
+            self._tell(self._set_ready)
             while not self._is_closing.is_set():
                 if self._engine.wait(_IDLE_SECONDS):
                     outputs = self._engine.step()
                     if outputs:
                         now = time.perf_counter()
-                        self._loop.call_soon_threadsafe(self._deliver, outputs, now)
+                        self._tell(self._deliver, outputs, now)
         except Exception:
             traceback.print_exc(file=sys.stderr)
+            self._tell(self._fail)
+
+    def _tell(self, function: Callable[..., None], *values: Any) -> None:
+        """Calls a function on the event loop, unless that has ended without waiting for us."""
+        try:
+            self._loop.call_soon_threadsafe(function, *values)
+        except RuntimeError:
             if not self._is_closing.is_set():
-                self._loop.call_soon_threadsafe(self._fail)
+                raise
 
     def _set_ready(self) -> None:
         self.is_ready = True
