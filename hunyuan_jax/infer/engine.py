@@ -36,9 +36,9 @@ from hunyuan_jax.parallel.mesh import device_kind
 # them flow and a new request is soon served.
 _MAX_STEPS = 32
 _CALL_SECONDS = 0.05
-# Tokens of a page, of a small and of a large piece of a prompt.
-_CPU_SIZES = (64, 64, 256)
-_SIZES = (128, 256, 1024)
+# Tokens of a page, and of a small piece of a prompt.
+_CPU_SIZES = (64, 64)
+_SIZES = (128, 256)
 # Small pieces of prompts in a call.
 _MOST_PIECES = 4
 # Of the memory of a device, or of the machine for CPU devices, the share that pages take at most.
@@ -47,16 +47,20 @@ _MEMORY_SHARE_OTHERWISE = 0.4
 
 
 class Engine:
-    """Serves requests with one model.  Which calls are for which threads: infer/request.py."""
+    """Serves requests with one model.  Which calls are for which threads: infer/request.py.
+
+    scheduler, runner: who plans steps, and who runs them.
+    """
 
     def __init__(self, graph_def: nnx.GraphDef, params: dict[str, Any], limits: Limits):
         model = nnx.merge(graph_def, params)
         cfg, mesh = model.cfg, model.mesh
         self.limits = limits
         self.max_context = min(limits.max_context or cfg.max_position, cfg.max_position)
-        page_size, small, large = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
-        page_size = limits.page_size or page_size
-        small, large = (-(-size // page_size) * page_size for size in (small, large))
+        page_size, chunk_size = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
+        page_size, chunk_size = limits.page_size or page_size, limits.chunk_size or chunk_size
+        small = -(-chunk_size // page_size) * page_size
+        large = 4 * small
         most = min(_MOST_PIECES, limits.max_rows)
         if limits.invariant:
             large, most = small, 1
@@ -76,8 +80,8 @@ class Engine:
                 f"{self.max_context}; use at least {of_one}."
             )
         pools = [Pages(num_pages) for _ in range(num_pools)]
-        self._scheduler = Scheduler(pools, shapes, limits.invariant)
-        self._runner = Runner(
+        self.scheduler = Scheduler(pools, shapes, limits.invariant)
+        self.runner = Runner(
             graph_def,
             params,
             num_lanes,
@@ -99,7 +103,7 @@ class Engine:
         self._clock = _Clock()
         self._compilations = _Compilations()
         self._vocab_size = cfg.vocab_size
-        self._scheduler.max_steps = 1
+        self.scheduler.max_steps = 1
 
     # -- for any thread -------------------------------------------------------
 
@@ -127,7 +131,7 @@ class Engine:
         with self._lock:
             if request.id in self._choices:
                 raise ConfigError(f"id = {request.id!r} is in use; choose another.")
-            num_waiting = len(self._arrived) + len(self._scheduler.waiting)
+            num_waiting = len(self._arrived) + len(self.scheduler.waiting)
             if num_waiting + request.n > self.limits.max_queue:
                 raise QueueFull(
                     f"{num_waiting} choices wait, max_queue = {self.limits.max_queue}; try again "
@@ -155,7 +159,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What the engine holds and has done."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         pools = scheduler.pools
         return Stats(
             running=len(scheduler.running),
@@ -176,23 +180,23 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program, in threads; a compilation after it is counted."""
-        shapes = self._runner.shapes()
+        shapes = self.runner.shapes()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda shape: self._runner.program(*shape), shapes))
+            list(pool.map(lambda shape: self.runner.program(*shape), shapes))
         self._compilations.start()
 
     def step(self) -> list[Output]:
         """Starts the next step, then waits for the one before; what that one has brought."""
         outputs = self._take_in()
-        plan = self._scheduler.plan()
+        plan = self.scheduler.plan()
         if plan is not None:
-            start, dispatched = time.perf_counter(), self._runner.dispatch(plan)
-            results = self._reader.submit(self._runner.read, dispatched)
+            start, dispatched = time.perf_counter(), self.runner.dispatch(plan)
+            results = self._reader.submit(self.runner.read, dispatched)
             self._under_way.append((plan, start, results))
         if len(self._under_way) > (plan is not None):
             outputs += self._take_out(*self._under_way.popleft())
         if not self._under_way:
-            self._scheduler.settle()
+            self.scheduler.settle()
         with self._lock:
             for output in outputs:
                 if output.finish_reason is not None:
@@ -210,21 +214,21 @@ class Engine:
             self._arrived.clear()
             self._aborted.clear()
         for choice in arrived:
-            self._scheduler.add(choice)
+            self.scheduler.add(choice)
         outputs = []
         for request_id, number in aborted:
             for choice in self._choices.get(request_id, ()):
                 if number in (None, choice.number):
-                    outputs.append(self._scheduler.abort(choice))
+                    outputs.append(self.scheduler.abort(choice))
         return [output for output in outputs if output is not None]
 
     def _take_out(self, plan: Plan, start: float, results: Future) -> list[Output]:
         of_chunks, of_rows, end = results.result()
         seconds = self._clock.took(start, end)
-        is_full = not plan.chunks and plan.num_steps == self._scheduler.max_steps
+        is_full = not plan.chunks and plan.num_steps == self.scheduler.max_steps
         if is_full and seconds < _CALL_SECONDS:
-            self._scheduler.max_steps = min(2 * plan.num_steps, _MAX_STEPS)
-        return self._scheduler.update(plan, of_chunks, of_rows)
+            self.scheduler.max_steps = min(2 * plan.num_steps, _MAX_STEPS)
+        return self.scheduler.update(plan, of_chunks, of_rows)
 
     # -- for whoever wants answers only ---------------------------------------
 

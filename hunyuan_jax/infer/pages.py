@@ -53,6 +53,11 @@ class Pages:
         return sum(num > 0 for num in self._num_users)
 
     @property
+    def unused(self) -> list[int]:
+        """The pages that can be taken now, and page 0."""
+        return [page for page, num in enumerate(self._num_users) if not num]
+
+    @property
     def has_leaving(self) -> bool:
         """Whether pages wait in `release`."""
         return bool(self._leaving)

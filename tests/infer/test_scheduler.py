@@ -163,9 +163,11 @@ def scheduled(num_pages=40, shapes=SHAPES, **options):
 
 def finish(scheduler, device):
     outputs = []
-    while (plan := scheduler.plan()) is not None:
-        outputs += scheduler.update(plan, *device.run(plan))
-    scheduler.settle()
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        if plan is not None:
+            outputs += scheduler.update(plan, *device.run(plan))
+        scheduler.settle()
     return outputs
 
 
