@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import glob
 import gzip
 import io
@@ -178,7 +179,9 @@ def find_files(source: str, option: str) -> list[Span]:
     """Returns the files of a source, sorted by name.
 
     A source is "stdlib", or a folder, file or glob of text, local or an fsspec URL (gs://...).
-    Hidden files and folders are skipped unless the source names them.
+    Hidden files and folders are skipped unless the source names them.  Links are followed, and a
+    file that is found by several paths is listed once: by a path without links if there is one,
+    else by the shortest.
 
     Args:
       source: see above.
@@ -192,7 +195,7 @@ def find_files(source: str, option: str) -> list[Span]:
         root = sysconfig.get_path("stdlib")
         found = [
             (Path(path).relative_to(root).as_posix(), path)
-            for path in _walk(root, _STDLIB_SKIPPED)
+            for path in _walk(root, _STDLIB_SKIPPED, follow_links=False)
             if path.endswith(".py")
         ]
     else:
@@ -282,17 +285,55 @@ def _kind(path: str) -> str | None:
 def _find_local(path: str) -> list[tuple[str, str]]:
     """Returns (name relative to the source's root, path) of a file, folder or glob."""
     if os.path.isfile(path):
-        root, paths = os.path.dirname(path), [path]
-    elif os.path.isdir(path):
-        root, paths = path, list(_walk(path, _FOLDER_SKIPPED))
-    else:
-        root, paths = (
-            _glob_root(path),
-            [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)],
-        )
-    return [(Path(path).relative_to(root).as_posix(), path) for path in paths] or (
-        [("", path)] if os.path.isdir(path) else []
+        return [(os.path.basename(path), path)]
+    if os.path.isdir(path):
+        found = _once(path, _walk(path, _FOLDER_SKIPPED, follow_links=True))
+        return found or [("", path)]
+    root = _glob_root(path)
+    matches = _glob_all(root, path) if "**" in path.split("/") else glob.iglob(path)
+    return _once(root, (match for match in matches if not os.path.isdir(match)))
+
+
+def _glob_all(root: str, pattern: str) -> Iterator[str]:
+    """As `glob.iglob(pattern, recursive=True)`, which enters loops of links until the system
+    stops it.
+    """
+    patterns = os.path.relpath(pattern, root or ".").split("/")
+    skipped = () if any(piece.startswith(".") for piece in patterns) else _FOLDER_SKIPPED
+    for path in _walk(root or ".", skipped, follow_links=True):
+        if _is_match(os.path.relpath(path, root or ".").split("/"), patterns):
+            yield path if root else os.path.relpath(path)
+
+
+def _is_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path matches a pattern with "**" for any number of folders, piece by piece."""
+    if not patterns:
+        return not names
+    is_hidden = bool(names) and names[0].startswith(".")
+    if patterns[0] == "**":
+        enters = bool(names) and not is_hidden and _is_match(names[1:], patterns)
+        return enters or _is_match(names, patterns[1:])
+    return (
+        bool(names)
+        and fnmatch.fnmatchcase(names[0], patterns[0])
+        and (not is_hidden or patterns[0].startswith("."))
+        and _is_match(names[1:], patterns[1:])
     )
+
+
+def _once(root: str, paths: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns (name relative to `root`, path), each file by one of its paths."""
+    real_root, found = os.path.realpath(root), {}
+    real_folder = functools.cache(os.path.realpath)
+    for path in paths:
+        folder, name = os.path.split(path)
+        is_link = os.path.islink(path)
+        real = os.path.realpath(path) if is_link else os.path.join(real_folder(folder), name)
+        name = Path(path).relative_to(root).as_posix()
+        key = (real != os.path.join(real_root, name), is_link, name.count("/"), name)
+        if real not in found or key < found[real][0]:
+            found[real] = (key, name, path)
+    return [(name, path) for _, name, path in found.values()]
 
 
 def _find_remote(source: str, option: str) -> list[tuple[str, str]]:
@@ -317,16 +358,36 @@ def _fsspec():
     return fsspec.core
 
 
-def _walk(root: str, skipped: Sequence[str]) -> Iterator[str]:
+def _walk(root: str, skipped: Sequence[str], follow_links: bool) -> Iterator[str]:
     """Yields the paths of the files under `root`.
 
-    Folders and files whose name matches a pattern in `skipped` are left out.
+    Folders and files whose name matches a pattern in `skipped` are left out, and links to a folder
+    that they are in.
     """
-    for folder, folder_names, file_names in os.walk(root):
-        folder_names[:] = [name for name in folder_names if not _matches_any(name, skipped)]
-        yield from (
-            os.path.join(folder, name) for name in file_names if not _matches_any(name, skipped)
-        )
+    root = root.rstrip("/") or "/"
+    for folder, folder_names, file_names in os.walk(root, followlinks=follow_links):
+        folder_names[:] = [
+            name
+            for name in folder_names
+            if not _matches_any(name, skipped)
+            and not (follow_links and _is_loop(root, os.path.join(folder, name)))
+        ]
+        for name in file_names:
+            path = os.path.join(folder, name)
+            if not _matches_any(name, skipped) and (os.path.isfile(path) or os.path.islink(path)):
+                yield path  # a link to nothing too: it is reported when it is read
+
+
+def _is_loop(root: str, path: str) -> bool:
+    """Whether `path` is a link to one of the folders between it and `root`, or to `root`."""
+    if not os.path.islink(path):
+        return False
+    real = os.path.realpath(path)
+    while path != root:
+        path = os.path.dirname(path)
+        if os.path.realpath(path) == real:
+            return True
+    return False
 
 
 def _matches_any(name: str, patterns: Sequence[str]) -> bool:
@@ -559,16 +620,26 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
             fields = {field.name: field.type for field in table.schema_arrow}
             if text_field not in fields:
                 raise _UnusableError(f"no column {text_field!r}, it has {list(fields)[:5]}")
+            stored = fields[text_field]
+            is_dictionary = pyarrow.types.is_dictionary(stored)
+            held = stored.value_type if is_dictionary else stored
             kinds = (
                 pyarrow.types.is_string,
                 pyarrow.types.is_large_string,
                 pyarrow.types.is_string_view,
+                pyarrow.types.is_binary,
+                pyarrow.types.is_large_binary,
+                pyarrow.types.is_binary_view,
+                pyarrow.types.is_null,  # no row has a text
             )
-            if not any(is_kind(fields[text_field]) for is_kind in kinds):
-                raise _UnusableError(f"column {text_field!r} is {fields[text_field]}, not string")
+            if not any(is_kind(held) for is_kind in kinds):
+                raise _UnusableError(f"column {text_field!r} is {stored}, not string")
             for batch in table.iter_batches(_BATCH_ROWS, columns=[text_field]):
+                column = batch.column(0)
+                if is_dictionary:
+                    column = column.dictionary_decode()
                 # Read as bytes: a string column may hold text that is not UTF-8.
-                for value in batch.column(0).cast(pyarrow.large_binary()):
+                for value in column.cast(pyarrow.large_binary()):
                     where, row = f"{span.name}:{row}", row + 1
                     try:
                         yield Document(where, cut(_text_of(value.as_py())))

@@ -3,6 +3,7 @@ rows counted with their place.
 """
 
 import dataclasses
+import glob
 import gzip
 import itertools
 import json
@@ -109,6 +110,71 @@ def test_file_and_glob_give_names_that_other_files_do_not_change(tmp_path, monke
     assert list(texts("*.txt")) == ["b.txt"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list(texts("~/two")) == ["b.txt"]
+
+
+def test_links_are_followed_once(tmp_path):
+    """By folder and by glob; loops of links end, and links to what is read anyway add nothing."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus / "a/b", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    (corpus / "a/one.txt").write_text("one")
+    (corpus / "a/b/two.txt").write_text("two")
+    (elsewhere / "deep/three.txt").write_text("three")
+    (elsewhere / "four.txt").write_text("four")
+    (tmp_path / "five.txt").write_text("five")
+    (corpus / "a/back").symlink_to(corpus)  # a loop
+    (corpus / "a/b/self").symlink_to(".")
+    (corpus / "linked").symlink_to(elsewhere)
+    (elsewhere / "deep/up").symlink_to(elsewhere)
+    (elsewhere / "deep/around").symlink_to(corpus)  # a loop over two links
+    (corpus / "again").symlink_to(corpus / "a/b")  # a second path
+    (corpus / "a/one-again.txt").symlink_to("one.txt")
+    (corpus / "z.txt").symlink_to(tmp_path / "five.txt")
+    (corpus / "a/.hidden").symlink_to(elsewhere)
+    expected = {
+        "a/b/two.txt": "two",
+        "a/one.txt": "one",
+        "linked/deep/three.txt": "three",
+        "linked/four.txt": "four",
+        "z.txt": "five",
+    }
+    for where in ("", "**", "**/*.txt", "**/*"):
+        assert texts(corpus / where) == expected, where
+    assert texts(corpus / "l*d/**/*.txt") == {
+        "linked/deep/three.txt": "three",
+        "linked/four.txt": "four",
+    }
+    assert list(texts(corpus / "linked")) == [
+        "deep/around/a/one.txt",
+        "deep/around/again/two.txt",
+        "deep/around/z.txt",
+        "deep/three.txt",
+        "four.txt",
+    ]
+    (tmp_path / "link").symlink_to(corpus)
+    assert texts(tmp_path / "link") == texts(f"{tmp_path}/link/") == expected
+    os.mkfifo(corpus / "pipe.txt")  # would be waited for
+    (corpus / "gone.txt").symlink_to(tmp_path / "absent")
+    for where in ("", "**", "**/*"):
+        found, bad = read_all(corpus / where)
+        assert dict(found) == expected, where
+        assert [name for name, _ in bad] == ["gone.txt"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "**", "**/*.txt", "*/**/*", "**/b/*", "a/**/b/**", ".*/**", "**/.h/*", "[ab]/**/?.txt"],
+)
+def test_a_glob_without_links_is_that_of_python(tmp_path, monkeypatch, pattern):
+    for name in ("x.txt", "a/x.txt", "a/b/x.txt", "b/a/b/yy.txt", ".h/x.txt", "a/.h/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    matches = glob.glob(pattern, root_dir=tmp_path, recursive=True)
+    expected = sorted(name for name in matches if (tmp_path / name).is_file())
+    root = {"a/**/b/**": "a/"}.get(pattern, "")
+    assert [root + name for name in texts(tmp_path / pattern)] == expected
+    monkeypatch.chdir(tmp_path)
+    assert [root + name for name in texts(pattern)] == expected
 
 
 def test_urls_are_read_through_fsspec():
@@ -234,6 +300,27 @@ def test_text_field_chooses_field_and_column(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "body": "b"}')
     parquet.write_table(pyarrow.table({"text": ["a"], "body": ["b"]}), tmp_path / "table.parquet")
     assert list(texts(tmp_path, text_field="body").values()) == ["b", "b"]
+
+
+def test_a_column_of_text_may_be_stored_in_any_way(tmp_path):
+    rows = ["first", None, "thïrd", "first"]
+    kinds = {
+        "a": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "b": pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+        "c": pyarrow.binary(),
+        "d": pyarrow.large_string(),
+    }
+    for name, kind in kinds.items():
+        table = pyarrow.table({"text": pyarrow.array(rows).cast(kind)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    empty = pyarrow.table({"text": pyarrow.array([None, None])})
+    parquet.write_table(empty, tmp_path / "e.parquet")
+    documents, bad = read_all(tmp_path)
+    assert documents == [
+        (f"{name}.parquet:{row}", rows[row - 1]) for name in kinds for row in (1, 3, 4)
+    ]
+    places = [*((name, 2) for name in kinds), ("e", 1), ("e", 2)]
+    assert bad == [(f"{name}.parquet:{row}", "empty") for name, row in places]
 
 
 BAD_ROWS = [
