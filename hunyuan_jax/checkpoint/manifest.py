@@ -24,6 +24,16 @@ FORMAT = 2  # of new checkpoints; those without a format have format 1, see stor
 # whatever decides the order of the batches.
 _FIXED_SECTIONS = ("model", "data", "objective")
 _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
+# Fields of those sections that change neither a number nor its meaning.  Text and tokens are
+# compared by what they hold (`position["corpus"]`), wherever they lie.
+FREE_FIELDS = {
+    "model.kernels",
+    "model.remat",
+    "data.max_bad_fraction",
+    "data.source",
+    "data.text_field",
+    "data.tokenizer",
+}
 
 _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
 _NUM_THREADS = 4  # for reading and hashing files; hashing releases the GIL
@@ -45,6 +55,7 @@ def facts(
     config_hash: of the whole config.
     fixed: the fields that may not change, see `fixed_fields`.
     state_dtype: config.optimizer.state_dtype.
+    schedule, num_steps: config.schedule and config.train.num_steps, which plan the learning rate.
     versions: package -> version.
     mesh: axis -> size.
     position: of the data.
@@ -58,6 +69,8 @@ def facts(
                 "config_hash": _digest_of(values),
                 "fixed": fixed_fields(values),
                 "state_dtype": config.optimizer.state_dtype,
+                "schedule": values["schedule"],
+                "num_steps": config.train.num_steps,
                 "versions": _versions(),
                 "mesh": dict(mesh_shape),
                 "position": position,
@@ -85,7 +98,10 @@ def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
         name: value
         for section in _FIXED_SECTIONS
         for name, value in flat_fields(values.get(section, {}), f"{section}.")
+        if name not in FREE_FIELDS
     }
+    if sources := found.get("data.sources"):
+        found["data.sources"] = [source["name"] for source in sources]
     return found | {
         f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS
     }
@@ -101,7 +117,11 @@ def require_same_run(old: dict[str, Any], config: Config, where: str) -> None:
     """
     new = json.loads(json.dumps(fixed_fields(to_dict(config))))
     # A field that is younger than the run has its default.
-    known = {name: value for name, value in old.items() if value is not None}
+    known = {
+        name: value for name, value in old.items() if value is not None and name not in FREE_FIELDS
+    }
+    if sources := known.get("data.sources"):  # with their paths, in earlier versions
+        known["data.sources"] = [s["name"] if isinstance(s, dict) else s for s in sources]
     old = json.loads(json.dumps({**{n: v for n, v in defaults().items() if n in new}, **known}))
     for name in {**new, **old}:
         if old.get(name) != new.get(name):

@@ -36,6 +36,7 @@ from hunyuan_jax import malloc
 from hunyuan_jax.checkpoint import manifest as manifest_lib
 from hunyuan_jax.checkpoint.manifest import Facts
 from hunyuan_jax.checkpoint.mirror import Mirror
+from hunyuan_jax.checkpoint.owner import owner_id
 from hunyuan_jax.config import CheckpointConfig, Config, from_config_dict, to_dict
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object, write_whole
@@ -171,15 +172,21 @@ class Store:
     def newest_good(self, items: Collection[str] = ITEMS) -> tuple[int, Facts]:
         """Returns (step, facts) of the newest local checkpoint whose `items` are not damaged.
 
-        It changes nothing, and does not read the files of other items.
+        It changes nothing, and does not read the files of other items.  A step that its run
+        deletes meanwhile is not damaged: there are newer ones then.
 
         Raises:
           ConfigError: there is none, or it was written by a later version.
         """
-        for step in reversed(steps(self._folder)):
+        pending = steps(self._folder)
+        while pending:
+            step = pending.pop()
             facts, wrong = self._verified(step, items)
             if not wrong:
                 return step, facts
+            if not self.has(step):
+                pending = steps(self._folder)
+                continue
             self._report(
                 f"warning: checkpoint {step} of {self._folder} is damaged: {wrong}. The one "
                 "before is tried."
@@ -188,6 +195,12 @@ class Store:
             f"{self._folder.parent} holds no finished checkpoint yet; train until "
             f"config.checkpoint.every = {self._cfg.every} steps."
         )
+
+    def has(self, step: int) -> bool:
+        """Whether a step is there.  What was read of it before is whole: a step is renamed before
+        its files are deleted.
+        """
+        return (self._folder / str(step)).is_dir()
 
     def restore(self, step: int, targets: Items, *, is_partial: bool = False) -> Items:
         """Returns the items of a committed step that `targets` names; reads no others.
@@ -473,18 +486,24 @@ def finished_steps(folder: Path) -> dict[int, Facts]:
     return found
 
 
-def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
-    """Writes config.json, after checking that the workdir's checkpoints are of the same run.
-
-    Raises:
-      ConfigError: the workdir has checkpoints of a run with another model, data or batch order
-        (the message names the first field), or it cannot be written to.
+def require_same_run(workdir: str | os.PathLike, config: Config) -> None:
+    """Raises ConfigError if the workdir's checkpoints are of a run with another model, data or
+    batch order; the message names the first field.
     """
     path = Path(workdir) / "config.json"
     if path.is_file() and steps(_folder(workdir)):
         manifest_lib.require_same_run(
             manifest_lib.fixed_fields(_read_json(path)), config, f"{workdir} holds checkpoints"
         )
+
+
+def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
+    """Writes config.json.
+
+    Raises:
+      ConfigError: it cannot be written to.
+    """
+    path = Path(workdir) / "config.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
@@ -496,12 +515,13 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
 
 
 def describe_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
-    """Returns config.json and the committed steps as this process sees them.
+    """Returns the owner, config.json and the committed steps as this process sees them.
 
     The processes of a run compare it.
     """
     path = Path(workdir) / "config.json"
     return {
+        "owner": owner_id(workdir),
         "config": path.read_text(encoding="utf-8") if path.is_file() else None,
         "checkpoints": steps(_folder(workdir)),
     }

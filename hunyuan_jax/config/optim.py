@@ -58,6 +58,8 @@ class ScheduleConfig(Section):
 
     name: ScheduleName = "three_phase"
     """three_phase: warmup, long decay, annealing; or one cosine down to `min_lr`."""
+    num_steps: int = 0
+    """Steps that the learning rate is planned for; then it stays; 0 = `train.num_steps`."""
     peak_lr: float = 3e-4
     """Learning rate after warmup."""
     warmup_steps: int = 100
@@ -74,6 +76,11 @@ class ScheduleConfig(Section):
     def check(self) -> None:
         """Raises ConfigError if the fields break a rule."""
         require(self.peak_lr > 0, f"config.schedule.peak_lr = {self.peak_lr} must be positive.")
+        require(
+            self.num_steps >= 0,
+            f"config.schedule.num_steps = {self.num_steps} must not be negative; 0 is "
+            "config.train.num_steps.",
+        )
         require(
             self.warmup_steps >= 0,
             f"config.schedule.warmup_steps = {self.warmup_steps} must not be negative; 0 starts "

@@ -47,10 +47,13 @@ class Config(Section):
             f"config.train.seq_len = {train.seq_len} is above config.model.max_position = "
             f"{self.model.max_position}.",
         )
+        planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
+        if self.schedule.num_steps:
+            name = "schedule.num_steps"
         require(
-            self.schedule.warmup_steps <= train.num_steps,
+            self.schedule.warmup_steps <= planned,
             f"config.schedule.warmup_steps = {self.schedule.warmup_steps} must be at most "
-            f"config.train.num_steps = {train.num_steps}.",
+            f"config.{name} = {planned}.",
         )
         if self.model.is_moe and moe.group_size:
             tokens = train.batch_size // train.grad_accum_steps * train.seq_len

@@ -22,8 +22,10 @@ def build_schedule(cfg: ScheduleConfig, num_steps: int) -> optax.Schedule:
     warm-up from 0, so step 0 changes nothing, then a cosine from the peak to the absolute
     `min_lr`, which it would reach at step `num_steps`.
 
-    Steps after the run keep the final value of the last phase.
+    A run is `cfg.num_steps` long, or `num_steps` if that is 0.  Steps after it keep the final
+    value of the last phase.
     """
+    num_steps = cfg.num_steps or num_steps
     # float32 represents every step below 2**24 exactly.  Integer steps would need promotions that
     # strict mode refuses.
     if cfg.name == "cosine_with_min_lr":

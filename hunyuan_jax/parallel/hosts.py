@@ -136,16 +136,16 @@ def require_same(**values: Any) -> None:
             )
 
 
-def reached_stop(step: int, received: bool) -> bool:
-    """Whether to save and stop after `step`; call it once a step.
+def reached_stop(call: int, received: bool) -> bool:
+    """Whether to save and stop now; `call` counts the calls, alike in all processes.
 
     A single process stops as soon as it has `received` a signal.  With several, jax passes a
-    SIGTERM of one process to all and picks the first step that none of them has passed.  A check
+    SIGTERM of one process to all and picks the first call that none of them has passed.  A check
     takes microseconds and waits for nobody until there is a signal; a collective would make the
     hosts wait for each other in every step.
     """
     return (
         received
         if jax.process_count() == 1
-        else multihost_utils.reached_preemption_sync_point(step)
+        else multihost_utils.reached_preemption_sync_point(call)
     )

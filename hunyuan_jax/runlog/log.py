@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from hunyuan_jax.config import Config
+from hunyuan_jax.files import write_whole
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.progress import ProgressBar
 from hunyuan_jax.runlog.goodput import PRODUCTIVE, Goodput
@@ -117,7 +118,7 @@ class Log:
         self._is_compiled = False
         if hosts.is_first():
             text = json.dumps(_environment(mesh), indent=2)
-            (self._workdir / "environment.json").write_text(text + "\n", encoding="utf-8")
+            write_whole(self._workdir / "environment.json", f"{text}\n".encode())
 
     @contextlib.contextmanager
     def time(self, cause: str) -> Iterator[None]:
@@ -205,9 +206,9 @@ class Log:
         self._flush()
         seconds = self._training_seconds / (step - self._logged_step)
         row = {
-            "loss": _finite(metrics["loss"]),
+            "loss": float(metrics["loss"]),
             "learning_rate": float(self._schedule(metrics["num_updates"])),
-            "grad_norm": _finite(metrics["grad_norm"]),
+            "grad_norm": float(metrics["grad_norm"]),
             "skipped_steps": int(metrics["num_skipped"]),
             "seconds_per_step": seconds,
             "tokens_per_second": self._work.tokens_per_step / seconds,
@@ -221,9 +222,7 @@ class Log:
             if total > 0
         }
         row |= {
-            name: _finite(value)
-            for name, value in metrics.items()
-            if name.startswith("objective/")
+            name: float(value) for name, value in metrics.items() if name.startswith("objective/")
         }
         self._write(
             step,
@@ -266,11 +265,6 @@ class Log:
     def _write(self, step: int, row: dict[str, Any]) -> None:
         if self._writer:
             self._writer.write(step, row)
-
-
-def _finite(x: np.ndarray) -> float | None:
-    """Returns the number, or None if it is not finite: JSON has no such numbers."""
-    return float(x) if np.isfinite(x) else None
 
 
 def _describe(work: Work, mesh: jax.sharding.Mesh) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import uuid
 from pathlib import Path
@@ -27,7 +28,7 @@ class MetricsWriter:
 
         path = Path(workdir) / FILE
         kept = [
-            json.dumps(row) + "\n"
+            json.dumps(_finite(row), allow_nan=False) + "\n"
             for row in read_objects(path)
             if isinstance(row.get("step"), int) and row["step"] <= first_step
         ]
@@ -41,8 +42,9 @@ class MetricsWriter:
         self._wandb = _start_wandb(Path(workdir), config) if config.train.wandb_project else None
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes scalars and (JSON only) lists."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Writes scalars and (JSON only) lists; a number that is not finite is written as null."""
+        metrics = _finite(metrics)
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         scalars = {
             name: value for name, value in metrics.items() if isinstance(value, int | float)
@@ -59,6 +61,15 @@ class MetricsWriter:
         self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_wandb(project: str) -> None:

@@ -14,13 +14,24 @@ def evaluate(
     eval_step: Callable[[Any, Any], Mapping[str, jax.Array]],
     params: Any,
     batches: Iterable[Any],
-) -> dict[str, float]:
-    """Returns the row of metrics.jsonl for one validation.
+    is_stopping: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Returns the row of metrics.jsonl for one validation; None if the run is to stop.
 
-    It is `objective.summary` of the sums over all batches.
+    It is `objective.summary` of the sums over all batches.  `is_stopping` is asked between
+    batches, of which two are on the devices: the next one is dispatched before one is read.
     """
     totals: Counter[str] = Counter()
-    for sums in [eval_step(params, batch) for batch in batches]:  # dispatched before any is read
-        for name, value in sums.items():
-            totals[name] += float(value)
+    pending = None
+    for batch in batches:
+        if is_stopping():
+            return None
+        sums, pending = pending, eval_step(params, batch)
+        _add(totals, sums)
+    _add(totals, pending)
     return objective.summary(totals)
+
+
+def _add(totals: Counter[str], sums: Mapping[str, jax.Array] | None) -> None:
+    for name, value in (sums or {}).items():
+        totals[name] += float(value)

@@ -9,20 +9,29 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
 from hunyuan_jax import malloc
 from hunyuan_jax.checkpoint import manifest
-from hunyuan_jax.checkpoint.store import Store, claim_workdir, describe_workdir
-from hunyuan_jax.config import Config, to_dict
+from hunyuan_jax.checkpoint.owner import owned
+from hunyuan_jax.checkpoint.store import (
+    Store,
+    claim_workdir,
+    describe_workdir,
+    require_same_run,
+)
+from hunyuan_jax.config import Config, ScheduleConfig, from_dict, to_dict
 from hunyuan_jax.data.stream import BatchIterator, DataStream, read_ahead
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
 from hunyuan_jax.model.count import count
-from hunyuan_jax.parallel import hosts
+from hunyuan_jax.optim.schedule import build_schedule
+from hunyuan_jax.parallel import hosts, settings
 from hunyuan_jax.parallel.mesh import join_processes, make_mesh
 from hunyuan_jax.runlog.log import Log, Work
 from hunyuan_jax.runlog.watchdog import Watchdog
@@ -40,6 +49,7 @@ from hunyuan_jax.train.state import (
     convert,
     from_items,
     init_state,
+    not_finite,
     to_items,
     with_state_dtype,
 )
@@ -62,18 +72,45 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
     join_processes()
     process = f"process {jax.process_index()} of {jax.process_count()}"
     stacks = Path(workdir) / f"stacks-{jax.process_index()}.txt"
-    with contextlib.closing(Watchdog(config.train.watchdog_minutes, stacks, process)) as watchdog:
-        trainer = _Trainer(config, workdir, watchdog)
+    with (
+        settings.stated(),
+        _owned_together(workdir) as require_owner,
+        contextlib.closing(Watchdog(config.train.watchdog_minutes, stacks, process)) as watchdog,
+    ):
+        trainer = _Trainer(config, workdir, watchdog, require_owner)
         trainer.start()
         return trainer.train()
+
+
+@contextlib.contextmanager
+def _owned_together(workdir: str | os.PathLike) -> Iterator[Callable[[], None]]:
+    """As `owned`, by process 0 for all."""
+    with contextlib.ExitStack() as stack:
+        require_owner = _nothing
+        with hosts.fail_together():
+            if hosts.is_first():
+                report = functools.partial(print, file=sys.stderr, flush=True)
+                require_owner = stack.enter_context(owned(workdir, report))
+        yield require_owner
+
+
+def _nothing() -> None:
+    """The other processes have nothing to look at."""
 
 
 class _Trainer:
     """One process of a run: its text, checkpoints, log and train state."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, watchdog: Watchdog):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        watchdog: Watchdog,
+        require_owner: Callable[[], None],
+    ):
         """Checks what can fail quickly before anything slow: the mesh, the text, the workdir."""
         self._config, self._workdir, self._watchdog = config, workdir, watchdog
+        self._require_owner = require_owner
         self._log = Log(config, workdir)
         self._program = program = build_program(config, make_mesh(config.mesh))
         self._train_step = step_lib.make_train_step(program)
@@ -105,7 +142,7 @@ class _Trainer:
                 )
             stream = self._program.objective.open_stream(tokenizer)
             if hosts.is_first():
-                claim_workdir(self._workdir, config)
+                require_same_run(self._workdir, config)
             return stream, read_ahead(stream, self._rows)
 
     # --- Start-up
@@ -126,10 +163,13 @@ class _Trainer:
         else:
             self._first_step, self._state, facts = restored
         self._watchdog.finished(self._first_step)
+        self._require_finite(facts is not None)
         with hosts.fail_together():
             if facts:
                 self._batches.set_state(facts["position"]["batches"])
             self._validation = self._stream.validation(self._config.train.eval_batches, self._rows)
+            if hosts.is_first():
+                claim_workdir(self._workdir, self._config)
             self._log.open(
                 self._first_step,
                 self._program.mesh,
@@ -142,6 +182,11 @@ class _Trainer:
                 f"step {self._first_step} was made with {changed}: the losses from here may "
                 "differ in their last bits."
             )
+        if facts and (line := self._changed_rate(facts)):
+            self._log.print(line)
+        self._num_looks, self._is_stopping = 0, False
+        # A signal has ended the validation of the step that was saved then.
+        self._owes_validation = bool(facts) and facts["validation_loss"] is None
         self._skipped = SkippedSteps(self._config, self._documents_of, self._log.print)
         self._saves = _Saves(self._config)
 
@@ -185,6 +230,42 @@ class _Trainer:
                     )
             return init_state(self._program, weights)
 
+    def _require_finite(self, is_restored: bool) -> None:
+        init_from = self._config.train.init_from
+        if not is_restored and not init_from:
+            return
+        if names := not_finite(self._state.params):
+            where = (
+                f"the checkpoint of step {self._first_step} in {self._workdir}"
+                if is_restored
+                else f"config.train.init_from = {init_from!r}"
+            )
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(
+                f"{where} holds values that are not finite, in {', '.join(names[:3])}{more}; "
+                "every step would be skipped. Start from other weights."
+            )
+
+    def _changed_rate(self, facts: manifest.Facts) -> str:
+        """Returns a line if the learning rate of the next step is not the one that was planned
+        when the checkpoint was saved, else "".
+        """
+        if "schedule" not in facts:
+            return ""  # an earlier version saved it
+        step, config = int(self._state.guard.num_accepted), self._config
+        before = build_schedule(from_dict(ScheduleConfig, facts["schedule"]), facts["num_steps"])
+        planned, now = float(before(step)), float(self._program.schedule(step))
+        if math.isclose(planned, now, rel_tol=1e-6):
+            return ""
+        length = facts["schedule"]["num_steps"] or facts["num_steps"]
+        return (
+            f"the learning rate of the next step is {now:.4g}; the plan of the checkpoint (step "
+            f"{self._first_step}, planned for {length} steps) had {planned:.4g}. config.schedule "
+            f"is planned anew over {config.schedule.num_steps or config.train.num_steps} steps. "
+            "To keep the old plan, whose last learning rate then stays, stop now, set "
+            f"config.schedule.num_steps = {length}, and change nothing else of it."
+        )
+
     def _changed_versions(self, facts: manifest.Facts) -> str:
         """Returns the versions that a checkpoint was made with and that differ now, as text."""
         today = manifest.facts(self._config, self._program.mesh.shape, {}, None)["versions"]
@@ -216,7 +297,8 @@ class _Trainer:
             stop_lib.closing_store(self._store, self._watchdog),
             stop_lib.stop_signals() as signals,
         ):
-            if self._first_step >= num_steps:
+            owes = self._owes_validation and self._is_validated(self._first_step)
+            if self._first_step >= num_steps and not owes:
                 self._log.print(
                     f"{self._workdir} is at step {self._first_step} of {num_steps} already; raise "
                     "config.train.num_steps to go on."
@@ -225,6 +307,8 @@ class _Trainer:
             self._log.start(
                 self._first_step, int(self._state.guard.num_skipped), self._program.mesh
             )
+            if owes:
+                self._evaluate(self._first_step, signals)
             for step in range(self._first_step + 1, num_steps + 1):
                 if self._run_step(step, signals):
                     # Another process may have received the signal.
@@ -257,12 +341,13 @@ class _Trainer:
         metrics = self._update(step)
         is_logged = self._log.step(step, metrics)
         self._skipped.add(step, metrics)
-        validation_loss = self._evaluate(step)
+        validation_loss = self._evaluate(step, signals)
         # Read once: a signal that arrives while saving waits for the next step.
-        is_stopping = hosts.reached_stop(step, bool(signals))
+        is_stopping = self._looks_for_stop(signals)
         is_saving = self._is_saving(step, is_logged, validation_loss) or is_stopping
         if is_logged or is_saving:
             with hosts.fail_together():
+                self._require_owner()
                 self._skipped.report()
                 self._store.check()
                 if is_saving:
@@ -284,11 +369,24 @@ class _Trainer:
             self._state, metrics = self._train_step(self._state, self._to_devices(batch))
         return metrics
 
-    def _evaluate(self, step: int) -> float | None:
-        """Returns the validation loss if it is due after `step` and finite, else None."""
+    def _is_validated(self, step: int) -> bool:
         train = self._config.train
         is_due = step % train.eval_every == 0 or step == train.num_steps
-        if not (self._validation and is_due):
+        return bool(self._validation) and is_due
+
+    def _looks_for_stop(self, signals: list[signal.Signals]) -> bool:
+        """Whether a process has received a signal; all processes call it equally often."""
+        if not self._is_stopping:
+            self._num_looks += 1
+            self._is_stopping = hosts.reached_stop(self._num_looks, bool(signals))
+        return self._is_stopping
+
+    def _evaluate(self, step: int, signals: list[signal.Signals]) -> float | None:
+        """Returns the validation loss if it is due after `step` and finite, else None.
+
+        A signal ends it between two batches, without a result.
+        """
+        if not self._is_validated(step):
             return None
         with self._log.time("evaluation"), self._watchdog.doing("in validation"):
             found = evaluate(
@@ -296,7 +394,11 @@ class _Trainer:
                 self._eval_step,
                 self._state.params,
                 map(self._to_devices, self._validation),
+                lambda: self._looks_for_stop(signals),
             )
+        if found is None:
+            self._log.print(f"step {step}: validation was stopped by a signal.")
+            return None
         self._log.validation(step, found)
         loss = found["validation_loss"]
         return loss if math.isfinite(loss) else None

@@ -132,6 +132,20 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
     )
 
 
+def not_finite(params: dict[str, Any]) -> list[str]:
+    """Returns the names of the parameters that hold a NaN or an infinity."""
+    leaves = jax.tree.leaves_with_path(params)
+    # Runs once, as `init_state` does.
+    found = jax.jit(
+        lambda arrays: jnp.stack([jnp.isfinite(a.astype(jnp.float32)).all() for a in arrays])
+    )([array for _, array in leaves])
+    return [
+        path_of(path)
+        for (path, _), ok in zip(leaves, jax.device_get(found), strict=True)
+        if not ok
+    ]
+
+
 def abstract_state(program: Program) -> TrainState:
     """Returns the state's shapes, dtypes and shardings, the target of a restore."""
     state = _state_shapes(program.config, program.tx, program.specs)

@@ -92,7 +92,18 @@ class Run:
 
     def _restore(self, target: dict[str, Any]) -> dict[str, Any]:
         with self._store() as store:
-            return store.restore(self._step, {"params": target}, is_partial=True)["params"]
+            while True:
+                failure = None
+                try:
+                    items = store.restore(self._step, {"params": target}, is_partial=True)
+                except Exception as error:  # orbax raises many types
+                    failure = error
+                if store.has(self._step):
+                    if failure:
+                        raise failure
+                    return items["params"]
+                # Its run has deleted it while it was read: there is a newer one.
+                self._step, self._facts = store.newest_good(("params",))
 
     @contextlib.contextmanager
     def _store(self):

@@ -444,6 +444,11 @@ BROKEN = [
         {"schedule__warmup_steps": 201},
         "warmup_steps = 201 must be at most config.train.num_steps = 200",
     ),
+    ({"schedule__num_steps": -1}, "config.schedule.num_steps = -1 must not be negative"),
+    (
+        {"schedule__warmup_steps": 21, "schedule__num_steps": 20},
+        "warmup_steps = 21 must be at most config.schedule.num_steps = 20",
+    ),
     ({"schedule__warmup_steps": -1}, "warmup_steps = -1 must not be negative"),
     ({"schedule__decay_ratio": 1.1}, "config.schedule.decay_ratio = 1.1 must be between 0 and 1"),
     (

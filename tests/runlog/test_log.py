@@ -9,6 +9,7 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import Config, ScheduleConfig, TrainConfig
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.runlog.log import Log, Work
+from hunyuan_jax.runlog.metrics import MetricsWriter
 from pallas_kernels import chips
 
 
@@ -39,3 +40,17 @@ def test_a_row_has_the_objectives_figures_and_the_speed_of_its_work(tmp_path, mo
     assert row["learning_rate"] == 0.5
     assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(64)
     assert row["mfu"] == pytest.approx(50 * row["tokens_per_second"] / 1e6)
+
+
+def test_a_number_that_is_not_finite_is_null_in_every_row(tmp_path):
+    config = Config(presets.tiny())
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n')  # of an earlier version
+    writer = MetricsWriter(tmp_path, 1, config)
+    writer.write(2, {"moe/load": [[0.5, float("nan")]], "validation_loss": float("inf"), "x": 1.0})
+    writer.close()
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # called for NaN and Infinity
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {"step": 1, "loss": None}
+    assert second == {"step": 2, "moe/load": [[0.5, None]], "validation_loss": None, "x": 1.0}

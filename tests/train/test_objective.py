@@ -163,10 +163,24 @@ def test_evaluation_is_over_all_targets():
         "a": {"nats": 30.0, "targets": 10.0, "bytes": 20.0},
         "b": {"nats": 10.0, "targets": 10.0, "bytes": 12.0},
     }
-    found = evaluate(Pretrain(config_for()), lambda _, name: sums[name], None, ["a", "b"])
+    found = evaluate(
+        Pretrain(config_for()), lambda _, name: sums[name], None, ["a", "b"], lambda: False
+    )
     assert found["validation_loss"] == 2.0
     assert found["validation_perplexity"] == pytest.approx(np.exp(2.0))
     assert found["validation_bits_per_byte"] == pytest.approx(40 / np.log(2) / 32)
+
+
+def test_evaluation_looks_between_batches():
+    seen = []
+
+    def eval_step(_, name):
+        seen.append(name)
+        return {"nats": 1.0, "targets": 1.0, "bytes": 1.0}
+
+    stop = lambda: len(seen) == 2  # noqa: E731
+    assert evaluate(Pretrain(config_for()), eval_step, None, "abcdef", stop) is None
+    assert seen == ["a", "b"]
 
 
 def test_a_workdir_keeps_its_objective():

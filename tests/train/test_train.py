@@ -16,12 +16,15 @@ import weakref
 import numpy as np
 import pytest
 
+from hunyuan_jax.checkpoint import manifest
 from hunyuan_jax.checkpoint.store import steps
 from hunyuan_jax.config import (
     CheckpointConfig,
     Config,
     ScheduleConfig,
     TrainConfig,
+    field_names,
+    to_dict,
 )
 from hunyuan_jax.data import loader
 from hunyuan_jax.errors import ConfigError
@@ -199,13 +202,53 @@ def test_it_learns(corpus, tmp_path):
 def test_workdir_of_another_run_is_refused(corpus, finished, change, name):
     before = (finished / "config.json").read_text()
     with pytest.raises(ConfigError, match=name):
-        loop.claim_workdir(finished, change(config_for(corpus)))
+        loop.require_same_run(finished, change(config_for(corpus)))
     assert (finished / "config.json").read_text() == before
 
 
 def test_longer_run_of_the_same_model_is_accepted(corpus, finished):
     loop.claim_workdir(finished, config_for(corpus, num_steps=100))
     assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 100
+
+
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(corpus, finished, capsys):
+    """A run of 6 steps that goes on: planned anew, or with the length of the old plan."""
+    keeping = config_for(corpus, num_steps=7)
+    keeping = dataclasses.replace(
+        keeping, schedule=dataclasses.replace(keeping.schedule, num_steps=6)
+    )
+    kept = shutil.copytree(finished, finished.with_name("kept"))
+    assert loop.run(config_for(corpus, num_steps=8), finished) == 0
+    line = (
+        r"the learning rate of the next step is .* \(step 6, planned for 6 steps\) had 0\.0003\. "
+    )
+    assert re.search(
+        line + r".*anew over 8 steps.*config\.schedule\.num_steps = 6", output(capsys)
+    )
+    assert loop.run(keeping, kept) == 0
+    assert "learning rate of" not in output(capsys)
+    rates = [row["learning_rate"] for row in rows(kept) if "learning_rate" in row]
+    assert rates[-1] == rates[-2] == pytest.approx(3e-4)
+
+
+def output(capsys):
+    return capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_other_kernels_remat_and_place_of_its_text(corpus, finished, tmp_path):
+    config = config_for(shutil.copytree(corpus, tmp_path / "moved"), num_steps=7)
+    model = dataclasses.replace(config.model, remat="full", kernels="xla")
+    assert loop.run(dataclasses.replace(config, model=model), finished) == 0
+    assert max(losses(finished)) == 7
+
+
+def test_every_field_of_the_fixed_sections_is_known():
+    """A new field of them may not change during a run; FREE_FIELDS lists those that may."""
+    named = set(manifest.fixed_fields(to_dict(config_for("x"))))
+    sections = ("model.", "data.", "objective.")
+    all_fields = {name for name in field_names() if name.startswith(sections)}
+    assert all_fields - named == manifest.FREE_FIELDS
+    assert named - all_fields == {"train.batch_size", "train.seq_len", "train.seed"}
 
 
 def test_changed_text_is_refused(corpus, finished):
