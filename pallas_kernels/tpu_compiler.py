@@ -6,8 +6,10 @@ Needs libtpu (pip install 'jax[tpu]').  `cycles.py` reads what a compiled progra
 
 import contextlib
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,20 +51,57 @@ _LARGE_PROGRAM = {
     "xla_tpu_scoped_vmem_limit_kib": str(24 * 1024),
     "xla_tpu_enable_async_all_to_all": "true",
 }
+# The SparseCores gather weights and reduce-scatter gradients while the TensorCores compute.
+# "2d" is for a mesh axis that spans two dims of the torus; with queuing more than one transfer is
+# under way at a time.  tpu7x does all but the queuing by default.
+_WEIGHTS_BY_SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
+}
 # Options of the train step by generation, tried with libtpu 0.0.50.1; docs/log.md has the figures.
 TRAIN_STEP_OPTIONS = {
     "v4": {},  # has 16 MiB of vector memory in all
-    "v5e": _LARGE_PROGRAM,
-    "v5p": _LARGE_PROGRAM,
-    "v6e": _LARGE_PROGRAM,
-    "tpu7x": _LARGE_PROGRAM,
+    "v5e": _LARGE_PROGRAM,  # has no SparseCore
+    "v5p": _LARGE_PROGRAM | _WEIGHTS_BY_SPARSE_CORE,
+    "v6e": _LARGE_PROGRAM | _WEIGHTS_BY_SPARSE_CORE,
+    "tpu7x": _LARGE_PROGRAM | _WEIGHTS_BY_SPARSE_CORE,
 }
 
 
-def train_step_options(device_kind: str) -> dict[str, str]:
-    """Returns the compiler options of the train step on a jax device_kind; none off TPUs."""
-    chip = chips.of_device(device_kind)
-    return TRAIN_STEP_OPTIONS.get(chip.name, {}) if chip else {}
+def train_step_options(device: jax.Device | None) -> dict[str, str]:
+    """Returns the compiler options of the train step on a device; none off TPUs and for None.
+
+    Options change between versions of libtpu: one that the installed version does not know is
+    left out, with a warning.
+    """
+    chip = chips.of_device(device.device_kind) if device else None
+    options = TRAIN_STEP_OPTIONS.get(chip.name, {}) if chip else {}
+    return known_options(device, options) if options else {}
+
+
+def known_options(device: jax.Device, options: Mapping[str, str]) -> dict[str, str]:
+    """Returns those of `options` that the compiler of a device knows; warns about each other."""
+    known = dict(options)
+    nothing = jax.ShapeDtypeStruct((), np.float32, sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x).lower(nothing)
+    while known:
+        try:
+            lowered.compile(compiler_options=known)
+        except jax.errors.JaxRuntimeError as e:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(e))
+            if unknown is None or unknown[1] not in known:
+                raise
+            del known[unknown[1]]
+            warnings.warn(
+                f"this libtpu has no compiler option {unknown[1]}; the program is compiled "
+                "without it, and may wait for transfers that the option hides.",
+                stacklevel=2,
+            )
+        else:
+            break
+    return known
 
 
 def prepare(*, profiles: bool = False) -> None:

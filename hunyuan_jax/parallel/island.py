@@ -68,19 +68,28 @@ def gather_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int)
 
 
 def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
-    """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to a multiple of
-    128 lanes if that adds under 1/32.
+    """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to whole tiles if
+    that adds under 1/32.
 
-    So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.  The
-    gather is then a plain concatenation of tiles; without, the TPU compiler moves the parts
-    against each other in memory (0.8 ms for 6400 x 18304 on v5p, as it estimates).
+    So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.
+
+    * A dim that is gathered gets whole tiles of 128 lanes: the gather is then a plain
+      concatenation of tiles.  Without, the TPU compiler moves the parts against each other in
+      memory (0.8 ms for 6400 x 18304 on v5p, as it estimates).
+    * A dim that is not, beside rows that are, gets an even number of tiles
+      (`xla_workarounds.LANES_BESIDE_GATHERED_ROWS`).
     """
     dim = list(logical).index(tiled)
-    if jax.lax.axis_size(RULES[tiled].storage) > 1:
-        missing = -w.shape[dim] % _LANES
-        if missing * 32 <= w.shape[dim]:
-            pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
-            w = xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
+    if num_stored_shards(tiled) > 1:
+        lanes = _LANES
+    elif num_stored_shards("embed") > 1:
+        lanes = xla_workarounds.LANES_BESIDE_GATHERED_ROWS
+    else:
+        lanes = 1
+    missing = -w.shape[dim] % lanes
+    if 0 < missing * 32 <= w.shape[dim]:
+        pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
+        w = xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
     return gather_param(w, logical, dtype)
 
 

@@ -14,6 +14,11 @@ import jax.numpy as jnp
 # gradient is larger than what libtpu 0.0.50 turns into a reduce-scatter: it all-reduces.
 MAX_LOGITS_BYTES = 2**28
 
+# Columns of a weight whose rows are gathered: an even number of tiles of 128.  With an odd number
+# libtpu 0.0.50 makes the reduce-scatter of its gradient a padded all-reduce on the TensorCore, on
+# v5p, v6e and tpu7x, and computes nothing meanwhile.
+LANES_BESIDE_GATHERED_ROWS = 256
+
 _MAX_GROUPS = 2**30
 
 

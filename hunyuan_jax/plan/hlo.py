@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from hunyuan_jax.plan import hlo_text, replica_groups
 from hunyuan_jax.plan.hlo_text import Module, Op
@@ -84,8 +85,8 @@ class Collective:
     bytes: per device and execution: of the result for an all-gather, else of the operands.
     count: call sites.
     times: executions of each per step.
-    can_overlap: whether compute is scheduled between its start and done, or it is fused with a
-      matrix product.
+    busy, exposed: seconds of a step, over all executions, in which they occupy links, and in which
+      compute waits for them; see timeline.py.
     """
 
     kind: str
@@ -94,7 +95,8 @@ class Collective:
     count: int
     times: int
     region: str
-    can_overlap: bool
+    busy: float = 0.0
+    exposed: float = 0.0
 
     @property
     def total_bytes(self) -> int:
@@ -129,36 +131,57 @@ class HloReport:
         return sum(kernel.flops for kernel in self.kernels)
 
 
+class Transfer(NamedTuple):
+    """One collective.  op: its name in the module; the rest as in `Collective`."""
+
+    op: str
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+
+
+class Exposure(NamedTuple):
+    """Seconds of one step in which a collective occupies links, and in which compute waits."""
+
+    busy: float = 0.0
+    exposed: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Visit:
-    """One op of the schedule: its place, how often it runs, and whether it can overlap compute."""
+    """One op of the schedule: its place, and how often it runs."""
 
     op: Op
     computation: str
     region: Region  # its cycles are still 0
     times: int
-    can_overlap: bool = False
 
 
-def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
+def analyse(
+    module: Module,
+    mesh: Mapping[str, int],
+    exposures: Mapping[str, Exposure] = {},
+    num_top: int = 20,
+) -> HloReport:
     """Returns the report of a scheduled module.
 
     Args:
-      text: `compiled.as_text()`.
+      module: of `hlo_text.parse`.
       mesh: axis sizes in mesh order.
+      exposures: by the name of the collective's op, of timeline.py.
       num_top: number of costliest ops to list.
     """
-    module = hlo_text.parse(text)
     visits = list(_walk(module, module.entry, Region(ENTRY, "", 1, 0), 1, {}))
-    cycles, kernels, kernel_flops, found = (collections.Counter() for _ in range(4))
+    cycles, kernels, kernel_flops = (collections.Counter() for _ in range(3))
+    found = collections.defaultdict(list)
     regions, costly = {}, []
     for visit in visits:
         op, region = visit.op, visit.region.name
         regions.setdefault(region, visit.region)
-        if collective := _collective(module, visit, mesh):
-            found[collective] += 1
+        if transfer := transfer_of(module, op, module[visit.computation], mesh):
+            found[transfer._replace(op=""), visit.times, region].append(transfer.op)
             continue
-        for kernel in _kernels(module, op):
+        for kernel in kernels_of(module, op):
             key = (_kernel_name(kernel.name), region)
             kernels[key] += visit.times
             stated = _KERNEL_FLOPS.search(kernel.attributes)
@@ -172,7 +195,15 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
             )
     names = _numbered(regions, cycles)
     collectives = [
-        dataclasses.replace(collective, count=count) for collective, count in found.items()
+        Collective(
+            *transfer[1:],
+            len(ops),
+            times,
+            region,
+            # A computation may have several call sites; its op then stands several times in `ops`.
+            *map(sum, zip(*(exposures.get(op, Exposure()) for op in set(ops)), strict=True)),
+        )
+        for (transfer, times, region), ops in found.items()
     ]
     return HloReport(
         regions=tuple(
@@ -199,7 +230,7 @@ def analyse(text: str, mesh: Mapping[str, int], num_top: int = 20) -> HloReport:
     )
 
 
-def _kernels(module: Module, op: Op) -> list[Op]:
+def kernels_of(module: Module, op: Op) -> list[Op]:
     """Returns the Pallas kernels in an op: itself, or those of a fusion (which writes the kernel's
     result into a larger array).
     """
@@ -235,35 +266,30 @@ def _walk(
     region: Region,
     times: int,
     labels: dict[str, str],
-    can_overlap: bool = False,
 ) -> Iterator[_Visit]:
     """Yields every op that runs, in program order, entering loops and calls.
 
     labels: the region name of each loop, filled in here.
     """
-    ops = module[name]
-    for i, op in enumerate(ops):
-        yield _Visit(op, name, region, times, can_overlap)
+    for op in module[name]:
+        yield _Visit(op, name, region, times)
         if op.opcode == "while":
             trips = hlo_text.trip_count(module, op)
             executions = times if trips is None else times * trips
             inner = _loop_region(op, region, executions, labels)
-            yield from _walk(module, op.called("body")[0], inner, executions, labels, can_overlap)
+            yield from _walk(module, op.called("body")[0], inner, executions, labels)
         elif op.opcode == "conditional":
-            branches = op.called("branch_computations", "true_computation", "false_computation")
             # Which branch runs depends on data: the costliest counts.
             walks = [
-                list(_walk(module, branch, region, times, labels, can_overlap))
-                for branch in branches
+                list(_walk(module, branch, region, times, labels)) for branch in branches_of(op)
             ]
             yield from max(
                 walks,
                 key=lambda visits: sum((visit.op.cycles or 0) * visit.times for visit in visits),
             )
         elif op.opcode in ("call", "call-start", "async-start"):
-            spans = can_overlap or (op.opcode != "call" and _spans_compute(module, ops, i))
             for callee in op.called("to_apply", "calls"):
-                yield from _walk(module, callee, region, times, labels, spans)
+                yield from _walk(module, callee, region, times, labels)
 
 
 def _loop_region(loop: Op, parent: Region, times: int, labels: dict[str, str]) -> Region:
@@ -287,38 +313,37 @@ def _loop_region(loop: Op, parent: Region, times: int, labels: dict[str, str]) -
     return Region(label, origin, times, 0)
 
 
-def _collective(module: Module, visit: _Visit, mesh: Mapping[str, int]) -> Collective | None:
-    """Returns the collective that an op is, with count 0, or None if it is none."""
-    op, ops = visit.op, module[visit.computation]
-    can_overlap = visit.can_overlap
+def branches_of(op: Op) -> list[str]:
+    """Returns the names of the computations of which a conditional executes one."""
+    return op.called("branch_computations", "true_computation", "false_computation")
+
+
+def has_product(module: Module, fusion: Op) -> bool:
+    """Returns whether a fusion computes a matrix product."""
+    ops = module[fusion.called("calls")[0]]
+    return any(op.opcode in ("convolution", "dot") for op in ops)
+
+
+def transfer_of(module: Module, op: Op, ops: list[Op], mesh: Mapping[str, int]) -> Transfer | None:
+    """Returns the collective that an op of the computation `ops` is or, as a fusion, holds; None
+    if there is none.
+    """
+    outer, kind = op, None
     if op.opcode == "fusion":
         ops = module[op.called("calls")[0]]
-        inner = next((inner for inner in ops if _COLLECTIVE.fullmatch(inner.opcode)), None)
-        if inner is None:
+        op = next((inner for inner in ops if _COLLECTIVE.fullmatch(inner.opcode)), None)
+        if op is None:
             return None
-        is_scattered = inner.opcode.startswith("all-reduce") and any(
-            other.opcode == "dynamic-slice" for other in ops
-        )
-        kind = "reduce-scatter" if is_scattered else _COLLECTIVE.fullmatch(inner.opcode)[1]
-        can_overlap |= any(other.opcode in ("convolution", "dot") for other in ops)
-        op = inner
-    elif match := _COLLECTIVE.fullmatch(op.opcode):
-        kind = match[1]
-        can_overlap |= bool(match[2]) and _spans_compute(module, ops, ops.index(op))
+        if op.opcode.startswith("all-reduce") and any(o.opcode == "dynamic-slice" for o in ops):
+            kind = "reduce-scatter"
     elif op.opcode == "send" and (match := _BETWEEN_SLICES.search(op.attributes)):
-        kind, sent = match[1].lower().replace("_", "-"), hlo_text.split_tuple(op.shape)[0]
-        can_overlap |= _spans_compute(module, ops, ops.index(op))
-        return Collective(
-            kind,
-            ("slices",),
-            hlo_text.num_bytes(sent),
-            0,
-            visit.times,
-            visit.region.name,
-            can_overlap,
-        )
-    else:
+        sent = hlo_text.split_tuple(op.shape)[0]
+        kind = match[1].lower().replace("_", "-")
+        return Transfer(op.name, kind, ("slices",), hlo_text.num_bytes(sent))
+    match = _COLLECTIVE.fullmatch(op.opcode)
+    if match is None:
         return None
+    kind = kind or match[1]
     shapes = {other.name: other.shape for other in ops}
     if kind == "all-gather":
         sent = hlo_text.split_tuple(op.shape)[1] if op.opcode.endswith("-start") else op.shape
@@ -329,25 +354,4 @@ def _collective(module: Module, visit: _Visit, mesh: Mapping[str, int]) -> Colle
     if kind == "collective-permute":
         # A pair tells the axis, not how much of it.
         axes = tuple(axis.partition("/")[0] for axis in axes)
-    return Collective(
-        kind, axes, hlo_text.num_bytes(sent), 0, visit.times, visit.region.name, can_overlap
-    )
-
-
-def _spans_compute(module: Module, ops: list[Op], start: int) -> bool:
-    """Returns whether compute is scheduled between the start op at this index and its done op."""
-    names = {ops[start].name}
-    has_compute = False
-    for op in ops[start + 1 :]:
-        if names & set(op.operands):
-            if op.opcode.endswith("-done"):
-                return has_compute
-            if op.opcode.endswith("-update"):
-                names.add(op.name)
-        sends = op.opcode == "fusion" and any(
-            _COLLECTIVE.fullmatch(inner.opcode) for inner in module[op.called("calls")[0]]
-        )
-        has_compute |= (
-            (bool(op.cycles) and not sends) or op.opcode == "while" or bool(_kernels(module, op))
-        )
-    return False
+    return Transfer(outer.name, kind, axes, hlo_text.num_bytes(sent))

@@ -17,7 +17,7 @@ from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.parallel.mesh import device_kind
+from hunyuan_jax.parallel.mesh import first_device
 from hunyuan_jax.params.declare import Weight, in_use
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
@@ -100,7 +100,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         in_shardings=(program.shardings, batch_shardings(program, program.objective.batch_spec)),
         out_shardings=(program.shardings, rules.sharding(program.mesh, ())),
         donate_argnums=0,
-        compiler_options=tpu_compiler.train_step_options(device_kind(program.mesh)),
+        compiler_options=tpu_compiler.train_step_options(first_device(program.mesh)),
     )
 
 

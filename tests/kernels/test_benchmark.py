@@ -87,13 +87,9 @@ def test_what_is_not_in_the_table_has_no_peak():
     assert chips.of_device("cpu") is None and chips.peak_flops("cpu") is None
 
 
-def test_options_of_the_train_step_are_those_of_the_generation():
-    assert tpu_compiler.train_step_options("TPU v5") == {
-        "xla_tpu_scoped_vmem_limit_kib": "24576",
-        "xla_tpu_enable_async_all_to_all": "true",
-    }
-    for kind in ("TPU v4", "NVIDIA H200", "cpu"):
-        assert tpu_compiler.train_step_options(kind) == {}
+def test_off_tpus_the_train_step_has_no_options():
+    assert tpu_compiler.train_step_options(jax.devices()[0]) == {}
+    assert tpu_compiler.train_step_options(None) == {}
 
 
 @pytest.mark.skipif(

@@ -265,10 +265,13 @@ def serve(
 
     def whole(name):
         w = weights[name]
+        if "expert_ffn" not in dims[name]:  # of an adapter
+            return island.gather_param(w, dims[name], x_gTD.dtype)
         if w.shape[0] == 1:
             w_IO = xla_workarounds.one_expert_as_matrix(w)
-            return island.gather_param(w_IO, dims[name][1:], x_gTD.dtype)[None]
-        return island.gather_param(w, dims[name], x_gTD.dtype)
+            w_IO = island.gather_padded(w_IO, dims[name][1:], x_gTD.dtype, tiled="expert_ffn")
+            return w_IO[None]
+        return island.gather_padded(w, dims[name], x_gTD.dtype, tiled="expert_ffn")
 
     projections = tuple(lora.adapted(weights, target, lora_cfg, whole) for target in _TARGETS)
     is_adapted = any(projection.a is not None for projection in projections)
