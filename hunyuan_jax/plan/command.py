@@ -4,6 +4,7 @@ import json
 
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import user_path
 
 _OPTIONS = (
     flags.Option(
@@ -39,6 +40,7 @@ _OPTIONS = (
         False,
     ),
     flags.Option("generation", str, "--fit: this TPU generation only."),
+    flags.Option("html", user_path, "Also write a page with the timeline of the step."),
 )
 
 
@@ -58,7 +60,9 @@ def plan(values) -> int:
             if values.fit
             else "--topology is missing, such as --topology=v5p:4x8x8."
         )
-    from hunyuan_jax.plan import aot, search, show, topology
+    if values.html and (values.search or values.fit):
+        raise ConfigError("--html draws one step; leave out --search and --fit.")
+    from hunyuan_jax.plan import aot, page, search, show, topology
 
     config, batch = values.config, values.batch_per_chip
     if values.fit:
@@ -79,6 +83,8 @@ def plan(values) -> int:
             num_devices = topology.num_devices(values.topology, config.mesh.num_slices)
             config = search.with_batch(config, num_devices, batch)
         report = aot.report(config, values.topology)
+        if values.html:
+            page.write(report, values.html)
         if values.json:
             print(json.dumps(show.report_data(report)))
         else:

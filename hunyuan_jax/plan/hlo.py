@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from hunyuan_jax.plan import hlo_text, replica_groups
+from hunyuan_jax.plan import hlo_text, kernel_speed, replica_groups
 from hunyuan_jax.plan.hlo_text import Module, Op
 
 ENTRY = "entry"
@@ -26,8 +26,6 @@ _KINDS = (
 )
 _COLLECTIVE = re.compile(rf"({'|'.join(_KINDS)})(-start)?")
 _KERNEL_TARGET = "tpu_custom_call"
-# On one line with quotes; inside a fusion, over several lines without.
-_KERNEL_FLOPS = re.compile(r'"cost_estimate":\s*\{[^{}]*"flops":"?(\d+)')
 # Between slices a collective is a send and a recv, served by the megascale runtime.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
@@ -182,10 +180,9 @@ def analyse(
             found[transfer._replace(op=""), visit.times, region].append(transfer.op)
             continue
         for kernel in kernels_of(module, op):
-            key = (_kernel_name(kernel.name), region)
+            key = (kernel_speed.name_of(kernel), region)
             kernels[key] += visit.times
-            stated = _KERNEL_FLOPS.search(kernel.attributes)
-            kernel_flops[key] += visit.times * int(stated[1]) if stated else 0
+            kernel_flops[key] += visit.times * kernel_speed.stated_flops(kernel)
         if op.cycles:
             cycles[region] += op.cycles * visit.times
             costly.append(
@@ -241,13 +238,6 @@ def kernels_of(module: Module, op: Op) -> list[Op]:
         if inner.opcode == "custom-call"
         and f'custom_call_target="{_KERNEL_TARGET}"' in inner.attributes
     ]
-
-
-def _kernel_name(op_name: str) -> str:
-    """Strips the op's number, and the operand that the compiler appends when the result goes
-    straight into another kernel.
-    """
-    return re.sub(r"(\.\d+)+(\.\w+_)?$", "", op_name)
 
 
 def _numbered(regions: Iterable[str], cycles: Mapping[str, int]) -> dict[str, str]:

@@ -88,19 +88,19 @@ class Links:
         return passes * seconds
 
 
-def links_of(mesh: Mesh, chip: str, link_bytes_per_s: float | None = None) -> Links:
+def links_of(mesh: Mesh, chip: str, share: float = 1.0) -> Links:
     """Returns the links of a mesh of TPUs of the generation `chip`.
 
     Args:
       mesh: its devices have coordinates on the torus.
-      link_bytes_per_s: of one link one way; None takes LINK_BYTES_PER_S.
+      share: of LINK_BYTES_PER_S that is reached.
     """
     shape = _torus(mesh)
     wraps = tuple(size % _WRAPS_AT[chip] == 0 for size in shape)
     rings = {
         axis: _ring(mesh, axis, shape, wraps) for axis, size in mesh.shape.items() if size > 1
     }
-    return Links(rings, link_bytes_per_s or LINK_BYTES_PER_S[chip])
+    return Links(rings, share * LINK_BYTES_PER_S[chip])
 
 
 def _torus(mesh: Mesh) -> Coordinates:
@@ -142,7 +142,9 @@ def _ring(mesh: Mesh, axis: str, shape: Coordinates, wraps: tuple[bool, ...]) ->
 
 
 def _snakes(num_dims: int) -> Iterator[Callable[[list[Coordinates]], list[Coordinates]]]:
-    """Functions that sort the chips of a box into a snake: one for each order of its dims."""
+    """Functions that sort the chips of a box into a snake, or into one that returns along a side
+    of the box: two for each order of its dims.
+    """
 
     def snake(members: list[Coordinates], dims: tuple[int, ...]) -> list[Coordinates]:
         values = {dim: sorted({member[dim] for member in members}) for dim in dims}
@@ -157,8 +159,15 @@ def _snakes(num_dims: int) -> Iterator[Callable[[list[Coordinates]], list[Coordi
 
         return sorted(members, key=place)
 
+    def loop(members: list[Coordinates], dims: tuple[int, ...]) -> list[Coordinates]:
+        first = min(member[dims[-1]] for member in members)
+        side = [member for member in members if member[dims[-1]] == first]
+        others = [member for member in members if member[dims[-1]] != first]
+        return snake(others, dims) + snake(side, dims)[::-1]
+
     for dims in itertools.permutations(range(num_dims)):
         yield functools.partial(snake, dims=dims)
+        yield functools.partial(loop, dims=dims)
 
 
 def _busiest_link(

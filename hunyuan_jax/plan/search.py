@@ -55,7 +55,7 @@ def search(
     Tries all meshes (data x expert x tensor), remat policies, batch sizes and dtypes of the
     optimizer's state.  They are ranked by recomputation, then by the tensor axis, then by the
     bytes exchanged per token, then by the precision of the state.  The first `compile_top` are
-    compiled and ranked by share of ideal.
+    compiled and ranked by all-in seconds a token.
 
     Raises:
       ConfigError: nothing fits.
@@ -98,7 +98,12 @@ def search(
     trials = [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
     tried = [_compile(trial) for trial in trials[:compile_top]]
     return (
-        sorted(tried, key=lambda trial: -trial.report.share_of_ideal if trial.report else 1)
+        sorted(
+            tried,
+            key=lambda trial: (
+                trial.report.all_in_seconds / trial.report.tokens if trial.report else math.inf
+            ),
+        )
         + trials[compile_top:]
     )
 

@@ -60,13 +60,18 @@ def num_devices(topology: str, num_slices: int = 1) -> int:
     return num_chips * chip_of(topology).devices_per_chip * num_slices
 
 
+def has_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def load_compiler() -> None:
     """Makes this process ready to compile for TPUs; call it before jax is first used.
 
     Raises:
       ConfigError: libtpu is missing.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    if not has_compiler():
         raise ConfigError(
             "plan needs the TPU compiler (libtpu), though no TPU, and it is not installed: pip "
             "install -e '.[tpu]'"

@@ -25,6 +25,7 @@ from hunyuan_jax.plan import (
     replica_groups,
     search,
     show,
+    timeline,
     topology,
 )
 from hunyuan_jax.train.state import abstract_model
@@ -105,10 +106,12 @@ FUSED = (
 )
 
 
+def analyse(text, **options):
+    return hlo.analyse(hlo_text.parse(text), MESH, **options)
+
+
 def by_region(text):
-    return {
-        region.name: (region.times, region.cycles) for region in hlo.analyse(text, MESH).regions
-    }
+    return {region.name: (region.times, region.cycles) for region in analyse(text).regions}
 
 
 def test_trip_counts_apply_in_nested_loops_and_calls():
@@ -138,8 +141,8 @@ def test_trip_counts_apply_in_nested_loops_and_calls():
         "forward loop": (3, 3 * (100 + 5 * 10)),
         "backward loop": (2, 2 * (1000 + 7)),
     }
-    assert hlo.analyse(text, MESH).cycles == 1 + 450 + 2014
-    top = hlo.analyse(text, MESH, num_top=2).top_ops
+    assert analyse(text).cycles == 1 + 450 + 2014
+    top = analyse(text, num_top=2).top_ops
     assert [(op.name, op.times, op.cycles) for op in top] == [
         ("fusion.b", 2, 2000),
         ("fusion.f", 3, 300),
@@ -199,9 +202,7 @@ def test_a_loop_whose_length_depends_on_data_counts_once_and_is_reported():
     )
     condition += "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}\n\n"
     body = loop("d", 0, fusion("d", 10, "%p.2")).split("\n\n", 1)[1]
-    report = hlo.analyse(
-        HEADER + FUSED + condition + body + entry(while_op("d", "jit(step)/while")), MESH
-    )
+    report = analyse(HEADER + FUSED + condition + body + entry(while_op("d", "jit(step)/while")))
     assert report.num_unknown_trips == 1
     assert report.cycles == 10
 
@@ -221,7 +222,7 @@ def test_unknown_cycles_and_asynchronous_computations():
         "  %u.1 = ((f32[4]), f32[4]) call-update(%s.1), to_apply=%offloaded\n"
         "  %d.1 = f32[4]{0} call-done(%u.1), to_apply=%offloaded\n"
     )
-    report = hlo.analyse(HEADER + FUSED + called + entry(start), MESH)
+    report = analyse(HEADER + FUSED + called + entry(start))
     assert (report.cycles, report.num_unknown_cycles) == (20, 1)
 
 
@@ -235,12 +236,12 @@ def test_the_costliest_branch_counts():
         "  %c = f32[4]{0} conditional(%p.0, %p.0, %p.0), branch_computations={%branch_3, "
         "%branch_8, %branch_5}\n"
     )
-    assert hlo.analyse(HEADER + FUSED + branches + entry(line), MESH).cycles == 8
+    assert analyse(HEADER + FUSED + branches + entry(line)).cycles == 8
     line = (
         "  %c = f32[4]{0} conditional(%p.0, %p.0), true_computation=%branch_3, "
         "false_computation=%branch_5\n"
     )
-    assert hlo.analyse(HEADER + FUSED + branches + entry(line), MESH).cycles == 5
+    assert analyse(HEADER + FUSED + branches + entry(line)).cycles == 5
 
 
 def test_a_kernel_spans_lines_and_has_no_estimate():
@@ -262,9 +263,7 @@ def test_a_kernel_spans_lines_and_has_no_estimate():
             + kernel.replace("splash.5", "splash.6").replace("%p.0", "%p.2"),
         )
     )
-    report = hlo.analyse(
-        text + entry(other + while_op("k", "jit(step)/jvp()/while") + fusion("e", 4)), MESH
-    )
+    report = analyse(text + entry(other + while_op("k", "jit(step)/jvp()/while") + fusion("e", 4)))
     assert report.kernels == (hlo.Kernel("splash", "forward loop", 6, 420),)
     assert report.kernel_flops == 420
     assert report.cycles == 4
@@ -284,7 +283,7 @@ def test_a_kernel_spans_lines_and_has_no_estimate():
         + fused
         + loop("f", 3, "  %k.1 = f32[4]{0} fusion(%p.2), kind=kCustom, calls=%fused_k\n")
     )
-    report = hlo.analyse(text + entry(while_op("f", "jit(step)/jvp()/while")), MESH)
+    report = analyse(text + entry(while_op("f", "jit(step)/jvp()/while")))
     assert report.kernels == (hlo.Kernel("splash", "forward loop", 3, 210),)
 
 
@@ -296,7 +295,7 @@ BIG = "  %x.1 = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(1)\n  %y.1 = f32[10]{0}
 
 
 def collectives(lines, computations=""):
-    return hlo.analyse(HEADER + FUSED + ADD + computations + entry(BIG + lines), MESH).collectives
+    return analyse(HEADER + FUSED + ADD + computations + entry(BIG + lines)).collectives
 
 
 def only(lines, computations=""):
@@ -310,12 +309,7 @@ def test_bytes_of_every_kind():
     gathered = only(
         f"  %g = bf16[32,100]{{1,0:T(8,128)(2,1)}} all-gather(%x.1), {at}, dimensions={{0}}\n"
     )
-    assert (gathered.kind, gathered.axes, gathered.bytes, gathered.can_overlap) == (
-        "all-gather",
-        ("expert",),
-        6400,
-        False,
-    )
+    assert (gathered.kind, gathered.axes, gathered.bytes) == ("all-gather", ("expert",), 6400)
     reduced = only(
         f"  %g = (bf16[8,100]{{1,0}}, /*index=1*/f32[10]{{0}}) all-reduce(%x.1, %y.1), {at}, "
         "to_apply=%add\n"
@@ -339,11 +333,10 @@ def test_equal_collectives_are_one_line_and_loops_multiply():
     inside = "".join(
         f"  %x.{i} = bf16[8,100]{{1,0}} copy(%p.2)\n" + gather.format(i, i) for i in (2, 3)
     )
-    report = hlo.analyse(
+    report = analyse(
         HEADER
         + loop("g", 5, inside)
-        + entry(BIG + gather.format(1, 1) + while_op("g", "jit(step)/jvp()/while")),
-        MESH,
+        + entry(BIG + gather.format(1, 1) + while_op("g", "jit(step)/jvp()/while"))
     )
     assert [(c.count, c.times, c.region, c.total_bytes) for c in report.collectives] == [
         (2, 5, "forward loop", 64_000),
@@ -351,30 +344,25 @@ def test_equal_collectives_are_one_line_and_loops_multiply():
     ]
 
 
-def test_start_and_done_overlap_only_with_compute_between():
-    start = (
-        "  %s.1 = (bf16[8,100]{1,0}, bf16[32,100]{1,0}, u32[]{:S(2)}) all-gather-start(%x.1), "
-        "replica_groups=[2,4]<=[8], dimensions={0}\n"
-    )
-    done = "  %d.1 = bf16[32,100]{1,0} all-gather-done(%s.1)\n"
-    assert only(start + done) == only(
-        start + "  %b = f32[4]{0} bitcast(%p.0)\n" + done + fusion("after", 5)
-    )
-    assert not only(start + done).can_overlap
-    collective = only(start + fusion("between", 5) + done)
-    assert collective.can_overlap and collective.bytes == 6400 and collective.kind == "all-gather"
-    permute = (
+def test_permutations_tell_their_axis():
+    permuted = only(
         "  %s.2 = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%y.1), "
         "source_target_pairs={{0,1},{1,2},{4,5}}\n"
+        "  %d.2 = f32[10]{0} collective-permute-done(%s.2)\n"
     )
-    permute += fusion("p", 3) + "  %d.2 = f32[10]{0} collective-permute-done(%s.2)\n"
-    permuted = only(permute)
-    assert (permuted.kind, permuted.axes, permuted.bytes, permuted.can_overlap) == (
+    assert (permuted.kind, permuted.axes, permuted.bytes) == (
         "collective-permute",
         ("expert",),
         40,
-        True,
     )
+
+
+def test_seconds_of_equal_collectives_are_added_up():
+    gather = "  %g.{} = bf16[32,100]{{1,0}} all-gather(%x.1), replica_groups=[2,4]<=[8]\n"
+    text = HEADER + entry(BIG + gather.format(1) + gather.format(2))
+    exposures = {"g.1": hlo.Exposure(2.0, 0.5), "g.2": hlo.Exposure(2.0, 1.5)}
+    (collective,) = analyse(text, exposures=exposures).collectives
+    assert (collective.count, collective.busy, collective.exposed) == (2, 4.0, 2.0)
 
 
 def test_transfers_between_slices_are_collectives():
@@ -386,13 +374,7 @@ def test_transfers_between_slices_are_collectives():
     lines += f"  %r.4 = (f32[10]{{0}}, u32[]{{:S(2)}}, token[]) recv(%p.0), {attributes}\n"
     done = "  %d.4 = token[] send-done(%s.4), channel_id=3\n"
     collective = only(lines + done)
-    assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == (
-        "all-reduce",
-        ("slices",),
-        40,
-        False,
-    )
-    assert only(lines + fusion("m", 3) + done).can_overlap
+    assert (collective.kind, collective.axes, collective.bytes) == ("all-reduce", ("slices",), 40)
     assert collectives(lines.replace("_xla_megascale_transfer_type", "other")) == ()
 
 
@@ -406,19 +388,11 @@ def test_collectives_wrapped_in_asynchronous_calls():
     done = "  %d = bf16[8,100]{1,0} async-done(%u), calls=%wrapped\n"
     update = "  %u = ((bf16[8,100]), bf16[8,100], u32[]) async-update(%s), calls=%wrapped\n"
     collective = only(start + fusion("x", 5) + update + done, wrapped)
-    assert (collective.kind, collective.axes, collective.count, collective.can_overlap) == (
-        "all-to-all",
-        ("data",),
-        1,
-        True,
-    )
-    assert not only(start + update + done, wrapped).can_overlap
+    assert (collective.kind, collective.axes, collective.count) == ("all-to-all", ("data",), 1)
 
 
 def test_fused_collectives():
-    """A TPU writes a reduce-scatter as a fusion of an all-reduce and a slice; one fused with a
-    product overlaps with it.
-    """
+    """A TPU writes a reduce-scatter as a fusion of an all-reduce and a slice."""
 
     def fused(name, rest):
         return (
@@ -440,17 +414,16 @@ def test_fused_collectives():
         f"{cycles(50)}\n"
     )
     collective = only(line, scatter)
-    assert (collective.kind, collective.axes, collective.bytes, collective.can_overlap) == (
+    assert (collective.kind, collective.axes, collective.bytes) == (
         "reduce-scatter",
         ("data", "expert"),
         1600,
-        False,
     )
     # The time of a collective is no compute, whatever the compiler writes.
-    assert hlo.analyse(HEADER + ADD + scatter + entry(BIG + line), MESH).cycles == 0
+    assert analyse(HEADER + ADD + scatter + entry(BIG + line)).cycles == 0
     product = fused("both", reduce + "  ROOT %c = bf16[2,100]{1,0} convolution(%r, %a)\n")
     collective = only("  %f = bf16[2,100]{1,0} fusion(%x.1), kind=kOutput, calls=%both\n", product)
-    assert (collective.kind, collective.can_overlap) == ("all-reduce", True)
+    assert collective.kind == "all-reduce"
 
 
 @pytest.mark.parametrize(
@@ -820,11 +793,17 @@ def compiled(monkeypatch):
             1.0,
             share,
             share,
+            1.0,
+            0.5,
+            1 / share,
+            share,
+            2 / share,
             1e9,
             1e14,
             empty,
             1.0,
             1,
+            timeline.Timeline(1 / share, 1.0, {}, (), ()),
         )
 
     monkeypatch.setattr(aot, "report", report)
@@ -836,8 +815,8 @@ def test_search_tries_everything_and_compiles_the_first(compiled):
     trials = search.search(config(), "v5p:2x2x1", [1, 2], compile_top=3)
     assert len(compiled) == 3
     assert [trial.report is not None for trial in trials[:4]] == [True, True, True, False]
-    shares = [trial.report.share_of_ideal for trial in trials[:3]]
-    assert shares == sorted(shares, reverse=True)
+    seconds = [trial.report.all_in_seconds for trial in trials[:3]]
+    assert seconds == sorted(seconds)
     configs = [trial.config for trial in trials]
     assert len(set(configs)) == len(configs)
     assert {c.model.remat for c in configs} == {"none", "dots", "full"}
@@ -958,7 +937,15 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
     assert {"entry", "forward loop", "backward loop"} <= {
         region["name"] for region in report["hlo"]["regions"]
     }
-    assert 0 < report["share_of_ideal"] < 1
+    assert 0 < report["all_in_share_of_ideal"] < report["share_of_ideal"] < 1
+    assert report["all_in_seconds"] == pytest.approx(
+        report["compute_seconds"] + report["exposed_seconds"]
+    )
+    assert report["exposed_seconds"] == pytest.approx(
+        sum(collective["exposed"] for collective in report["hlo"]["collectives"])
+    )
+    assert report["slow_links_seconds"] >= report["all_in_seconds"]
+    assert report["peak_bytes"] == stats["peak"]
     assert 0 < report["compile_seconds"] < 300
     assert report["host_bytes"] > 2**26
 
@@ -975,7 +962,7 @@ def test_what_the_compiler_and_the_rules_refuse(plan):
 
 def test_reports_print(compiled, capsys):
     report = aot.report(config(), "v5p:2x2x2")
-    collective = hlo.Collective("all-gather", ("data",), 2**20, 2, 3, "entry", True)
+    collective = hlo.Collective("all-gather", ("data",), 2**20, 2, 3, "entry", 0.0123, 0.0045)
     region, kernel, op = (
         hlo.Region("entry", "", 1, 10),
         hlo.Kernel("splash", "entry", 4, 8 * 10**12),
@@ -991,6 +978,9 @@ def test_reports_print(compiled, capsys):
         "kernel splash",
         "left out",
         "all-gather",
+        "12.3",
+        "4.5",
+        "scaling-book",
         "34",
         "not a measurement",
         "f.1",

@@ -1,0 +1,67 @@
+"""How fast the Pallas kernels are by the TPU compiler's static cycles, as shares of the peak.
+
+The compiler gives no cycles for a kernel inside a program.  These are of each kernel compiled
+alone at a52b's shapes (docs/results/kernels.md, which names the commands).
+"""
+
+import re
+from collections.abc import Callable
+
+from hunyuan_jax.plan.hlo_text import Op
+from pallas_kernels.chips import Chip
+
+# On one line with quotes; inside a fusion, over several lines without.
+_FLOPS = re.compile(r'"cost_estimate":\s*\{[^{}]*"flops":"?(\d+)')
+
+_V5P = {
+    "expert_gate_up": 0.973,
+    "expert_matmul": 0.980,
+    "expert_gated_gradient": 0.913,
+    "expert_input_gradient": 0.979,
+    "expert_weight_gradient": 0.965,
+    "flash_attention_forward": 0.582,
+    "flash_attention_backward": 0.723,
+}
+_V6E = {
+    "expert_gate_up": 0.960,
+    "expert_matmul": 0.902,
+    "expert_gated_gradient": 0.800,
+    "expert_input_gradient": 0.901,
+    "expert_weight_gradient": 0.827,
+    "flash_attention_forward": 0.202,
+    "flash_attention_backward": 0.308,
+}
+SHARES_OF_PEAK = {
+    "v4": _V5P,  # assumed: not counted
+    "v5e": {
+        "expert_gate_up": 0.980,
+        "expert_matmul": 0.977,
+        "expert_gated_gradient": 0.915,
+        "expert_input_gradient": 0.977,
+        "expert_weight_gradient": 0.963,
+        "flash_attention_forward": 0.585,
+        "flash_attention_backward": 0.728,
+    },
+    "v5p": _V5P,
+    "v6e": _V6E,
+    "tpu7x": _V6E,  # assumed: libtpu counts nothing for tpu7x
+}
+
+
+def stated_flops(kernel: Op) -> int:
+    """Returns the FLOPs that a kernel states, 0 if it states none."""
+    stated = _FLOPS.search(kernel.attributes)
+    return int(stated[1]) if stated else 0
+
+
+def name_of(kernel: Op) -> str:
+    """Strips the op's number, and the operand that the compiler appends when the result goes
+    straight into another kernel.
+    """
+    return re.sub(r"(\.\d+)+(\.\w+_)?$", "", kernel.name)
+
+
+def seconds_on(chip: Chip) -> Callable[[Op], float]:
+    """Returns a function from a kernel to its seconds; one that is not listed runs at the peak."""
+    shares = SHARES_OF_PEAK[chip.name]
+    return lambda kernel: stated_flops(kernel) / chip.peak_flops / shares.get(name_of(kernel), 1.0)
