@@ -381,3 +381,19 @@ def test_a_dim_in_tiles_is_filled_up_with_zeros_where_that_takes_little(num_colu
     parts[..., : num_columns // 2] = w.reshape(4, 2, -1)
     np.testing.assert_array_equal(value, parts.reshape(4, filled))
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_columns", "filled"), [(8, 8), (250, 256), (256, 256), (384, 384)])
+def test_columns_beside_gathered_rows_have_an_even_number_of_tiles(num_columns, filled):
+    """If that adds under 1/32: 250 columns become 256; 384, three tiles of 128, stay."""
+    w = np.random.default_rng(0).normal(size=(4, num_columns)).astype(np.float32)
+    logical = ("embed", "expert_ffn")
+    gather = functools.partial(
+        island.gather_padded, logical=logical, dtype=jnp.float32, tiled="expert_ffn"
+    )
+    value, gradient = in_use(gather, mesh_of(2, 2, 1), logical, w, ("seq", "seq"))
+    np.testing.assert_array_equal(value, np.pad(w, ((0, 0), (0, filled - num_columns))))
+    np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
+    # Where no rows are gathered nothing is filled up.
+    value, _ = in_use(gather, mesh_of(1, 2, 1), logical, w, ("seq", "seq"))
+    np.testing.assert_array_equal(value, w)
