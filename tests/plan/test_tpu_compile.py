@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 
+import jax
 import pytest
 
 from hunyuan_jax import presets
@@ -17,7 +18,8 @@ from hunyuan_jax.config import (
     SparkConfig,
     TrainConfig,
 )
-from hunyuan_jax.plan import aot, topology
+from hunyuan_jax.plan import aot, hlo, hlo_text, topology
+from pallas_kernels import tpu_compiler
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -70,3 +72,55 @@ def test_other_kinds_of_layers_compile_for_v5p(kind):
     )
     compiled = aot.compile_step(config, topology.topology_devices("v5p:2x2x1")).compiled
     assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_knows_the_options_of_every_generation(name):
+    device = topology.topology_devices(name)[0]
+    expected = tpu_compiler.TRAIN_STEP_OPTIONS[name.split(":")[0]]
+    assert tpu_compiler.train_step_options(device) == expected  # a warning is an error
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out_and_named():
+    device = topology.topology_devices("v5p:2x2x1")[0]
+    known = {"xla_tpu_enable_async_all_to_all": "true"}
+    with pytest.warns(UserWarning, match="no compiler option xla_tpu_of_tomorrow"):
+        left = tpu_compiler.known_options(device, {"xla_tpu_of_tomorrow": "true"} | known)
+    assert left == known
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Failed to parse"):
+        tpu_compiler.known_options(device, {"xla_tpu_enable_async_all_to_all": "perhaps"})
+
+
+@pytest.mark.slow
+def test_weights_travel_in_the_background():
+    """On v5p every large gather and reduce-scatter over `data` is asynchronous, none is an
+    all-reduce on the TensorCore; with an odd number of tiles in an expert's columns some were.
+    """
+    model = dataclasses.replace(
+        presets.a52b(),
+        vocab_size=2048,
+        hidden_size=1024,
+        intermediate_size=4224,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        moe=dataclasses.replace(presets.a52b().moe, num_experts=4),
+        pad_token_id=-1,
+        eos_token_ids=(),
+    )
+    config = Config(
+        model, mesh=MeshConfig(data=4, expert=4), train=TrainConfig(batch_size=16, seq_len=512)
+    )
+    compiled = aot.compile_step(config, topology.topology_devices("v5p:2x2x4")).compiled
+    module = hlo_text.parse(compiled.as_text())
+    mesh = {"replica": 1, "data": 4, "expert": 4, "tensor": 1}
+    stopping = {
+        (found.kind, found.bytes)
+        for computation in module.computations.values()
+        for op in computation
+        if op.opcode in ("all-gather", "reduce-scatter", "all-reduce", "fusion")
+        and (found := hlo.transfer_of(module, op, computation, mesh))
+        and "data" in found.axes
+        and found.bytes > 2**20
+    }
+    assert not stopping
