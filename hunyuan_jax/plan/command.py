@@ -4,7 +4,7 @@ import json
 
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import user_path
+from hunyuan_jax.files import LocalPath
 
 _OPTIONS = (
     flags.Option(
@@ -40,7 +40,7 @@ _OPTIONS = (
         False,
     ),
     flags.Option("generation", str, "--fit: this TPU generation only."),
-    flags.Option("html", user_path, "Also write a page with the timeline of the step."),
+    flags.Option("html", LocalPath, "Also write a page with the timeline of the step."),
 )
 
 
