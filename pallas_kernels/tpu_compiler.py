@@ -88,7 +88,8 @@ def known_options(device: jax.Device, options: Mapping[str, str]) -> dict[str, s
     lowered = jax.jit(lambda x: x).lower(nothing)
     while known:
         try:
-            lowered.compile(compiler_options=known)
+            with without_cache():
+                lowered.compile(compiler_options=known)
         except jax.errors.JaxRuntimeError as e:
             unknown = re.search(r"No such compile option: '(\w+)'", str(e))
             if unknown is None or unknown[1] not in known:

@@ -13,9 +13,10 @@ from hunyuan_jax.plan.timeline import COMPUTE, Event, Loop
 _WIDTH, _LANE, _LEFT = 1400, 34, 90  # pixels
 _SHORTEST = 1e-3  # share of the loop below which an event is not drawn
 _NUM_LOOPS = 2
+# Part of an event's name -> colour.
 _COLOURS = {
-    "expert": "#0d9488",
-    "flash": "#7c3aed",
+    "expert_": "#0d9488",
+    "flash_attention": "#7c3aed",
     "all-gather": "#2563eb",
     "reduce-scatter": "#ea580c",
     "all-to-all": "#db2777",
