@@ -2,7 +2,7 @@
 
 import sys
 
-from hunyuan_jax import flags
+from hunyuan_jax import flags, malloc
 from hunyuan_jax.files import LocalPath
 
 _WORKDIR = flags.Option(
@@ -29,4 +29,5 @@ def train(values) -> int:
 
 
 if __name__ == "__main__":
+    malloc.restart_with_huge_pages()
     flags.exit_with_message(lambda: flags.run(train, "python train.py", sys.argv[1:]))

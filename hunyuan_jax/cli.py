@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from hunyuan_jax import flags
+from hunyuan_jax import flags, malloc
 
 COMMANDS = {
     "count": "hunyuan_jax.model.command:count",
@@ -31,4 +31,5 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The console script `hunyuan-jax`."""
+    malloc.restart_with_huge_pages()
     flags.exit_with_message(lambda: run(sys.argv[1:]))

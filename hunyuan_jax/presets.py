@@ -129,7 +129,7 @@ def tiny() -> ModelConfig:
         max_position=2048,
         rope_alpha=1.0,
         cla_share_factor=2,
-        remat="full",
+        remat="none",
         pad_token_id=258,
         bos_token_id=256,
         eos_token_ids=(257,),
@@ -158,7 +158,7 @@ def bench() -> ModelConfig:
         head_dim=32,
         max_position=2048,
         tie_embeddings=False,
-        remat="dots",
+        remat="none",
         moe=MoeConfig(
             num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0
         ),

@@ -15,6 +15,8 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.layers.protocols import CacheEntry, LayerCache, Sequence
 from hunyuan_jax.model.pattern import LayerSpec, pattern
+from hunyuan_jax.parallel import xla_cpu
+from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.parallel.rules import constrain
 from hunyuan_jax.params import declare as params
 
@@ -139,7 +141,12 @@ class Stack(nnx.Module):
                 one_group, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=False
             )
         (x_BTD, entries), stats_Pf = jax.lax.scan(
-            one_group, (x_BTD, entries), (params_P, jnp.arange(self.cfg.num_groups))
+            one_group,
+            (x_BTD, entries),
+            (params_P, jnp.arange(self.cfg.num_groups)),
+            unroll=xla_cpu.unroll(
+                device_kind(self.mesh), self.cfg.num_groups, len(pattern(self.cfg))
+            ),
         )
         return x_BTD, entries, stats_Pf
 

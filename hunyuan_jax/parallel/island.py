@@ -1,12 +1,13 @@
 """The only shard_map wrapper, and the collectives used inside it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from hunyuan_jax.parallel import xla_workarounds
 from hunyuan_jax.parallel.rules import RULES, partition_spec, stored_spec
@@ -30,6 +31,10 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
         return jax.tree.map(to_spec, tree, is_leaf=_is_names)
 
     in_specs = (specs(stored, stored_spec), *specs(in_logical, partition_spec))
+    if mesh.size == 1:
+        in_specs = jax.tree.map(
+            functools.partial(_naming_all_axes, mesh), in_specs, is_leaf=_is_spec
+        )
     # check_vma is off because kernels called inside do not state how their results vary over the
     # mesh.
     return jax.shard_map(
@@ -39,6 +44,15 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
         out_specs=specs(out_logical, partition_spec),
         check_vma=False,
     )
+
+
+def _naming_all_axes(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
+    """The spec of an array of at least one dim on a mesh of one device, with every axis in it.
+
+    A gradient is summed over the axes that its spec does not name; XLA:CPU copies the array for
+    that, though there is one device.
+    """
+    return PartitionSpec(mesh.axis_names, *[None] * (len(spec) - 1)) if len(spec) else spec
 
 
 def gather_param(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
@@ -170,6 +184,10 @@ def exchange(x: jax.Array, logical: str) -> jax.Array:
     if num_shards(logical) == 1:
         return x
     return jax.lax.all_to_all(x, RULES[logical].compute, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def _is_names(x: Any) -> bool:

@@ -17,7 +17,7 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn import swiglu as mlp
 from hunyuan_jax.layers.ffn.moe import dispatch, experts, routing
 from hunyuan_jax.layers.kernels import kernel_options
-from hunyuan_jax.parallel import island, xla_workarounds
+from hunyuan_jax.parallel import island, xla_cpu, xla_workarounds
 from hunyuan_jax.params import declare as params
 from pallas_kernels import expert_matmul
 
@@ -296,7 +296,13 @@ def serve(
                 experts.row_product, x_eRD, weight_eR, projections, kernels
             )
         return expert_matmul.swiglu(
-            x_eRD, weight_eR, count_es, gate_eDF, up_eDF, down_eFD, **kernels
+            x_eRD,
+            weight_eR,
+            count_es if xla_cpu.takes_counts(kernels["device_kind"]) else None,
+            gate_eDF,
+            up_eDF,
+            down_eFD,
+            **kernels,
         )
 
     return dispatch.by_capacity(x_gTD, assignment, routing.capacity(cfg, x_gTD.shape[1]), buffers)
