@@ -35,10 +35,13 @@ KINDS = (LocalPath, AnyPath)
 
 # Options and fields that are text and not paths.  A new one goes here, or gets a kind of path.
 TEXT_OPTIONS = {
+    "api_key",
     "beam_options",
     "dtype",
     "generation",
+    "host",
     "mesh",
+    "model_name",
     "prompt",
     "runner",
     "system",
@@ -56,6 +59,7 @@ TEXT_FIELDS = {
 # Functions with a path from their caller, who has read it by user_path.
 INTERNAL = {
     "checkpoint/manifest.py",
+    "checkpoint/owner.py",
     "checkpoint/store.py",
     "data/shards.py",
     "data/tokens.py",
@@ -64,8 +68,9 @@ INTERNAL = {
     "runlog/log.py",
     "runlog/metrics.py",
     "train/loop.py: __init__",  # of the trainer; `run` reads the path
+    "train/loop.py: _owned_together",
+    "weights/side_files.py",
     "weights/run.py: __init__",  # `open_model` reads the path
-    "weights/side_files.py: keep",  # as the trainer
 }
 
 

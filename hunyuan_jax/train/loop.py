@@ -157,9 +157,6 @@ class _Trainer:
             restored = self._restored()
         if restored is None:
             self._first_step, self._state, facts = 0, self._initial_state(), None
-            with hosts.fail_together():
-                if hosts.is_first():
-                    side_files.keep(self._workdir, self._config)
         else:
             self._first_step, self._state, facts = restored
         self._watchdog.finished(self._first_step)
@@ -169,6 +166,8 @@ class _Trainer:
                 self._batches.set_state(facts["position"]["batches"])
             self._validation = self._stream.validation(self._config.train.eval_batches, self._rows)
             if hosts.is_first():
+                if not facts:
+                    side_files.keep(self._workdir, self._config)
                 claim_workdir(self._workdir, self._config)
             self._log.open(
                 self._first_step,
