@@ -500,7 +500,8 @@ def test_a_text_without_an_entry_is_refused():
 
 def config(mesh=None, **changes):
     """A small model of the recipe's kind, one sequence a device on 16 of them."""
-    model = dataclasses.replace(presets.tiny(), dtype="bfloat16", num_kv_heads=4, **changes)
+    changes = {"dtype": "bfloat16", "num_kv_heads": 4, "remat": "full"} | changes
+    model = dataclasses.replace(presets.tiny(), **changes)
     train = TrainConfig(batch_size=16, seq_len=256)
     return Config(model, mesh=mesh or MeshConfig(data=-1, expert=4), train=train)
 
