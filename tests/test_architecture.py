@@ -232,7 +232,6 @@ KNOWN = {}
 PRIVATE_IN_TESTS = {
     "aot._overflow_error",
     "bench._operations",
-    "speed._prefill_seconds",
     "command_lib._print_answer",
     "command_lib._questions",
     "gpu._grouped",

@@ -26,10 +26,11 @@ def run(*command, timeout=120):
 
 
 def error_of(*command):
-    """The one line a user sees; fails on a traceback or another exit status than 2."""
+    """The one line that says what is wrong; fails on a traceback or another exit status than 2."""
     result = run(*command)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("loading ")]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]

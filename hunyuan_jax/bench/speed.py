@@ -51,8 +51,9 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
         "parameters": counts.total,
         "steps_per_second": 1 / seconds_per_step,
         "tokens_per_second": tokens / seconds_per_step,
-        "prefill_tokens_per_second": tokens
-        / _prefill_seconds(config, program, state.params, num_steps),
+        "prefill_tokens_per_second": prefill_tokens_per_second(
+            config, program, state.params, num_steps
+        ),
         "compile_seconds": compile_seconds,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         **(
@@ -68,11 +69,15 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
     }
 
 
-def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -> float:
-    """Median time to run a batch of prompts into a cache and draw the first new token."""
+def prefill_tokens_per_second(config: Config, program: Any, params: Any, num_runs: int) -> float:
+    """Returns the median speed at which a batch of prompts, of the length of a training sequence,
+    is run into a cache and its first new tokens are drawn.
+    """
     model = dropless(config.model)
     graph_def = abstract_model(model, program.mesh)[0]
-    tokens_BS = program.objective.random_batch()["tokens"]
+    # One position is left for the token that is drawn.
+    longest = min(config.train.seq_len, model.max_position - 1)
+    tokens_BS = program.objective.random_batch()["tokens"][:, :longest]
     limits = Limits(max_rows=len(tokens_BS), max_context=tokens_BS.shape[1] + 1)
     engine = Engine(graph_def, load_params(params, model.dtype), limits)
     sampling = Sampling(max_new_tokens=1, temperature=0, stop_ids=()).resolved({})
@@ -87,4 +92,4 @@ def _prefill_seconds(config: Config, program: Any, params: Any, num_runs: int) -
         for _ in engine.run(requests):
             pass
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+    return tokens_BS.size / statistics.median(seconds[2:])

@@ -261,9 +261,10 @@ def test_a_client_that_leaves_frees_its_rows(server, stream, half):
         for connection in connections:
             connection.sendall(raw_post("/v1/completions", body))
         end = time.monotonic() + 20
-        while running.engine.stats().waiting < 4 and time.monotonic() < end:
+        # All eight choices have come, and there are rows for four.
+        while running.num_unfinished() < 8 and time.monotonic() < end:
             time.sleep(0.005)
-        assert running.engine.stats().waiting >= 4
+        assert running.num_unfinished() == 8 and running.engine.stats().waiting >= 4
         for connection in connections:
             if half:
                 connection.shutdown(socket.SHUT_WR)

@@ -111,6 +111,11 @@ class Running:
             time.sleep(0.002)
         return self.engine.stats().running == num
 
+    def num_unfinished(self):
+        """Choices that are computed or wait."""
+        stats = self.engine.stats()
+        return stats.running + stats.waiting
+
     def is_idle(self, seconds=20.0):
         """Whether the engine comes to hold nothing."""
         end = time.monotonic() + seconds
