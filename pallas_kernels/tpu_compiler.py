@@ -60,7 +60,8 @@ _WEIGHTS_BY_SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
 }
-# Options of the train step by generation, tried with libtpu 0.0.50.1; docs/log.md has the figures.
+# Options of the train step by generation, tried with libtpu 0.0.50.1; docs/log.md and
+# docs/results/plan.md have the figures.
 TRAIN_STEP_OPTIONS = {
     "v4": {},  # has 16 MiB of vector memory in all
     "v5e": _LARGE_PROGRAM,  # has no SparseCore

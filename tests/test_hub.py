@@ -90,7 +90,7 @@ def test_a_broken_download_continues_where_it_broke(served, monkeypatch):
     served.break_after = [4096]
     folder = hub.local_folder("org/name", ["weights.bin"])
     assert Path(folder, "weights.bin").read_bytes() == data
-    assert [asked for _, _, asked in served.requests if asked] == ["bytes=4000-"]
+    assert [part for _, _, part in served.requests if part] == ["bytes=4000-"]
 
 
 def test_after_a_download_that_broke_off_the_same_call_fetches_what_is_missing(

@@ -181,7 +181,7 @@ def _template_values(value: Any) -> dict[str, Any]:
 
 
 def _only(*allowed: Any) -> Callable[[Any], None]:
-    """For a field that can be asked for with its default only."""
+    """For a field whose default is the only value that is accepted."""
 
     def read(value: Any) -> None:
         _check(any(value == item and type(value) is type(item) for item in allowed))

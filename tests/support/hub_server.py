@@ -20,7 +20,7 @@ _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)")
 
 
 class Hub:
-    """What the hub holds, and what it was asked for.
+    """What the hub holds, and the requests that it got.
 
     folders: model id -> {revision: local folder}; gated: ids whose files are refused; requests:
     (method, path, Range) of each; break_after: bytes of a file after which the connection is cut,
@@ -35,7 +35,7 @@ class Hub:
         self.break_after: list[int] = []
 
     def fetched(self) -> list[str]:
-        """Names of the files whose bytes were asked for, in order."""
+        """Names of the files whose bytes were requested, in order."""
         found = [(method, _RESOLVE.match(path)) for method, path, _ in self.requests]
         return [match[3] for method, match in found if match and method == "GET"]
 
