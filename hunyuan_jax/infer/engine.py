@@ -270,6 +270,11 @@ class Engine:
 
 def _check(request: Request, vocab_size: int) -> None:
     sampling = request.sampling
+    if not 0 <= request.score_from < max(1, len(request.tokens)):
+        raise ConfigError(
+            f"score_from = {request.score_from} must be the place of a token of the prompt, 0 to "
+            f"{len(request.tokens) - 1}."
+        )
     if request.n < 1:
         raise ConfigError(f"n = {request.n} must be at least 1.")
     if not request.tokens:

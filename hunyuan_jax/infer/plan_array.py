@@ -13,6 +13,8 @@ from hunyuan_jax.infer.scheduler import Choice
 # Stop ids that the device knows; the others end a row when its tokens have come back.
 MAX_STOP_IDS = 16
 _NO_ID = 2**31 - 1
+# What is asked of tokens: their log-probabilities, or those of the most likely ones too.
+OF_TOKENS, WITH_TOP = 1, 2
 INTEGERS = (
     "row",
     "is_used",
@@ -22,8 +24,9 @@ INTEGERS = (
     "is_last",
     "num_steps",
     "ends_early",
-    "wants_logprobs",
-    "wants_prompt",
+    "logprobs",
+    "prompt_logprobs",
+    "score_first",
     "adjusts",
     "top_k",
     "seed",
@@ -96,8 +99,8 @@ def _fields(choice: Choice, row: int) -> Mapping[str, Any]:
         "row": row,
         "is_used": 1,
         "limit": choice.max_new,
-        "wants_logprobs": sampling.logprobs is not None,
-        "wants_prompt": sampling.prompt_logprobs is not None,
+        "logprobs": _wish(sampling.logprobs),
+        "prompt_logprobs": _wish(sampling.prompt_logprobs),
         "adjusts": adjusts(choice),
         "top_k": min(sampling.top_k, 2**31 - 1),
         "seed": np.uint32(sampling.seed % 2**32).view(np.int32),
@@ -105,6 +108,12 @@ def _fields(choice: Choice, row: int) -> Mapping[str, Any]:
         "num_drawn": choice.num_drawn,
         "min_new": min(sampling.min_new_tokens, 2**31 - 1),
     } | {name: getattr(sampling, name) for name in FLOATS}
+
+
+def _wish(num_top: int | None) -> int:
+    if num_top is None:
+        return 0
+    return WITH_TOP if num_top else OF_TOKENS
 
 
 def _write(line: np.ndarray, fields: Mapping[str, Any]) -> None:

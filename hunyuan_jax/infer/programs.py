@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hunyuan_jax.infer import plan_array, sampling
-from hunyuan_jax.infer.plan_array import COLUMN, FIRST_PAGE, FLOATS, STOPS
+from hunyuan_jax.infer.plan_array import COLUMN, FIRST_PAGE, FLOATS, STOPS, WITH_TOP
 from hunyuan_jax.infer.sampling import Logprobs, RowSettings, Seen
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
@@ -113,8 +113,10 @@ def _draw(logits_BV, lines, num_drawn_B, is_live_B, state_seen):
     rows = rows._replace(temperature=jnp.where(is_live_B, rows.temperature, 0))
     token_B = sampling.next_token(logits_BV, rows, seen)
     logprobs = jax.lax.cond(
-        (is_live_B & (lines.wants_logprobs > 0)).any(),
-        lambda: sampling.logprobs(logits_BV, token_B),
+        (is_live_B & (lines.logprobs > 0)).any(),
+        lambda: sampling.logprobs(
+            logits_BV, token_B, (is_live_B & (lines.logprobs == WITH_TOP)).any()
+        ),
         lambda: _no_logprobs(token_B.shape, logits_BV.shape[-1]),
     )
     is_done_B = (token_B[:, None] == lines.stops).any(-1) | (num_drawn_B + 1 >= lines.limit)
@@ -215,14 +217,15 @@ def decode(
 def chunk(
     graph_def: nnx.GraphDef,
     num_pages: int,
+    num_pools: int,
     params: dict[str, Any],
     state: State,
     plan_BC: jax.Array,
 ) -> tuple[State, tuple[Results, Logprobs]]:
     """Computes a piece of each row's prompt, and draws a token of the rows whose last it is.
 
-    The last columns are the T tokens and the T that follow each of them, for log-probabilities
-    [B, T] of the prompt.
+    The rows of a pool follow each other.  The last columns are the T tokens and the T that follow
+    each of them, for log-probabilities [B, T] of the prompt.
     """
     model: Transformer = nnx.merge(graph_def, params)
     lines = _Lines(plan_BC)
@@ -251,8 +254,8 @@ def chunk(
         ),
     )
     prompt = jax.lax.cond(
-        (lines.wants_prompt > 0).any(),
-        lambda: _prompt_logprobs(model, output.hidden_BTD, following_BT),
+        (lines.prompt_logprobs > 0).any(),
+        lambda: _prompt_logprobs(model, lines, output.hidden_BTD, following_BT, num_pools),
         lambda: _no_logprobs(tokens_BT.shape, V),
     )
     results = Results(
@@ -261,20 +264,33 @@ def chunk(
     return state, (results, prompt)
 
 
-def _prompt_logprobs(model, hidden_BTD, following_BT):
-    """log-probabilities [B, T] of what follows each token."""
-    B, T, D = hidden_BTD.shape
+def _prompt_logprobs(model, lines, hidden_BTD, following_BT, num_pools):
+    """log-probabilities [B, T] of what follows each token.
+
+    Letters: s pools, n groups of t tokens.  A group in which nothing is asked is skipped.
+    """
+    B, T, V = *hidden_BTD.shape[:2], model.cfg.vocab_size
     size = int(np.gcd(T, _SCORED))
-
-    def some(args):
-        hidden_BtD, following_Bt = args
-        logits_BtV = model.logits(hidden_BtD)
-        flat = sampling.logprobs(logits_BtV.reshape(B * size, -1), following_Bt.reshape(-1))
-        return jax.tree.map(lambda x: x.reshape(B, size, *x.shape[1:]), flat)
-
-    pieces = (
-        hidden_BTD.reshape(B, -1, size, D).swapaxes(0, 1),
-        following_BT.reshape(B, -1, size).swapaxes(0, 1),
+    is_asked_BT = (lines.prompt_logprobs > 0)[:, None] & (
+        jnp.arange(T) >= lines.score_first[:, None]
     )
-    found = jax.lax.map(some, pieces)
+    wants_top_BT = is_asked_BT & (lines.prompt_logprobs == WITH_TOP)[:, None]
+
+    def groups(x_BT):
+        return x_BT.reshape(num_pools, -1, size, *x_BT.shape[2:]).swapaxes(0, 1)
+
+    def of_group(args):
+        hidden_stD, following_st, is_asked, wants_top = args
+
+        def found():
+            logits_stV = model.logits(hidden_stD)
+            flat = sampling.logprobs(
+                logits_stV.reshape(-1, V), following_st.reshape(-1), wants_top
+            )
+            return jax.tree.map(lambda x: x.reshape(num_pools, size, *x.shape[1:]), flat)
+
+        return jax.lax.cond(is_asked, found, lambda: _no_logprobs((num_pools, size), V))
+
+    asked = (groups(x).any((1, 2)) for x in (is_asked_BT, wants_top_BT))
+    found = jax.lax.map(of_group, (groups(hidden_BTD), groups(following_BT), *asked))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:]), found)

@@ -63,7 +63,9 @@ class Request:
     id: unique among the unfinished ones; tokens: at least one id; sampling: resolved, with
     stop_ids; n: number of choices, each drawn by the seed and its number; cache_salt: prompts
     share cached pages only with those of the same salt; first_choice: number of the first choice;
-    only_score: no token is drawn, and the output has the prompt's logprobs and ends with "length".
+    only_score: no token is drawn, and the output has the prompt's logprobs and ends with "length";
+    score_from: place of the first token of the prompt whose logprobs are asked.  Pages that end
+    before it may come from the cache.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Request:
     cache_salt: str = ""
     first_choice: int = 0
     only_score: bool = False
+    score_from: int = 0
 
 
 class TokenLogprobs(NamedTuple):
@@ -90,9 +93,9 @@ class Output:
     """What is new of one choice.
 
     tokens: new ids, a stop id included; logprobs: one for each of them, None unless asked;
-    prompt_logprobs: in the first output of the choice if asked, one for each token of the prompt,
-    None for the first token; finish_reason: None while more follows; num_cached_tokens: of the
-    prompt, those that were found in the cache.
+    prompt_logprobs: in the first output of the choice if asked, one for each token of the prompt
+    from score_from on, None for the prompt's first token; finish_reason: None while more follows;
+    num_cached_tokens: of the prompt, those that were found in the cache.
     """
 
     id: str

@@ -98,7 +98,7 @@ class Runner:
             "decode": functools.partial(
                 programs.decode, decode_def, num_columns, shapes.max_steps
             ),
-            "chunk": functools.partial(programs.chunk, graph_def, num_columns),
+            "chunk": functools.partial(programs.chunk, graph_def, num_columns, shards),
             "admit": programs.admit,
         }
         buckets = [1 << i for i in range(shapes.rows.bit_length()) if 1 << i < shapes.rows]
@@ -174,6 +174,7 @@ class Runner:
             line[: self._width] = self._line(lane, chunk.choice)
             line[COLUMN["start"]], line[COLUMN["end"]] = chunk.start, chunk.end
             line[COLUMN["is_last"]] = chunk.is_last
+            line[COLUMN["score_first"]] = _scored(chunk)[0]
             line[self._width :][: chunk.end - chunk.start] = tokens[chunk.start : chunk.end]
             following = tokens[chunk.start + 1 : chunk.end + 1]
             line[self._width + size :][: len(following)] = following
@@ -263,18 +264,11 @@ class Runner:
                 num = num_made_B[place]
                 logprobs = of_prompt = None
                 if sampling.logprobs is not None:
-                    logprobs = _entries(
-                        jax.tree.map(lambda x, p=place: x[:, p], _on_host(results.logprobs)),
-                        num,
-                        sampling.logprobs,
-                    )
+                    where = (slice(num), place)
+                    logprobs = _entries(results.logprobs, where, sampling.logprobs)
                 if prompt is not None and sampling.prompt_logprobs is not None:
-                    chunk = plan.chunks[i]
-                    of_prompt = _entries(
-                        jax.tree.map(lambda x, p=place: x[p], _on_host(prompt)),
-                        min(chunk.end, len(chunk.choice.request.tokens) - 1) - chunk.start,
-                        sampling.prompt_logprobs,
-                    )
+                    where = (place, slice(*_scored(plan.chunks[i])))
+                    of_prompt = _entries(prompt, where, sampling.prompt_logprobs)
                 drawn[i] = Drawn(tokens_IB[:num, place].tolist(), logprobs, of_prompt)
         return of_chunks, of_rows, ready
 
@@ -291,22 +285,20 @@ def _most_in_a_pool(choices: Iterable[Choice]) -> int:
     return max(num_in_pool.values())
 
 
-def _on_host(logprobs: Logprobs) -> Logprobs:
-    return jax.tree.map(np.asarray, logprobs)
+def _scored(chunk: Chunk) -> tuple[int, int]:
+    """The tokens [first, end) of a chunk whose next tokens belong to the prompt and are scored."""
+    request = chunk.choice.request
+    first = max(chunk.start, request.score_from - 1) - chunk.start
+    return first, max(first, min(chunk.end, len(request.tokens) - 1) - chunk.start)
 
 
-def _entries(found: Logprobs, num: int, num_top: int) -> tuple[TokenLogprobs, ...]:
-    """The first `num` of [n] log-probabilities, with num_top of the most likely ids."""
+def _entries(found: Logprobs, where: Any, num_top: int) -> tuple[TokenLogprobs, ...]:
+    """The log-probabilities at an index, each with num_top of the most likely ids."""
+    of_tokens = np.asarray(found.token)[where].tolist()
+    if not num_top:
+        return tuple(TokenLogprobs(logprob, ()) for logprob in of_tokens)
+    ids, tops = (np.asarray(x)[where][..., :num_top].tolist() for x in (found.top_ids, found.top))
     return tuple(
-        TokenLogprobs(
-            float(found.token[i]),
-            tuple(
-                zip(
-                    found.top_ids[i, :num_top].tolist(),
-                    found.top[i, :num_top].tolist(),
-                    strict=True,
-                )
-            ),
-        )
-        for i in range(num)
+        TokenLogprobs(logprob, tuple(zip(*best, strict=True)))
+        for logprob, *best in zip(of_tokens, ids, tops, strict=True)
     )

@@ -174,12 +174,19 @@ class Logprobs(NamedTuple):
     top_ids: jax.Array
 
 
-def logprobs(logits_BV: jax.Array, token_B: jax.Array) -> Logprobs:
-    """Of the model, whatever the sampling settings are."""
+def logprobs(logits_BV: jax.Array, token_B: jax.Array, wants_top: jax.Array) -> Logprobs:
+    """Of the model, whatever the sampling settings are; of the most likely tokens if wants_top,
+    else zeros in their place.
+    """
+    B, K = len(logits_BV), num_logprobs(logits_BV.shape[-1])
     sum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    top_BK, ids_BK = jax.lax.top_k(logits_BV, num_logprobs(logits_BV.shape[-1]))
+    top_BK, ids_BK = jax.lax.cond(
+        wants_top,
+        lambda: jax.lax.top_k(logits_BV, K),
+        lambda: [jnp.zeros((B, K)), jnp.zeros((B, K), jnp.int32)],
+    )
     of_token_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return Logprobs(of_token_B - sum_B1[:, 0], top_BK - sum_B1, ids_BK.astype(jnp.int32))
+    return Logprobs(of_token_B - sum_B1[:, 0], top_BK - sum_B1, ids_BK)
 
 
 def num_logprobs(vocab_size: int) -> int:

@@ -55,7 +55,11 @@ class Choice:
         self.is_finished = False
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.sampling.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]
+            self.prompt_logprobs = self.unscored()
+
+    def unscored(self) -> list[TokenLogprobs | None]:
+        """Logprobs of the prompt before any is computed; its first token has none."""
+        return [] if self.request.score_from else [None]
 
     @property
     def num_drawn(self) -> int:
@@ -221,9 +225,12 @@ class Scheduler:
 
     def _admit(self, choice: Choice, free: list[int]) -> bool:
         """Gives a waiting choice a row and pages for its tokens; False if it must wait."""
-        size, is_scored = self._shapes.page_size, choice.prompt_logprobs is not None
-        # The last token is computed in any case: the next one is drawn from it.
-        usable = choice.names[: 0 if is_scored else (len(choice.tokens) - 1) // size]
+        size, last = self._shapes.page_size, len(choice.tokens) - 1
+        # The last token is computed in any case: the next one is drawn from it.  So is the one
+        # before the first that is scored.
+        if choice.prompt_logprobs is not None:
+            last = min(last, max(choice.request.score_from - 1, 0))
+        usable = choice.names[: last // size]
         num_running = collections.Counter(other.pool for other in self.running)
         known = {pool: self.pools[pool].num_known(usable) for pool in free}
         pool = min(free, key=lambda pool: (num_running[pool], -known[pool]))
@@ -318,7 +325,7 @@ class Scheduler:
     ) -> Output:
         prompt_logprobs = None
         if choice.num_sent == 0 and choice.prompt_logprobs is not None and reason != "abort":
-            prompt_logprobs = tuple(choice.prompt_logprobs[: choice.num_prompt])
+            prompt_logprobs = tuple(choice.prompt_logprobs)
         choice.num_sent += len(tokens)
         self.num_generated += len(tokens)
         number = choice.number
@@ -339,7 +346,7 @@ class Scheduler:
         choice.num_computed = choice.num_ahead = 0
         choice.is_drawing = False
         if choice.prompt_logprobs is not None:
-            choice.prompt_logprobs = [None]
+            choice.prompt_logprobs = choice.unscored()
         self.num_preempted += 1
         self.waiting.appendleft(choice)
 

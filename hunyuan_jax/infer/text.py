@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.chat.render import render_chat, said
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer import pretrained
+from hunyuan_jax.infer import pretrained, score
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Request
-from hunyuan_jax.infer.score import Scorer
 from hunyuan_jax.infer.settings import Sampling, read_sampling
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from hunyuan_jax.weights.open import open_model
@@ -171,7 +170,7 @@ class LM:
           ValueError: a prompt that is empty, too long or holds an unknown id.
         """
         rows, is_single = self._rows(prompts)
-        found = self._scorer.logprobs(rows)
+        found = score.logprobs(self.model, rows)
         return found[0] if is_single else found
 
     def router_stats(self, prompts: Prompt | Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -189,11 +188,11 @@ class LM:
             raise ValueError(
                 "router_stats needs a mixture of experts; this model is dense (num_experts = 1)."
             )
-        return self._scorer.router_stats(self._rows(prompts)[0])
+        return self._router_stats(self._rows(prompts)[0])
 
     @functools.cached_property
-    def _scorer(self) -> Scorer:
-        return Scorer(self.model)
+    def _router_stats(self) -> score.RouterStats:
+        return score.RouterStats(self.model)
 
     @functools.cached_property
     def _chat_fault(self) -> str | None:

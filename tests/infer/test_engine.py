@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hunyuan_jax import Sampling
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import score
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import ContextTooLong, Limits, QueueFull, Request
 from support.folders import random_params, small
@@ -134,6 +135,22 @@ def test_a_prompt_that_is_only_scored_draws_nothing(engine):
     assert len(outputs[0].prompt_logprobs) == 9
 
 
+def test_ends_of_rows_are_scored_and_shared_beginnings_computed_once(model, engine):
+    rows = [[*TEXT[:30], i, i + 1, 5] for i in range(4)] + [TEXT[:2], TEXT[:3]]
+    starts = [30, 31, 32, 30, 1, 3]
+    before = engine.stats()
+    found = score.of_ends(engine, rows, starts, num_top=1)
+    # Three whole pages of eight tokens, which end before the 30th; the first row computes them.
+    assert engine.stats().prefix_hits - before.prefix_hits >= 3 * 24
+    for row, start, entries in zip(rows, starts, found, strict=True):
+        expected_TV = np.asarray(jax.nn.log_softmax(model.logits([row])[0]))
+        assert len(entries) == len(row) - start
+        for place, entry in enumerate(entries, start):
+            row_V = expected_TV[place - 1]
+            assert entry.logprob == pytest.approx(row_V[row[place]], abs=1e-5)
+            assert entry.top[0][0] == np.argmax(row_V)
+
+
 def test_settings_of_one_row_act_on_it_alone(model, engine):
     plain = greedy(model, TEXT[:6], 8)
     other = next(token for token in range(40) if token not in plain)
@@ -196,6 +213,11 @@ def test_what_cannot_be_served_is_refused(engine):
         (request("a", [40]), ConfigError, "holds the id 40; ids are 0 to 39"),
         (request("a", [1], logit_bias={99: 1}), ConfigError, "holds the id 99"),
         (request("a", [1], n=0), ConfigError, "n = 0 must be at least 1"),
+        (
+            dataclasses.replace(request("a", [1, 2]), score_from=2),
+            ConfigError,
+            "score_from = 2 must be the place of a token of the prompt, 0 to 1",
+        ),
         (request("a", [1], n=17), QueueFull, "max_queue = 16"),
         (
             request("a", [1], stop_ids=tuple(range(17)), min_new_tokens=1),
