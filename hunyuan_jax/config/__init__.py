@@ -7,6 +7,7 @@ answered before anything slow is loaded.
 """
 
 from hunyuan_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from hunyuan_jax.config.effect import without_effect
 from hunyuan_jax.config.mesh import MeshConfig
 from hunyuan_jax.config.model import (
     LORA_TARGETS,
@@ -66,4 +67,5 @@ __all__ = [
     "to_config_dict",
     "to_dict",
     "unknown_key_message",
+    "without_effect",
 ]

@@ -25,7 +25,7 @@ from hunyuan_jax.checkpoint.store import (
     describe_workdir,
     require_same_run,
 )
-from hunyuan_jax.config import Config, ScheduleConfig, from_dict, to_dict
+from hunyuan_jax.config import Config, ScheduleConfig, from_dict, to_dict, without_effect
 from hunyuan_jax.data.stream import BatchIterator, DataStream, read_ahead
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
@@ -176,6 +176,8 @@ class _Trainer:
                 _work(self._program),
             )
         self._log.print(f"data: {self._stream}")
+        for line in without_effect(self._config):
+            self._log.print(line)
         if facts and (changed := self._changed_versions(facts)):
             self._log.print(
                 f"step {self._first_step} was made with {changed}: the losses from here may "

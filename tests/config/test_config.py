@@ -39,6 +39,7 @@ from hunyuan_jax.config import (
     to_dict,
     train,
     unknown_key_message,
+    without_effect,
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath, LocalPath
@@ -249,6 +250,7 @@ def test_a_recipe_takes_overrides_and_no_new_keys():
 def test_every_recipe_is_valid(path):
     config = from_config_dict(load_recipe(path))
     assert to_config_dict(config) == load_recipe(path)
+    assert without_effect(config) == []
 
 
 def test_frozen_all_the_way_down():
