@@ -20,7 +20,7 @@ from hunyuan_jax.infer.settings import Sampling, checked_ids
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import rules, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import names, write
@@ -37,6 +37,7 @@ class Pretrained:
     of arrays, on the mesh as the rules table says.
     """
 
+    @settings.stated()
     def __init__(
         self,
         config: ModelConfig,
@@ -57,6 +58,7 @@ class Pretrained:
             lambda params, ids, labels, mask: _loss(graph_def, params, ids, mask, labels)
         )
 
+    @settings.stated()
     def logits(
         self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None
     ) -> jax.Array:
@@ -77,6 +79,7 @@ class Pretrained:
         arrays = (ids, mask, positions.astype(np.int32))
         return self._logits(self.params, *map(self._filled_up, arrays))[: len(ids)]
 
+    @settings.stated()
     def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> float:
         """Returns the mean cross entropy of labels[:, 1:] under logits[:, :-1] in nats.
 
@@ -292,6 +295,7 @@ def from_pretrained(
     return load(open_model(path, dtype), mesh, adapter)
 
 
+@settings.stated()
 def load(
     opened: Model, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
 ) -> Pretrained:

@@ -22,7 +22,7 @@ from hunyuan_jax.infer.plan_array import COLUMN
 from hunyuan_jax.infer.request import TokenLogprobs
 from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import rules, settings
 from hunyuan_jax.params.abstract import abstract_module
 
 _MAX_DECODE_PROGRAMS = 8
@@ -56,6 +56,7 @@ class Lane:
 class Runner:
     """Executes plans over `num_pools` pools, each with shapes.rows rows and num_pages pages."""
 
+    @settings.stated()
     def __init__(
         self,
         graph_def: nnx.GraphDef,
@@ -132,6 +133,7 @@ class Runner:
                 raise
         return self._programs[key].result()
 
+    @settings.stated()
     def _compile(self, name: str, *sizes: int) -> Callable:
         state = self.lanes[0].state
         shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -18,7 +18,7 @@ from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.layers.ffn.moe.layer import router_metrics
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import rules, settings
 
 # Row lengths are rounded up to a few multiples of this, so that there are few programs.
 _LENGTH_BUCKET = 32
@@ -57,11 +57,13 @@ def of_ends(
 class RouterStats:
     """Runs rows of ids through a model without a cache, in batches of similar length."""
 
+    @settings.stated()
     def __init__(self, model: Pretrained):
         self._model = model
         graph_def = abstract_model(model.config, model.mesh)[0]
         self._figures = jax.jit(lambda *args: _figures(graph_def, *args))
 
+    @settings.stated()
     def __call__(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """demand_LE, load_LE and entropy_L of `router_metrics`, float32, over all tokens of the
         rows.

@@ -24,7 +24,7 @@ from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.stack import Layer
-from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel import island, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import chunks, hf_config, quantized, reference
@@ -41,6 +41,7 @@ _TOLERANCE = 2e-4
 _VOCAB_BLOCK = 16_384
 
 
+@settings.stated()
 def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
     """Every difference between an official folder and a converted checkpoint, a line each; empty
     if they are the same model.

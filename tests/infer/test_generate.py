@@ -23,6 +23,7 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
+from support import jax_settings
 from support.folders import random_params, small
 from support.models import mesh_of
 
@@ -252,6 +253,28 @@ def test_experts_one_by_one_compute_what_their_tokens_ask_for(num_tokens):
 
 # -----------------------------------------------------------------------------
 # chat
+
+
+def test_tokens_and_scores_do_not_depend_on_the_settings_of_the_process():
+    """Draws, dtypes and broadcasting are stated, also in the threads that compile."""
+    config = small(num_layers=2, max_position=64)
+
+    def results():
+        model = Pretrained(config, random_params(config))
+        labels = np.where(IDS > 3, IDS, -100)
+        return (
+            model.generate(IDS, max_new_tokens=8, temperature=1.0, seed=3, eos_token_id=()),
+            model.loss(IDS, labels),
+            score.logprobs(model, IDS.tolist()),
+        )
+
+    expected = results()
+    with jax_settings.unusual():
+        found = results()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(lambda x: np.asarray(x).dtype, found) == jax.tree.map(
+        lambda x: np.asarray(x).dtype, expected
+    )
 
 
 @pytest.fixture(scope="module")

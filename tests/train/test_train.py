@@ -31,6 +31,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.runlog import watchdog
 from hunyuan_jax.train import loop
 from hunyuan_jax.train import stop as stop_lib
+from support import jax_settings
 from support.runs import MODEL, config_for, losses, on_one_device, rows, write_corpus
 
 
@@ -69,6 +70,7 @@ def validation_losses(workdir):
 
 
 def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
+    """Whatever the settings of jax are in the process that continues."""
     # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its
     # length.
     config = config_for(corpus)
@@ -86,7 +88,8 @@ def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
         assert loop.run(config, tmp_path / "parts") == 0
     assert calls[-1] in (3, 4)
     assert steps(tmp_path / "parts" / "checkpoints")[-1] == calls[-1]
-    assert loop.run(config, tmp_path / "parts") == 0
+    with jax_settings.unusual():
+        assert loop.run(config, tmp_path / "parts") == 0
     assert losses(tmp_path / "parts") == losses(whole)
     assert validation_losses(tmp_path / "parts") == validation_losses(whole)
 
