@@ -34,6 +34,10 @@ FREE_FIELDS = {
     "data.text_field",
     "data.tokenizer",
 }
+# Fields that may change when a run is continued, which then says so: they act on the numbers from
+# there on.  Those of config.schedule and train.num_steps are told by the learning rate.
+_NOTED_SECTIONS = ("optimizer",)
+_NOTED_FIELDS = ("train.grad_accum_steps", "train.eval_batches", "train.init_from")
 
 _PACKAGES = ("hunyuan_jax", "jax", "jaxlib", "orbax-checkpoint")
 _NUM_THREADS = 4  # for reading and hashing files; hashing releases the GIL
@@ -54,6 +58,7 @@ def facts(
     format: of the checkpoint.
     config_hash: of the whole config.
     fixed: the fields that may not change, see `fixed_fields`.
+    noted: the fields whose change is said, see `noted_fields`.
     state_dtype: config.optimizer.state_dtype.
     schedule, num_steps: config.schedule and config.train.num_steps, which plan the learning rate.
     versions: package -> version.
@@ -68,6 +73,7 @@ def facts(
                 "format": FORMAT,
                 "config_hash": _digest_of(values),
                 "fixed": fixed_fields(values),
+                "noted": noted_fields(values),
                 "state_dtype": config.optimizer.state_dtype,
                 "schedule": values["schedule"],
                 "num_steps": config.train.num_steps,
@@ -104,6 +110,32 @@ def fixed_fields(values: dict[str, Any]) -> dict[str, Any]:
         found["data.sources"] = [source["name"] for source in sources]
     return found | {
         f"{section}.{name}": values.get(section, {}).get(name) for section, name in _FIXED_FIELDS
+    }
+
+
+def noted_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns {dotted name: value} of the fields that act on the numbers and may change.
+
+    values: a config as a nested dict.
+    """
+    return {
+        name: value
+        for name, value in flat_fields(values)
+        if name.startswith(tuple(f"{section}." for section in _NOTED_SECTIONS))
+        or name in _NOTED_FIELDS
+    }
+
+
+def changed_fields(facts: Facts, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns {dotted name: (value at the checkpoint, value now)} of noted fields that differ.
+
+    A field that is younger than the checkpoint is left out.
+    """
+    before, now = facts.get("noted", {}), json.loads(json.dumps(noted_fields(to_dict(config))))
+    return {
+        name: (before[name], value)
+        for name, value in now.items()
+        if name in before and before[name] != value
     }
 
 

@@ -178,12 +178,7 @@ class _Trainer:
         self._log.print(f"data: {self._stream}")
         for line in without_effect(self._config):
             self._log.print(line)
-        if facts and (changed := self._changed_versions(facts)):
-            self._log.print(
-                f"step {self._first_step} was made with {changed}: the losses from here may "
-                "differ in their last bits."
-            )
-        if facts and (line := self._changed_rate(facts)):
+        for line in self._changes(facts) if facts else ():
             self._log.print(line)
         self._num_looks, self._is_stopping = 0, False
         # A signal has ended the validation of the step that was saved then.
@@ -247,6 +242,27 @@ class _Trainer:
                 "every step would be skipped. Start from other weights."
             )
 
+    def _changes(self, facts: manifest.Facts) -> Iterator[str]:
+        """Yields a line for each change since the checkpoint that acts on the numbers."""
+        if changed := self._changed_versions(facts):
+            yield (
+                f"step {self._first_step} was made with {changed}: the losses from here may "
+                "differ in their last bits."
+            )
+        for name, (before, now) in manifest.changed_fields(facts, self._config).items():
+            if name == "train.init_from":
+                yield (
+                    f"config.train.init_from = {now!r} has no effect: the run continues from its "
+                    f"step {self._first_step}. Use another --workdir to start from other weights."
+                )
+            elif name != "optimizer.state_dtype":  # its conversion has been said
+                yield (
+                    f"config.{name} is {now!r} from here on; up to step {self._first_step} it was "
+                    f"{before!r}."
+                )
+        if line := self._changed_rate(facts):
+            yield line
+
     def _changed_rate(self, facts: manifest.Facts) -> str:
         """Returns a line if the learning rate of the next step is not the one that was planned
         when the checkpoint was saved, else "".
@@ -268,12 +284,13 @@ class _Trainer:
         )
 
     def _changed_versions(self, facts: manifest.Facts) -> str:
-        """Returns the versions that a checkpoint was made with and that differ now, as text."""
-        today = manifest.facts(self._config, self._program.mesh.shape, {}, None)["versions"]
+        """Returns the versions and the mesh of a checkpoint that differ now, as text."""
+        today = manifest.facts(self._config, self._program.mesh.shape, {}, None)
         return ", ".join(
-            f"{name} {version}"
-            for name, version in facts["versions"].items()
-            if today.get(name) != version
+            f"{name} {value}"
+            for kind in ("versions", "mesh")
+            for name, value in facts[kind].items()
+            if today[kind].get(name) != value
         )
 
     def _documents_of(self, step: int) -> list[str]:

@@ -238,11 +238,37 @@ def output(capsys):
     return capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_other_kernels_remat_and_place_of_its_text(corpus, finished, tmp_path):
-    config = config_for(shutil.copytree(corpus, tmp_path / "moved"), num_steps=7)
-    model = dataclasses.replace(config.model, remat="full", kernels="xla")
-    assert loop.run(dataclasses.replace(config, model=model), finished) == 0
+def test_a_run_goes_on_with_changes_and_says_those_that_act(corpus, finished, tmp_path, capsys):
+    """Kernels, remat and the place of the text change no number; weight decay does."""
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    config = config_for(moved, num_steps=7, eval_batches=1, init_from=str(tmp_path))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="full", kernels="xla"),
+        optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2),
+    )
+    assert loop.run(config, finished) == 0
     assert max(losses(finished)) == 7
+    said = output(capsys)
+    assert "config.optimizer.weight_decay is 0.2 from here on; up to step 6 it was 0.1." in said
+    assert "config.train.eval_batches is 1 from here on; up to step 6 it was 2." in said
+    assert f"config.train.init_from = {str(tmp_path)!r} has no effect" in said
+    assert said.count("from here on") == 2
+
+
+def test_every_field_of_training_is_fixed_noted_or_changes_no_number():
+    values = to_dict(config_for("x"))
+    noted, fixed = manifest.noted_fields(values), manifest.fixed_fields(values)
+    assert not set(noted) & set(fixed)
+    free = {
+        name
+        for name in field_names()
+        if name.startswith(("train.", "optimizer.")) and name not in {*noted, *fixed}
+    }
+    assert free == {
+        *("train.num_steps", "train.log_every", "train.eval_every", "train.max_skipped_steps"),
+        *("train.watchdog_minutes", "train.profile_steps", "train.wandb_project"),
+    }
 
 
 def test_every_field_of_the_fixed_sections_is_known():
