@@ -23,9 +23,10 @@ def train(values) -> int:
     slurm, Open MPI and indexed Kubernetes jobs are recognised; elsewhere set
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
+    from hunyuan_jax.post.build import build_objective
     from hunyuan_jax.train import loop
 
-    return loop.run(values.config, values.workdir)
+    return loop.run(values.config, values.workdir, build_objective)
 
 
 if __name__ == "__main__":

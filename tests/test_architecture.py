@@ -24,6 +24,7 @@ LAYERS = [
     ["tokenizer", "chat", "data", "optim", "runlog"],
     ["checkpoint", "weights"],
     ["train", "infer"],
+    ["post"],
     ["serve", "plan", "report", "bench"],
     ["cli", "__main__", "train.py", "convert_torch.py", "configs"],
 ]

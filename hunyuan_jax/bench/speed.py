@@ -16,6 +16,7 @@ from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_model, build_program, init_state
@@ -28,7 +29,7 @@ def bench(config: Config, num_steps: int) -> dict[str, Any]:
     Returns steps_per_second, tokens_per_second, prefill_tokens_per_second, compile_seconds,
     peak_memory_mb (of this process), parameters, device, and mfu where the device's peak is known.
     """
-    program = build_program(config, make_mesh(config.mesh))
+    program = build_program(config, make_mesh(config.mesh), build_objective)
     state = init_state(program)
     batch = step_lib.place_batch(program, program.objective.random_batch())
     start = time.perf_counter()

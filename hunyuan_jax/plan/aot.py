@@ -14,6 +14,7 @@ from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.plan import hlo, hlo_text, kernel_speed, links, memory, timeline, topology
 from hunyuan_jax.plan.timeline import Timeline
+from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import abstract_state, build_program
 from pallas_kernels import tpu_compiler
@@ -117,7 +118,7 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
       HbmOverflowError: the step needs more memory than a device has.
     """
     start = time.perf_counter()
-    program = build_program(config, make_mesh(config.mesh, devices))
+    program = build_program(config, make_mesh(config.mesh, devices), build_objective)
     lowered = step_lib.make_train_step(program).lower(
         abstract_state(program), step_lib.abstract_batch(program)
     )

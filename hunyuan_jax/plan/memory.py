@@ -22,8 +22,8 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.model.layout import group_layout
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
+from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.objective import build_objective
 from hunyuan_jax.train.state import Program, abstract_state, build_program
 
 # Arrays of the size of one part's float32 logits that are alive at once: the logits, and their

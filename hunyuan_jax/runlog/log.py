@@ -222,7 +222,9 @@ class Log:
             if total > 0
         }
         row |= {
-            name: float(value) for name, value in metrics.items() if name.startswith("objective/")
+            name.removeprefix("objective/"): float(value)
+            for name, value in metrics.items()
+            if name.startswith("objective/")
         }
         self._write(
             step,

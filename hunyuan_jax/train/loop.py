@@ -39,6 +39,8 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train import stop as stop_lib
 from hunyuan_jax.train.evaluate import evaluate
+from hunyuan_jax.train.objective import BuildObjective
+from hunyuan_jax.train.pretrain import Pretrain
 from hunyuan_jax.train.skipped_steps import SkippedSteps
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import (
@@ -56,7 +58,9 @@ from hunyuan_jax.train.state import (
 from hunyuan_jax.weights import side_files
 
 
-def run(config: Config, workdir: str | os.PathLike) -> int:
+def run(
+    config: Config, workdir: str | os.PathLike, build_objective: BuildObjective = Pretrain
+) -> int:
     """Trains to config.train.num_steps, from the newest checkpoint of workdir if there is one.
 
     SIGTERM and Ctrl-C save and stop all processes, whichever of them receives the signal.  The
@@ -77,7 +81,7 @@ def run(config: Config, workdir: str | os.PathLike) -> int:
         _owned_together(workdir) as require_owner,
         contextlib.closing(Watchdog(config.train.watchdog_minutes, stacks, process)) as watchdog,
     ):
-        trainer = _Trainer(config, workdir, watchdog, require_owner)
+        trainer = _Trainer(config, workdir, build_objective, watchdog, require_owner)
         trainer.start()
         return trainer.train()
 
@@ -105,6 +109,7 @@ class _Trainer:
         self,
         config: Config,
         workdir: str | os.PathLike,
+        build_objective: BuildObjective,
         watchdog: Watchdog,
         require_owner: Callable[[], None],
     ):
@@ -112,7 +117,7 @@ class _Trainer:
         self._config, self._workdir, self._watchdog = config, workdir, watchdog
         self._require_owner = require_owner
         self._log = Log(config, workdir)
-        self._program = program = build_program(config, make_mesh(config.mesh))
+        self._program = program = build_program(config, make_mesh(config.mesh), build_objective)
         self._train_step = step_lib.make_train_step(program)
         self._eval_step = step_lib.make_eval_step(program)
         spec = program.objective.eval_spec | program.objective.batch_spec

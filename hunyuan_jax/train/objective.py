@@ -1,11 +1,12 @@
 """What a run minimises: the batch it needs, its loss, and its validation.
 
 `train/step.py`, `train/loop.py`, `plan` and `bench` know an objective through this protocol only.
-An objective is one file beside this one, named in `build_objective`.
+Pre-training is `train/pretrain.py`; the others are files of `post/`, where `build_objective`
+finds the one that a config names.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax
@@ -30,12 +31,14 @@ class Field:
 
 
 BatchSpec = Mapping[str, Field]
+Totals = dict[str, jax.Array]
 
 
 class LossMetrics(NamedTuple):
     """What a loss reports beside its value.
 
-    sums: float32 scalars, normalised like the loss and logged as objective/NAME.
+    sums: float32 scalars that add up over the micro-batches to a figure of the batch, which is
+      logged under its name.
     router: router figures of the model's forward pass, `Output.stats`.
     """
 
@@ -44,10 +47,11 @@ class LossMetrics(NamedTuple):
 
 
 class Objective(Protocol):
-    """Made from a Config.  Its methods see a micro-batch at a time: part of the batch's examples.
+    """Made from a Config.  `loss` and `evaluate` see a micro-batch at a time: part of the batch's
+    examples.
 
-    The train step divides a loss by the weight of the whole batch, over all micro-batches and
-    hosts.  Every labelled token therefore counts the same, however many its micro-batch has.
+    A loss is divided by a total of the whole batch, over all micro-batches and hosts.  Every
+    labelled token therefore counts the same, however many its micro-batch has.
     """
 
     @property
@@ -65,17 +69,18 @@ class Objective(Protocol):
           ConfigError: it does not exist or cannot be used.
         """
 
-    def weight(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """Returns what the summed loss of `batch` is divided by: float32 scalar, above 0.
+    def totals(self, batch: dict[str, jax.Array]) -> Totals:
+        """Returns what losses and metrics are divided by: float32 scalars above 0, by name.
 
-        `batch` is the whole batch.  Usually this is its number of labelled tokens.
+        `batch` is the whole batch.  A total is a number of labelled tokens, of pairs and the like.
         """
 
     def loss(
-        self, model: Transformer, batch: dict[str, jax.Array], key: jax.Array
+        self, model: Transformer, batch: dict[str, jax.Array], totals: Totals, key: jax.Array
     ) -> tuple[jax.Array, LossMetrics]:
-        """Returns (loss summed over the examples of `batch`, float32 scalar; metrics).
+        """Returns (this micro-batch's part of the loss, float32 scalar; metrics).
 
+        The parts of all micro-batches add up to the loss of the batch, whose totals are `totals`.
         The router losses are not part of it: the train step adds them.  `key` is that of the
         micro-batch, for routing and dropout.
         """
@@ -93,11 +98,4 @@ class Objective(Protocol):
         """Returns a batch of random tokens that fills every position, for benchmarks."""
 
 
-def build_objective(config: Config) -> Objective:
-    """Returns the objective that config.objective names."""
-    match config.objective.name:
-        case "pretrain":
-            from hunyuan_jax.train.pretrain import Pretrain
-
-            return Pretrain(config)
-    raise AssertionError(config.objective.name)
+BuildObjective = Callable[[Config], Objective]

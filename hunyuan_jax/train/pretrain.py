@@ -14,13 +14,14 @@ from hunyuan_jax.data import loader
 from hunyuan_jax.data.stream import Batch, DataStream
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.tokenizer import Tokenizer
-from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics
+from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 
 
 class Pretrain:
     """The pre-training objective; the loss is in nats per target."""
 
     def __init__(self, config: Config):
+        assert config.objective.name == "pretrain"  # another one is `post.build.build_objective`
         self._config = config
 
     @property
@@ -42,19 +43,20 @@ class Pretrain:
         data = self._config.data
         return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self._config.train)
 
-    def weight(self, batch: dict[str, jax.Array]) -> jax.Array:
+    def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the number of targets, at least 1."""
-        return jax.numpy.maximum(batch["loss_weights"].sum(), 1.0)
+        return {"targets": jax.numpy.maximum(batch["loss_weights"].sum(), 1.0)}
 
     def loss(
-        self, model: Transformer, batch: dict[str, jax.Array], key: jax.Array
+        self, model: Transformer, batch: dict[str, jax.Array], totals: Totals, key: jax.Array
     ) -> tuple[jax.Array, LossMetrics]:
-        """Returns (cross entropy in nats, summed over the targets; metrics)."""
+        """Returns (cross entropy in nats, a mean over the batch's targets; metrics)."""
         output = model(
             batch["tokens"], batch["positions"], batch["segment_ids"], key=key, is_training=True
         )
         loss_BT = model.token_losses(output.hidden_BTD, batch["targets"])
-        return (loss_BT * batch["loss_weights"]).sum(), LossMetrics({}, output.stats)
+        loss = (loss_BT * batch["loss_weights"]).sum() / totals["targets"]
+        return loss, LossMetrics({}, output.stats)
 
     def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the summed cross entropy, the number of targets and the bytes of text."""

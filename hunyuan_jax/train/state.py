@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import Config, OptimizerConfig, StateDtype
+from hunyuan_jax.config import Config, ObjectiveConfig, OptimizerConfig, StateDtype
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import stored_params
@@ -21,7 +21,8 @@ from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import path_of
-from hunyuan_jax.train.objective import Objective, build_objective
+from hunyuan_jax.train.objective import BuildObjective, Objective
+from hunyuan_jax.train.pretrain import Pretrain
 
 
 class TrainState(NamedTuple):
@@ -63,8 +64,10 @@ class Program(NamedTuple):
     taps: dict[str, Any]
 
 
-def build_program(config: Config, mesh: Mesh) -> Program:
-    """Builds model, optimizer and shardings of a run.
+def build_program(
+    config: Config, mesh: Mesh, build_objective: BuildObjective = Pretrain
+) -> Program:
+    """Builds model, optimizer, objective and shardings of a run.
 
     Raises:
       ConfigError: a dim does not divide over the mesh, or the parameter groups do not fit the
@@ -172,9 +175,13 @@ def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
     """
     # The section's other fields may not be valid with that dtype.  They do not affect the layout.
     return build_program(
-        dataclasses.replace(program.config, optimizer=OptimizerConfig(state_dtype=state_dtype)),
+        dataclasses.replace(
+            program.config,
+            optimizer=OptimizerConfig(state_dtype=state_dtype),
+            objective=ObjectiveConfig(),
+        ),
         program.mesh,
-    )
+    )._replace(config=program.config, objective=program.objective)
 
 
 def convert(program: Program, state: TrainState) -> TrainState:

@@ -109,7 +109,7 @@ def gradients(
 ) -> tuple[dict, jax.Array, LossMetrics]:
     """Returns (gradients, loss, metrics) of one batch, in train.grad_accum_steps micro-batches.
 
-    The loss and the metrics' sums are divided by the objective's weight of the whole batch.
+    The loss and the metrics' sums are those of the whole batch.
     Router figures are [P, f, ...].
 
     A gradient has the dtype in which its parameter is used, so bfloat16 for the matrices of a
@@ -117,15 +117,13 @@ def gradients(
     micro-batches are added up in float32.
     """
     objective, num_micro_batches = program.objective, program.config.train.grad_accum_steps
-    weight = objective.weight(batch)
+    totals = objective.totals(batch)
 
     def loss_fn(taps, micro_batch, key):
         model: Transformer = nnx.merge(program.graph_def, _weights(program, params, taps))
-        total, metrics = objective.loss(model, micro_batch, key)
-        loss = total / weight
-        sums = {name: value / weight for name, value in metrics.sums.items()}
+        loss, metrics = objective.loss(model, micro_batch, totals, key)
         router_loss = loss_lib.router_loss(metrics.router, program.config.model.moe)
-        return loss + router_loss / num_micro_batches, (loss, metrics._replace(sums=sums))
+        return loss + router_loss / num_micro_batches, (loss, metrics)
 
     def micro_batch_gradients(micro_batch, key):
         grads, (loss, metrics) = jax.grad(loss_fn, has_aux=True)(_taps(program), micro_batch, key)

@@ -36,7 +36,7 @@ def test_a_row_has_the_objectives_figures_and_the_speed_of_its_work(tmp_path, mo
     log.stop(is_finished=True)
     log.close()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert row["objective/accuracy"] == 0.75 and row["objective/margin"] is None
+    assert row["accuracy"] == 0.75 and row["margin"] is None
     assert row["learning_rate"] == 0.5
     assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(64)
     assert row["mfu"] == pytest.approx(50 * row["tokens_per_second"] / 1e6)

@@ -19,10 +19,11 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import state
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.evaluate import evaluate
-from hunyuan_jax.train.objective import Field, LossMetrics, build_objective
+from hunyuan_jax.train.objective import Field, LossMetrics
 from hunyuan_jax.train.pretrain import Pretrain
 from hunyuan_jax.train.state import build_program, init_state
 from support.models import assert_close, fast_jit, mesh_of
@@ -63,10 +64,10 @@ class Preferences:
         }
         self.eval_spec = self.batch_spec
 
-    def weight(self, batch):
-        return jnp.float32(batch["reference"].shape[0])
+    def totals(self, batch):
+        return {"pairs": jnp.float32(batch["reference"].shape[0])}
 
-    def loss(self, model, batch, key):
+    def loss(self, model, batch, totals, key):
         tokens, targets = (
             batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "targets")
         )
@@ -74,12 +75,14 @@ class Preferences:
         output = model(tokens, positions, jnp.ones_like(tokens), key=key, is_training=True)
         log_probs = -model.token_losses(output.hidden_BTD, targets).sum(-1).reshape(-1, 2)
         margin = (log_probs - batch["reference"]) @ jnp.array([1.0, -1.0])
-        sums = {"accuracy": (margin > 0).astype(jnp.float32).sum()}
-        return -jax.nn.log_sigmoid(margin).sum(), LossMetrics(sums, output.stats)
+        sums = {"accuracy": (margin > 0).astype(jnp.float32).sum() / totals["pairs"]}
+        loss = -jax.nn.log_sigmoid(margin).sum() / totals["pairs"]
+        return loss, LossMetrics(sums, output.stats)
 
     def evaluate(self, model, batch):
-        loss, metrics = self.loss(model, batch, None)
-        return {"loss": loss, "pairs": self.weight(batch), **metrics.sums}
+        one = {"pairs": jnp.float32(1)}
+        loss, metrics = self.loss(model, batch, one, None)
+        return {"loss": loss, **self.totals(batch), **metrics.sums}
 
 
 def pairs():

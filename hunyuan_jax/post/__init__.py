@@ -1,0 +1,1 @@
+"""Post-training: objectives that start from a trained model."""

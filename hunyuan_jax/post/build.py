@@ -1,0 +1,14 @@
+"""The objective that a config names."""
+
+from hunyuan_jax.config import Config
+from hunyuan_jax.train.objective import Objective
+
+
+def build_objective(config: Config) -> Objective:
+    """Returns the objective that config.objective names."""
+    match config.objective.name:
+        case "pretrain":
+            from hunyuan_jax.train.pretrain import Pretrain
+
+            return Pretrain(config)
+    raise AssertionError(config.objective.name)
