@@ -26,9 +26,10 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
 from hunyuan_jax.quant.scaled import load_params
+from hunyuan_jax.report import page
 from hunyuan_jax.train.state import abstract_state, build_program, to_items
 from hunyuan_jax.weights.run import Run
-from support import paths
+from support import paths, processes
 from support.models import assert_close, mesh_of
 
 MODEL = ModelConfig(
@@ -144,3 +145,35 @@ def test_a_workdir_without_checkpoints_is_refused(tmp_path):
         match=r"holds no finished checkpoint yet; train until config.checkpoint.every = 100 steps",
     ):
         Run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's coroutines
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_readers_of_a_run_that_trains_never_see_half_a_checkpoint(tmp_path):
+    """The run saves after every step and keeps one; it deletes what is being read."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    training = processes.start(
+        processes.write_corpus(corpus),
+        tmp_path / "run",
+        **{"checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_best": 0, "train.num_steps": 60},
+    )
+    fingerprints = []
+    try:
+        while training.poll() is None:
+            try:
+                run = Run(tmp_path / "run")
+            except ConfigError as error:
+                assert not fingerprints, error  # only before the first checkpoint
+                assert "is not a run" in str(error) or "no finished checkpoint" in str(error)
+                continue
+            shardings = abstract.shardings(abstract_model(run.cfg, single_device_mesh())[1])
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.read(shardings)))
+            fingerprints.append(run.fingerprint)
+            assert page.write(tmp_path / "run").is_file()
+    finally:
+        training.kill()
+    status, error = processes.finished(training)
+    assert status == 0, error
+    assert len(set(fingerprints)) > 3

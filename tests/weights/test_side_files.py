@@ -6,11 +6,14 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import hunyuan_jax
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import CheckpointConfig, Config, DataConfig, ScheduleConfig, TrainConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import loop
 from hunyuan_jax.weights import hf_config, side_files, stream
@@ -128,6 +131,25 @@ def test_a_ranks_file_alone_keeps_its_built_in_template(origin, tmp_path):
     assert found["chat_template.jinja"] == (origin / "chat_template.jinja").read_bytes()
     name = side_files.tokenizer_of(config, side_files.place_of(tmp_path / "run"))
     assert name == str(tmp_path / "run" / side_files.FOLDER / "hy.tiktoken")
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_step(origin, tmp_path):
+    weights = load_file(origin / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = np.nan
+    save_file(weights, origin / "model.safetensors", {"format": "pt"})
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus")
+    config = config_of(origin, "byte")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source=str(tmp_path / "corpus"))
+    )
+    with (
+        on_one_device(),
+        pytest.raises(
+            ConfigError, match=r"init_from = .* not finite, in .*wq.*; every step would be skipped"
+        ),
+    ):
+        loop.run(config, tmp_path / "run")
 
 
 def test_bytes_and_nothing_to_start_from_keep_nothing(origin, tmp_path):
