@@ -148,7 +148,9 @@ def test_a_workdir_without_checkpoints_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's coroutines
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax's coroutines
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_readers_of_a_run_that_trains_never_see_half_a_checkpoint(tmp_path):
     """The run saves after every step and keeps one; it deletes what is being read."""
@@ -157,7 +159,12 @@ def test_readers_of_a_run_that_trains_never_see_half_a_checkpoint(tmp_path):
     training = processes.start(
         processes.write_corpus(corpus),
         tmp_path / "run",
-        **{"checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_best": 0, "train.num_steps": 60},
+        **{
+            "checkpoint.every": 1,
+            "checkpoint.keep": 1,
+            "checkpoint.keep_best": 0,
+            "train.num_steps": 60,
+        },
     )
     fingerprints = []
     try:
