@@ -172,8 +172,9 @@ def test_readers_of_a_run_that_trains_never_see_half_a_checkpoint(tmp_path):
             try:
                 run = Run(tmp_path / "run")
             except ConfigError as error:
-                assert not fingerprints, error  # only before the first checkpoint
-                assert "is not a run" in str(error) or "no finished checkpoint" in str(error)
+                is_early = "is not a run" in str(error) or "no finished" in str(error)
+                if fingerprints or not is_early:
+                    raise
                 continue
             shardings = abstract.shardings(abstract_model(run.cfg, single_device_mesh())[1])
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.read(shardings)))
