@@ -91,7 +91,7 @@ def require_protocol(path: str, option: str) -> None:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"{option} = {path!r} cannot be used: {error}. It must be a URL that fsspec knows, "
-            "such as gs://BUCKET/PATH (pip install 'hunyuan_jax[gcs]'), s3://BUCKET/PATH (pip "
+            "such as gs://BUCKET/PATH (pip install -e '.[gcs]'), s3://BUCKET/PATH (pip "
             "install s3fs) or file:///PATH."
         ) from error
 

@@ -82,7 +82,7 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
     except ImportError as e:
         raise ConfigError(
             f"{wanted} does not exist here. To fetch a model of that name from the Hugging Face "
-            "hub: pip install 'hunyuan_jax[hub]'."
+            "hub: pip install -e '.[hub]'."
         ) from e
     hub = constants.ENDPOINT
     try:

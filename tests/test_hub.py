@@ -124,7 +124,7 @@ def test_refusals_are_one_line_with_the_remedy(served, tmp_path, monkeypatch):
     hub_server.point_to("http://127.0.0.1:9", tmp_path / "other", monkeypatch)
     assert "http://127.0.0.1:9 cannot be reached" in refused("org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert refused("org/name").endswith("pip install 'hunyuan_jax[hub]'.")
+    assert refused("org/name").endswith("pip install -e '.[hub]'.")
 
 
 def test_a_full_disk(served, monkeypatch):

@@ -28,7 +28,7 @@ def tokenize(job: shards.Job, runner: str, options: Sequence[str]) -> dict[str, 
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise ConfigError(
-            "--runner needs Apache Beam: pip install 'hunyuan_jax[beam]'."
+            "--runner needs Apache Beam: pip install -e '.[beam]'."
         ) from error
     plan = local.prepare(job)
     if plan is None:

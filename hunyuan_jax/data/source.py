@@ -447,7 +447,7 @@ class _ZstdFile(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise ConfigError(
-                "a .zst file needs zstandard: pip install 'hunyuan_jax[data]'."
+                "a .zst file needs zstandard: pip install -e '.[data]'."
             ) from error
         self._file, self._library, self._frame, self._pending = (
             file,
@@ -612,7 +612,7 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            "a .parquet file needs pyarrow: pip install 'hunyuan_jax[data]'."
+            "a .parquet file needs pyarrow: pip install -e '.[data]'."
         ) from error
     row = 1
     try:

@@ -46,7 +46,7 @@ def serve(values) -> int:
     SIGTERM finishes the open answers, then ends the server.
     """
     if importlib.util.find_spec("aiohttp") is None:
-        raise ConfigError("serve needs aiohttp; pip install 'hunyuan_jax[serve]'.")
+        raise ConfigError("serve needs aiohttp; pip install -e '.[serve]'.")
     api_key = _api_key(values)
     with contextlib.closing(_listener(values.host, values.port)) as listener:
         return _serve(values, listener, api_key)

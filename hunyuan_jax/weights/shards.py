@@ -341,7 +341,7 @@ def _load_bin(place: Place, file: str) -> dict[str, Any]:
     except ModuleNotFoundError as e:
         raise ConfigError(
             f"{place}/{file} is a PyTorch pickle; reading it needs torch: pip install "
-            "'hunyuan_jax[torch]'."
+            "-e '.[torch]'."
         ) from e
     path = place.path(file)
     try:

@@ -634,7 +634,7 @@ def test_the_recipe_of_the_docs_mixes_its_sources(tmp_path, monkeypatch, capsys)
 @pytest.mark.filterwarnings("ignore")  # Beam's own
 def test_beam_gives_the_shards_of_tokenize(big_rows, whole, tmp_path):
     pytest.importorskip(
-        "apache_beam", reason="Apache Beam is not installed: pip install 'hunyuan_jax[beam]'"
+        "apache_beam", reason="Apache Beam is not installed: pip install -e '.[beam]'"
     )
     from hunyuan_jax.data import beam
 
@@ -662,6 +662,6 @@ def test_beam_that_is_not_installed_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(
-        ConfigError, match=r"--runner needs Apache Beam: pip install 'hunyuan_jax\[beam\]'"
+        ConfigError, match=r"--runner needs Apache Beam: pip install -e '\.\[beam\]'"
     ):
         beam.tokenize(Job(str(tmp_path), str(tmp_path / "out"), "byte"), "DirectRunner", [])

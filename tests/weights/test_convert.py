@@ -552,7 +552,7 @@ def test_bin_without_torch_says_what_to_install(folder, monkeypatch):
     with pytest.raises(
         ConfigError,
         match=r"pytorch_model\.bin is a PyTorch pickle; reading it needs torch: pip install "
-        r"'hunyuan_jax\[torch\]'",
+        r"-e '\.\[torch\]'",
     ):
         from_pretrained(folder)
 
