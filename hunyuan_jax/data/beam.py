@@ -27,9 +27,7 @@ def tokenize(job: shards.Job, runner: str, options: Sequence[str]) -> dict[str, 
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ConfigError(
-            "--runner needs Apache Beam: pip install -e '.[beam]'."
-        ) from error
+        raise ConfigError("--runner needs Apache Beam: pip install -e '.[beam]'.") from error
     plan = local.prepare(job)
     if plan is None:
         return tokens_lib.read_manifest(job.output)

@@ -446,9 +446,7 @@ class _ZstdFile(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise ConfigError(
-                "a .zst file needs zstandard: pip install -e '.[data]'."
-            ) from error
+            raise ConfigError("a .zst file needs zstandard: pip install -e '.[data]'.") from error
         self._file, self._library, self._frame, self._pending = (
             file,
             zstandard,
@@ -611,9 +609,7 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(
-            "a .parquet file needs pyarrow: pip install -e '.[data]'."
-        ) from error
+        raise ConfigError("a .parquet file needs pyarrow: pip install -e '.[data]'.") from error
     row = 1
     try:
         with open_binary(span.path) as file, pyarrow.parquet.ParquetFile(file) as table:
