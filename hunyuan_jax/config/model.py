@@ -1,7 +1,7 @@
 """The architecture and how it is computed."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 from hunyuan_jax.config.section import Section, divisors, require
 
@@ -9,6 +9,7 @@ Dispatch = Literal["recycle", "drop", "dropless"]
 Remat = Literal["none", "dots", "full"]
 RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
+Scoring = Literal["softmax", "sigmoid"]
 
 MLP_TARGETS = ("gate", "up", "down")
 EXPERT_TARGETS = ("expert_gate", "expert_up", "expert_down")
@@ -25,10 +26,23 @@ class MoeConfig(Section):
     """Routed experts per layer; 1 = dense."""
     top_k: int = 1
     """Routed experts per token."""
+    intermediate_size: int = 0
+    """Width of an expert; 0 = that of model.intermediate_size."""
+    scoring: Scoring = "softmax"
+    """Scores of the experts: softmax over all of them, or a sigmoid of each."""
     norm_topk_prob: bool = False
-    """Renormalise the top-k probabilities to sum to 1."""
+    """Renormalise the top-k scores to sum to 1."""
+    routed_scale: float = 1.0
+    """Factor on the weights of the routed experts."""
+    selection_bias: bool = False
+    """A bias for each expert, added to its score where experts are chosen, not in the weights."""
+    bias_rate: float = 0.0
+    """Step of the selection bias in training: up for an expert with less than the mean load, down
+    for one with more; 0 = the bias stays."""
+    bias_limit: float = 0.0
+    """Largest absolute value of a selection bias in training; 0 = none."""
     num_shared_experts: int = 0
-    """Shared experts, fused into one MLP of this many times `intermediate_size`; weight 1."""
+    """Shared experts, fused into one MLP of this many times an expert's width; weight 1."""
     dispatch: Dispatch = "dropless"
     """Tokens beyond an expert's capacity: recycle moves them to free slots of other experts, drop
     drops them; dropless has no capacity."""
@@ -77,9 +91,25 @@ class MoeConfig(Section):
             f"config.model.moe.group_size = {self.group_size} must be a token count, or 0 for one "
             "sequence.",
         )
-        for name in ("aux_loss_weight", "z_loss_weight"):
+        require(
+            self.intermediate_size >= 0,
+            f"config.model.moe.intermediate_size = {self.intermediate_size} must be a width, or 0 "
+            "for that of the model.",
+        )
+        require(
+            self.routed_scale > 0,
+            f"config.model.moe.routed_scale = {self.routed_scale} must be positive.",
+        )
+        for name in ("aux_loss_weight", "z_loss_weight", "bias_rate", "bias_limit"):
             value = getattr(self, name)
             require(value >= 0, f"config.model.moe.{name} = {value} must not be negative.")
+        for name in ("bias_rate", "bias_limit"):
+            value = getattr(self, name)
+            require(
+                self.selection_bias or not value,
+                f"config.model.moe.{name} = {value} acts on the selection bias; set "
+                "selection_bias to true, or leave it at 0.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +208,7 @@ class ModelConfig(Section):
     hidden_size: int
     """Width of the model."""
     intermediate_size: int
-    """Width of an MLP, and of each expert."""
+    """Width of an MLP, and of each expert unless moe.intermediate_size says another."""
     num_layers: int
     """Number of layers."""
     num_heads: int
@@ -204,10 +234,20 @@ class ModelConfig(Section):
     """Neighbouring layers that share keys and values; 1 = no cross-layer attention."""
     use_qk_norm: bool = True
     """RMSNorm on queries and keys."""
+    norm_before_rope: bool = False
+    """Normalise queries and keys before RoPE instead of after it."""
     attention_bias: bool = False
     """Biases on the attention projections."""
+    num_dense_layers: int = 0
+    """Layers at the bottom that have a dense MLP where the others have experts."""
+    num_mtp_layers: int = 0
+    """Layers that predict the token after the next (multi-token prediction): 0 or 1."""
+    mtp_loss_weight: float = 0.0
+    """Weight of the multi-token prediction's loss; 0 = its layer is not trained."""
     tie_embeddings: bool = True
     """Use the embedding table as the output projection."""
+    fp32_head: bool = True
+    """Keep the logits in float32; otherwise they are rounded to dtype."""
     attention_dropout: float = 0.0
     """Dropout rate of attention weights."""
     hidden_dropout: float = 0.0
@@ -251,6 +291,7 @@ class ModelConfig(Section):
             value = getattr(self, name)
             require(value >= 1, f"config.model.{name} = {value} must be at least 1.")
         self._check_attention()
+        self._check_layers()
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"config.model.{name} = {value} must be in [0, 1).")
@@ -296,8 +337,46 @@ class ModelConfig(Section):
                 f"config.model.rope_factor = {self.rope_factor} must be positive.",
             )
 
+    def _check_layers(self) -> None:
+        require(
+            0 <= self.num_dense_layers < self.num_layers,
+            f"config.model.num_dense_layers = {self.num_dense_layers} must leave layers with "
+            f"experts of num_layers = {self.num_layers}.",
+        )
+        require(
+            self.is_moe or not self.num_dense_layers,
+            f"config.model.num_dense_layers = {self.num_dense_layers} is for models with experts; "
+            "set it to 0, or moe.num_experts above 1.",
+        )
+        require(
+            self.num_mtp_layers in (0, 1),
+            f"config.model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1.",
+        )
+        require(
+            self.mtp_loss_weight >= 0 and (self.num_mtp_layers or not self.mtp_loss_weight),
+            f"config.model.mtp_loss_weight = {self.mtp_loss_weight} must not be negative, and "
+            f"needs a layer (num_mtp_layers = {self.num_mtp_layers}).",
+        )
+        for name, value in (
+            ("num_dense_layers", self.num_dense_layers),
+            ("num_mtp_layers", self.num_mtp_layers),
+            ("norm_before_rope", self.norm_before_rope),
+        ):
+            require(
+                self.cla_share_factor == 1 or not value,
+                f"config.model.{name} = {value} is for models whose layers do not share keys and "
+                f"values; set cla_share_factor to 1 (now {self.cla_share_factor}).",
+            )
+        require(
+            self.use_qk_norm or not self.norm_before_rope,
+            "config.model.norm_before_rope is about the norms of queries and keys; set "
+            "use_qk_norm to true.",
+        )
+
     def _check_lora(self) -> None:
-        has_mlp = not self.is_moe or self.moe.num_shared_experts > 0
+        has_mlp = (
+            not self.is_moe or self.moe.num_shared_experts > 0 or self.num_dense_layers > 0
+        )
         for targets, is_there, module in (
             (MLP_TARGETS, has_mlp, "shared expert"),
             (EXPERT_TARGETS, self.is_moe, "routed experts"),
@@ -388,6 +467,35 @@ class ModelConfig(Section):
         return self.moe.num_experts > 1
 
     @property
+    def expert_size(self) -> int:
+        """Width of an expert."""
+        return self.moe.intermediate_size or self.intermediate_size
+
+    @property
     def num_groups(self) -> int:
         """Number of CLA groups: the scan length and the number of KV cache entries."""
         return self.num_layers // self.cla_share_factor
+
+    @property
+    def stacks(self) -> dict[str, Self]:
+        """The layers as stacks of equal groups, from the bottom up: name -> a model that has no
+        others.  The layer of multi-token prediction is the last, "mtp_groups".
+        """
+        num_dense, rest = self.num_dense_layers, {"num_dense_layers": 0, "num_mtp_layers": 0}
+        rest["mtp_loss_weight"] = 0.0
+
+        def stack(num_layers: int, moe: MoeConfig = self.moe) -> Self:
+            has_mlp = moe.num_experts == 1 or moe.num_shared_experts > 0
+            absent = {*(() if has_mlp else MLP_TARGETS)}
+            absent |= {*(EXPERT_TARGETS if moe.num_experts == 1 else ())}
+            targets = tuple(target for target in self.lora.targets if target not in absent)
+            lora = dataclasses.replace(self.lora, targets=targets) if targets else LoraConfig()
+            return dataclasses.replace(self, num_layers=num_layers, moe=moe, lora=lora, **rest)
+
+        if not num_dense and not self.num_mtp_layers:
+            return {"groups": self}
+        found = {"dense_groups": stack(num_dense, MoeConfig())} if num_dense else {}
+        found["groups"] = stack(self.num_layers - num_dense)
+        if self.num_mtp_layers:  # without adapters
+            found["mtp_groups"] = dataclasses.replace(stack(1), lora=LoraConfig())
+        return found

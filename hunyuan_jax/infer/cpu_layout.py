@@ -23,6 +23,7 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
 from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
 from hunyuan_jax.layers.protocols import Sequence
+from hunyuan_jax.model.layout import locations
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.stack import Entries, Layer, run_group, stack_figures
 from hunyuan_jax.model.transformer import Transformer
@@ -60,14 +61,14 @@ def unstacked(cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]) -> 
     Args:
       specs: their `ParamSpec`s.
     """
-    num_places = len(pattern(cfg))
-    layers = {}
-    for index in range(cfg.num_layers):
-        group, place = divmod(index, num_places)
-        path = ("groups", f"layer_{place}")
-        stacked, layer_specs = (functools.reduce(dict.__getitem__, path, d) for d in (tree, specs))
-        layers[f"layer_{index}"] = _of_group(stacked, layer_specs, group)
-    return tree | {"groups": layers}
+    stacks: dict[str, dict[str, Any]] = {}
+    for at in locations(cfg):
+        if at.name == "mtp_groups":  # does not generate
+            continue
+        layers, place = stacks.setdefault(at.name, {}), f"layer_{at.place}"
+        stacked, layer_specs = tree[at.name][place], specs[at.name][place]
+        layers[f"layer_{len(layers)}"] = _of_group(stacked, layer_specs, at.group)
+    return tree | stacks
 
 
 def _of_group(tree: dict[str, Any], specs: dict[str, Any], group: int) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class UnrolledExperts(nnx.Module):
     """As `Experts`, with a matrix for each expert."""
 
     def __init__(self, cfg: ModelConfig, key: jax.Array):
-        sizes = {"embed": cfg.hidden_size, "expert_ffn": cfg.intermediate_size}
+        sizes = {"embed": cfg.hidden_size, "expert_ffn": cfg.expert_size}
         for name, (_, *dims) in EXPERT_DIMS.items():
             for expert in range(cfg.moe.num_experts):
                 shape = tuple(sizes[dim] for dim in dims)
@@ -231,7 +232,7 @@ def num_slices(cfg: ModelConfig, batch_size: int) -> int:
     XLA:CPU runs one expert after the other, and a small one on one core; slices keep every core
     busy.  Larger matrices are worth all cores, and are better read once for the whole batch.
     """
-    if not cfg.is_moe or cfg.hidden_size * cfg.intermediate_size > _SMALL_EXPERT:
+    if not cfg.is_moe or cfg.hidden_size * cfg.expert_size > _SMALL_EXPERT:
         return 1
     rows = math.ceil(batch_size / (os.cpu_count() or 1))
     return math.ceil(batch_size / rows)  # no slice of padding rows alone

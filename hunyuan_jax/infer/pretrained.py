@@ -23,6 +23,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
+from hunyuan_jax.params.tree import join
 from hunyuan_jax.weights import names, write
 from hunyuan_jax.weights import peft as peft_io
 from hunyuan_jax.weights.open import Model, open_model
@@ -304,7 +305,7 @@ def load(
     params = opened.read(abstract.shardings(abstract_model(opened.cfg, mesh)[1]))
     if adapter is not None:
         adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
-        _, merged = lora.merge(adapted_cfg, lora.join(params, adapters))
+        _, merged = lora.merge(adapted_cfg, join(params, adapters))
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
     texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
     return Pretrained(opened.cfg, params, opened.layout, mesh, texts)

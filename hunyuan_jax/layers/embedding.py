@@ -81,16 +81,29 @@ def lookup(
     )
 
 
-def logits(table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
-    """float32 [B, T, V]: for generation; the training loss never makes them whole."""
+def logits(
+    table_VD: nnx.Param, hidden_BTD: jax.Array, mesh: Mesh, rounded_to: str = "float32"
+) -> jax.Array:
+    """float32 [B, T, V]: for generation; the training loss never makes them whole.
+
+    `rounded_to` is the dtype to whose numbers they are rounded.
+    """
     logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD):
         hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         w_VD = island.gather_param(w_VD, logical, hidden_BTD.dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32)
-        return logits_MV.reshape(*hidden_BTD.shape[:2], -1)
+        return rounded(logits_MV, rounded_to).reshape(*hidden_BTD.shape[:2], -1)
 
     return island.island(fn, mesh, logical, (ROWS,), ("batch", "seq", "vocab"))(
         table_VD[...], hidden_BTD
     )
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """The float32 array x rounded to the numbers of `dtype`, still float32."""
+    if dtype == "float32":
+        return x
+    # XLA may fold a pair of casts away; reduce_precision may not be.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

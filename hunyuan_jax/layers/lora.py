@@ -110,39 +110,6 @@ def adapted(
     return Adapted(w, whole(a_name), whole(b_name), cfg.scale) if a_name in weights else Adapted(w)
 
 
-def split(tree: dict[str, Any], specs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is trained, what is frozen) of a nested dict of parameters: the adapters and the rest,
-    or all and {} without adapters.
-
-    Args:
-      tree: nested dict of parameters.
-      specs: the same of their `ParamSpec`s.
-    """
-    if not any(spec.role == params.Role.ADAPTER for spec in jax.tree.leaves(specs)):
-        return tree, {}
-    return _select(tree, specs, is_adapter=True), _select(tree, specs, is_adapter=False)
-
-
-def _select(tree: dict[str, Any], specs: dict[str, Any], *, is_adapter: bool) -> dict[str, Any]:
-    found = {}
-    for name, value in tree.items():
-        if isinstance(specs[name], dict):
-            if part := _select(value, specs[name], is_adapter=is_adapter):
-                found[name] = part
-        elif (specs[name].role == params.Role.ADAPTER) == is_adapter:
-            found[name] = value
-    return found
-
-
-def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `split`; a parameter that both hold comes from the second."""
-    both = {
-        name: join(first[name], second[name]) if isinstance(second[name], dict) else second[name]
-        for name in first.keys() & second.keys()
-    }
-    return {**first, **second, **both}
-
-
 def merge(cfg: ModelConfig, tree: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, parameters) of the plain model W + alpha / rank * A B, each W in float32."""
     if not cfg.lora.rank:

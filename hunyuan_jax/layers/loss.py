@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import MoeConfig
-from hunyuan_jax.layers.embedding import ROWS, TOKENS
+from hunyuan_jax.layers.embedding import ROWS, TOKENS, rounded
 from hunyuan_jax.parallel import island, xla_workarounds
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 
@@ -21,7 +21,11 @@ _LANES = 128
 
 
 def token_losses(
-    table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh
+    table_VD: nnx.Param,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    mesh: Mesh,
+    rounded_to: str = "float32",
 ) -> jax.Array:
     """Returns -log p(target) in nats, float32 [B, T].
 
@@ -33,12 +37,17 @@ def token_losses(
       hidden_BTD: after the final norm.
       targets_BT: int32 in [0, V), already shifted.
       mesh: the mesh of the arrays.
+      rounded_to: dtype to whose numbers the logits are rounded.
     """
     logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD, targets_BT):
         loss_M = _losses_of_shard(
-            logical, w_VD, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+            logical,
+            rounded_to,
+            w_VD,
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            targets_BT.reshape(-1),
         )
         return loss_M.reshape(targets_BT.shape)
 
@@ -88,20 +97,24 @@ def rows_of_chunk(num_rows: int, num_chunks: int) -> int:
     return rows if num_rows % num_chunks == 0 or rows < _LANES else -(-rows // _LANES) * _LANES
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses_of_shard(
-    logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array, targets_M: jax.Array
+    logical: tuple[str, str],
+    rounded_to: str,
+    w_Vd: jax.Array,
+    hidden_MD: jax.Array,
+    targets_M: jax.Array,
 ) -> jax.Array:
-    return _losses_fwd(logical, w_Vd, hidden_MD, targets_M)[0]
+    return _losses_fwd(logical, rounded_to, w_Vd, hidden_MD, targets_M)[0]
 
 
-def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
+def _losses_fwd(logical, rounded_to, w_Vd, hidden_MD, targets_M):
     chunks = _chunks(logical, w_Vd, hidden_MD)
 
     def add_chunk(carry, chunk):
         max_M, sum_M, target_M = carry
         logits_MVn, is_target_MVn = _chunk_logits(
-            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0]
+            logical, rounded_to, chunk, hidden_MD, targets_M, w_Vd.shape[0]
         )
         new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
         sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.exp(logits_MVn - new_max_M[:, None]).sum(
@@ -128,7 +141,7 @@ def _losses_fwd(logical, w_Vd, hidden_MD, targets_M):
     )
 
 
-def _losses_bwd(logical, residuals, dloss_M):
+def _losses_bwd(logical, rounded_to, residuals, dloss_M):
     w_Vd, hidden_MD, targets_M, log_sum_M = residuals
     chunks = _chunks(logical, w_Vd, hidden_MD)
     # Each shard along `vocab` receives an equal share of the cotangent.
@@ -139,7 +152,7 @@ def _losses_bwd(logical, residuals, dloss_M):
             lambda w_vd: _gather_chunk(logical, w_vd, hidden_MD.dtype), chunk[1]
         )
         logits_MVn, is_target_MVn = _chunk_logits(
-            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0], w_DVn
+            logical, rounded_to, chunk, hidden_MD, targets_M, w_Vd.shape[0], w_DVn
         )
         probs_MVn = jnp.exp(logits_MVn - log_sum_M[:, None])
         dlogits_MVn = fusion_barrier(
@@ -183,7 +196,7 @@ def _gather_chunk(logical, w_vd, dtype):
     return island.gather_param(xla_workarounds.rows_as_columns(w_vd), logical[::-1], dtype)
 
 
-def _chunk_logits(logical, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
+def _chunk_logits(logical, rounded_to, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
     """Returns a chunk's logits, float32 [M, Vn], and whether each is the target's, bool [M, Vn].
 
     num_rows: rows that a shard stores, without padding.
@@ -194,6 +207,7 @@ def _chunk_logits(logical, chunk, hidden_MD, targets_M, num_rows, w_DVn=None):
     logits_MVn = fusion_barrier(
         jnp.einsum("MD,DV->MV", hidden_MD, w_DVn, preferred_element_type=jnp.float32)
     )
+    logits_MVn = rounded(logits_MVn, rounded_to)
     # Row r of the chunk is row r % v of shard r // v's part.
     num_shards, row_Vn = island.num_stored_shards(logical[0]), jnp.arange(w_DVn.shape[1])
     shard_Vn = island.shard_index("vocab") * num_shards + row_Vn // v

@@ -13,8 +13,8 @@ from hunyuan_jax.model.pattern import pattern
 class Cache(NamedTuple):
     """What the layers remember of the tokens so far.
 
-    entries: of every layer of the pattern that makes its own keys and values, by its name
-      ("layer_0").
+    entries: of every layer of a stack's pattern that makes its own keys and values, by its name:
+      "layer_0", in the stack of dense layers below the others "dense_layer_0".
     start_B, length_B: int32; row b has its tokens in the slots [start, length).  What the other
       slots hold does not matter.
     table_BN: int32, the pages that hold a row's slots, where rows share a pool of pages
@@ -34,9 +34,28 @@ class Cache(NamedTuple):
 def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> Cache:
     """A cache in the model's compute dtype for num_slots tokens a row."""
     entries = {
-        f"layer_{place}": spec.mixer.new_cache(cfg, batch_size, num_slots)
-        for place, spec in enumerate(pattern(cfg))
+        f"{prefix_of(name)}layer_{place}": spec.mixer.new_cache(stack, batch_size, num_slots)
+        for name, stack in cfg.stacks.items()
+        if name != "mtp_groups"
+        for place, spec in enumerate(pattern(stack))
         if spec.shares_kv_with is None
     }
     zeros_B = jnp.zeros((batch_size,), jnp.int32)
     return Cache(entries, zeros_B, zeros_B)
+
+
+def prefix_of(stack: str) -> str:
+    """What the names of a stack's entries begin with."""
+    return stack.removesuffix("groups")
+
+
+def entries_of(entries: dict[str, CacheEntry] | None, stack: str) -> dict[str, CacheEntry] | None:
+    """The entries of one stack by the names that it knows: "layer_0", ..."""
+    if entries is None:
+        return None
+    start = f"{prefix_of(stack)}layer_"
+    return {
+        name.removeprefix(prefix_of(stack)): entry
+        for name, entry in entries.items()
+        if name.startswith(start)
+    }

@@ -22,6 +22,7 @@ class Counts:
     mlp: the MLPs of a dense model; experts: the routed experts; shared: the shared ones; router:
     the router matrices.
     norms: norm scales, query and key norms included.
+    mtp: parameters of multi-token prediction, which are not in `total` and `active`.
     active: parameters that a token meets: all but the E - k experts of each layer that do not
     serve it.  A tied table counts once.
     flops_per_token: training FLOPs of one token at the given sequence length, see `count`.
@@ -39,6 +40,7 @@ class Counts:
     shared: int
     router: int
     norms: int
+    mtp: int
     flops_per_token: int
     kv_bytes_per_token: int
 
@@ -50,13 +52,14 @@ def count(cfg: ModelConfig, seq_len: int = 4096) -> Counts:
     + 1): each weight costs a multiplication and an addition in the forward pass and twice that in
     the backward pass; a query meets (seq_len + 1) / 2 keys on average (causal, one document), and
     a key costs 4 * N * H in the forward pass (scores, then values).  The head is a matmul, the
-    embedding is a lookup.  Not counted: norms, softmax, activations, padding of expert buffers,
+    embedding is a lookup.  Multi-token prediction counts where it is trained.  Not counted: norms, softmax, activations, padding of expert buffers,
     the work of rematerialisation.
     """
     D, V, L = cfg.hidden_size, cfg.vocab_size, cfg.num_layers
-    layers = [
-        part for layer in group_layout(cfg) for part in layer.count(cfg, seq_len)
-    ] * cfg.num_groups
+    mtp_layers, layers = [], []
+    for name, stack in cfg.stacks.items():
+        found = [part for layer in group_layout(stack) for part in layer.count(stack, seq_len)]
+        (mtp_layers if name == "mtp_groups" else layers).extend(found * stack.num_groups)
     parts = dict.fromkeys(_PARTS, 0)
     parts |= {
         "embedding": V * D,
@@ -67,12 +70,21 @@ def count(cfg: ModelConfig, seq_len: int = 4096) -> Counts:
         for name, number in layer.parameters.items():
             parts[name] += number
     total, idle = sum(parts.values()), sum(layer.idle for layer in layers)
-    matmul_weights = V * D + sum(layer.matmul_weights for layer in layers)
+    mtp = 0
+    if mtp_layers:
+        # Two norms of the layer, three around it, and the projection of two inputs to one.
+        mtp = 5 * D + 2 * D * D
+        mtp += sum(number for layer in mtp_layers for number in layer.parameters.values())
+    worked = layers + (mtp_layers if cfg.mtp_loss_weight else [])
+    num_heads = 2 if cfg.mtp_loss_weight else 1
+    matmul_weights = num_heads * V * D + sum(layer.matmul_weights for layer in worked)
+    matmul_weights += 2 * D * D if cfg.mtp_loss_weight else 0
     return Counts(
         total=total,
         active=total - idle,
         **parts,
-        flops_per_token=6 * matmul_weights + sum(layer.flops_per_token for layer in layers),
+        mtp=mtp,
+        flops_per_token=6 * matmul_weights + sum(layer.flops_per_token for layer in worked),
         kv_bytes_per_token=sum(layer.cache_bytes_per_token for layer in layers),
     )
 

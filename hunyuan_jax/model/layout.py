@@ -45,7 +45,7 @@ class LayerFacts(NamedTuple):
 
 
 def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
-    """The layers of one group; the model repeats them cfg.num_groups times.
+    """The layers of one group of a stack (`ModelConfig.stacks`), which has cfg.num_groups of them.
 
     A group is a CLA group: a producer of keys and values and its consumers.
     """
@@ -56,3 +56,28 @@ def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
         LayerFacts(mixer, ffn, shares_kv_with=None if place == 0 else 0)
         for place in range(cfg.cla_share_factor)
     )
+
+
+class Location(NamedTuple):
+    """Where a layer of the model is: the stack's name and config, the group in the stack, the
+    place in the group.
+    """
+
+    name: str
+    stack: ModelConfig
+    group: int
+    place: int
+
+    @property
+    def path(self) -> str:
+        """Of the layer's parameters."""
+        return f"{self.name}/layer_{self.place}"
+
+
+def locations(cfg: ModelConfig) -> list[Location]:
+    """Of every layer from the bottom up; that of multi-token prediction is the last."""
+    return [
+        Location(name, stack, *divmod(layer, stack.cla_share_factor))
+        for name, stack in cfg.stacks.items()
+        for layer in range(stack.num_layers)
+    ]

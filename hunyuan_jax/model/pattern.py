@@ -32,7 +32,7 @@ class LayerSpec(NamedTuple):
 
 
 def pattern(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
-    """The layers of one group; the model repeats them cfg.num_groups times."""
+    """The layers of one group of a stack, which has cfg.num_groups of them."""
     return tuple(
         LayerSpec(_MIXERS[layer.mixer], _FFNS[layer.ffn], layer.shares_kv_with)
         for layer in group_layout(cfg)

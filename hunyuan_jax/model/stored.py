@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig, StateDtype
-from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params.abstract import structs
+from hunyuan_jax.params.tree import join, split
 from hunyuan_jax.quant.scaled import Scaled, is_scaled, store_params
 
 
@@ -19,7 +19,7 @@ def stored_params(
 ) -> dict[str, Any]:
     """Returns the parameters as a train state holds them.
 
-    Trained parameters are master weights in `state_dtype`.  Parameters that LoRA freezes have the
+    Trained parameters are master weights in `state_dtype`.  Parameters that are not trained have the
     dtype in which the model computes with them.
 
     Args:
@@ -29,13 +29,13 @@ def stored_params(
       state_dtype: config.optimizer.state_dtype.
     """
     (trained, frozen), (trained_specs, frozen_specs) = (
-        lora.split(tree, specs) for tree in (params, specs)
+        split(tree, specs) for tree in (params, specs)
     )
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
     frozen = jax.tree.map(
         lambda a, spec: a.astype(spec.dtype_in_use(compute_dtype)), frozen, frozen_specs
     )
-    return lora.join(frozen, store_params(trained, trained_specs, state_dtype))
+    return join(frozen, store_params(trained, trained_specs, state_dtype))
 
 
 def abstract_stored_params(

@@ -14,7 +14,8 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import embedding, loss, rope
 from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.layers.protocols import Sequence
-from hunyuan_jax.model.cache import Cache
+from hunyuan_jax.model.cache import Cache, entries_of, prefix_of
+from hunyuan_jax.model.mtp import Mtp
 from hunyuan_jax.model.stack import Entries, Stack
 from hunyuan_jax.parallel.rules import constrain
 
@@ -43,7 +44,14 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         self.mesh = mesh
         self.embed = embedding.Embedding(cfg, mesh, embed_key)
-        self.groups = stack(cfg, mesh, groups_key)
+        for index, (name, part) in enumerate(self._main_stacks()):
+            # The layers below those of "groups" come first, but were added later.
+            stack_key = groups_key if name == "groups" else jax.random.fold_in(groups_key, index)
+            setattr(self, name, stack(part, mesh, stack_key))
+        if cfg.num_mtp_layers:
+            mtp_key, layer_key = jax.random.split(jax.random.fold_in(key, 3))
+            self.mtp = Mtp(cfg, mesh, mtp_key)
+            self.mtp_groups = Stack(cfg.stacks["mtp_groups"], mesh, layer_key)
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = embedding.Head(cfg, mesh, head_key)
@@ -125,18 +133,60 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
-        x_BTD, entries, stats = self.groups(x_BTD, sequence, entries, key, is_training)
-        return self.final_norm(x_BTD), entries, stats
+        stats, new_entries = {}, {}
+        for name, part in self._main_stacks():
+            # Keys of "groups" are counted from 0 on.
+            own_key = key
+            if key is not None and name != "groups":
+                own_key = jax.random.fold_in(key, self.cfg.num_layers)
+            stack = getattr(self, name)
+            x_BTD, own, stats = stack(
+                x_BTD, sequence, entries_of(entries, name), own_key, is_training
+            )
+            new_entries |= {prefix_of(name) + place: entry for place, entry in (own or {}).items()}
+        return self.final_norm(x_BTD), new_entries or None, stats
+
+    def _main_stacks(self) -> list[tuple[str, ModelConfig]]:
+        """The stacks that every token goes through: (name, the config of its layers)."""
+        return [item for item in self.cfg.stacks.items() if item[0] != "mtp_groups"]
+
+    def predict_next(
+        self,
+        hidden_BTD: jax.Array,
+        next_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        is_training: bool = False,
+    ) -> Output:
+        """Multi-token prediction: the output at t says which token follows next_BT[:, t].
+
+        Args:
+          hidden_BTD: output of a call.
+          next_BT: int32, the token after each of that call.
+          positions_BT, segment_ids_BT, key, is_training: as in that call.
+        """
+        x_BTD = self.mtp.join(self.embed(next_BT, self.cfg.dtype), hidden_BTD, positions_BT)
+        sequence = Sequence(rope.cos_sin(positions_BT, self.cfg), segment_ids_BT)
+        if key is not None:
+            key = jax.random.fold_in(key, self.cfg.num_layers + 1)
+        x_BTD, _, stats = self.mtp_groups(x_BTD, sequence, None, key, is_training)
+        return Output(self.mtp.final_norm(x_BTD), None, stats)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]: for generation; a training loss comes from `token_losses`."""
-        return embedding.logits(self._table(), hidden_BTD, self.mesh)
+        return embedding.logits(self._table(), hidden_BTD, self.mesh, self._logits_dtype())
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """-log p(target) in nats, float32 [B, T]; targets are already shifted: targets[:, t] is
         what position t predicts.
         """
-        return loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh)
+        dtype = self._logits_dtype()
+        return loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
+
+    def _logits_dtype(self) -> str:
+        return "float32" if self.cfg.fp32_head else self.cfg.dtype
 
     def _table(self) -> nnx.Param:
         return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD

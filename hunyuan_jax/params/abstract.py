@@ -24,7 +24,7 @@ class ParamSpec:
     """One parameter as declared and, where its module is stacked, with the dim "layers" in front.
 
     shape, dtype: of the float32 master; dims: logical names; role: see `declare.Role`; sharding:
-    in storage.  A leaf of a jax tree.
+    in storage; is_trained: whether a run changes it by its gradient.  A leaf of a jax tree.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +32,7 @@ class ParamSpec:
     dims: tuple[str, ...]
     role: Role
     sharding: NamedSharding
+    is_trained: bool = True
 
     @property
     def num_stacked(self) -> int:

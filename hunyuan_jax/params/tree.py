@@ -1,4 +1,6 @@
-"""Paths in nested dicts of parameters."""
+"""Nested dicts of parameters: paths in them, what is trained of them."""
+
+from typing import Any
 
 import jax
 
@@ -6,3 +8,33 @@ import jax
 def path_of(path: tuple) -> str:
     """A jax tree path as names with slashes between."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split(tree: dict[str, Any], specs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is trained, what is frozen) of a nested dict of parameters.
+
+    Args:
+      tree: nested dict of parameters.
+      specs: the same of their `ParamSpec`s.
+    """
+    return _select(tree, specs, is_trained=True), _select(tree, specs, is_trained=False)
+
+
+def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `split`; a parameter that both hold comes from the second."""
+    both = {
+        name: join(first[name], second[name]) if isinstance(second[name], dict) else second[name]
+        for name in first.keys() & second.keys()
+    }
+    return {**first, **second, **both}
+
+
+def _select(tree: dict[str, Any], specs: dict[str, Any], *, is_trained: bool) -> dict[str, Any]:
+    found = {}
+    for name, value in tree.items():
+        if isinstance(specs[name], dict):
+            if part := _select(value, specs[name], is_trained=is_trained):
+                found[name] = part
+        elif specs[name].is_trained == is_trained:
+            found[name] = value
+    return found

@@ -115,7 +115,8 @@ def moe_health(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
         return {}
     load_LE, demand_LE = metrics["load_LE"], metrics["demand_LE"]
     num_experts = load_LE.shape[1]
-    by_layer = {name: metrics[f"{name}_L"] for name in ("recycled", "dropped", "entropy")}
+    names = ("recycled", "dropped", "entropy", *(("bias",) if "bias_L" in metrics else ()))
+    by_layer = {name: metrics[f"{name}_L"] for name in names}
     return {
         **{f"moe/{name}": float(value_L.mean()) for name, value_L in by_layer.items()},
         "moe/aux_loss": float(metrics["aux_loss"]),

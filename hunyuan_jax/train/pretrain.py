@@ -1,4 +1,5 @@
-"""Pre-training: cross entropy of the next token in packed documents.
+"""Pre-training: cross entropy of the next token in packed documents, and of the one after it if
+the model has a layer that predicts it (config.model.mtp_loss_weight).
 
 Letters: B batch, T tokens.
 """
@@ -51,12 +52,25 @@ class Pretrain:
         self, model: Transformer, batch: dict[str, jax.Array], totals: Totals, key: jax.Array
     ) -> tuple[jax.Array, LossMetrics]:
         """Returns (cross entropy in nats, a mean over the batch's targets; metrics)."""
-        output = model(
-            batch["tokens"], batch["positions"], batch["segment_ids"], key=key, is_training=True
-        )
+        places = (batch["positions"], batch["segment_ids"])
+        output = model(batch["tokens"], *places, key=key, is_training=True)
         loss_BT = model.token_losses(output.hidden_BTD, batch["targets"])
         loss = (loss_BT * batch["loss_weights"]).sum() / totals["targets"]
-        return loss, LossMetrics({}, output.stats)
+        if not model.cfg.mtp_loss_weight:
+            return loss, LossMetrics({}, output.stats)
+        further = model.predict_next(
+            output.hidden_BTD, batch["targets"], *places, key=key, is_training=True
+        )
+        targets_BT, weights_BT = after_next(batch)
+        further_BT = model.token_losses(further.hidden_BTD, targets_BT) * weights_BT
+        mtp = further_BT.sum() / totals["targets"]
+        # The layer's figures are those of one more group.
+        router = {
+            name: jax.numpy.concatenate([figures, further.stats[name]])
+            for name, figures in output.stats.items()
+        }
+        sums = {"next_token": loss, "mtp": mtp}
+        return loss + model.cfg.mtp_loss_weight * mtp, LossMetrics(sums, router)
 
     def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the summed cross entropy, the number of targets and the bytes of text."""
@@ -108,3 +122,13 @@ class Pretrain:
 
     def _field(self, dtype: str) -> Field:
         return Field(self._shape, dtype, ("batch", "seq"))
+
+
+def after_next(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns (the token after the next of each, its weight), [B, T]; the weight is 0 where it is
+    another document's, or beyond the row.
+    """
+    shifted = {name: jax.numpy.roll(batch[name], -1, axis=1) for name in batch}
+    is_same_BT = (shifted["segment_ids"] == batch["segment_ids"]).at[:, -1].set(False)
+    weights_BT = batch["loss_weights"] * shifted["loss_weights"] * is_same_BT.astype("float32")
+    return shifted["targets"], weights_BT

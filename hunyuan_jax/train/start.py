@@ -21,7 +21,7 @@ _FREE = {
     "bos_token_id",
     "eos_token_ids",
 }
-_FREE |= {"dtype", "remat", "kernels", "lora"}
+_FREE |= {"dtype", "remat", "kernels", "lora", "fp32_head", "num_mtp_layers", "mtp_loss_weight"}
 _FREE_MOE = {
     "dispatch",
     "capacity_factor",
@@ -29,6 +29,8 @@ _FREE_MOE = {
     "group_size",
     "aux_loss_weight",
     "z_loss_weight",
+    "bias_rate",
+    "bias_limit",
 }
 
 
@@ -49,8 +51,12 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """
     opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
     require_same_model(path, opened.cfg, cfg)
-    plain = dataclasses.replace(cfg, lora=LoraConfig())
-    return opened.read(abstract.shardings(abstract_model(plain, mesh)[1]))
+    # A layer of multi-token prediction that one of the two lacks is drawn, or left out.
+    stored = {"num_mtp_layers": opened.cfg.num_mtp_layers, "mtp_loss_weight": 0.0}
+    plain = dataclasses.replace(cfg, lora=LoraConfig(), **stored)
+    params = opened.read(abstract.shardings(abstract_model(plain, mesh)[1]))
+    unused = () if cfg.num_mtp_layers else ("mtp", "mtp_groups")
+    return {name: tree for name, tree in params.items() if name not in unused}
 
 
 def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:

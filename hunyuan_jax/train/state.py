@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config, ObjectiveConfig, OptimizerConfig, StateDtype
-from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stored import stored_params
 from hunyuan_jax.model.transformer import Transformer
@@ -20,7 +19,7 @@ from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params import abstract
-from hunyuan_jax.params.tree import path_of
+from hunyuan_jax.params.tree import join, path_of, split
 from hunyuan_jax.train.objective import BuildObjective, Objective
 from hunyuan_jax.train.pretrain import Pretrain
 
@@ -75,7 +74,7 @@ def build_program(
     """
     graph_def, specs = abstract_model(config.model, mesh)
     schedule = build_schedule(config.schedule, config.train.num_steps)
-    trained, _ = lora.split(specs, specs)
+    trained, _ = split(specs, specs)
     tx = build_optimizer(
         config.optimizer,
         schedule,
@@ -112,7 +111,7 @@ def init_state(program: Program, weights: dict[str, Any] | None = None) -> Train
 
     def init(key, weights):
         drawn = nnx.to_pure_dict(nnx.split(Transformer(cfg, mesh, key))[1])
-        params = lora.join(drawn, weights)
+        params = join(drawn, weights)
         return _new_state(program.config, program.tx, program.specs, params)
 
     def place(path, array):
@@ -188,15 +187,15 @@ def convert(program: Program, state: TrainState) -> TrainState:
     """Converts a state to the state_dtype of `program`; both are in memory meanwhile."""
 
     def run(state):
-        trained, frozen = lora.split(state.params, program.specs)
+        trained, frozen = split(state.params, program.specs)
         trained, opt_state = convert_state(
             trained,
-            lora.split(program.specs, program.specs)[0],
+            split(program.specs, program.specs)[0],
             state.opt_state,
             program.config.optimizer.state_dtype,
             program.tx,
         )
-        return state._replace(params=lora.join(frozen, trained), opt_state=opt_state)
+        return state._replace(params=join(frozen, trained), opt_state=opt_state)
 
     return jax.jit(run, out_shardings=program.shardings)(state)
 
@@ -205,7 +204,7 @@ def _new_state(
     config: Config, tx: Optimizer, specs: dict[str, Any], params: dict[str, Any]
 ) -> TrainState:
     params = stored_params(params, specs, config.model.dtype, config.optimizer.state_dtype)
-    trained, _ = lora.split(params, specs)
+    trained, _ = split(params, specs)
     return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 

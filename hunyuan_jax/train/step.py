@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.model.balance import bias_metrics, moved_biases
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import first_device
 from hunyuan_jax.params.declare import Weight, in_use
+from hunyuan_jax.params.tree import join, split
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 from pallas_kernels import tpu_compiler
@@ -77,10 +78,11 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         # them.
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grads, loss, measured = gradients(program, state.params, batch, key)
-        trained, frozen = lora.split(state.params, program.specs)
+        trained, frozen = split(state.params, program.specs)
         accept = functools.partial(guard_lib.accepts, config.optimizer, state.guard, loss)
         trained, opt_state, grad_norm = program.tx.step(grads, state.opt_state, trained, accept)
-        guard = guard_lib.after_step(state.guard, grad_norm, accept(grad_norm))
+        is_accepted = accept(grad_norm)
+        guard = guard_lib.after_step(state.guard, grad_norm, is_accepted)
         counts = {
             "num_updates": state.guard.num_accepted,
             "num_skipped": guard.num_skipped,
@@ -91,9 +93,11 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
             "grad_norm": grad_norm,
             **counts,
             **{f"objective/{name}": value for name, value in measured.sums.items()},
-            **pattern(config.model)[0].ffn.metrics(measured.router),
+            **pattern(config.model.stacks["groups"])[0].ffn.metrics(measured.router),
+            **bias_metrics(state.params, config.model),
         }
-        return TrainState(lora.join(frozen, trained), opt_state, state.step + 1, guard), metrics
+        frozen = moved_biases(frozen, measured.router, config.model, is_accepted)
+        return TrainState(join(frozen, trained), opt_state, state.step + 1, guard), metrics
 
     return jax.jit(
         step,
@@ -186,11 +190,12 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     The weights of the layers are converted layer by layer, the others at once.  Frozen weights
     need no conversion.
     """
-    trained, frozen = lora.split(params, program.specs)
-    weights = lora.join(
+    trained, frozen = split(params, program.specs)
+    weights = join(
         frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained)
     )
-    return {name: tree if name == "groups" else in_use(tree) for name, tree in weights.items()}
+    stacks = program.config.model.stacks
+    return {name: tree if name in stacks else in_use(tree) for name, tree in weights.items()}
 
 
 def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Array]]:

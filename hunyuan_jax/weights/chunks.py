@@ -16,7 +16,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.roles import Role
+from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.storage import Place
 
@@ -84,7 +84,7 @@ def params_of(cfg: ModelConfig) -> dict[str, Param]:
     for entry in table.entries(cfg):
         dtype = (
             np.dtype(np.float32)
-            if entry.role == Role.ROUTER
+            if entry.role in KEPT_ROLES
             else np.dtype(getattr(ml_dtypes, cfg.dtype, cfg.dtype))
         )
         found[entry.path] = Param(

@@ -16,15 +16,16 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
-from hunyuan_jax.params.roles import Role
+from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.tokenizer.files import stop_ids
-from hunyuan_jax.weights import hf_config, names, quantized, shards
+from hunyuan_jax.weights import hf_config, hf_spelling, names, quantized, shards
 from hunyuan_jax.weights.shards import DTYPES, Stored, listed
 from hunyuan_jax.weights.storage import Place
 
 # Scales of activations and caches, which the model does not use.
 _OTHER_SCALES = (".input_scale", ".kv_scale", ".k_scale", ".v_scale")
+_OTHER_SCALES += (".k_cache.scale", ".v_cache.scale")
 # Experts as transformers 5 has them in memory and can save them: gate_up_proj [E, 2 F, D] is gate
 # above up, down_proj [E, D, F].
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
@@ -33,7 +34,16 @@ _FUSED = {
     "up": ("gate_up_proj", 1, 2),
     "down": ("down_proj", 0, 1),
 }
+# Other names of Hy3's tensors: those of transformers' modules, which some tools save.
+_OUTER = {
+    ".mlp.router.gate.weight": ".mlp.gate.weight",
+    ".mlp.expert_bias": ".mlp.e_score_correction_bias",
+    ".mlp.shared_mlp.": ".mlp.shared_experts.",
+}
 _SAMPLE = 65_536
+# How the names of tensors end that are float32 in a folder of another dtype.
+_ROUTERS = (".gate.wg.weight", ".router.gate.weight", ".mlp.gate.weight", ".mlp.expert_bias")
+_ROUTERS += (".e_score_correction_bias",)
 
 
 class Piece(NamedTuple):
@@ -185,7 +195,7 @@ class Plan(NamedTuple):
 
 def require_loadable(config: dict[str, Any]) -> None:
     """Raises ConfigError if a model with this config.json cannot be loaded."""
-    hf_config.from_hf(hf_config.with_dtype(quantized.plain_config(config), "float32"))
+    hf_config.from_hf(hf_spelling.with_dtype(quantized.plain_config(config), "float32"))
 
 
 def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
@@ -200,10 +210,13 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
       ConfigError: what `from_hf` refuses; tensors without a use, entries without a tensor, other
         shapes: all of them, by name.
     """
-    chosen = dtype or _unstated_dtype(folder)
-    stated = folder.config if chosen is None else hf_config.with_dtype(folder.config, chosen)
+    own_dtype = hf_spelling.stated_dtype(folder.config) or _unstated_dtype(folder)
+    chosen = dtype or own_dtype
+    is_own = chosen == own_dtype
+    stated = folder.config if is_own else hf_spelling.with_dtype(folder.config, chosen)
     hf = quantized.plain_config(stated)
-    cfg = hf_config.from_hf(hf)
+    cfg = hf_config.from_hf(hf_spelling.with_dtype(hf, chosen))
+    cfg = with_stored_layers(cfg, folder)
     unused, pieces, missing, wrong = dict(folder.tensors), {}, [], []
     for entry in names.entries(cfg):
         piece = _piece(folder.tensors, entry, cfg)
@@ -252,7 +265,7 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
     ]
     is_exact = (
         bool(folder.headers)
-        and hf_config.dtype_of(hf) == hf_config.dtype_of(folder.config)
+        and is_own
         and not cast
         and not is_fp8
         and set(dropped) <= {head}
@@ -291,8 +304,20 @@ def dtype_of(entry: names.Entry, dtype: str) -> np.dtype:
 
 
 def is_router(entry: names.Entry) -> bool:
-    """Whether it is the router's matrix."""
-    return entry.role == Role.ROUTER
+    """Whether it is the router's matrix, or the bias on its choice."""
+    return entry.role in KEPT_ROLES
+
+
+def with_stored_layers(cfg: ModelConfig, folder: OfficialFolder) -> ModelConfig:
+    """`cfg` with a layer of multi-token prediction if the folder holds one.
+
+    transformers neither loads nor saves it, whatever num_nextn_predict_layers of config.json says.
+    """
+    if not cfg.norm_before_rope:  # another class than Hy3's
+        return cfg
+    prefix = f"model.layers.{cfg.num_layers}."
+    num_layers = int(any(name.startswith(prefix) for name in folder.tensors))
+    return dataclasses.replace(cfg, num_mtp_layers=num_layers)
 
 
 def with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
@@ -312,8 +337,10 @@ def with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
 
 def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> Piece | None:
     """Finds an entry's values: a tensor of its name, or a fused one of the right shape."""
-    if stored := tensors.get(entry.name):
-        return Piece(stored, 0, stored.shape)
+    outer = [entry.name.replace(ours, theirs) for ours, theirs in _OUTER.items()]
+    for name in (entry.name, *outer):
+        if stored := tensors.get(name):
+            return Piece(stored, 0, stored.shape)
     expert = _EXPERT.fullmatch(entry.name)
     if not expert:
         return None
@@ -342,16 +369,14 @@ def _check_tied_head(folder: OfficialFolder, name: str) -> None:
         )
 
 
-def _unstated_dtype(folder: OfficialFolder) -> str | None:
+def _unstated_dtype(folder: OfficialFolder) -> str:
     """What "auto" means, where config.json states no dtype: bfloat16 if all but routers is."""
-    if hf_config.stated_dtype(folder.config) is not None:
-        return None
     found = {
         stored.dtype
         for name, stored in folder.tensors.items()
-        if not name.endswith(".gate.wg.weight")
+        if not name.endswith(_ROUTERS)
     }
-    return "bfloat16" if found == {DTYPES["BF16"]} else None
+    return "bfloat16" if found == {DTYPES["BF16"]} else "float32"
 
 
 def _scale_name(tensors: dict[str, Stored], name: str) -> str:

@@ -1,14 +1,13 @@
 """config.json of a model folder <-> ModelConfig.
 
-Four model types.  "hunyuan" is Hunyuan-Large's own code (docs/model.md), and A13B's as it is on
+Five model types.  "hunyuan" is Hunyuan-Large's own code (docs/model.md), and A13B's as it is on
 GitHub; "hunyuan_v1_moe" and "hunyuan_v1_dense" are transformers' classes.  They differ in what
-follows from the same numbers, see docs/family.md.  "hunyuan_jax" is for models with layers that no
-release has; its config.json holds the fields of ModelConfig.
+follows from the same numbers, see docs/family.md.  "hy_v3" is Hy3 (hf_hy3.py).  "hunyuan_jax" is
+for models with layers that no release has; its config.json holds the fields of ModelConfig.
 """
 
 import dataclasses
 import math
-from types import NoneType
 from typing import Any
 
 from hunyuan_jax.config import (
@@ -21,7 +20,8 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer.files import stop_ids
-from hunyuan_jax.weights import hf_fields
+from hunyuan_jax.weights import hf_fields, hf_hy3
+from hunyuan_jax.weights.hf_spelling import check_types, dtype_of, one_spelling
 
 LARGE, V1_MOE, V1_DENSE = "hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense"
 # A folder with layers that no release has; its config.json holds the fields of ModelConfig.
@@ -57,23 +57,6 @@ _DEFAULTS = {
     "use_mixed_mlp_moe": False,
     "use_qk_norm": False,
 }
-# The types json gives for a field, by the type of its default or by name.
-_TYPES_OF_DEFAULT = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-_TYPES = {
-    "bos_token_id": (int, NoneType),
-    "eos_token_id": (int, list, NoneType),
-    "num_key_value_heads": (int, NoneType),
-    "pad_token_id": (int, NoneType),
-    "rope_scaling": (dict, NoneType),
-}
-_JSON_NAMES = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a finite number",
-    str: "a string",
-    list: "a list of integers",
-}
-_JSON_NAMES |= {dict: "an object", NoneType: "null"}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -81,12 +64,6 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_PER_LAYER = (
-    "moe_topk",
-    "num_shared_expert",
-    "moe_intermediate_size",
-)  # an integer, or one for each layer
-
 # Fields that change the model in somebody's code but not here: with another value we would compute
 # something else without a word.
 _FIXED = {
@@ -110,12 +87,6 @@ _FIXED_V1_MOE = {
     "num_shared_expert": 1,
     "use_mixed_mlp_moe": True,
 }
-# torch's names of dtypes, each with the one that is used here.
-_DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
-_DTYPES |= {"float": "float32", "half": "float16"}
-# Names that transformers takes for others (attribute_map of its class).
-_ALIASES = {"num_experts_per_tok": "moe_topk", "num_local_experts": "num_experts"}
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # null is a value
 # What is read or checked in this file.
 _KNOWN = {*_DEFAULTS, *_REQUIRED, *_FIXED, *_FIXED_V1, *_FIXED_V1_MOE}
 _KNOWN |= {"model_type", "head_dim", "attention_head_dim", "moe_intermediate_size"}
@@ -140,11 +111,13 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     kind = hf.get("model_type")
     if kind == OWN:
         return _from_own(hf)
+    if kind == hf_hy3.MODEL_TYPE:
+        return hf_hy3.from_hf(hf)
     if kind not in _ARCHITECTURES:
+        known = (*_ARCHITECTURES, hf_hy3.MODEL_TYPE)
         raise ConfigError(
-            f"config.json: model_type = {kind!r}; only {', '.join(map(repr, _ARCHITECTURES))} "
-            "folders can be loaded (Hunyuan-Large, "
-            "Hunyuan-A13B and the dense models of 0.5B to 7B)."
+            f"config.json: model_type = {kind!r}; only {', '.join(map(repr, known))} folders can "
+            "be loaded (Hunyuan-Large, Hunyuan-A13B, the dense models of 0.5B to 7B, and Hy3)."
         )
     missing = [name for name in _REQUIRED if hf.get(name) is None]
     if missing:
@@ -153,7 +126,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         )
     given = one_spelling(hf)
     hf = _DEFAULTS | given
-    _check_types(hf)
+    check_types(hf, _DEFAULTS, _REQUIRED)
     _check_fixed(given, kind)
     hf_fields.refuse_unknown(given, _KNOWN)
     if hf["hidden_act"] != "silu":
@@ -205,7 +178,9 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: no model type can express the architecture.
     """
-    if cfg.spark != SparkConfig() or cfg.latent != LatentConfig():
+    if hf_hy3.is_hy3(cfg):
+        return hf_hy3.to_hf(cfg)
+    if cfg.spark != SparkConfig() or cfg.latent != LatentConfig() or _has_parts_of_hy3(cfg):
         return _to_own(cfg)
     kind = _model_type(cfg)
     scaling = {
@@ -251,6 +226,20 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
 _NOT_OF_A_FOLDER = ("dtype", "remat", "kernels", "lora")
 
 
+def _has_parts_of_hy3(cfg: ModelConfig) -> bool:
+    """Whether something is not as in the older models."""
+    plain = MoeConfig()
+    return bool(
+        cfg.norm_before_rope
+        or cfg.num_dense_layers
+        or cfg.num_mtp_layers
+        or any(
+            getattr(cfg.moe, name) != getattr(plain, name)
+            for name in ("intermediate_size", "scoring", "routed_scale", "selection_bias")
+        )
+    )
+
+
 def _to_own(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a model with layers that only this project has."""
     fields = {name: v for name, v in to_dict(cfg).items() if name not in _NOT_OF_A_FOLDER}
@@ -269,114 +258,6 @@ def _from_own(hf: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(
         cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless", group_size=0)
     )
-
-
-def dtype_of(hf: dict[str, Any]) -> str:
-    """The dtype that a config.json asks for, in any spelling; float32 if it asks for none."""
-    return stated_dtype(hf) or _DEFAULTS["torch_dtype"]
-
-
-def stated_dtype(hf: dict[str, Any]) -> Any:
-    """The dtype that a config.json states, None if it is absent, null or "auto".
-
-    Raises:
-      ConfigError: two that differ.
-    """
-    stated = {
-        name: _DTYPES.get(str(hf[name]).removeprefix("torch."), hf[name])
-        for name in ("dtype", "torch_dtype")
-        if hf.get(name) not in (None, "auto")
-    }
-    if len(set(map(str, stated.values()))) > 1:
-        raise ConfigError(
-            f"config.json: dtype = {hf['dtype']!r} and torch_dtype = {hf['torch_dtype']!r} are "
-            "one field; keep one."
-        )
-    return next(iter(stated.values()), None)
-
-
-def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json with another dtype, in the spelling it has."""
-    names = [name for name in ("dtype", "torch_dtype") if name in hf] or ["torch_dtype"]
-    return {**hf, **dict.fromkeys(names, dtype)}
-
-
-def one_spelling(hf: dict[str, Any]) -> dict[str, Any]:
-    """`hf` in the spelling of the hub: without nulls and other words for what is absent, with
-    torch_dtype, rope_theta and rope_scaling where transformers 5 writes dtype and
-    rope_parameters, and integers for lists.
-
-    Raises:
-      ConfigError: a field in two spellings that differ, layers that differ.
-    """
-    dtype = stated_dtype(hf)
-    hf = {name: v for name, v in hf.items() if v is not None or name in _TOKENS}
-    for name in ("dtype", "torch_dtype"):
-        hf.pop(name, None)
-    if dtype is not None:
-        hf["torch_dtype"] = dtype
-    for alias, name in _ALIASES.items():
-        if alias in hf:
-            value = hf.pop(alias)
-            if hf.setdefault(name, value) != value:
-                raise ConfigError(
-                    f"config.json: {alias} = {value!r} and {name} = {hf[name]!r} are one field; "
-                    "keep one."
-                )
-    hf |= _one_rope(hf)
-    hf.pop("rope_parameters", None)
-    for name in _PER_LAYER:
-        values = hf.get(name)
-        if isinstance(values, list):
-            if len(values) != hf["num_hidden_layers"] or len(set(map(str, values))) != 1:
-                raise ConfigError(
-                    f"config.json: {name} = {values}; only one value for all of the "
-                    f"{hf['num_hidden_layers']} layers is implemented, an integer or a list that "
-                    "repeats it for each of them. No release has layers that differ."
-                )
-            hf[name] = values[0]
-    return hf
-
-
-def _one_rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta, if it is stated, and rope_scaling of a config.json in any spelling."""
-    both = {n: hf[n] for n in ("rope_parameters", "rope_scaling") if hf.get(n) not in (None, {})}
-    thetas = {"rope_theta": hf["rope_theta"]} if "rope_theta" in hf else {}
-    scalings = []
-    for name, value in both.items():
-        if not isinstance(value, dict):
-            raise ConfigError(f"config.json: {name} = {value!r} must be an object or null.")
-        value = {n: v for n, v in value.items() if v is not None}
-        theta = value.pop("rope_theta", None)
-        if theta is not None and thetas.setdefault("rope_theta", theta) != theta:
-            raise ConfigError(
-                f"config.json: rope_theta is {thetas['rope_theta']}, but {theta} in {name}; keep "
-                "one."
-            )
-        if value.get("partial_rotary_factor", 1) == 1:
-            value.pop("partial_rotary_factor", None)
-        scalings.append({"type" if n == "rope_type" and "type" not in value else n: v
-                         for n, v in value.items()} or None)  # fmt: skip
-    if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise ConfigError(
-            "config.json: rope_parameters and rope_scaling are one field in two spellings, and "
-            "differ; keep one."
-        )
-    return thetas | {"rope_scaling": scalings[0] if scalings else None}
-
-
-def _check_types(hf: dict[str, Any]) -> None:
-    """Raises ConfigError at the first value of another JSON type than its field has."""
-    for name in (*_REQUIRED, *_DEFAULTS):
-        value, types = (
-            hf[name],
-            _TYPES.get(name) or _TYPES_OF_DEFAULT[type(_DEFAULTS.get(name, 1))],
-        )
-        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
-            raise ConfigError(
-                f"config.json: {name} = {value!r} must be "
-                f"{' or '.join(_JSON_NAMES[t] for t in types)}."
-            )
 
 
 def _check_fixed(given: dict[str, Any], kind: str) -> None:

@@ -1,8 +1,7 @@
 """The one table between official tensor names and our parameter paths (docs/model.md, Tensor
 names).
 
-Only this file knows that layer l is (group l // F, layer l % F) with F = cla_share_factor, and
-that torch linears are [out, in].
+Only this file knows that torch linears are [out, in].
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.facts import Tensor
-from hunyuan_jax.model.layout import LayerFacts, group_layout
+from hunyuan_jax.model.layout import Location, group_layout, locations
 from hunyuan_jax.params.roles import Role
 
 
@@ -48,8 +47,10 @@ def entries(cfg: ModelConfig) -> list[Entry]:
             (V, D),
         )
     ]
-    for layer, facts in enumerate(group_layout(cfg) * cfg.num_groups):
-        table += _layer(cfg, layer, facts)
+    for layer, location in enumerate(locations(cfg)):
+        table += _layer(layer, location)
+    if cfg.num_mtp_layers:
+        table += _mtp(cfg)
     table.append(
         Entry("model.norm.weight", (D,), "final_norm/scale_D", (), False, Role.NORM, (D,))
     )
@@ -87,13 +88,15 @@ def read_tensor(params: dict[str, Any], entry: Entry) -> np.ndarray:
 
 def stacked_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
     """The leading dims of our parameter that `entry.index` points into: groups, experts."""
-    return {0: (), 1: (cfg.num_groups,), 2: (cfg.num_groups, cfg.moe.num_experts)}[
-        len(entry.index)
-    ]
+    if not entry.index:
+        return ()
+    stack = cfg.stacks[entry.path.split("/")[0]]
+    return (stack.num_groups, stack.moe.num_experts)[: len(entry.index)]
 
 
-def _layer(cfg: ModelConfig, layer: int, facts: LayerFacts) -> list[Entry]:
-    D, (group, i) = cfg.hidden_size, divmod(layer, cfg.cla_share_factor)
+def _layer(layer: int, location: Location) -> list[Entry]:
+    cfg, group = location.stack, location.group
+    D, facts = cfg.hidden_size, group_layout(cfg)[location.place]
     norms = [
         Tensor(f"{official}.weight", (D,), f"{ours}/scale_D", (D,), Role.NORM)
         for official, ours in (
@@ -105,7 +108,7 @@ def _layer(cfg: ModelConfig, layer: int, facts: LayerFacts) -> list[Entry]:
         Entry(
             f"model.layers.{layer}.{tensor.name}",
             tensor.shape,
-            f"groups/layer_{i}/{tensor.path}",
+            f"{location.path}/{tensor.path}",
             (group,) if tensor.expert is None else (group, tensor.expert),
             tensor.is_transposed,
             tensor.role,
@@ -113,3 +116,18 @@ def _layer(cfg: ModelConfig, layer: int, facts: LayerFacts) -> list[Entry]:
         )
         for tensor in facts.official_names(cfg) + norms
     ]
+
+
+def _mtp(cfg: ModelConfig) -> list[Entry]:
+    """What stands around the layer of multi-token prediction, whose index is num_layers."""
+    D, prefix = cfg.hidden_size, f"model.layers.{cfg.num_layers}"
+    norms = [
+        Entry(f"{prefix}.{official}.weight", (D,), f"mtp/{ours}/scale_D", (), False, Role.NORM, (D,))
+        for official, ours in (
+            ("enorm", "embed_norm"),
+            ("hnorm", "hidden_norm"),
+            ("final_layernorm", "final_norm"),
+        )
+    ]
+    name, shape = f"{prefix}.eh_proj.weight", (D, 2 * D)
+    return [*norms, Entry(name, shape, "mtp/w_XD", (), True, Role.MATRIX, (2 * D, D))]

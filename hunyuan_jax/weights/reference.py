@@ -33,7 +33,10 @@ def layer(
     out_TD, kv = _attention(hf, read, index, y_TD, kv, eps)
     x_TD = x_TD + out_TD
     y_TD = _rms_norm(x_TD, read(prefix + "post_attention_layernorm.weight"), eps)
-    mix = _moe if hf.get("num_experts", 1) > 1 else _dense
+    if _is_hy3(hf):
+        mix = _dense if index < _num_dense_layers(hf) else _hy3_moe
+    else:
+        mix = _moe if hf.get("num_experts", 1) > 1 else _dense
     return x_TD + mix(hf, read, prefix + "mlp.", y_TD), kv
 
 
@@ -53,7 +56,7 @@ def _attention(hf, read, index, y_TD, kv, eps):
     num_heads = hf["num_attention_heads"]
     num_kv_heads = hf.get("num_key_value_heads") or num_heads
     width, num_tokens = (
-        hf.get("head_dim") or hf.get("attention_head_dim") or hf["hidden_size"] // num_heads,
+        hf.get("head_dim") or hf.get("attention_head_dim") or _head_dim(hf),
         len(y_TD),
     )
 
@@ -67,8 +70,11 @@ def _attention(hf, read, index, y_TD, kv, eps):
             project(letter, y_TD).reshape(num_tokens, num_kv_heads, width) for letter in "kv"
         )
     k_TKH, v_TKH = kv
+    if _is_hy3(hf):
+        q_TNH = _rms_norm(q_TNH, read(prefix + "q_norm.weight"), eps)
+        k_TKH = _rms_norm(k_TKH, read(prefix + "k_norm.weight"), eps)
     q_TNH, k_TKH = _rotate(hf, q_TNH), _rotate(hf, k_TKH)
-    if hf.get("use_qk_norm") or _is_v1(hf):
+    if (hf.get("use_qk_norm") or _is_v1(hf)) and not _is_hy3(hf):
         q_TNH = _rms_norm(q_TNH, read(prefix + "query_layernorm.weight"), eps)
         k_TKH = _rms_norm(k_TKH, read(prefix + "key_layernorm.weight"), eps)
     k_TNH, v_TNH = (np.repeat(a, num_heads // num_kv_heads, axis=1) for a in (k_TKH, v_TKH))
@@ -82,7 +88,7 @@ def _rotate(hf, x_TNH):
     width, scaling = x_TNH.shape[-1], hf.get("rope_scaling")
     exponent, theta = (
         np.arange(0, width, 2, dtype=np.float32) / np.float32(width),
-        hf.get("rope_theta", 10_000.0),
+        hf.get("rope_theta", 11_158_840.0 if _is_hy3(hf) else 10_000.0),
     )
     positions = np.arange(len(x_TNH), dtype=np.float32)
     rope_type = scaling and scaling.get("type", scaling.get("rope_type"))
@@ -122,12 +128,42 @@ def _moe(hf, read, prefix, y_TD):
         if hf.get("use_mixed_mlp_moe") or _is_v1(hf)
         else np.zeros_like(y_TD)
     )
+    return _experts(read, prefix, y_TD, chosen_Tk, weights_Tk, out_TD)
+
+
+def _experts(read, prefix, y_TD, chosen_Tk, weights_Tk, out_TD):
+    """out plus the weighted outputs of the chosen experts."""
     for expert in np.unique(chosen_Tk):
         tokens, choices = np.nonzero(chosen_Tk == expert)
         out_TD[tokens] += weights_Tk[tokens, choices, None] * _swiglu(
             read, f"{prefix}experts.{expert}.", y_TD[tokens]
         )
     return out_TD
+
+
+def _hy3_moe(hf, read, prefix, y_TD):
+    logits_TE = y_TD @ read(prefix + "router.gate.weight").T
+    scores_TE = 1 / (1 + np.exp(-logits_TE))
+    biased_TE = scores_TE + read(prefix + "expert_bias")
+    chosen_Tk = np.argsort(-biased_TE, axis=-1, kind="stable")[:, : hf.get("moe_topk", 8)]
+    weights_Tk = np.take_along_axis(scores_TE, chosen_Tk, axis=-1)
+    weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdims=True) + np.float32(1e-20))
+    weights_Tk = weights_Tk * np.float32(hf.get("router_scaling_factor", 2.826))
+    shared_TD = _swiglu(read, prefix + "shared_mlp.", y_TD)
+    return _experts(read, prefix, y_TD, chosen_Tk, weights_Tk, shared_TD)
+
+
+def _num_dense_layers(hf):
+    kinds = hf.get("mlp_layer_types")
+    return hf.get("first_k_dense_replace", 1) if kinds is None else kinds.count("dense")
+
+
+def _head_dim(hf):
+    return 128 if _is_hy3(hf) else hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def _is_hy3(hf):
+    return hf["model_type"] == "hy_v3"
 
 
 def _is_v1(hf):

@@ -19,7 +19,8 @@ from hunyuan_jax.model.stored import abstract_stored_params
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
 from hunyuan_jax.params.abstract import ParamSpec
-from hunyuan_jax.params.roles import Role
+from hunyuan_jax.params.roles import KEPT_ROLES
+from hunyuan_jax.params.tree import split
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
 from hunyuan_jax.weights import names, side_files
 from hunyuan_jax.weights.folder import with_stop_ids
@@ -83,7 +84,7 @@ class Run:
                 "no adapter. Export the whole model."
             )
         mesh = single_device_mesh()
-        adapters, _ = lora.split(self._target(cfg, mesh), abstract_model(cfg, mesh)[1])
+        adapters, _ = split(self._target(cfg, mesh), abstract_model(cfg, mesh)[1])
         return cfg, jax.tree.map(np.asarray, load_params(self._restore(adapters)))
 
     def _target(self, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -137,4 +138,4 @@ def _plain(params: dict[str, Any], specs: dict[str, Any], dtype: str) -> dict[st
 
 
 def _dtype_of(spec: ParamSpec, dtype: str) -> str:
-    return "float32" if spec.role == Role.ROUTER else dtype
+    return "float32" if spec.role in KEPT_ROLES else dtype

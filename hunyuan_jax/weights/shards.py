@@ -30,6 +30,8 @@ _OF_TORCH = {
     "torch.float8_e4m3fn": "F8_E4M3",
 }
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+# A layer of multi-token prediction that lies beside the other files, in the index or not.
+_MTP = "model-mtp.safetensors"
 _SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 # Files of weights in any format, those that cannot be read among them.
 _WEIGHTS = re.compile(
@@ -161,14 +163,16 @@ def listed(found: list[str]) -> str:
 
 def _files(place: Place, sizes: dict[str, int]) -> tuple[str, list[str]]:
     """(name of the index or "", weight files)."""
+    more = [_MTP] if _MTP in sizes else []
     for single in _SINGLES:
         index = f"{single}.index.json"
         if single in sizes:
-            return index if index in sizes else "", [single]
+            return index if index in sizes else "", [single, *more]
         if index in sizes:
             return index, _promised_files(place, index, sizes)
     for single in _SINGLES:
         if files := _shards_without_index(place, single, sizes):
+            files += more
             return f"{single}.index.json" if len(files) > 1 else "", files
     others = sorted(name for name in sizes if is_weights(name))
     if "adapter_config.json" in sizes:

@@ -6,6 +6,7 @@ config.json, the tokenizer and other files of the source as they were, params/ (
 restores it onto any mesh) and source/ (headers and index, to write the same bytes).
 """
 
+import dataclasses
 import os
 import sys
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import Meter, in_order
-from hunyuan_jax.weights import chunks, hf_config, names, shards
+from hunyuan_jax.weights import chunks, hf_config, hf_spelling, names, shards
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights.hub import model_place
 from hunyuan_jax.weights.side_files import is_side_file
@@ -77,6 +78,7 @@ def import_model(
         "dtype": plan.cfg.dtype,
         "is_exact": plan.is_exact,
         "router_dtype": router_dtype_of(plan) if plan.cfg.is_moe else "",
+        "num_mtp_layers": plan.cfg.num_mtp_layers,
         "index_name": opened.index_name,
         "shards": list(opened.headers),
         "copied": opened.others,
@@ -154,7 +156,10 @@ def open_converted(folder: str | os.PathLike) -> Converted:
             "again to continue it."
         )
     hf = json_object(f"{place}/config.json", place.read("config.json"))
-    cfg = hf_config.from_hf(hf)
+    cfg = hf_config.from_hf(hf_spelling.with_dtype(hf, about["dtype"]))
+    # config.json may name layers that are not stored, or not name one that is.  Imports from before
+    # there were any do not say.
+    cfg = dataclasses.replace(cfg, num_mtp_layers=about.get("num_mtp_layers", 0))
     params = chunks.params_of(cfg)
     _check_whole(place, params)
     return Converted(place, about, hf, cfg, params)
@@ -186,7 +191,7 @@ def layout_of(converted: Converted, cfg: ModelConfig) -> Layout:
     texts = {"config.json": place.read("config.json")}
     texts |= {name: place.read(name) for name in about["copied"] if is_side_file(name)}
     if cfg.dtype != converted.cfg.dtype:
-        texts["config.json"] = as_json(hf_config.with_dtype(converted.hf, cfg.dtype))
+        texts["config.json"] = as_json(hf_spelling.with_dtype(converted.hf, cfg.dtype))
         return new_layout(cfg, texts)
     if not about["is_exact"]:
         return new_layout(cfg, texts, about["router_dtype"] or "float32")

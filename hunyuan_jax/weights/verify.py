@@ -22,12 +22,13 @@ from hunyuan_jax.layers.ffn.moe import routing
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
+from hunyuan_jax.model.layout import locations
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.stack import Layer
 from hunyuan_jax.parallel import island, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.progress import Meter, in_order
-from hunyuan_jax.weights import chunks, hf_config, quantized, reference
+from hunyuan_jax.weights import chunks, hf_config, hf_spelling, quantized, reference
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.hub import model_place
@@ -59,10 +60,11 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
 
 def compare_configs(opened: official.OfficialFolder, converted: Converted) -> list[str]:
     """Returns the fields in which the two models differ, except the parameters' dtype."""
-    hf = hf_config.with_dtype(opened.config, converted.cfg.dtype)
+    hf = quantized.plain_config(hf_spelling.with_dtype(opened.config, converted.cfg.dtype))
+    source = official.with_stored_layers(hf_config.from_hf(hf), opened)
     return [
         f"config: {name} = {theirs!r} in the source, {ours!r} in the checkpoint"
-        for name, theirs, ours in _fields(hf_config.from_hf(hf), converted.cfg)
+        for name, theirs, ours in _fields(source, converted.cfg)
         if theirs != ours
     ]
 
@@ -144,6 +146,10 @@ def compare_layers(opened: official.OfficialFolder, converted: Converted) -> lis
                 )
             )
         compare("logits", reference.logits(hf, read, x_TD), ours.logits(x_TD))
+        if cfg.num_mtp_layers:  # on any input
+            added_TD = reference.layer(hf, read, cfg.num_layers, x_TD, None)[0] - x_TD
+            ours_TD = ours.layer(cfg.num_layers, x_TD) - x_TD
+            compare(f"layer {cfg.num_layers} (multi-token prediction)", added_TD, ours_TD)
     return found
 
 
@@ -168,11 +174,12 @@ class _Ours:
 
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
         """The layer's output; a producer's keys and values are kept for its group."""
-        cfg, (group, i) = self._cfg, divmod(index, self._cfg.cla_share_factor)
+        at = locations(self._cfg)[index]
+        cfg, group, i = at.stack, at.group, at.place
         module = nnx.eval_shape(lambda: Layer(cfg, self._mesh, jax.random.key(0), pattern(cfg)[i]))
         if cfg.is_moe:
             del module.moe.experts
-        graph_def, arrays = nnx.split(self._filled(module, f"groups/layer_{i}", (group,)))
+        graph_def, arrays = nnx.split(self._filled(module, at.path, (group,)))
         out_BTD, self._kv, routed = _run_layer(
             cfg, graph_def, arrays, jnp.asarray(x_TD[None]), self._kv if i else None
         )
@@ -180,7 +187,7 @@ class _Ours:
         if routed is not None:
             for expert in range(cfg.moe.num_experts):
                 out_BTD += _run_expert(
-                    cfg, self._expert(f"groups/layer_{i}", group, expert), *routed, expert
+                    cfg, self._expert(at.path, group, expert), *routed, expert
                 )
         return np.asarray(out_BTD)[0]
 
@@ -247,7 +254,13 @@ def _run_layer(
         kv,
         (
             y_BTD,
-            moe.route(logits_BTE, ones_BT > 0, cfg.moe, jax.random.split(jax.random.key(0), 1))[1],
+            moe.route(
+                logits_BTE,
+                ones_BT > 0,
+                cfg.moe,
+                jax.random.split(jax.random.key(0), 1),
+                layer.moe.bias_E[...] if cfg.moe.selection_bias else None,
+            )[1],
         ),
     )
 
@@ -283,7 +296,7 @@ def _float32(cfg: ModelConfig) -> ModelConfig:
 
 def _defaults(hf: dict[str, Any]) -> dict[str, Any]:
     """A copy in one spelling, without what only says how the weights are stored."""
-    return hf_config.one_spelling(json.loads(json.dumps(quantized.plain_config(hf))))
+    return hf_spelling.one_spelling(json.loads(json.dumps(quantized.plain_config(hf))))
 
 
 def _fields(theirs: ModelConfig, ours: ModelConfig):

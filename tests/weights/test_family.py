@@ -17,7 +17,7 @@ from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
-from hunyuan_jax.weights import hf_config, stream, verify
+from hunyuan_jax.weights import hf_config, hf_spelling, stream, verify
 from hunyuan_jax.weights.folder import OfficialFolder
 from hunyuan_jax.weights.open import export_model
 from hunyuan_jax.weights.storage import Place
@@ -192,10 +192,10 @@ def test_config_survives_both_spellings(cfg):
     assert hf["model_type"] == ("hunyuan_v1_moe" if cfg.is_moe else "hunyuan_v1_dense")
     assert hf_config.from_hf(hf) == hf_config.from_hf(as_transformers_5_writes(hf)) == cfg
     for spelling in (hf, as_transformers_5_writes(hf)):
-        changed = hf_config.with_dtype(spelling, "bfloat16")
+        changed = hf_spelling.with_dtype(spelling, "bfloat16")
         assert (
             changed.keys() == spelling.keys()
-            and hf_config.dtype_of(changed) == hf_config.from_hf(changed).dtype == "bfloat16"
+            and hf_spelling.dtype_of(changed) == hf_config.from_hf(changed).dtype == "bfloat16"
         )
 
 

@@ -27,9 +27,9 @@ class Mlp(nnx.Module):
 
     attribute = "mlp"
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, width: int = 1):
-        """With `width` times the model's ffn columns."""
-        D, F, std = cfg.hidden_size, cfg.intermediate_size * width, cfg.init_std
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, width: int = 0):
+        """`width` columns; 0 = those of the model's MLP."""
+        D, F, std = cfg.hidden_size, width or cfg.intermediate_size, cfg.init_std
         gate, up, down = jax.random.split(key, 3)
         self.cfg = cfg
         self.mesh = mesh

@@ -10,14 +10,15 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.facts import Activations, Count, Sizes, Tensor, linear_tensor
 
 
-def num_parameters(cfg: ModelConfig) -> int:
-    """Of gate, up and down of one SwiGLU of the model's width."""
-    return 3 * cfg.hidden_size * cfg.intermediate_size
+def num_parameters(cfg: ModelConfig, width: int) -> int:
+    """Of gate, up and down of one SwiGLU of `width` columns."""
+    return 3 * cfg.hidden_size * width
 
 
 def count(cfg: ModelConfig, seq_len: int) -> Count:
     """All its parameters are weights that every token meets."""
-    return Count({"mlp": num_parameters(cfg)}, matmul_weights=num_parameters(cfg))
+    weights = num_parameters(cfg, cfg.intermediate_size)
+    return Count({"mlp": weights}, matmul_weights=weights)
 
 
 def activation_bytes(cfg: ModelConfig, sizes: Sizes) -> Activations:
@@ -25,9 +26,8 @@ def activation_bytes(cfg: ModelConfig, sizes: Sizes) -> Activations:
     and of up.
     """
     width = sizes.tokens * cfg.intermediate_size / sizes.tensor_ways * sizes.element
-    return Activations(
-        products=2 * width, weights=num_parameters(cfg) / sizes.tensor_ways, backward=4 * width
-    )
+    weights = num_parameters(cfg, cfg.intermediate_size) / sizes.tensor_ways
+    return Activations(products=2 * width, weights=weights, backward=4 * width)
 
 
 def official_names(cfg: ModelConfig) -> list[Tensor]:

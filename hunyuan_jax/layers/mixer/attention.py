@@ -3,7 +3,9 @@
 Within a CLA group the raw K/V projection of the first layer serves all.  RoPE and the RMS division
 of a key do not depend on the layer, only the key norm's scale does, and q . (g * khat) = (q * g) .
 khat: so each layer folds its key scale into its own query, and one (khat, v) pair per group is
-computed, and cached. Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G =
+computed, and cached.  With the norm before RoPE the scale does not commute with the rotation: the
+key has its own, and layers do not share it.
+Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G =
 N / K, H head dim, R = N * H.
 """
 
@@ -83,8 +85,8 @@ class Attention(nnx.Module):
     def keys_values(
         self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """The group's keys, rotated and normalised without scale, and its values: two [B, T, K,
-        H].  Producer only.
+        """The group's keys, rotated and normalised (without scale unless the norm comes first), and
+        its values: two [B, T, K, H].  Producer only.
         """
         weights, logical = params.declared(self)
         fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)
@@ -204,6 +206,9 @@ def keys_values(
             island.gather_param(weights[name], logical[name], dtype) for name in ("bk_KH", "bv_KH")
         )
         k_BTKH, v_BTKH = k_BTKH + k_bias_KH, v_BTKH + v_bias_KH
+    if cfg.norm_before_rope:
+        k_BTKH = rms_normalize(k_BTKH, cfg.rms_norm_eps) * weights["k_norm_H"].astype(dtype)
+        return rope.rotate(k_BTKH, cos_sin_BTh), v_BTKH
     k_BTKH = rope.rotate(k_BTKH, cos_sin_BTh)
     return (rms_normalize(k_BTKH, cfg.rms_norm_eps) if cfg.use_qk_norm else k_BTKH), v_BTKH
 
@@ -217,7 +222,7 @@ def queries(
     logical: dict,
 ) -> jax.Array:
     """One shard's queries [B, T, N, H]: rotated, normalised and scaled, the key norm's scale
-    included.
+    included unless the norm comes before the rotation.
     """
     dtype = y_BTD.dtype
     q_BTNH = _project(weights, logical, "q", y_BTD, cfg, num_in=1).reshape(
@@ -225,6 +230,9 @@ def queries(
     )
     if cfg.attention_bias:
         q_BTNH = q_BTNH + island.gather_param(weights["bq_NH"], logical["bq_NH"], dtype)
+    if cfg.norm_before_rope:
+        q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * weights["q_norm_H"].astype(dtype)
+        return rope.rotate(q_BTNH, cos_sin_BTh)
     q_BTNH = rope.rotate(q_BTNH, cos_sin_BTh)
     if cfg.use_qk_norm:
         q_BTNH = rms_normalize(q_BTNH, cfg.rms_norm_eps) * (

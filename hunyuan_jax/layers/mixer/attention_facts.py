@@ -62,7 +62,12 @@ def official_names(cfg: ModelConfig, *, shares: bool) -> list[Tensor]:
         if cfg.attention_bias:
             table.append(Tensor(f"{name}.bias", (num_out,), f"attn/{bias}", bias_shape, Role.BIAS))
     if cfg.use_qk_norm:
-        for name, path in (("query", "q_norm_H"), ("key", "k_norm_H")):
-            name = f"self_attn.{name}_layernorm.weight"
-            table.append(Tensor(name, (H,), f"attn/{path}", (H,), Role.NORM))
+        # Hy3's class, which normalises first, has its own names.
+        names = ("q_norm", "k_norm")
+        if not cfg.norm_before_rope:
+            names = ("query_layernorm", "key_layernorm")
+        for name, path in zip(names, ("q_norm_H", "k_norm_H"), strict=True):
+            table.append(
+                Tensor(f"self_attn.{name}.weight", (H,), f"attn/{path}", (H,), Role.NORM)
+            )
     return table

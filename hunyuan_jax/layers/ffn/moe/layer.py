@@ -38,7 +38,7 @@ class Experts(nnx.Module):
     """Weights of the E routed experts."""
 
     def __init__(self, cfg: ModelConfig, key: jax.Array):
-        E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.intermediate_size
+        E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.expert_size
         sizes = {"experts": E, "embed": D, "expert_ffn": F}
         for (name, dims), matrix_key in zip(
             EXPERT_DIMS.items(), jax.random.split(key, 3), strict=True
@@ -64,9 +64,12 @@ class Moe(nnx.Module):
             params.normal(router_key, cfg.init_std),
             params.Role.ROUTER,
         )
+        if cfg.moe.selection_bias:
+            shape, dims = (cfg.moe.num_experts,), ("norm",)
+            self.bias_E = params.param(shape, dims, params.zeros, params.Role.BALANCE)
         self.experts = self.new_experts(cfg, experts_key)
-        if cfg.moe.num_shared_experts:
-            self.shared = mlp.Mlp(cfg, mesh, shared_key, width=cfg.moe.num_shared_experts)
+        if num_shared := cfg.moe.num_shared_experts:
+            self.shared = mlp.Mlp(cfg, mesh, shared_key, width=num_shared * cfg.expert_size)
 
     @staticmethod
     def new_experts(cfg: ModelConfig, key: jax.Array) -> nnx.Module:
@@ -172,10 +175,14 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 
 def route(
-    logits_gTE: jax.Array, is_valid_gT: jax.Array, cfg: MoeConfig, key_g: jax.Array
+    logits_gTE: jax.Array,
+    is_valid_gT: jax.Array,
+    cfg: MoeConfig,
+    key_g: jax.Array,
+    bias_E: jax.Array | None = None,
 ) -> tuple[routing.Choice, routing.Assignment]:
     """Returns choice and assignment of each routing group: `routing.choose`, `routing.assign`."""
-    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg))(logits_gTE)
+    choice = jax.vmap(lambda logits_TE: routing.choose(logits_TE, cfg, bias_E))(logits_gTE)
     return choice, jax.vmap(lambda c, valid_T, key: routing.assign(c, valid_T, cfg, key))(
         choice, is_valid_gT, key_g
     )
@@ -233,7 +240,8 @@ def route_and_serve(
     key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.wrap_key_data(key_data), group_g
     )
-    choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g)
+    bias_E = weights["router"].get("bias_E")
+    choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g, bias_E)
 
     y_BTD = serve(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:

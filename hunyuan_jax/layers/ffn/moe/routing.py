@@ -19,6 +19,8 @@ LOSSES = ("aux_loss", "z_loss")
 
 # float32 epsilon: the official clamp of the top-k normaliser.
 _EPSILON = 1.19e-7
+# Added to a sum of sigmoids, as Hy3's code does.
+_TINY = 1e-20
 
 
 class Assignment(NamedTuple):
@@ -42,8 +44,14 @@ class Assignment(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The router's choice before any capacity: probs_TE float32 and expert_Tk int32."""
+    """The router's choice before any capacity.
 
+    score_TE: float32, what the weights are made of: probabilities, or a sigmoid for each expert.
+    probs_TE: float32, the scores over their sum.
+    expert_Tk: int32.
+    """
+
+    score_TE: jax.Array
     probs_TE: jax.Array
     expert_Tk: jax.Array
 
@@ -79,10 +87,34 @@ def group_size(cfg: MoeConfig, batch_size: int, seq_len: int) -> int:
     return size
 
 
-def choose(logits_TE: jax.Array, cfg: MoeConfig) -> Choice:
-    """Returns the top-k experts of each token from logits [T, E]; ties take the lowest index."""
-    probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
-    return Choice(probs_TE, jax.lax.top_k(probs_TE, cfg.top_k)[1])
+def choose(logits_TE: jax.Array, cfg: MoeConfig, bias_E: jax.Array | None = None) -> Choice:
+    """Returns the top-k experts of each token from logits [T, E]; ties take the lowest index.
+
+    `bias_E` is added to the scores for this choice only.
+    """
+    logits_TE = logits_TE.astype(jnp.float32)
+    if cfg.scoring == "sigmoid":
+        score_TE = jax.nn.sigmoid(logits_TE)
+        probs_TE = score_TE / (score_TE.sum(-1, keepdims=True) + _TINY)
+    else:
+        score_TE = probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+    biased_TE = score_TE if bias_E is None else jax.lax.stop_gradient(score_TE + bias_E)
+    return Choice(score_TE, probs_TE, jax.lax.top_k(biased_TE, cfg.top_k)[1])
+
+
+def moved_bias(bias: jax.Array, chosen: jax.Array, cfg: MoeConfig) -> jax.Array:
+    """Returns the selection biases [..., E] after a step, float32.
+
+    The bias of an expert that was chosen less than the mean goes up by `bias_rate`, that of one
+    that was chosen more goes down (arXiv 2408.15664, algorithm 1).
+
+    Args:
+      bias: float32 [..., E].
+      chosen: float32 [..., E], choices of each expert before any capacity, over the whole batch.
+      cfg: config.model.moe.
+    """
+    bias = bias + cfg.bias_rate * jnp.sign(chosen.mean(-1, keepdims=True) - chosen)
+    return jnp.clip(bias, -cfg.bias_limit, cfg.bias_limit) if cfg.bias_limit else bias
 
 
 def assign(
@@ -95,9 +127,9 @@ def assign(
     (`dispatch == "drop"`) or moved to free slots (`"recycle"`; docs/model.md, Capacity).  The new
     slot is drawn uniformly from the free slots, without replacement.
 
-    The combine weight is the softmax probability of the expert.  With `norm_topk_prob` it is
-    divided by the sum over the k chosen experts.  A recycled choice has the token's probability of
-    its new expert, with the same divisor.
+    The combine weight is the score of the expert.  With `norm_topk_prob` it is divided by the sum
+    over the k chosen experts.  A recycled choice has the token's score of its new expert, with the
+    same divisor.  All weights are multiplied by `routed_scale`.
 
     Padding (`is_valid_T` false) takes no slot and gets weight 0.  Dropless has room for all and
     serves padding like any token, as the official code does.
@@ -143,10 +175,14 @@ def assign(
         a.reshape(k, T).T
         for a in (expert_n, jnp.where(is_kept_n, slot_n, 0), is_kept_n, is_recycled_n)
     )
-    weight_Tk = jnp.take_along_axis(choice.probs_TE, expert_Tk, axis=-1)
+    weight_Tk = jnp.take_along_axis(choice.score_TE, expert_Tk, axis=-1)
     if cfg.norm_topk_prob:
-        chosen_Tk = jnp.take_along_axis(choice.probs_TE, choice.expert_Tk, axis=-1)
-        weight_Tk = weight_Tk / jnp.maximum(chosen_Tk.sum(-1, keepdims=True), _EPSILON)
+        chosen_Tk = jnp.take_along_axis(choice.score_TE, choice.expert_Tk, axis=-1)
+        sum_T1 = chosen_Tk.sum(-1, keepdims=True)
+        is_sigmoid = cfg.scoring == "sigmoid"
+        weight_Tk = weight_Tk / (sum_T1 + _TINY if is_sigmoid else jnp.maximum(sum_T1, _EPSILON))
+    if cfg.routed_scale != 1:
+        weight_Tk = weight_Tk * cfg.routed_scale
     return Assignment(
         expert_Tk,
         slot_Tk,
