@@ -1,7 +1,7 @@
 """Architecture numbers of the released models and of the small ones used here; they live in this
 file only.
 
-docs/model.md has the sources of A52B, docs/family.md those of A13B and the dense models.  A model
+docs/model.md has the sources of A52B, docs/family.md those of A13B, the dense models and Hy3.  A model
 folder brings its own config.json: `from_pretrained` does not look here.
 """
 
@@ -61,6 +61,72 @@ def a13b() -> ModelConfig:
         moe=MoeConfig(
             num_experts=64, top_k=8, norm_topk_prob=True, num_shared_experts=1, dispatch="dropless"
         ),
+    )
+
+
+def hy3() -> ModelConfig:
+    """Hy3: 192 experts of 1536, top-8 of sigmoids with a selection bias, one dense layer, and a
+    layer of multi-token prediction.
+    """
+    return ModelConfig(
+        vocab_size=120_832,
+        hidden_size=4096,
+        intermediate_size=13_312,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position=262_144,
+        bos_token_id=120_000,
+        pad_token_id=120_002,
+        eos_token_ids=(120_025,),
+        **_HY3,
+        moe=_hy3_moe(num_experts=192, intermediate_size=1536),
+    )
+
+
+def hy_mt2_30b() -> ModelConfig:
+    """Hy-MT2-30B-A3B: Hy3's class at 48 layers of half its width."""
+    return ModelConfig(
+        vocab_size=120_832,
+        hidden_size=2048,
+        intermediate_size=6912,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        max_position=262_144,
+        bos_token_id=120_000,
+        pad_token_id=120_002,
+        eos_token_ids=(120_025,),
+        **_HY3 | {"num_mtp_layers": 0},
+        moe=_hy3_moe(num_experts=128, intermediate_size=768),
+    )
+
+
+_HY3 = {
+    "rope_type": "default",
+    "rope_theta": 11_158_840.0,
+    "norm_before_rope": True,
+    "num_dense_layers": 1,
+    "num_mtp_layers": 1,
+    "tie_embeddings": False,
+    "init_std": 0.006,
+    "dtype": "bfloat16",
+    "remat": "full",
+}
+
+
+def _hy3_moe(**sizes: int) -> MoeConfig:
+    return MoeConfig(
+        top_k=8,
+        scoring="sigmoid",
+        norm_topk_prob=True,
+        routed_scale=2.826,
+        selection_bias=True,
+        num_shared_experts=1,
+        dispatch="dropless",
+        **sizes,
     )
 
 

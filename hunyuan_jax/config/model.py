@@ -387,6 +387,11 @@ class ModelConfig(Section):
                 f"config.model.lora.targets names {', '.join(wrong)}, but the model has no "
                 f"{module}; leave it out.",
             )
+        require(
+            not (self.lora.rank and self.moe.bias_rate),
+            f"config.model.moe.bias_rate = {self.moe.bias_rate} would change the frozen model that "
+            "adapters are trained for; set it to 0.",
+        )
 
     def _check_spark(self) -> None:
         spark = self.spark

@@ -370,6 +370,38 @@ BROKEN = [
     ({"model__moe__min_capacity": 0}, "min_capacity = 0 must be at least 1"),
     ({"model__moe__group_size": -1}, "group_size = -1 must be a token count, or 0"),
     ({"model__moe__aux_loss_weight": -0.5}, "aux_loss_weight = -0.5 must not be negative"),
+    ({"model__moe__intermediate_size": -1}, "moe.intermediate_size = -1 must be a width"),
+    ({"model__moe__routed_scale": 0.0}, "moe.routed_scale = 0.0 must be positive"),
+    ({"model__moe__bias_rate": 0.1}, "moe.bias_rate = 0.1 acts on the selection bias"),
+    (
+        {
+            "model__lora__rank": 2,
+            "model__moe__selection_bias": True,
+            "model__moe__bias_rate": 0.1,
+        },
+        "moe.bias_rate = 0.1 would change the frozen model",
+    ),
+    ({"model__num_dense_layers": 6}, "num_dense_layers = 6 must leave layers with experts"),
+    (
+        {
+            "model__num_dense_layers": 1,
+            "model__moe__num_experts": 1,
+            "model__moe__top_k": 1,
+            "model__moe__num_shared_experts": 0,
+        },
+        "num_dense_layers = 1 is for models with experts",
+    ),
+    ({"model__num_mtp_layers": 2}, "num_mtp_layers = 2 must be 0 or 1"),
+    ({"model__mtp_loss_weight": 0.1}, "mtp_loss_weight = 0.1 must not be negative, and needs"),
+    ({"model__num_dense_layers": 1}, "num_dense_layers = 1 is for models whose layers do not"),
+    (
+        {
+            "model__cla_share_factor": 1,
+            "model__norm_before_rope": True,
+            "model__use_qk_norm": False,
+        },
+        "norm_before_rope is about the norms of queries and keys",
+    ),
     ({"model__moe__z_loss_weight": -0.5}, "z_loss_weight = -0.5 must not be negative"),
     ({"mesh__tensor": 0}, "config.mesh.tensor = 0 must be at least 1, or -1"),
     ({"mesh__replica": -2}, "config.mesh.replica = -2 must be at least 1, or -1"),

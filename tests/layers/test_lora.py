@@ -30,6 +30,7 @@ from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn.moe import experts
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.params import tree
 from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train import loop
 from hunyuan_jax.train.state import (
@@ -116,12 +117,12 @@ def random_params(cfg):
 
 def split(params, cfg):
     """(adapters, the rest)"""
-    return lora.split(params, abstract_model(cfg, single_device_mesh())[1])
+    return tree.split(params, abstract_model(cfg, single_device_mesh())[1])
 
 
 def with_random_adapters(params, cfg, seed=0):
     adapters = random_like(split(params, cfg)[0], seed)
-    return lora.join(params, adapters)
+    return tree.join(params, adapters)
 
 
 def logits_of(cfg, params, mesh=None):

@@ -328,7 +328,7 @@ def test_weight_is_the_tokens_own_probability_of_the_expert_that_serves_it(case,
 
 def test_top_k_normaliser_is_clamped():
     # A fabricated choice: the top 2 of a softmax over so few experts cannot be so improbable.
-    choice = routing.Choice(jnp.full((1, 3), 1e-8), jnp.asarray([[0, 1]]))
+    choice = routing.Choice(*2 * [jnp.full((1, 3), 1e-8)], jnp.asarray([[0, 1]]))
     weights = routing.assign(
         choice, jnp.ones(1, bool), MoeConfig(num_experts=3, top_k=2, norm_topk_prob=True), None
     ).weight_Tk

@@ -22,8 +22,9 @@ from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.open import open_model
 from support import paths
 
-COPIED, COPIED_HF = (paths.GOLDEN / family for family in ("large", "hf"))
-COMPLETE, COMPLETE_HF = (paths.SHARED / "golden" / family for family in ("large", "hf"))
+FAMILIES = ("large", "hf", "hy3")
+COPIED, COPIED_HF, COPIED_HY3 = (paths.GOLDEN / family for family in FAMILIES)
+COMPLETE, COMPLETE_HF, COMPLETE_HY3 = (paths.SHARED / "golden" / family for family in FAMILIES)
 
 # The released code never drops tokens.  For these cases a capacity of k * T / E was patched into
 # it (README).
@@ -128,7 +129,7 @@ def folder_of(case: str) -> Path:
 
     Skips the test if neither exists.
     """
-    for root in (COMPLETE, COMPLETE_HF, COPIED, COPIED_HF):
+    for root in (COMPLETE, COMPLETE_HF, COMPLETE_HY3, COPIED, COPIED_HF, COPIED_HY3):
         if (root / case / "config.json").is_file():
             return root / case
     pytest.skip(

@@ -264,8 +264,8 @@ REFUSED = [
         "norm_topk_prob = False has no effect in the code of",
     ),
     (
-        {"model_type": "hy_v3"},
-        "model_type = 'hy_v3'; only 'hunyuan', 'hunyuan_v1_moe', 'hunyuan_v1_dense'",
+        {"model_type": "hy_v4"},
+        "model_type = 'hy_v4'; only 'hunyuan', 'hunyuan_v1_moe', 'hunyuan_v1_dense', 'hy_v3'",
     ),
 ]
 

@@ -25,6 +25,7 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
+from hunyuan_jax.params.tree import split
 from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.report import page
 from hunyuan_jax.train.state import abstract_state, build_program, to_items
@@ -95,7 +96,7 @@ def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_d
     jax.tree.map(
         np.testing.assert_array_equal,
         adapters,
-        load_params(lora.split(params, abstract_model(model, single_device_mesh())[1])[0]),
+        load_params(split(params, abstract_model(model, single_device_mesh())[1])[0]),
     )
 
 
