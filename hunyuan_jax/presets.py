@@ -1,8 +1,8 @@
 """Architecture numbers of the released models and of the small ones used here; they live in this
 file only.
 
-docs/model.md has the sources of A52B, docs/family.md those of A13B, the dense models and Hy3.  A model
-folder brings its own config.json: `from_pretrained` does not look here.
+docs/model.md has the sources of A52B, docs/family.md those of A13B, the dense models and Hy3.  A
+model folder brings its own config.json: `from_pretrained` does not look here.
 """
 
 import dataclasses

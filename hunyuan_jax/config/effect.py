@@ -29,6 +29,8 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
             (
                 *("model.moe.norm_topk_prob", "model.moe.dispatch", *capacity),
                 *("model.moe.group_size", "model.moe.aux_loss_weight", "model.moe.z_loss_weight"),
+                *("model.moe.intermediate_size", "model.moe.scoring", "model.moe.routed_scale"),
+                *("model.moe.selection_bias", "model.moe.bias_rate", "model.moe.bias_limit"),
                 "optimizer.expert_lr_ratio",
             ),
             "the model is dense; set config.model.moe.num_experts above 1",
@@ -52,6 +54,16 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
             )
             + "; set it to False to train the router on the text, or keep it for weights that "
             "were trained so",
+        ),
+        (
+            model.is_moe and not moe.bias_rate,
+            ("model.moe.bias_limit",),
+            "config.model.moe.bias_rate = 0 moves no bias; set a rate",
+        ),
+        (
+            model.dtype == "float32" and not model.fp32_head,
+            ("model.fp32_head",),
+            "config.model.dtype = 'float32' has float32 logits; it acts with 'bfloat16'",
         ),
         (
             model.rope_type != "alpha",

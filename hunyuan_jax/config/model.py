@@ -374,9 +374,7 @@ class ModelConfig(Section):
         )
 
     def _check_lora(self) -> None:
-        has_mlp = (
-            not self.is_moe or self.moe.num_shared_experts > 0 or self.num_dense_layers > 0
-        )
+        has_mlp = not self.is_moe or self.moe.num_shared_experts > 0 or self.num_dense_layers > 0
         for targets, is_there, module in (
             (MLP_TARGETS, has_mlp, "shared expert"),
             (EXPERT_TARGETS, self.is_moe, "routed experts"),
@@ -389,8 +387,8 @@ class ModelConfig(Section):
             )
         require(
             not (self.lora.rank and self.moe.bias_rate),
-            f"config.model.moe.bias_rate = {self.moe.bias_rate} would change the frozen model that "
-            "adapters are trained for; set it to 0.",
+            f"config.model.moe.bias_rate = {self.moe.bias_rate} would change the frozen model "
+            "that adapters are trained for; set it to 0.",
         )
 
     def _check_spark(self) -> None:

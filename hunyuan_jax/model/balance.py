@@ -25,7 +25,7 @@ def moved_biases(
       cfg: config.model.
       is_accepted: bool scalar; a step that was refused moves nothing.
     """
-    if not cfg.moe.bias_rate:
+    if not (cfg.is_moe and cfg.moe.bias_rate):
         return frozen
     first, moved = 0, dict(frozen)
     for name, stack in _trained_stacks(cfg):
@@ -43,7 +43,7 @@ def moved_biases(
 
 def bias_metrics(params: dict[str, Any], cfg: ModelConfig) -> dict[str, jax.Array]:
     """Returns bias_L, the largest absolute selection bias of each layer; {} without biases."""
-    if not cfg.moe.selection_bias:
+    if not (cfg.is_moe and cfg.moe.selection_bias):
         return {}
     biases_PE = [
         params[name][f"layer_{place}"][Moe.attribute]["bias_E"]

@@ -52,8 +52,8 @@ def count(cfg: ModelConfig, seq_len: int = 4096) -> Counts:
     + 1): each weight costs a multiplication and an addition in the forward pass and twice that in
     the backward pass; a query meets (seq_len + 1) / 2 keys on average (causal, one document), and
     a key costs 4 * N * H in the forward pass (scores, then values).  The head is a matmul, the
-    embedding is a lookup.  Multi-token prediction counts where it is trained.  Not counted: norms, softmax, activations, padding of expert buffers,
-    the work of rematerialisation.
+    embedding is a lookup.  Multi-token prediction counts where it is trained.  Not counted: norms,
+    softmax, activations, padding of expert buffers, the work of rematerialisation.
     """
     D, V, L = cfg.hidden_size, cfg.vocab_size, cfg.num_layers
     mtp_layers, layers = [], []

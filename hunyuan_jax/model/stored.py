@@ -19,8 +19,8 @@ def stored_params(
 ) -> dict[str, Any]:
     """Returns the parameters as a train state holds them.
 
-    Trained parameters are master weights in `state_dtype`.  Parameters that are not trained have the
-    dtype in which the model computes with them.
+    Trained parameters are master weights in `state_dtype`.  Parameters that are not trained have
+    the dtype in which the model computes with them.
 
     Args:
       params: nested dict of arrays.

@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
         stats, new_entries = {}, {}
-        for name, part in self._main_stacks():
+        for name, _ in self._main_stacks():
             # Keys of "groups" are counted from 0 on.
             own_key = key
             if key is not None and name != "groups":

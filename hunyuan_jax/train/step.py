@@ -191,9 +191,7 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     need no conversion.
     """
     trained, frozen = split(params, program.specs)
-    weights = join(
-        frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained)
-    )
+    weights = join(frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained))
     stacks = program.config.model.stacks
     return {name: tree if name in stacks else in_use(tree) for name, tree in weights.items()}
 

@@ -372,9 +372,7 @@ def _check_tied_head(folder: OfficialFolder, name: str) -> None:
 def _unstated_dtype(folder: OfficialFolder) -> str:
     """What "auto" means, where config.json states no dtype: bfloat16 if all but routers is."""
     found = {
-        stored.dtype
-        for name, stored in folder.tensors.items()
-        if not name.endswith(_ROUTERS)
+        stored.dtype for name, stored in folder.tensors.items() if not name.endswith(_ROUTERS)
     }
     return "bfloat16" if found == {DTYPES["BF16"]} else "float32"
 

@@ -235,6 +235,6 @@ def _check_rope(scaling: dict[str, Any] | None) -> None:
 
 def _other(name: str, found: Any, wanted: Any, why: str) -> ConfigError:
     return ConfigError(
-        f"config.json: {name} = {found!r} is not implemented: it must be {wanted!r}, {why}. Set it "
-        "to that if the model was trained so; otherwise it cannot be loaded."
+        f"config.json: {name} = {found!r} is not implemented: it must be {wanted!r}, {why}. Set "
+        "it to that if the model was trained so; otherwise it cannot be loaded."
     )

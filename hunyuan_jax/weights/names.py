@@ -122,7 +122,9 @@ def _mtp(cfg: ModelConfig) -> list[Entry]:
     """What stands around the layer of multi-token prediction, whose index is num_layers."""
     D, prefix = cfg.hidden_size, f"model.layers.{cfg.num_layers}"
     norms = [
-        Entry(f"{prefix}.{official}.weight", (D,), f"mtp/{ours}/scale_D", (), False, Role.NORM, (D,))
+        Entry(
+            f"{prefix}.{official}.weight", (D,), f"mtp/{ours}/scale_D", (), False, Role.NORM, (D,)
+        )
         for official, ours in (
             ("enorm", "embed_norm"),
             ("hnorm", "hidden_norm"),

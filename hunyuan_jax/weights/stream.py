@@ -157,8 +157,8 @@ def open_converted(folder: str | os.PathLike) -> Converted:
         )
     hf = json_object(f"{place}/config.json", place.read("config.json"))
     cfg = hf_config.from_hf(hf_spelling.with_dtype(hf, about["dtype"]))
-    # config.json may name layers that are not stored, or not name one that is.  Imports from before
-    # there were any do not say.
+    # config.json may name a layer that is not stored, or not name one that is.  Imports from
+    # before there were any do not say.
     cfg = dataclasses.replace(cfg, num_mtp_layers=about.get("num_mtp_layers", 0))
     params = chunks.params_of(cfg)
     _check_whole(place, params)

@@ -186,9 +186,7 @@ class _Ours:
         del arrays
         if routed is not None:
             for expert in range(cfg.moe.num_experts):
-                out_BTD += _run_expert(
-                    cfg, self._expert(at.path, group, expert), *routed, expert
-                )
+                out_BTD += _run_expert(cfg, self._expert(at.path, group, expert), *routed, expert)
         return np.asarray(out_BTD)[0]
 
     def logits(self, x_TD: np.ndarray) -> np.ndarray:

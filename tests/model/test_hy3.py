@@ -104,7 +104,9 @@ def _moe_without_island(choose):
         B, T, _ = x_BTD.shape
         logits_BTE = moe.router_logits(x_BTD, self.router_DE[...])
         choice = choose(logits_BTE.reshape(B * T, -1), self.cfg.moe, self.bias_E[...])
-        weight_TE = jnp.zeros(choice.score_TE.shape).at[jnp.arange(B * T)[:, None], choice.expert_Tk]
+        weight_TE = jnp.zeros(choice.score_TE.shape).at[
+            jnp.arange(B * T)[:, None], choice.expert_Tk
+        ]
         assignment = routing.assign(choice, jnp.ones(B * T, bool), self.cfg.moe, None)
         weight_TE = weight_TE.set(assignment.weight_Tk)
         gate, up, down = (self.experts.w_gate_EDF, self.experts.w_up_EDF, self.experts.w_down_EFD)
@@ -176,7 +178,9 @@ def _logits_and_loss(cfg, params, ids_BS, labels_BS):
     model = nnx.merge(graph_def(cfg), params)
     positions_BS = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)
     hidden_BSD = model(ids_BS, positions_BS, jnp.ones_like(ids_BS)).hidden_BTD
-    return model.logits(hidden_BSD), model.token_losses(hidden_BSD, jnp.maximum(labels_BS, 0)).mean()
+    return model.logits(hidden_BSD), model.token_losses(
+        hidden_BSD, jnp.maximum(labels_BS, 0)
+    ).mean()
 
 
 @pytest.mark.parametrize("dispatch", ["drop", "recycle"])

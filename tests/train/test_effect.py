@@ -14,6 +14,7 @@ from support.models import fast_jit, mesh_of
 from support.steps import MODEL, batch, config_for, initial_params
 
 DENSE = dataclasses.replace(MODEL, moe=MoeConfig())
+WITH_BIAS = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, selection_bias=True))
 
 
 def config_of(model, schedule=(), optimizer=(), **train):
@@ -51,7 +52,14 @@ CASES = [
                     group_size=4,
                     aux_loss_weight=0.5,
                     z_loss_weight=0.5,
+                    intermediate_size=5,
+                    scoring="sigmoid",
+                    routed_scale=2.0,
+                    selection_bias=True,
+                    bias_rate=0.1,
+                    bias_limit=1.0,
                 ),
+                fp32_head=False,
                 lora=LoraConfig(alpha=3.0, targets=("q",)),
                 latent=LatentConfig(rotary_dim=2, group_size=4),
             ),
@@ -65,13 +73,24 @@ CASES = [
                 for name in (
                     *("norm_topk_prob", "dispatch", "capacity_factor", "min_capacity"),
                     *("group_size", "aux_loss_weight", "z_loss_weight"),
+                    *("intermediate_size", "scoring", "routed_scale"),
+                    *("selection_bias", "bias_rate", "bias_limit"),
                 )
             ),
+            "model.fp32_head",
             *("model.rope_alpha", "model.rope_factor", "model.lora.alpha", "model.lora.targets"),
             *("model.latent.rotary_dim", "model.latent.group_size", "schedule.min_lr"),
             *("optimizer.spike_after", "optimizer.expert_lr_ratio", "train.profile_steps"),
         },
         id="dense",
+    ),
+    pytest.param(
+        config_of(WITH_BIAS),
+        config_of(
+            dataclasses.replace(WITH_BIAS, moe=dataclasses.replace(WITH_BIAS.moe, bias_limit=1.0))
+        ),
+        {"model.moe.bias_limit"},
+        id="frozen bias",
     ),
     pytest.param(
         config_of(MODEL, schedule={"name": "cosine_with_min_lr"}),

@@ -85,8 +85,8 @@ class Attention(nnx.Module):
     def keys_values(
         self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """The group's keys, rotated and normalised (without scale unless the norm comes first), and
-        its values: two [B, T, K, H].  Producer only.
+        """The group's keys, rotated and normalised (without scale unless the norm comes first),
+        and its values: two [B, T, K, H].  Producer only.
         """
         weights, logical = params.declared(self)
         fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)

@@ -67,7 +67,5 @@ def official_names(cfg: ModelConfig, *, shares: bool) -> list[Tensor]:
         if not cfg.norm_before_rope:
             names = ("query_layernorm", "key_layernorm")
         for name, path in zip(names, ("q_norm_H", "k_norm_H"), strict=True):
-            table.append(
-                Tensor(f"self_attn.{name}.weight", (H,), f"attn/{path}", (H,), Role.NORM)
-            )
+            table.append(Tensor(f"self_attn.{name}.weight", (H,), f"attn/{path}", (H,), Role.NORM))
     return table
