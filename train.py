@@ -3,6 +3,7 @@
 import sys
 
 from hunyuan_jax import flags, malloc
+from hunyuan_jax.cli import complete
 from hunyuan_jax.files import LocalPath
 
 _WORKDIR = flags.Option(
@@ -31,4 +32,4 @@ def train(values) -> int:
 
 if __name__ == "__main__":
     malloc.restart_with_huge_pages()
-    flags.exit_with_message(lambda: flags.run(train, "python train.py", sys.argv[1:]))
+    flags.exit_with_message(lambda: flags.run(train, "python train.py", sys.argv[1:], complete))

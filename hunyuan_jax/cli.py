@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hunyuan_jax import flags, malloc
 
@@ -19,6 +20,13 @@ COMMANDS = {
 }
 
 
+def complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Fills in what a recipe takes from the weights that it starts from."""
+    from hunyuan_jax.train import start
+
+    return start.complete(recipe)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs the command that the first argument names; returns the exit status.
 
@@ -26,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
       ConfigError: no such command, or what the command refuses.
     """
     about = "Trains, inspects and runs Hunyuan models. Training itself is `python train.py`."
-    return flags.run_one_of(COMMANDS, "python -m hunyuan_jax", about, arguments)
+    return flags.run_one_of(COMMANDS, "python -m hunyuan_jax", about, arguments, complete)
 
 
 def main() -> None:

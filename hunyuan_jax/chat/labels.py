@@ -22,6 +22,7 @@ def sft_example(
     tokenizer: Tokenizer,
     max_len: int | None = None,
     parse_special: bool = False,
+    **variables: Any,
 ) -> tuple[list[int], list[int]]:
     """Returns (ids, labels) of a chat for supervised fine-tuning, two lists of one length.
 
@@ -42,6 +43,7 @@ def sft_example(
       parse_special: see `render_chat`; with the built-in template labels are then those of the
         official code for any chat: from the i-th <|extra_0|> to the i-th <|eos|>, whoever wrote
         them.
+      variables: of a jinja template, such as tools.
 
     Raises:
       ValueError: as `render_chat`, for a max_len below 1, and for a template that writes earlier
@@ -60,12 +62,14 @@ def sft_example(
         labels = _answer_labels(
             ids, tokenizer.special_id(USER_END), tokenizer.special_id(ASSISTANT_END)
         )
+    elif is_built_in and variables:
+        raise ValueError(f"{next(iter(variables))} has no effect without a chat template")
     elif is_built_in:
         ids, labels = _labelled_by_turns(messages, tokenizer)
     elif template.has_generation_tag(tokenizer.chat_template):
-        ids, labels = _labelled_by_tags(messages, tokenizer, parse_special)
+        ids, labels = _labelled_by_tags(messages, tokenizer, parse_special, variables)
     else:
-        ids, labels = _labelled_by_prefixes(messages, tokenizer, parse_special)
+        ids, labels = _labelled_by_prefixes(messages, tokenizer, parse_special, variables)
     return ids[:max_len], labels[:max_len]
 
 
@@ -85,9 +89,12 @@ def _labelled_by_turns(
 
 
 def _labelled_by_tags(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    parse_special: bool,
+    variables: Mapping[str, Any],
 ) -> tuple[list[int], list[int]]:
-    text = template.render(tokenizer, messages, add_generation_prompt=False)
+    text = template.render(tokenizer, messages, add_generation_prompt=False, **variables)
     return _labels(text, origin.learned_spans(text), tokenizer, parse_special)
 
 
@@ -103,7 +110,10 @@ def _labels(
 
 
 def _labelled_by_prefixes(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    parse_special: bool,
+    variables: Mapping[str, Any],
 ) -> tuple[list[int], list[int]]:
     """Labels under a jinja template: an answer is what the chat up to it adds to its prompt."""
 
@@ -113,13 +123,14 @@ def _labelled_by_prefixes(
             tokenizer,
             parse_special=parse_special,
             add_generation_prompt=is_prompt,
+            **variables,
         )
 
     def opening(answered: list[int]) -> list[int]:
         """What stands before the text of a chat's first message, such as a system prompt that the
         template adds.
         """
-        text = template.render(tokenizer, messages[:1], add_generation_prompt=False)
+        text = template.render(tokenizer, messages[:1], add_generation_prompt=False, **variables)
         first = origin.first_of_message(text, 0)
         _, is_said = template.encode_spans(
             text, [(first, len(text))], tokenizer, parse_special=parse_special

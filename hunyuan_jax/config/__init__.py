@@ -31,9 +31,11 @@ from hunyuan_jax.config.parse import (
     to_config_dict,
     to_dict,
     unknown_key_message,
+    weights_recipe,
 )
+from hunyuan_jax.config.post import ObjectiveConfig, ObjectiveName
 from hunyuan_jax.config.run import Config
-from hunyuan_jax.config.train import CheckpointConfig, ObjectiveConfig, ObjectiveName, TrainConfig
+from hunyuan_jax.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
     "LORA_TARGETS",
@@ -67,5 +69,6 @@ __all__ = [
     "to_config_dict",
     "to_dict",
     "unknown_key_message",
+    "weights_recipe",
     "without_effect",
 ]

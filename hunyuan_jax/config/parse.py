@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hunyuan_jax.config.run import Config
@@ -19,6 +19,48 @@ def to_config_dict(config: Config) -> "ConfigDict":
     from ml_collections import ConfigDict  # only recipes need it, `import hunyuan_jax` does not
 
     return ConfigDict(to_dict(config)).lock()
+
+
+def weights_recipe(model: Mapping[str, Any], **sections: Any) -> "ConfigDict":
+    """The locked ConfigDict of a recipe that takes its model from the weights of train.init_from.
+
+    All fields of the model that are not named, data.tokenizer and train.seq_len are None, which
+    `from_config_dict` has filled in.  The command line can set any of them.
+
+    Args:
+      model: fields that the recipe sets, by dotted name, such as "moe.dispatch".
+      sections: the other sections of a Config.
+    """
+    from ml_collections import ConfigDict, config_dict
+
+    def unset(cls: type, prefix: str) -> dict[str, Any]:
+        found = {}
+        for name, hint in field_types(cls).items():
+            if dataclasses.is_dataclass(hint):
+                found[name] = unset(hint, f"{prefix}{name}.")
+            else:
+                found[name] = config_dict.placeholder(_plain_type(hint))
+                if prefix + name in model:
+                    found[name].set(model[prefix + name])
+        return found
+
+    types = field_types(Config)
+    values = {
+        name: to_dict(sections.get(name, hint()))
+        for name, hint in types.items()
+        if name != "model"
+    }
+    values["data"]["tokenizer"] = config_dict.placeholder(str)
+    values["train"]["seq_len"] = config_dict.placeholder(int)
+    return ConfigDict({"model": unset(types["model"], ""), **values}).lock()
+
+
+def _plain_type(hint: Any) -> type:
+    """The type of a field's values, as a command line reads them."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return type(typing.get_args(hint)[0])
+    return origin or getattr(hint, "__supertype__", hint)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -38,13 +80,23 @@ def defaults(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
+def from_config_dict(
+    config: "ConfigDict | Mapping[str, Any]",
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Config:
     """The frozen Config of a recipe's ConfigDict or of a plain dict.
+
+    Args:
+      config: of a recipe, or as written to config.json.
+      complete: fills in what a `weights_recipe` leaves None: `train.start.complete`.
 
     Raises:
       ConfigError: unknown key (naming the nearest), wrong type, or a broken rule.
     """
-    return from_dict(Config, config if isinstance(config, Mapping) else config.to_dict())
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    if complete and any(value is None for _, value in flat_fields(values)):
+        values = complete(dict(values))
+    return from_dict(Config, values)
 
 
 def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

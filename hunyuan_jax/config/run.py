@@ -6,8 +6,9 @@ from hunyuan_jax.config.data import DataConfig
 from hunyuan_jax.config.mesh import MeshConfig
 from hunyuan_jax.config.model import ModelConfig
 from hunyuan_jax.config.optim import OptimizerConfig, ScheduleConfig
+from hunyuan_jax.config.post import ObjectiveConfig
 from hunyuan_jax.config.section import Section, divisors, require
-from hunyuan_jax.config.train import CheckpointConfig, ObjectiveConfig, TrainConfig
+from hunyuan_jax.config.train import CheckpointConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Config(Section):
             train.seq_len <= self.model.max_position,
             f"config.train.seq_len = {train.seq_len} is above config.model.max_position = "
             f"{self.model.max_position}.",
+        )
+        require(
+            not (train.num_epochs and self.data.sources),
+            f"config.train.num_epochs = {train.num_epochs} has no meaning for a mixture, whose "
+            "sources are not passed equally often; set config.train.num_steps.",
         )
         planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
         if self.schedule.num_steps:

@@ -1,13 +1,10 @@
-"""The training loop, its objective and its checkpoints."""
+"""The training loop and its checkpoints."""
 
 import dataclasses
 import re
-from typing import Literal
 
 from hunyuan_jax.config.section import Section, divisors, require
 from hunyuan_jax.files import AnyPath
-
-ObjectiveName = Literal["pretrain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +15,8 @@ class TrainConfig(Section):
 
     num_steps: int = 1000
     """Optimizer steps of the run."""
+    num_epochs: float = 0.0
+    """Passes over the data, which then decide `num_steps`; 0 = `num_steps` is as set."""
     batch_size: int = 8
     """Sequences per step, over all hosts."""
     seq_len: int = 256
@@ -63,6 +62,11 @@ class TrainConfig(Section):
         ):
             value = getattr(self, name)
             require(value >= 1, f"config.train.{name} = {value} must be at least 1.")
+        require(
+            self.num_epochs >= 0,
+            f"config.train.num_epochs = {self.num_epochs} must not be negative; 0 leaves "
+            "num_steps as it is.",
+        )
         require(
             self.watchdog_minutes >= 0,
             f"config.train.watchdog_minutes = {self.watchdog_minutes} must not be negative; 0 is "
@@ -120,13 +124,3 @@ class CheckpointConfig(Section):
             "config.checkpoint.every = 0 and config.checkpoint.every_minutes = 0.0 would save "
             "nothing before the end; set one of them.",
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig(Section):
-    """What the run minimises."""
-
-    section = "objective"
-
-    name: ObjectiveName = "pretrain"
-    """pretrain: cross entropy of the next token."""

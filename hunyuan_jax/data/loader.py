@@ -123,6 +123,11 @@ class PackedRows:
         weights = [phase.weights for phase in config.phases] or [(1.0,)]
         self._mixture = Mixture(starts, weights, pack.draw(2**32, train.seed, "mixture"))
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """See `DataStream.rows_per_epoch`; of all sources."""
+        return sum(map(len, self._training))
+
     def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
         """Returns the batch of 0-based `step`, [B, T], or `rows` of it, [R, T]."""
         places = [self._place(step * self._batch_size + int(row)) for row in self._kept(rows)]

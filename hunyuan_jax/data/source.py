@@ -19,7 +19,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from hunyuan_jax import files
 from hunyuan_jax.errors import ConfigError
@@ -51,6 +51,8 @@ _FOLDER_SKIPPED = (".*",)
 
 _NUM_PATHS_SHOWN = 5
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
@@ -73,6 +75,17 @@ class Document:
 
     name: str
     parts: Iterable[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One row with all of its fields.
+
+    name: that of its file and ':row', as for a Document.
+    """
+
+    name: str
+    fields: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,10 +177,19 @@ class Tally:
 
     def __str__(self) -> str:
         """Returns the lines of the log: sums, and the files with bad rows."""
+        return (
+            f"{self.total.num_documents} documents, {self.total.num_bytes / 1e6:.1f} MB"
+            + self.skipped()
+        )
+
+    def skipped(self) -> str:
+        """Returns the end of a line about a source that says how many rows were bad, and a line
+        for each file with bad rows; "" if there are none.
+        """
         bad = {name: counts for name, counts in self.files.items() if counts.num_bad}
-        lines = [f"{self.total.num_documents} documents, {self.total.num_bytes / 1e6:.1f} MB"]
-        if bad:
-            lines[0] += f"; {self.total.num_bad} bad row(s) skipped in {len(bad)} file(s)"
+        if not bad:
+            return ""
+        lines = [f"; {self.total.num_bad} bad row(s) skipped in {len(bad)} file(s)"]
         for name, counts in list(bad.items())[:_NUM_PATHS_SHOWN]:
             lines.append(f"  {name}: {counts.num_bad} skipped, first: {counts.first_bad}")
         if len(bad) > _NUM_PATHS_SHOWN:
@@ -223,16 +245,54 @@ def read(span: Span, text_field: str) -> Iterator[Document | Bad]:
     Raises:
       ConfigError: the package for this kind of file is not installed, or a URL cannot be read.
     """
+
+    def document_of_row(where: str, line: bytes) -> Document:
+        return Document(where, cut(_row_text(line, text_field)))
+
+    def document_of_text(where: str, text: bytes | None) -> Document:
+        return Document(where, cut(_text_of(text)))
+
     kind = _kind(span.path)
+    if kind == ".jsonl":
+        found = _read_rows(span, document_of_row)
+    elif kind == ".parquet":
+        found = _read_parquet(span, text_field, document_of_text)
+    elif kind == ".array_record":
+        found = _read_array_record(span, document_of_text)
+    else:
+        found = _read_text(span)
+    yield from _readable(span, found)
+
+
+def read_records(span: Span) -> Iterator[Record | Bad]:
+    """Yields the rows of a .jsonl, .parquet or .array_record file in order, and a Bad for what
+    cannot be used.  A record of an .array_record file is a JSON object.
+
+    Raises:
+      ConfigError: as `read`.
+    """
+
+    def record_of_json(where: str, line: bytes) -> Record:
+        return Record(where, _row_object(line))
+
+    kind = _kind(span.path)
+    if kind == ".jsonl":
+        found = _read_rows(span, record_of_json)
+    elif kind == ".parquet":
+        found = _read_parquet(span, None, Record)
+    elif kind == ".array_record":
+        found = _read_array_record(span, record_of_json)
+    else:
+        found = iter(
+            [Bad(span.name, "text, which has no fields; use .jsonl, .parquet or .array_record")]
+        )
+    yield from _readable(span, found)
+
+
+def _readable(span: Span, found: Iterator[T]) -> Iterator[T | Bad]:
+    """What is found in a file, and a Bad if it cannot be read further."""
     try:
-        if kind == ".jsonl":
-            yield from _read_rows(span, text_field)
-        elif kind == ".parquet":
-            yield from _read_parquet(span, text_field)
-        elif kind == ".array_record":
-            yield from _read_array_record(span)
-        else:
-            yield from _read_text(span)
+        yield from found
     except OSError as error:
         if "://" in span.path:  # may be temporary, and the rest of the file would be lost
             raise ConfigError(
@@ -546,8 +606,8 @@ class _UnusableError(Exception):
     """One document cannot be used; the message says why."""
 
 
-def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
-    """Yields one document per row.  Blank lines are skipped but numbered, as in editors."""
+def _read_rows(span: Span, make: Callable[[str, bytes], T]) -> Iterator[T | Bad]:
+    """Yields make(name, line) of each row.  Blank lines are skipped but numbered."""
     row = span.first_row
     try:
         with _open_plain(span.path) as file:
@@ -566,7 +626,7 @@ def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
                     yield Bad(where, f"longer than {MAX_ROW_BYTES} bytes")
                 elif line.strip():
                     try:
-                        yield Document(where, cut(_row_text(line, text_field)))
+                        yield make(where, line)
                     except _UnusableError as error:
                         yield Bad(where, str(error))
                 row += 1
@@ -584,14 +644,20 @@ def _skip_line(file: BinaryIO) -> int:
     return count
 
 
-def _row_text(line: bytes, text_field: str) -> str:
-    """Returns the text of a .jsonl row."""
+def _row_object(line: bytes) -> dict[str, Any]:
+    """Returns the object of a .jsonl row."""
     try:
         row = json.loads(_text_of(line))
     except (ValueError, RecursionError) as error:
         raise _UnusableError(f"not JSON ({error})") from error
     if not isinstance(row, dict):
         raise _UnusableError(f"a {type(row).__name__}, not an object")
+    return row
+
+
+def _row_text(line: bytes, text_field: str) -> str:
+    """Returns the text of a .jsonl row."""
+    row = _row_object(line)
     if text_field not in row:
         raise _UnusableError(f"no field {text_field!r}, it has {list(row)[:5]}")
     text = row[text_field]
@@ -603,8 +669,12 @@ def _row_text(line: bytes, text_field: str) -> str:
     return replace_surrogates(text)  # JSON can escape half of a surrogate pair
 
 
-def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
-    """Yields one document per row.  Holds one row group in memory."""
+def _read_parquet(
+    span: Span, text_field: str | None, make: Callable[[str, Any], T]
+) -> Iterator[T | Bad]:
+    """Yields make(name, value) of each row: of its text as bytes, or of all its fields if
+    text_field is None.  Holds one row group in memory.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -614,6 +684,12 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
     try:
         with open_binary(span.path) as file, pyarrow.parquet.ParquetFile(file) as table:
             fields = {field.name: field.type for field in table.schema_arrow}
+            if text_field is None:
+                for batch in table.iter_batches(_BATCH_ROWS):
+                    for value in batch.to_pylist():
+                        where, row = f"{span.name}:{row}", row + 1
+                        yield make(where, value)
+                return
             if text_field not in fields:
                 raise _UnusableError(f"no column {text_field!r}, it has {list(fields)[:5]}")
             stored = fields[text_field]
@@ -638,7 +714,7 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
                 for value in column.cast(pyarrow.large_binary()):
                     where, row = f"{span.name}:{row}", row + 1
                     try:
-                        yield Document(where, cut(_text_of(value.as_py())))
+                        yield make(where, value.as_py())
                     except _UnusableError as error:
                         yield Bad(where, str(error))
     except _UnusableError as error:
@@ -647,8 +723,8 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[Document | Bad]:
         yield Bad(f"{span.name}:{row}", f"damaged file ({' '.join(str(error).split())[:200]})")
 
 
-def _read_array_record(span: Span) -> Iterator[Document | Bad]:
-    """Yields one document per record, which must be UTF-8 text."""
+def _read_array_record(span: Span, make: Callable[[str, bytes], T]) -> Iterator[T | Bad]:
+    """Yields make(name, bytes) of each record."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if "://" in span.path:
@@ -660,7 +736,7 @@ def _read_array_record(span: Span) -> Iterator[Document | Bad]:
         for row in range(reader.num_records()):
             [record] = reader.read([row])
             try:
-                yield Document(f"{span.name}:{row + 1}", cut(_text_of(record)))
+                yield make(f"{span.name}:{row + 1}", record)
             except _UnusableError as error:
                 yield Bad(f"{span.name}:{row + 1}", str(error))
         reader.close()

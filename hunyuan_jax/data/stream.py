@@ -27,6 +27,10 @@ class DataStream(Protocol):
     run continues anywhere without reading what came before.
     """
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold all training data once."""
+
     def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
         """Returns the batch of 0-based `step`, or only the examples `rows` of it, [R, ...]."""
 

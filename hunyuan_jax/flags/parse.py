@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +15,14 @@ from hunyuan_jax.files import AnyPath, LocalPath, require_protocol, user_path
 from hunyuan_jax.flags.declare import Option
 
 
-def parse(options: Sequence[Option], program: str, arguments: Sequence[str]) -> SimpleNamespace:
+def parse(
+    options: Sequence[Option],
+    program: str,
+    arguments: Sequence[str],
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> SimpleNamespace:
     """The options' values by name: paths as `files.user_path` gives them, `config` as a
-    Config.
+    Config, with `complete` as for `from_config_dict`.
 
     Raises:
       ConfigError: an unknown option or config field, with the nearest known one; a missing option;
@@ -33,7 +38,7 @@ def parse(options: Sequence[Option], program: str, arguments: Sequence[str]) -> 
         raise ConfigError(_explain(arguments, e)) from e
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; options are written --name=value.")
-    return SimpleNamespace(**{option.name: _value(option, values) for option in options})
+    return SimpleNamespace(**{option.name: _value(option, values, complete) for option in options})
 
 
 def _define(option: Option, values: flags.FlagValues) -> None:
@@ -53,7 +58,9 @@ def _define(option: Option, values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
 
-def _value(option: Option, values: flags.FlagValues) -> Any:
+def _value(
+    option: Option, values: flags.FlagValues, complete: Callable[[dict], dict] | None
+) -> Any:
     value = values[option.name].value
     if value in (None, ""):
         if option.is_required:
@@ -63,7 +70,7 @@ def _value(option: Option, values: flags.FlagValues) -> Any:
             )
         return value
     if option.name == "config":
-        return from_config_dict(value)
+        return from_config_dict(value, complete)
     if option.type in (LocalPath, AnyPath):
         path = user_path(value, f"--{option.name}", option.type)
         require_protocol(path, f"--{option.name}")

@@ -14,8 +14,15 @@ from pallas_kernels.select import Unsupported
 _HELP = ("-h", "--help")
 
 
-def run(chosen: Command, program: str, arguments: Sequence[str]) -> int:
+def run(
+    chosen: Command,
+    program: str,
+    arguments: Sequence[str],
+    complete: Callable[[dict], dict] | None = None,
+) -> int:
     """Runs a command with the words after its name, or prints its help; returns the exit status.
+
+    `complete`: fills in the recipe of --config, see `config.from_config_dict`.
 
     Raises:
       ConfigError: a wrong option or config field, or what the command refuses.
@@ -26,16 +33,21 @@ def run(chosen: Command, program: str, arguments: Sequence[str]) -> int:
     # absl and ml_collections take their time to import.
     from hunyuan_jax.flags.parse import parse
 
-    return chosen.function(parse(chosen.options, program, arguments))
+    return chosen.function(parse(chosen.options, program, arguments, complete))
 
 
 def run_one_of(
-    commands: Mapping[str, str], program: str, about: str, arguments: Sequence[str]
+    commands: Mapping[str, str],
+    program: str,
+    about: str,
+    arguments: Sequence[str],
+    complete: Callable[[dict], dict] | None = None,
 ) -> int:
     """Runs the command that the first of `arguments` names, or prints what there is.
 
     Args:
       commands: name -> "module:attribute" of its Command, imported when it is needed.
+      complete: as for `run`.
 
     Raises:
       ConfigError: no such command, or as `run`.
@@ -50,7 +62,7 @@ def run_one_of(
         return 0 if arguments else 2
     if arguments[0] not in commands:
         raise ConfigError(f"unknown command {arguments[0]!r}; commands are {', '.join(commands)}.")
-    return run(load(arguments[0]), f"{program} {arguments[0]}", arguments[1:])
+    return run(load(arguments[0]), f"{program} {arguments[0]}", arguments[1:], complete)
 
 
 def exit_with_message(main: Callable[[], int]) -> NoReturn:

@@ -5,6 +5,7 @@ rows of a chunk that one shard stores, d = D / shards in storage, Vn rows of a g
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,19 @@ from hunyuan_jax.parallel import island, xla_workarounds
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 
 _LANES = 128
+
+
+class TokenFigures(NamedTuple):
+    """What a model says about each target, float32 [B, T].  Only `loss` has a gradient.
+
+    loss: -log p(target) in nats; is_top: 1 if no token is more probable; entropy: of the
+    prediction, in nats; mean_logit: over the vocabulary.
+    """
+
+    loss: jax.Array
+    is_top: jax.Array
+    entropy: jax.Array
+    mean_logit: jax.Array
 
 
 def token_losses(
@@ -52,6 +66,23 @@ def token_losses(
         return loss_M.reshape(targets_BT.shape)
 
     return island.island(fn, mesh, logical, (ROWS, TOKENS), TOKENS)(
+        table_VD[...], hidden_BTD, targets_BT
+    )
+
+
+def token_figures(
+    table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh
+) -> TokenFigures:
+    """As `token_losses`, with what a run logs about its targets beside the loss."""
+    logical = table_VD.get_metadata("dims")
+
+    def fn(w_VD, hidden_BTD, targets_BT):
+        figures = _figures_of_shard(
+            logical, w_VD, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+        )
+        return jax.tree.map(lambda a_M: a_M.reshape(targets_BT.shape), figures)
+
+    return island.island(fn, mesh, logical, (ROWS, TOKENS), TokenFigures(*[TOKENS] * 4))(
         table_VD[...], hidden_BTD, targets_BT
     )
 
@@ -176,6 +207,62 @@ def _losses_bwd(logical, rounded_to, residuals, dloss_M):
 
 
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _figures_of_shard(
+    logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array, targets_M: jax.Array
+) -> TokenFigures:
+    return _figures_fwd(logical, w_Vd, hidden_MD, targets_M)[0]
+
+
+def _figures_fwd(logical, w_Vd, hidden_MD, targets_M):
+    def add_chunk(carry, chunk):
+        max_M, sum_M, weighted_M, total_M, target_M = carry
+        logits_MVn, is_target_MVn = _chunk_logits(
+            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0]
+        )
+        new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
+        scale_M = jnp.exp(max_M - new_max_M)
+        exp_MVn = jnp.exp(logits_MVn - new_max_M[:, None])
+        # Padding rows are -inf.
+        finite_MVn = jnp.where(jnp.isneginf(logits_MVn), 0.0, logits_MVn)
+        return (
+            new_max_M,
+            sum_M * scale_M + exp_MVn.sum(-1),
+            weighted_M * scale_M + (exp_MVn * finite_MVn).sum(-1),
+            total_M + finite_MVn.sum(-1),
+            target_M + jnp.where(is_target_MVn, logits_MVn, 0.0).sum(-1),
+        ), None
+
+    zeros_M = jnp.zeros(targets_M.shape, jnp.float32)
+    (max_M, sum_M, weighted_M, total_M, target_M), _ = jax.lax.scan(
+        add_chunk,
+        (zeros_M - jnp.inf, zeros_M, zeros_M, zeros_M, zeros_M),
+        _chunks(logical, w_Vd, hidden_MD),
+    )
+    all_max_M = island.reduce_max(max_M, "vocab")
+    scale_M = jnp.exp(max_M - all_max_M)
+    sum_M, weighted_M, total_M, target_M = (
+        island.reduce_sum(a_M, "vocab")
+        for a_M in (sum_M * scale_M, weighted_M * scale_M, total_M, target_M)
+    )
+    log_sum_M = all_max_M + jnp.log(sum_M)
+    num_shards = island.num_shards("vocab") * island.num_stored_shards(logical[0])
+    figures = TokenFigures(
+        log_sum_M - target_M,
+        (target_M >= all_max_M).astype(jnp.float32),
+        log_sum_M - weighted_M / sum_M,
+        total_M / (w_Vd.shape[0] * num_shards),
+    )
+    return figures, (w_Vd, hidden_MD, targets_M, log_sum_M)
+
+
+def _figures_bwd(logical, residuals, dfigures):
+    return _losses_bwd(logical, residuals, dfigures.loss)
+
+
+_figures_of_shard.defvjp(_figures_fwd, _figures_bwd)
 
 
 def _chunks(

@@ -188,5 +188,9 @@ class Transformer(nnx.Module):
     def _logits_dtype(self) -> str:
         return "float32" if self.cfg.fp32_head else self.cfg.dtype
 
+    def token_figures(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> loss.TokenFigures:
+        """As `token_losses`, with what a run logs about its targets beside the loss."""
+        return loss.token_figures(self._table(), hidden_BTD, targets_BT, self.mesh)
+
     def _table(self) -> nnx.Param:
         return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD

@@ -11,4 +11,8 @@ def build_objective(config: Config) -> Objective:
             from hunyuan_jax.train.pretrain import Pretrain
 
             return Pretrain(config)
+        case "sft":
+            from hunyuan_jax.post.sft import Sft
+
+            return Sft(config)
     raise AssertionError(config.objective.name)

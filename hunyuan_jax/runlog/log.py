@@ -91,6 +91,10 @@ class Log:
             f"{_describe(work, mesh)}"
         )
 
+    def set_config(self, config: Config) -> None:
+        """Replaces the config before `open`, when its number of steps is known."""
+        self._config = config
+
     def print(self, text: str) -> None:
         """Prints a line on process 0; may be called before `open`."""
         if self._progress:

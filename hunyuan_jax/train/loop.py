@@ -4,6 +4,7 @@ Every process of a run executes it in lock-step.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -118,8 +119,6 @@ class _Trainer:
         self._require_owner = require_owner
         self._log = Log(config, workdir)
         self._program = program = build_program(config, make_mesh(config.mesh), build_objective)
-        self._train_step = step_lib.make_train_step(program)
-        self._eval_step = step_lib.make_eval_step(program)
         spec = program.objective.eval_spec | program.objective.batch_spec
         shapes = {name: field.shape for name, field in spec.items()}
         shardings = step_lib.batch_shardings(program, spec)
@@ -130,8 +129,12 @@ class _Trainer:
         self._rows = hosts.process_rows(shardings[name], shapes[name])
         self._stream, self._batches = self._open_text()
         self._text = self._stream.identity()
+        if config.train.num_epochs:
+            self._plan_epochs()
+        self._train_step = step_lib.make_train_step(self._program)
+        self._eval_step = step_lib.make_eval_step(self._program)
         hosts.require_same(
-            config=to_dict(config), text=self._text, workdir=describe_workdir(workdir)
+            config=to_dict(self._config), text=self._text, workdir=describe_workdir(workdir)
         )
         self._store = Store(workdir, config.checkpoint, self._log.warn)
 
@@ -149,6 +152,17 @@ class _Trainer:
             if hosts.is_first():
                 require_same_run(self._workdir, config)
             return stream, read_ahead(stream, self._rows)
+
+    def _plan_epochs(self) -> None:
+        """Sets config.train.num_steps to that of train.num_epochs."""
+        train, objective = self._config.train, self._program.objective
+        num_rows = train.num_epochs * self._stream.rows_per_epoch
+        num_steps = max(1, math.ceil(num_rows / train.batch_size))
+        self._config = dataclasses.replace(
+            self._config, train=dataclasses.replace(train, num_steps=num_steps)
+        )
+        self._log.set_config(self._config)
+        self._program = build_program(self._config, self._program.mesh, lambda _: objective)
 
     # --- Start-up
 
@@ -346,6 +360,13 @@ class _Trainer:
     def _next_commands(self) -> str:
         """What to type after a finished run."""
         folder = shlex.quote(os.fspath(self._workdir))
+        if self._config.objective.name != "pretrain":
+            return (
+                f"done; it answers:     python -m hunyuan_jax chat --checkpoint={folder}\n"
+                f"      its curves:      python -m hunyuan_jax report --workdir={folder}\n"
+                f"      official folder: python -m hunyuan_jax export --checkpoint={folder} "
+                f"--output=FOLDER"
+            )
         prompt = "def " if self._config.data.source == "stdlib" else "The "
         return (
             f"done; it writes:       python -m hunyuan_jax generate --checkpoint={folder} "

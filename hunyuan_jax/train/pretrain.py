@@ -21,9 +21,11 @@ from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 class Pretrain:
     """The pre-training objective; the loss is in nats per target."""
 
+    name = "pretrain"
+
     def __init__(self, config: Config):
-        assert config.objective.name == "pretrain"  # another one is `post.build.build_objective`
-        self._config = config
+        assert config.objective.name == self.name  # another one is `post.build.build_objective`
+        self.config = config
 
     @property
     def batch_spec(self) -> BatchSpec:
@@ -41,8 +43,8 @@ class Pretrain:
 
     def open_stream(self, tokenizer: Tokenizer) -> DataStream:
         """Opens the text or the token shards of config.data."""
-        data = self._config.data
-        return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self._config.train)
+        data = self.config.data
+        return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self.config.train)
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the number of targets, at least 1."""
@@ -105,7 +107,7 @@ class Pretrain:
         shape = self._shape
         tokens = (
             np.random.default_rng(0)
-            .integers(0, self._config.model.vocab_size, (shape[0], shape[1] + 1))
+            .integers(0, self.config.model.vocab_size, (shape[0], shape[1] + 1))
             .astype(np.int32)
         )
         return {
@@ -118,7 +120,7 @@ class Pretrain:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self._config.train.batch_size, self._config.train.seq_len
+        return self.config.train.batch_size, self.config.train.seq_len
 
     def _field(self, dtype: str) -> Field:
         return Field(self._shape, dtype, ("batch", "seq"))

@@ -1,15 +1,19 @@
-"""Reads the weights that a run starts from (config.train.init_from) and checks their model."""
+"""The weights that a run starts from (config.train.init_from): what a recipe takes from them, and
+the check that they are the run's model.
+"""
 
 import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import LoraConfig, ModelConfig
+from hunyuan_jax.config import LoraConfig, ModelConfig, from_dict, to_dict
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights.open import open_model
+
+_MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fine-tuning script
 
 # Fields that a run may change.  All others decide what the weights mean.
 _FREE = {
@@ -32,6 +36,47 @@ _FREE_MOE = {
     "bias_rate",
     "bias_limit",
 }
+
+
+def complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe with what is None filled in from the weights of its train.init_from: the
+    model, the tokenizer, and a seq_len of at most 4096 that the model can hold.
+
+    Args:
+      recipe: nested dict of a `config.weights_recipe`, with the command line's overrides.
+
+    Raises:
+      ConfigError: no train.init_from, no model there, or an override that would give its weights
+        another meaning.
+    """
+    path = recipe["train"]["init_from"]
+    if not path:
+        raise ConfigError(
+            "config.train.init_from is empty, and this recipe takes its model from there; set it "
+            "to a model folder, its hub id, or the workdir of a run."
+        )
+    opened = open_model(path)
+    model = _filled(recipe["model"], to_dict(opened.cfg))
+    require_same_model(path, opened.cfg, from_dict(ModelConfig, model, "model."))
+    seq_len = min(_MAX_SEQ_LEN, model["max_position"])
+    return {
+        **recipe,
+        "model": model,
+        "data": _filled(recipe["data"], {"tokenizer": opened.tokenizer_folder}),
+        "train": _filled(recipe["train"], {"seq_len": seq_len}),
+    }
+
+
+def _filled(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns `values` with those of `found` where it has None."""
+    return {
+        name: _filled(value, found[name])
+        if isinstance(value, dict)
+        else found[name]
+        if value is None
+        else value
+        for name, value in values.items()
+    }
 
 
 def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:

@@ -118,6 +118,42 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, voca
         assert_close(grad, expected_grad, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "num_chunks"), [CASES[1], CASES[6], CASES[9], CASES[10]]
+)
+def test_figures_are_those_of_whole_logits(monkeypatch, sizes, vocab, num_chunks):
+    mesh = mesh_of(*sizes)
+    monkeypatch.setattr(xla_workarounds, "MAX_LOGITS_BYTES", limit_for(num_chunks, mesh, vocab))
+    w_VD, hidden_BTD, targets_BT, weights_BT = random_case(vocab)
+    layout = table_layout(mesh, vocab)
+    logits_BTV = hidden_BTD @ w_VD.T
+    targets_BT[:4] = logits_BTV[:4].argmax(-1)
+
+    def ours(w_VD, hidden_BTD):
+        figures = loss.token_figures(nnx.Param(w_VD, dims=layout), hidden_BTD, targets_BT, mesh)
+        # Only the loss has a gradient.
+        return loss.mean_loss(sum(figures), jnp.asarray(weights_BT)), figures
+
+    def plain(w_VD, hidden_BTD):
+        loss_BT = losses(w_VD, hidden_BTD, targets_BT, mesh)
+        return loss.mean_loss(loss_BT, jnp.asarray(weights_BT)), loss_BT
+
+    placed = (
+        jax.device_put(w_VD, rules.stored_sharding(mesh, layout, w_VD.shape)),
+        jax.device_put(hidden_BTD, rules.sharding(mesh, ("batch", "seq", "embed"))),
+    )
+    (_, figures), grads = fast_jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(*placed)
+    (_, loss_BT), plain_grads = fast_jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(*placed)
+    np.testing.assert_array_equal(figures.loss, loss_BT)
+    for grad, plain_grad in zip(grads, plain_grads, strict=True):
+        np.testing.assert_array_equal(grad, plain_grad)
+    log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
+    np.testing.assert_array_equal(figures.is_top, logits_BTV.argmax(-1) == targets_BT)
+    entropy_BT = -(np.exp(log_p_BTV) * log_p_BTV).sum(-1)
+    np.testing.assert_allclose(figures.entropy, entropy_BT, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(figures.mean_logit, logits_BTV.mean(-1), rtol=1e-4, atol=1e-5)
+
+
 def test_huge_logits_and_bfloat16_activations_stay_finite_and_near(monkeypatch):
     mesh = mesh_of(1, 2, 1)
     monkeypatch.setattr(xla_workarounds, "MAX_LOGITS_BYTES", limit_for(4, mesh, 48))

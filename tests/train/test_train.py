@@ -266,7 +266,8 @@ def test_every_field_of_training_is_fixed_noted_or_changes_no_number():
         if name.startswith(("train.", "optimizer.")) and name not in {*noted, *fixed}
     }
     assert free == {
-        *("train.num_steps", "train.log_every", "train.eval_every", "train.max_skipped_steps"),
+        *("train.num_steps", "train.num_epochs", "train.log_every", "train.eval_every"),
+        "train.max_skipped_steps",
         *("train.watchdog_minutes", "train.profile_steps", "train.wandb_project"),
     }
 
