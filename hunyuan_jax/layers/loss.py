@@ -71,14 +71,22 @@ def token_losses(
 
 
 def token_figures(
-    table_VD: nnx.Param, hidden_BTD: jax.Array, targets_BT: jax.Array, mesh: Mesh
+    table_VD: nnx.Param,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    mesh: Mesh,
+    rounded_to: str = "float32",
 ) -> TokenFigures:
     """As `token_losses`, with what a run logs about its targets beside the loss."""
     logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD, targets_BT):
         figures = _figures_of_shard(
-            logical, w_VD, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+            logical,
+            rounded_to,
+            w_VD,
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            targets_BT.reshape(-1),
         )
         return jax.tree.map(lambda a_M: a_M.reshape(targets_BT.shape), figures)
 
@@ -209,18 +217,22 @@ def _losses_bwd(logical, rounded_to, residuals, dloss_M):
 _losses_of_shard.defvjp(_losses_fwd, _losses_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _figures_of_shard(
-    logical: tuple[str, str], w_Vd: jax.Array, hidden_MD: jax.Array, targets_M: jax.Array
+    logical: tuple[str, str],
+    rounded_to: str,
+    w_Vd: jax.Array,
+    hidden_MD: jax.Array,
+    targets_M: jax.Array,
 ) -> TokenFigures:
-    return _figures_fwd(logical, w_Vd, hidden_MD, targets_M)[0]
+    return _figures_fwd(logical, rounded_to, w_Vd, hidden_MD, targets_M)[0]
 
 
-def _figures_fwd(logical, w_Vd, hidden_MD, targets_M):
+def _figures_fwd(logical, rounded_to, w_Vd, hidden_MD, targets_M):
     def add_chunk(carry, chunk):
         max_M, sum_M, weighted_M, total_M, target_M = carry
         logits_MVn, is_target_MVn = _chunk_logits(
-            logical, chunk, hidden_MD, targets_M, w_Vd.shape[0]
+            logical, rounded_to, chunk, hidden_MD, targets_M, w_Vd.shape[0]
         )
         new_max_M = jnp.maximum(max_M, logits_MVn.max(-1))
         scale_M = jnp.exp(max_M - new_max_M)
@@ -258,8 +270,8 @@ def _figures_fwd(logical, w_Vd, hidden_MD, targets_M):
     return figures, (w_Vd, hidden_MD, targets_M, log_sum_M)
 
 
-def _figures_bwd(logical, residuals, dfigures):
-    return _losses_bwd(logical, residuals, dfigures.loss)
+def _figures_bwd(logical, rounded_to, residuals, dfigures):
+    return _losses_bwd(logical, rounded_to, residuals, dfigures.loss)
 
 
 _figures_of_shard.defvjp(_figures_fwd, _figures_bwd)

@@ -190,7 +190,8 @@ class Transformer(nnx.Module):
 
     def token_figures(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> loss.TokenFigures:
         """As `token_losses`, with what a run logs about its targets beside the loss."""
-        return loss.token_figures(self._table(), hidden_BTD, targets_BT, self.mesh)
+        dtype = self._logits_dtype()
+        return loss.token_figures(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
 
     def _table(self) -> nnx.Param:
         return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD
