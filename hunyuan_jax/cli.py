@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "hunyuan_jax.infer.command:generate",
     "chat": "hunyuan_jax.infer.command:chat",
     "serve": "hunyuan_jax.serve.command:serve",
+    "eval": "hunyuan_jax.evals.command:evaluate",
     "export": "hunyuan_jax.weights.command:export",
     "plan": "hunyuan_jax.plan.command:plan",
     "report": "hunyuan_jax.report.command:report",

@@ -25,7 +25,7 @@ LAYERS = [
     ["checkpoint", "weights"],
     ["train", "infer"],
     ["post"],
-    ["serve", "plan", "report", "bench"],
+    ["serve", "evals", "plan", "report", "bench"],
     ["cli", "__main__", "train.py", "convert_torch.py", "configs"],
 ]
 ORDER = [part for layer in LAYERS for part in layer]

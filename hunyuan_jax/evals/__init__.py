@@ -1,0 +1,1 @@
+"""Evaluates a model: RULER, needles, perplexity, and the tasks of lm-eval."""
