@@ -116,13 +116,13 @@ class Engine:
           ConfigError: a request that cannot be served, or an id that is in use.
         """
         sampling, num_prompt = request.sampling, len(request.tokens)
-        room = self.max_context - num_prompt + bool(request.only_score)
-        if room < 1:
+        most = self.max_context + (1 if request.only_score else -1)
+        if num_prompt > most:
             raise ContextTooLong(
-                f"the prompt has {num_prompt} tokens; at most "
-                f"{self.max_context - 1 + bool(request.only_score)} fit into the context of "
+                f"the prompt has {num_prompt} tokens; at most {most} fit into the context of "
                 f"{self.max_context}. Shorten it."
             )
+        room = self.max_context - num_prompt
         _check(request, self._vocab_size)
         choices = [
             Choice(request, request.first_choice + i, min(sampling.max_new_tokens, room))

@@ -64,6 +64,7 @@ class Request:
     stop_ids; n: number of choices, each drawn by the seed and its number; cache_salt: prompts
     share cached pages only with those of the same salt; first_choice: number of the first choice;
     only_score: no token is drawn, and the output has the prompt's logprobs and ends with "length";
+    the model does not read the last token, so that one more than its context fits;
     score_from: place of the first token of the prompt whose logprobs are asked.  Pages that end
     before it may come from the cache.
     """

@@ -62,6 +62,13 @@ class Choice:
         return [] if self.request.score_from else [None]
 
     @property
+    def num_needed(self) -> int:
+        """Tokens that the model reads.  Nothing follows the last one of a prompt that is only
+        scored.
+        """
+        return max(1, len(self.tokens) - self.request.only_score)
+
+    @property
     def num_drawn(self) -> int:
         """Tokens of the answer."""
         return len(self.tokens) - self.num_prompt
@@ -194,7 +201,7 @@ class Scheduler:
         shapes, chunks, size, most = self._shapes, [], 0, 0
         num_in_pool = collections.Counter()
         for choice in self._prompts():
-            left = len(choice.tokens) - choice.num_computed
+            left = choice.num_needed - choice.num_computed
             if not chunks:
                 is_large = left > shapes.small
                 size = shapes.large if is_large else shapes.small
@@ -203,7 +210,7 @@ class Scheduler:
                 continue
             num_in_pool[choice.pool] += 1
             start, choice.num_computed = choice.num_computed, choice.num_computed + min(size, left)
-            is_last = choice.num_computed == len(choice.tokens)
+            is_last = choice.num_computed == choice.num_needed
             choice.is_drawing = is_last
             choice.num_ahead += is_last
             self.num_prompt_tokens += choice.num_computed - start
@@ -240,7 +247,7 @@ class Scheduler:
         if self._is_invariant:
             num_known -= num_known % (self._shapes.large // size)
         # A page for each row that runs is left: else this prompt would soon have to start over.
-        num_new = -(-len(choice.tokens) // size) - num_known
+        num_new = -(-choice.num_needed // size) - num_known
         pages, found = self.pools[pool], usable[:num_known]
         num_left = pages.num_available - pages.num_unused(found) - num_new
         if num_left < num_running[pool]:

@@ -135,6 +135,19 @@ def test_a_prompt_that_is_only_scored_draws_nothing(engine):
     assert len(outputs[0].prompt_logprobs) == 9
 
 
+def test_the_last_token_that_is_only_scored_needs_no_position(model, engine):
+    """As many tokens are read as fit, and the one behind them has its log-probability."""
+    whole = [(5 * i + 2) % 40 for i in range(65)]
+    (entries,) = score.of_ends(engine, [whole], [60])
+    logits_SV = model.logits([whole[:64]])[0]
+    expected_SV = np.asarray(jax.nn.log_softmax(logits_SV))
+    expected = [expected_SV[place - 1, whole[place]] for place in range(60, 65)]
+    np.testing.assert_allclose([entry.logprob for entry in entries], expected, atol=1e-5)
+    assert engine.stats().pages_used == 0
+    with pytest.raises(ContextTooLong, match="at most 65 fit"):
+        score.of_ends(engine, [[*whole, 1]], [60])
+
+
 def test_ends_of_rows_are_scored_and_shared_beginnings_computed_once(model, engine):
     rows = [[*TEXT[:30], i, i + 1, 5] for i in range(4)] + [TEXT[:2], TEXT[:3]]
     starts = [30, 31, 32, 30, 1, 3]
