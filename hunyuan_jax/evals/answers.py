@@ -12,7 +12,7 @@ import numpy as np
 
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.detokenize import Detokenizer
-from hunyuan_jax.infer.request import Limits, Output, QueueFull, Request
+from hunyuan_jax.infer.request import Limits, Output, QueueFull, Request, Stats
 from hunyuan_jax.infer.settings import MAX_LOGPROBS, Sampling
 from hunyuan_jax.infer.text import LM
 
@@ -94,6 +94,7 @@ class Answers:
                     f"{len(context)} tokens of context and {len(continuation)} of continuation; "
                     f"there must be at least 1 and 1 to {self.max_length}."
                 )
+                on_done(place)
                 continue
             whole = (*context, *continuation)[-self.max_length - 1 :]
             groups.setdefault(whole[:-1], []).append(place)
@@ -118,6 +119,10 @@ class Answers:
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
         self._run(map(writing.request, order), writing)
         return [found[place] for place in range(len(prompts))]
+
+    def stats(self) -> Stats:
+        """What the engine has done."""
+        return self._engine.stats()
 
     def new_id(self) -> str:
         """An id that no request has had."""

@@ -2,22 +2,27 @@
 sample leaves the others alone.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
@@ -157,7 +162,7 @@ class HarnessModel(TemplateLM):
             else:
                 self._fail(request, "the continuation is empty")
         self._asked = [requests[place] for place in good]
-        scores = super().loglikelihood(self._asked, disable_tqdm=True) if good else []
+        scores = super().loglikelihood(self._asked, disable_tqdm) if good else []
         for place, score in zip(good, scores, strict=True):
             found[place] = score
         return found
@@ -169,10 +174,10 @@ class HarnessModel(TemplateLM):
         **_: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
+        with _bar("loglikelihood", len(pairs), disable_tqdm) as on_done:
+            scores = self._answers.scores(pairs, on_done)
         results = []
-        for (texts, *_), asked, score in zip(
-            requests, self._asked, self._answers.scores(pairs), strict=True
-        ):
+        for (texts, *_), asked, score in zip(requests, self._asked, scores, strict=True):
             if isinstance(score, Failed):
                 self._fail(asked, score.reason)
                 results.append((float("nan"), False))
@@ -186,7 +191,9 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """The log-probability of each text, all its tokens counted once."""
         rows = [self.tok_encode(request.args[0]) for request in requests]
-        scores = score_rolling(self._answers, rows, self.prefix_token_id)
+        # A long text is done several times, once in each of its windows.
+        with _bar("loglikelihood_rolling", None, disable_tqdm) as on_done:
+            scores = score_rolling(self._answers, rows, self.prefix_token_id, on_done=on_done)
         results = []
         for request, found in zip(requests, scores, strict=True):
             if isinstance(found, Failed):
@@ -206,7 +213,9 @@ class HarnessModel(TemplateLM):
                 places.append(place)
             except ValueError as e:
                 self._fail(request, str(e))
-        for place, answer in zip(places, self._answers.texts(prompts), strict=True):
+        with _bar("generate_until", len(prompts), disable_tqdm) as on_done:
+            answers = self._answers.texts(prompts, on_done)
+        for place, answer in zip(places, answers, strict=True):
             request = requests[place]
             if isinstance(answer, Failed):
                 self._fail(request, answer.reason)
@@ -243,6 +252,13 @@ class HarnessModel(TemplateLM):
 
     def _fail(self, request: Instance, reason: str) -> None:
         self.failed.setdefault((request.task_name, request.doc_id), reason)
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int | None, is_off: bool) -> Iterator[Callable[[int], None]]:
+    """lm-eval's progress bar; yields what counts a request as done."""
+    with tqdm(total=total, desc=f"Running {name} requests", disable=is_off) as bar:
+        yield lambda place: bar.update()
 
 
 # -- tasks --------------------------------------------------------------------
@@ -310,18 +326,21 @@ class Tasks:
             for task_name, task in loaded["tasks"].items():
                 samples[task_name] = _good(task_name, task, settings.limit, failed)
                 _guard(task_name, task, samples[task_name], model, failed)
-            groups = loaded["groups"]
-            inner = {child for children in loaded["group_map"].values() for child in children}
-            found = evaluator.simple_evaluate(
-                model=model,
-                tasks=[group for name, group in groups.items() if name not in inner]
-                or [*loaded["tasks"].values()],
-                num_fewshot=settings.num_fewshot,
+                if settings.num_fewshot is not None:
+                    task.set_config(key="num_fewshot", value=settings.num_fewshot)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            # The seeds of lm-eval's own command.
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
+            found = evaluator.evaluate(
+                model,
+                loaded,
                 samples=samples,
+                log_samples=False,
                 apply_chat_template=settings.is_chat,
                 fewshot_as_multiturn=settings.is_chat,
-                log_samples=False,
-                task_manager=self._manager,
             )
         except Exception as e:  # a task is a program of somebody else, and fails like one
             raise ConfigError(f"{name}: {_one_line(e)}") from e
