@@ -155,14 +155,19 @@ def run_needles(
 def _made(
     make: Callable[..., ruler.Sample], arguments: Iterable[tuple]
 ) -> tuple[list[ruler.Sample], list[str]]:
-    """The samples that can be made, and a line about each of the others."""
-    samples, failed = [], []
+    """The samples that can be made, and a line about each length that is too short.
+
+    The last argument is the number of a sample.
+    """
+    samples, failed = [], {}
     for values in arguments:
+        if values[:-1] in failed:
+            continue
         try:
             samples.append(make(*values))
         except ValueError as e:
-            failed.append(str(e))
-    return samples, list(dict.fromkeys(failed))
+            failed[values[:-1]] = str(e)
+    return samples, list(failed.values())
 
 
 def _scored(
