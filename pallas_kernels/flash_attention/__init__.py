@@ -2,7 +2,7 @@
 dropout.
 """
 
-from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.api import attention_gradients, flash_attention
 from pallas_kernels.flash_attention.dropout import head_seeds
 
-__all__ = ["flash_attention", "head_seeds"]
+__all__ = ["attention_gradients", "flash_attention", "head_seeds"]

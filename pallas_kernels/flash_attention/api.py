@@ -22,7 +22,7 @@ def _gpu() -> types.ModuleType:
     return gpu
 
 
-# In order of preference.  run(q, k, v, query_segment, key_segment, seed_BN, settings,
+# In order of preference.  run(q, k, v, query_segment, key_segment, seed_BN, settings, offset,
 # device_kind=, interpret=) -> (out_BTNH, lse_BNT), differentiable in q, k and v through both.
 _CANDIDATES = (
     select.Implementation("pallas_tpu", tpu.refuse, tpu.attention),
@@ -41,6 +41,15 @@ _CANDIDATES = (
         lambda *args, device_kind, interpret: reference.attention(*args),
     ),
 )
+# By the name of the implementation.  run(q, k, v, query_segment, key_segment, out, lse_BNT, dout,
+# settings, device_kind=, interpret=) -> (dq, dk, dv).
+_GRADIENTS = {
+    "pallas_tpu": tpu.gradients,
+    "pallas_gpu": triton.gradients,
+    "pallas_triton": triton.gradients,
+    "xla": lambda *args, device_kind, interpret: xla.gradients(*args),
+    "reference": lambda *args, device_kind, interpret: reference.gradients(*args),
+}
 
 
 def flash_attention(
@@ -53,6 +62,7 @@ def flash_attention(
     device_kind: str,
     causal: bool = True,
     scale: float | None = None,
+    query_offset: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
     with_lse: bool = False,
@@ -61,9 +71,10 @@ def flash_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes softmax(scale q k^T) v over the keys that each query sees.
 
-    Query t sees key s if both have the same segment and, if causal, s <= t + S - T.  A query that
-    sees no key returns 0, log-sum-exp -inf and no gradient.  The softmax is float32.
-    Differentiable in q, k and v.  Memory is linear in T and S, except for "reference".
+    Query t sees key s if both have the same segment and, if causal, s <= t + S - T, or
+    s <= t + query_offset.  A query that sees no key returns 0, log-sum-exp -inf and no gradient.
+    The softmax is float32.  Differentiable in q, k and v.  Memory is linear in T and S, except for
+    "reference".
 
     Args:
       q_BTNH: queries, bfloat16 or float32.  Query head n uses kv head n // (N // K).
@@ -73,6 +84,8 @@ def flash_attention(
       device_kind: jax's name of the mesh's devices ("TPU v5", "NVIDIA H200", "cpu").
       causal: whether queries see no later keys.
       scale: factor of the scores, > 0; None for H ** -0.5.
+      query_offset: int32 scalar, the index of query 0 among the keys and in its sequence, for a
+        caller that holds some of a sequence's queries and all of its keys.  None for S - T.
       dropout_rate: share of the weights set to 0 after the softmax; the others are divided by
         1 - dropout_rate.
       dropout_seed: int32 or uint32 of shape [] or [2], or uint32 [B, N] from `dropout.head_seeds`
@@ -92,7 +105,10 @@ def flash_attention(
     _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
     B, _, N, H = q_BTNH.shape
     settings = Settings(
-        bool(causal), H**-0.5 if scale is None else float(scale), float(dropout_rate)
+        bool(causal),
+        H**-0.5 if scale is None else float(scale),
+        float(dropout_rate),
+        query_offset is not None,
     )
     _check_settings(settings)
     seed_BN = _seeds(dropout_seed, settings.dropout_rate, B, N)
@@ -101,9 +117,49 @@ def flash_attention(
     )
     run = functools.partial(chosen.run, device_kind=device_kind, interpret=interpret)
     out_BTNH, lse_BNT = run(
-        q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings
+        q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings, query_offset
     )
     return (out_BTNH, lse_BNT) if with_lse else out_BTNH
+
+
+def attention_gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    dout_BTNH: jax.Array,
+    *,
+    device_kind: str,
+    causal: bool = True,
+    implementation: str | Sequence[str] | None = None,
+    interpret: bool | object = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what these keys add to the gradients of q, k and v, without dropout.
+
+    The queries may see other keys too.  `out_BTNH` and `lse_BNT` are those over all keys, and
+    `dout_BTNH` is the gradient of `out_BTNH`; the others are as in `flash_attention`.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
+    settings = Settings(bool(causal), q_BTNH.shape[-1] ** -0.5, 0.0)
+    chosen = select.choose(
+        "flash_attention", _CANDIDATES, implementation, device_kind, q_BTNH, k_BSKH, settings
+    )
+    return _GRADIENTS[chosen.name](
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        query_segment_BT,
+        key_segment_BS,
+        out_BTNH,
+        lse_BNT,
+        dout_BTNH,
+        settings,
+        device_kind=device_kind,
+        interpret=interpret,
+    )
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS):

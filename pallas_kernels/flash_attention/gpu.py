@@ -45,6 +45,8 @@ def refuse(
         return f"needs bfloat16, not {q_BTNH.dtype}"
     if q_BTNH.shape[-1] > 128:
         return f"needs a head dim of at most 128, not {q_BTNH.shape[-1]}"
+    if settings.has_offset:
+        return "takes no query offset"
     return "has no dropout" if settings.dropout_rate else None
 
 
@@ -56,12 +58,13 @@ def attention(
     key_segment_BS: jax.Array,
     seed_BN: jax.Array,
     settings: Settings,
+    offset: jax.Array | None = None,
     *,
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attention`; the backward pass is Triton's."""
-    del device_kind
+    del device_kind, offset
     return triton.with_backward(
         _forward,
         q_BTNH,

@@ -23,7 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, select
 from pallas_kernels.flash_attention import dropout
-from pallas_kernels.flash_attention.reference import Settings, is_visible, zero_padding
+from pallas_kernels.flash_attention.reference import (
+    Settings,
+    is_visible,
+    lead_of,
+    zero_padding,
+)
 
 _MASKED = -1e30  # swallows any score in float32
 _LOG2E = math.log2(math.e)
@@ -65,6 +70,8 @@ class Problem(NamedTuple):
 
     vmem_bytes: vector memory of the chip.
     num_queries, num_keys: T and S before padding to whole blocks.
+
+    `places` below are int32 [2]: the indices of query 0 among the keys and in its sequence.
     """
 
     settings: Settings
@@ -73,11 +80,6 @@ class Problem(NamedTuple):
     num_queries: int
     num_keys: int
     interpret: object
-
-    @property
-    def lead(self) -> int:
-        """Position of query 0 among the keys."""
-        return self.num_keys - self.num_queries
 
     @property
     def exp2_factor(self) -> float:
@@ -102,35 +104,116 @@ def attention(
     key_segment_BS: jax.Array,
     seed_BN: jax.Array,
     settings: Settings,
+    offset: jax.Array | None = None,
     *,
     device_kind: str,
     interpret: object = False,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attention`; `config` is that of the chip if None."""
-    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    B, T, N, H = q_BTNH.shape
+    problem = _problem(q_BTNH, k_BSKH, settings, device_kind, interpret, config)
+    segments = (query_segment_BT, key_segment_BS)
+    arrays = _laid_out(problem, q_BTNH, k_BSKH, v_BSKH, *segments)
+    out_BZGHT, lse_BZGT = _attend(problem, *arrays, seed_BN, offset)
+    out_BTNH = out_BZGHT.reshape(B, N, H, -1).transpose(0, 3, 1, 2)[:, :T]
+    return out_BTNH, lse_BZGT.reshape(B, N, -1)[:, :, :T]
+
+
+def gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    dout_BTNH: jax.Array,
+    settings: Settings,
+    *,
+    device_kind: str,
+    interpret: object = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `reference.gradients`."""
+    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    problem = _problem(q_BTNH, k_BSKH, settings, device_kind, interpret)
+    segments = (query_segment_BT, key_segment_BS)
+    q_BZGHT, *keys_segments = _laid_out(problem, q_BTNH, k_BSKH, v_BSKH, *segments)
+    out_BZGHT, dout_BZGHT = (
+        _queries_laid_out(problem, x, q_BZGHT.shape[2]) for x in (out_BTNH, dout_BTNH)
+    )
+    lse_BNT = jnp.pad(
+        lse_BNT, ((0, 0), (0, 0), (0, q_BZGHT.shape[-1] - T)), constant_values=-jnp.inf
+    )
+    lse_BZGT = lse_BNT.reshape(*q_BZGHT.shape[:3], -1)
+    no_seeds_BN = jnp.zeros((B, N), jnp.uint32)
+    dq_BZGHT, dk_BKSH, dv_BKSH = _backward(
+        problem,
+        q_BZGHT,
+        *keys_segments,
+        no_seeds_BN,
+        None,
+        out_BZGHT,
+        lse_BZGT,
+        dout_BZGHT,
+        jnp.zeros_like(lse_BZGT),
+    )
+    dq_BTNH = dq_BZGHT.reshape(B, N, H, -1).transpose(0, 3, 1, 2)[:, :T]
+    return dq_BTNH, dk_BKSH.swapaxes(1, 2)[:, :S], dv_BKSH.swapaxes(1, 2)[:, :S]
+
+
+def _problem(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    settings: Settings,
+    device_kind: str,
+    interpret: object,
+    config: Config | None = None,
+) -> Problem:
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     chip = chips.of_device(device_kind)
     config = _fitted(config or CONFIGS[chip.name], T, S)
-    problem = Problem(settings, config, chip.vmem_bytes, T, S, interpret)
-    G = max(g for g in range(1, config.heads + 1) if (N // K) % g == 0)
+    return Problem(settings, config, chip.vmem_bytes, T, S, interpret)
 
+
+def _laid_out(
+    problem: Problem,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Returns (q [B, Z, G, H, T], k and v [B, K, S, H], segments) in whole blocks, with zeros in
+    the padding.
+    """
+    config, num_groups = problem.config, q_BTNH.shape[2] // k_BSKH.shape[2]
+    G = max(g for g in range(1, config.heads + 1) if num_groups % g == 0)
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)
     k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
-    q_BTNH, query_segment_BT = (
-        _pad(x, math.lcm(config.block_q, config.block_q_backward))
-        for x in (q_BTNH, query_segment_BT)
-    )
     k_BSKH, v_BSKH, key_segment_BS = (
         _pad(x, math.lcm(config.block_k, config.block_k_backward))
         for x in (k_BSKH, v_BSKH, key_segment_BS)
     )
-    q_BZGHT = q_BTNH.transpose(0, 2, 3, 1).reshape(B, N // G, G, H, -1)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    out_BZGHT, lse_BZGT = _attend(
-        problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN
+    return (
+        _queries_laid_out(problem, q_BTNH, G),
+        k_BSKH.swapaxes(1, 2),
+        v_BSKH.swapaxes(1, 2),
+        _pad(query_segment_BT, _queries_of_blocks(problem)),
+        key_segment_BS,
     )
-    out_BTNH = out_BZGHT.reshape(B, N, H, -1).transpose(0, 3, 1, 2)[:, :T]
-    return out_BTNH, lse_BZGT.reshape(B, N, -1)[:, :, :T]
+
+
+def _queries_laid_out(problem: Problem, x_BTNH: jax.Array, G: int) -> jax.Array:
+    """Returns [B, Z, G, H, T] of queries, or of what has their shape, in whole blocks."""
+    B, _, N, H = x_BTNH.shape
+    x_BTNH = _pad(x_BTNH, _queries_of_blocks(problem))
+    return x_BTNH.transpose(0, 2, 3, 1).reshape(B, N // G, G, H, -1)
+
+
+def _queries_of_blocks(problem: Problem) -> int:
+    """Returns the number of queries that whole blocks of both passes have a multiple of."""
+    return math.lcm(problem.config.block_q, problem.config.block_q_backward)
 
 
 def _fitted(config: Config, T: int, S: int) -> Config:
@@ -179,12 +262,14 @@ def visits(
     problem: Problem,
     query_segment_BT: jax.Array,
     key_segment_BS: jax.Array,
+    offset: jax.Array | None,
     block_q: int,
     block_k: int,
 ) -> tuple[Visits, Visits, int, int]:
     """Returns (visits by block of queries, visits by block of keys, most steps of each)."""
-    may_qk, all_qk = _static_visibility(
+    may_qk, all_qk = _causal_visibility(
         problem,
+        lead_of(offset, problem.num_queries, problem.num_keys),
         query_segment_BT.shape[1] // block_q,
         key_segment_BS.shape[1] // block_k,
         block_q,
@@ -196,7 +281,11 @@ def visits(
     low_B1k, high_B1k, is_one_B1k = low_Bk[:, None], high_Bk[:, None], is_one_Bk[:, None]
     may_Bqk = may_qk & (low_Bq1 <= high_B1k) & (low_B1k <= high_Bq1)
     all_Bqk = all_qk & is_one_Bq1 & is_one_B1k & (low_Bq1 == low_B1k)
-    num_steps = [int(may_qk.sum(axis).max(initial=1)) for axis in (1, 0)]
+    num_steps = (
+        [int(may_qk.sum(axis).max(initial=1)) for axis in (1, 0)]
+        if offset is None
+        else may_qk.shape[::-1]
+    )
     return (
         _ranges(may_Bqk, all_Bqk),
         _ranges(may_Bqk.swapaxes(1, 2), all_Bqk.swapaxes(1, 2)),
@@ -204,11 +293,11 @@ def visits(
     )
 
 
-def _static_visibility(
-    problem: Problem, num_q: int, num_k: int, block_q: int, block_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _causal_visibility(
+    problem: Problem, lead: jax.Array | int, num_q: int, num_k: int, block_q: int, block_k: int
+) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
     """Returns bool [q, k] twice: whether causality shows any, and every pair of two blocks."""
-    low_q1 = np.arange(num_q)[:, None] * block_q + problem.lead
+    low_q1 = np.arange(num_q)[:, None] * block_q + lead
     high_q1 = low_q1 + block_q - 1
     low_k, high_k = np.arange(num_k) * block_k, np.arange(1, num_k + 1) * block_k - 1
     may_qk = np.ones((num_q, num_k), bool)
@@ -244,9 +333,10 @@ def _ranges(may_Brc: jax.Array, all_Brc: jax.Array) -> Visits:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN):
+def _attend(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN, offset):
     """Returns (out [B, Z, G, H, T], log-sum-exp [B, Z, G, T]); T and S are whole blocks."""
-    return _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN)
+    segments = (query_segment_BT, key_segment_BS)
+    return _forward(problem, q_BZGHT, k_BKSH, v_BKSH, *segments, seed_BN, offset)
 
 
 def _attend_fwd(problem, *arrays):
@@ -255,7 +345,7 @@ def _attend_fwd(problem, *arrays):
 
 
 def _attend_bwd(problem, residuals, gradients):
-    return *_backward(problem, *residuals, *gradients), None, None, None
+    return *_backward(problem, *residuals, *gradients), None, None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -273,7 +363,13 @@ def _dot(a, b, a_dim: int, b_dim: int):
     )
 
 
-def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segment_1k):
+def _places(problem: Problem, offset: jax.Array | None) -> jax.Array:
+    """Returns the `places` of `Problem`."""
+    lead = lead_of(offset, problem.num_queries, problem.num_keys)
+    return jnp.stack([jnp.int32(lead), jnp.int32(0 if offset is None else offset)])
+
+
+def _mask(problem: Problem, lead, query_block, key_block, query_segment_1q, key_segment_1k):
     """Returns float32 [bk, bq], 0 where visible, else _MASKED."""
     bq, bk = query_segment_1q.shape[1], key_segment_1k.shape[1]
     # From lanes into sublanes.
@@ -281,9 +377,7 @@ def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segmen
         jnp.broadcast_to(key_segment_1k, (_LANES, bk)).T[:, :1], (bk, bq)
     )
     key_kq = key_block * bk + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 0)
-    position_kq = (
-        query_block * bq + problem.lead + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
-    )
+    position_kq = query_block * bq + lead + jax.lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
     visible_kq = is_visible(
         position_kq,
         key_kq,
@@ -295,12 +389,26 @@ def _mask(problem: Problem, query_block, key_block, query_segment_1q, key_segmen
 
 
 def _mask_and_kept(
-    problem: Problem, is_masked, query_block, key_block, query_segment_ref, key_segment_ref, seed
+    problem: Problem,
+    is_masked,
+    places_ref,
+    query_block,
+    key_block,
+    query_segment_ref,
+    key_segment_ref,
+    seed,
 ):
     """Returns (mask_kq, kept) for `forward_step`; seed: head -> its dropout seed."""
     bq, bk = query_segment_ref.shape[1], key_segment_ref.shape[1]
     mask_kq = (
-        _mask(problem, query_block, key_block, query_segment_ref[...], key_segment_ref[...])
+        _mask(
+            problem,
+            places_ref[0],
+            query_block,
+            key_block,
+            query_segment_ref[...],
+            key_segment_ref[...],
+        )
         if is_masked
         else None
     )
@@ -308,7 +416,8 @@ def _mask_and_kept(
     def kept(g, keys):
         first_key, num_keys = key_block * bk + keys.start, keys.stop - keys.start
         key_k1 = first_key + jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
-        query_1q = query_block * bq + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
+        first_query = query_block * bq + places_ref[1]
+        query_1q = first_query + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
         return dropout.is_kept(
             seed(g).astype(jnp.uint32), query_1q, key_k1, problem.settings.dropout_rate
         )
@@ -324,10 +433,10 @@ def _when_visible(visits: Visits, row, block, step):
     pl.when(is_visited & ~is_full)(lambda: step(True))
 
 
-def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN):
+def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS, seed_BN, offset):
     (B, Z, G, H, T), K = q_BZGHT.shape, k_BKSH.shape[1]
     bq, bk, J = problem.config.block_q, problem.config.block_k, np.int32(Z // K)
-    table, _, num_steps, _ = visits(problem, query_segment_BT, key_segment_BS, bq, bk)
+    table, _, num_steps, _ = visits(problem, query_segment_BT, key_segment_BS, offset, bq, bk)
     num_q = T // bq
 
     def at_query(*dims):
@@ -339,7 +448,7 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
         return Visits(*prefetched[:4]).block(b * num_q + i, j)
 
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=5,
+        num_scalar_prefetch=6,
         grid=(B, Z, num_q, num_steps),
         in_specs=[
             at_query(G, H),
@@ -372,6 +481,7 @@ def _forward(problem, q_BZGHT, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS,
     )(
         *table,
         _flat(seed_BN),
+        _places(problem, offset),
         q_BZGHT,
         k_BKSH,
         v_BKSH.swapaxes(2, 3),
@@ -411,6 +521,7 @@ def _forward_kernel(*refs, problem: Problem):
     (
         *table,
         seed_ref,
+        places_ref,
         q_ref,
         k_ref,
         v_ref,
@@ -439,7 +550,7 @@ def _forward_kernel(*refs, problem: Problem):
 
     def step(is_masked):
         mask_and_kept = _mask_and_kept(
-            problem, is_masked, i, block, query_segment_ref, key_segment_ref, seed
+            problem, is_masked, places_ref, i, block, query_segment_ref, key_segment_ref, seed
         )
         forward_step(problem, q_ref, k_ref, v_ref, sum_ref, max_ref, norm_ref, *mask_and_kept)
 
@@ -513,6 +624,7 @@ def _backward(
     query_segment_BT,
     key_segment_BS,
     seed_BN,
+    offset,
     out_BZGHT,
     lse_BZGT,
     dout_BZGHT,
@@ -521,7 +633,7 @@ def _backward(
     """Returns the gradients of q, k and v in their layouts."""
     (B, Z, G, H, _), (_, K, S, _) = q_BZGHT.shape, k_BKSH.shape
     bq, bk, J = problem.config.block_q_backward, problem.config.block_k_backward, np.int32(Z // K)
-    _, table, _, num_steps = visits(problem, query_segment_BT, key_segment_BS, bq, bk)
+    _, table, _, num_steps = visits(problem, query_segment_BT, key_segment_BS, offset, bq, bk)
     num_k = S // bk
 
     # A query without keys has weights of 2^-1e30 = 0, and its gradients, which may be NaN, are not
@@ -552,7 +664,7 @@ def _backward(
     gradient_spec = pl.BlockSpec((None, None, H, bk), lambda b, z, i, j, *_: (b, z, 0, i))
     gradient_shape = jax.ShapeDtypeStruct((B, Z, H, S), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=5,
+        num_scalar_prefetch=6,
         grid=(B, Z, num_k, num_steps),
         in_specs=[
             *(at_query(G, H), at_query(G, H), at_query(G, 1), at_query(G, 1)),
@@ -579,6 +691,7 @@ def _backward(
     inputs = (
         *table,
         _flat(seed_BN),
+        _places(problem, offset),
         q_BZGHT,
         dout_BZGHT,
         *rows,
@@ -617,6 +730,7 @@ def _backward_kernel(*refs, problem: Problem):
     (
         *table,
         seed_ref,
+        places_ref,
         q_ref,
         dout_ref,
         lse2_ref,
@@ -627,8 +741,8 @@ def _backward_kernel(*refs, problem: Problem):
         query_segment_ref,
         key_segment_ref,
         _,
-    ) = refs[:15]
-    dq_hbm_ref, dk_ref, dv_ref, dq_ref, sum_ref, is_writing_ref, semaphore = refs[15:]
+    ) = refs[:16]
+    dq_hbm_ref, dk_ref, dv_ref, dq_ref, sum_ref, is_writing_ref, semaphore = refs[16:]
     table = Visits(*table)
     G, _, bq = q_ref.shape
     b, z, i, j = (pl.program_id(dim) for dim in range(4))
@@ -657,7 +771,7 @@ def _backward_kernel(*refs, problem: Problem):
 
     def step(is_masked):
         mask_and_kept = _mask_and_kept(
-            problem, is_masked, block, i, query_segment_ref, key_segment_ref, seed
+            problem, is_masked, places_ref, block, i, query_segment_ref, key_segment_ref, seed
         )
         # dq is summed over blocks of keys in HBM.  The first half of the heads hides the previous
         # step's write, the second half this step's read.

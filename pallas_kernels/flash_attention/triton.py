@@ -68,14 +68,21 @@ class _Problem(NamedTuple):
     config: Config
     interpret: Any
 
+    @property
+    def kernels(self) -> tuple[Blocks, ...]:
+        """Blocks of the forward pass, dq, and dk and dv."""
+        return self.config.forward, self.config.dq, self.config.dkv
+
 
 def refuse(
     device_kind: str, q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings
 ) -> str | None:
     """Returns why this cannot serve the problem on the device, or None."""
-    del k_BSKH, settings
+    del k_BSKH
     if reason := select.only_on("NVIDIA", device_kind) or select.refuse_head_dim(q_BTNH.shape[-1]):
         return reason
+    if settings.has_offset:
+        return "takes no query offset"
     return (
         None
         if q_BTNH.shape[-1] <= 256
@@ -91,12 +98,13 @@ def attention(
     key_segment_BS: jax.Array,
     seed_BN: jax.Array,
     settings: Settings,
+    offset: jax.Array | None = None,
     *,
     device_kind: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attention`."""
-    del device_kind
+    del device_kind, offset
     return with_backward(
         _forward,
         q_BTNH,
@@ -117,22 +125,68 @@ def with_backward(
 
     forward: (*arrays padded to whole blocks, problem) -> (out, lse).
     """
-    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
-    config = _CONFIGS[jnp.dtype(q_BTNH.dtype).name]
-    problem = _Problem(settings, S - T, config, interpret)
-    kernels = (config.forward, config.dq, config.dkv)
-    q_BTNH, query_segment_BT = _pad(
-        q_BTNH, query_segment_BT, max(blocks.queries for blocks in kernels)
+    _, T, _, H = q_BTNH.shape
+    problem = _problem(q_BTNH, k_BSKH, settings, interpret)
+    arrays = _padded(problem, q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
+    out_BTNH, lse_BNT = _attention(*arrays, seed_BN, problem, forward)
+    return out_BTNH[:, :T, :, :H], lse_BNT[:, :, :T]
+
+
+def gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    dout_BTNH: jax.Array,
+    settings: Settings,
+    *,
+    device_kind: str,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `reference.gradients`."""
+    del device_kind
+    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    problem = _problem(q_BTNH, k_BSKH, settings, interpret)
+    segments = (query_segment_BT, key_segment_BS)
+    arrays = _padded(problem, q_BTNH, k_BSKH, v_BSKH, *segments)
+    multiple = max(blocks.queries for blocks in problem.kernels)
+    (out_BTNH, _), (dout_BTNH, _) = (
+        _pad(x, query_segment_BT, multiple) for x in (out_BTNH, dout_BTNH)
     )
-    keys = max(blocks.keys for blocks in kernels)
+    missing = ((0, 0), (0, 0), (0, arrays[0].shape[1] - T))
+    lse_BNT = jnp.pad(lse_BNT, missing, constant_values=-jnp.inf)
+    residuals = (*arrays, jnp.zeros((B, N), jnp.uint32), out_BTNH, lse_BNT)
+    cotangents = (dout_BTNH, jnp.zeros_like(lse_BNT))
+    dq_BTNH, dk_BSKH, dv_BSKH, *_ = _attention_bwd(problem, None, residuals, cotangents)
+    return dq_BTNH[:, :T, :, :H], dk_BSKH[:, :S, :, :H], dv_BSKH[:, :S, :, :H]
+
+
+def _problem(q_BTNH: jax.Array, k_BSKH: jax.Array, settings: Settings, interpret: Any) -> _Problem:
+    config = _CONFIGS[jnp.dtype(q_BTNH.dtype).name]
+    return _Problem(settings, k_BSKH.shape[1] - q_BTNH.shape[1], config, interpret)
+
+
+def _padded(
+    problem: _Problem,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Returns the arrays with slots for whole blocks of all kernels, see `_pad`."""
+    q_BTNH, query_segment_BT = _pad(
+        q_BTNH, query_segment_BT, max(blocks.queries for blocks in problem.kernels)
+    )
+    keys = max(blocks.keys for blocks in problem.kernels)
     (k_BSKH, _), (v_BSKH, key_segment_BS) = (
         _pad(k_BSKH, key_segment_BS, keys),
         _pad(v_BSKH, key_segment_BS, keys),
     )
-    out_BTNH, lse_BNT = _attention(
-        q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, problem, forward
-    )
-    return out_BTNH[:, :T, :, :H], lse_BNT[:, :, :T]
+    return q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS
 
 
 def _pad(x_BTNH: jax.Array, segment_BT: jax.Array, multiple: int) -> tuple[jax.Array, jax.Array]:

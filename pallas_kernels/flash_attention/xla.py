@@ -15,7 +15,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention import dropout
-from pallas_kernels.flash_attention.reference import Settings, is_visible, zero_padding
+from pallas_kernels.flash_attention.reference import (
+    Settings,
+    is_visible,
+    lead_of,
+    zero_padding,
+)
 
 # Scores at a time, 4 MB of float32: of all sequences if they fit, else of a few.  XLA:CPU fuses
 # the slices of a loop over sequences with what reads them, which then is not vectorised: 45 ms of
@@ -31,18 +36,56 @@ _MASKED = -1e30  # swallows any score in float32
 
 
 def attention(
-    q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN, settings: Settings
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    query_segment_BT,
+    key_segment_BS,
+    seed_BN,
+    settings: Settings,
+    offset: jax.Array | None = None,
 ):
     """As `reference.attention`, with matrix products in the inputs' dtype and linear memory."""
-    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     q_BTNH = zero_padding(q_BTNH, query_segment_BT)
     k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
     arrays = (q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS, seed_BN)
-    one_sequence = functools.partial(_sequence, settings)
+    return _map_sequences(lambda *arrays: _sequence(settings, *arrays, offset), arrays)
+
+
+def gradients(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    query_segment_BT,
+    key_segment_BS,
+    out_BTNH,
+    lse_BNT,
+    dout_BTNH,
+    settings: Settings,
+):
+    """As `reference.gradients`."""
+    q_BTNH = zero_padding(q_BTNH, query_segment_BT)
+    k_BSKH, v_BSKH = zero_padding(k_BSKH, key_segment_BS), zero_padding(v_BSKH, key_segment_BS)
+
+    def one_sequence(*arrays):
+        *operands, out_TNH, lse_NT, dout_TNH = arrays
+        no_seeds_N = jnp.zeros(q_BTNH.shape[2], jnp.uint32)
+        residuals = (*operands, no_seeds_N, None, out_TNH, lse_NT.T)
+        return _bwd(settings, residuals, (dout_TNH, jnp.zeros_like(lse_NT)))[:3]
+
+    operands = (q_BTNH, k_BSKH, v_BSKH, query_segment_BT, key_segment_BS)
+    return _map_sequences(one_sequence, (*operands, out_BTNH, lse_BNT, dout_BTNH))
+
+
+def _map_sequences(fn: Callable, arrays: tuple[jax.Array, ...]) -> Any:
+    """fn of each sequence, of as many at a time as _SCORES_AT_A_TIME allows; the arrays begin with
+    q and k.
+    """
+    (B, T, N, _), S = arrays[0].shape, arrays[1].shape[1]
     at_a_time = max(1, _SCORES_AT_A_TIME // (N * min(T, _MIN_QUERIES) * S))
     if at_a_time >= B:
-        return jax.vmap(one_sequence)(*arrays)
-    return jax.lax.map(lambda xs: one_sequence(*xs), arrays, batch_size=at_a_time)
+        return jax.vmap(fn)(*arrays)
+    return jax.lax.map(lambda xs: fn(*xs), arrays, batch_size=at_a_time)
 
 
 class _Keys(NamedTuple):
@@ -62,7 +105,7 @@ class _Keys(NamedTuple):
 
 
 class _Queries(NamedTuple):
-    """The queries of a chunk; `index_c` numbers them in the sequence."""
+    """The queries of a chunk; `index_c` numbers them in the sequence, from the offset on."""
 
     q_cNH: jax.Array
     segment_c: jax.Array
@@ -70,18 +113,18 @@ class _Queries(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sequence(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N):
+def _sequence(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, offset):
     """Returns (out [T, N, H], log-sum-exp [N, T]) of one sequence."""
-    return _fwd(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N)[0]
+    return _fwd(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, offset)[0]
 
 
-def _fwd(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N):
+def _fwd(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, offset):
     keys = _Keys(k_SKH, v_SKH, key_segment_S, seed_N)
     T = len(q_TNH)
     pieces = []
-    for num_keys, queries in _pieces(settings, T, len(k_SKH), (q_TNH, query_segment_T)):
+    for num_keys, queries in _pieces(settings, T, len(k_SKH), (q_TNH, query_segment_T), offset):
         attend = functools.partial(
-            _attend, keys=keys.first(num_keys), lead=len(k_SKH) - T, settings=settings
+            _attend, keys=keys.first(num_keys), lead=_lead(offset, T, keys), settings=settings
         )
         pieces.append(_map_chunks(lambda chunk, attend=attend: attend(_Queries(*chunk)), queries))
     out_xcNH, lse_xcN = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
@@ -89,12 +132,14 @@ def _fwd(settings, q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N):
     out_TNH, lse_TN = (
         checkpoint_name(a.reshape(-1, *a.shape[2:])[:T], "attended") for a in (out_xcNH, lse_xcN)
     )
-    residuals = (q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, out_TNH, lse_TN)
-    return (out_TNH, lse_TN.T), residuals
+    operands = (q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, offset)
+    return (out_TNH, lse_TN.T), (*operands, out_TNH, lse_TN)
 
 
 def _bwd(settings, residuals, cotangents):
-    q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, out_TNH, lse_TN = residuals
+    q_TNH, k_SKH, v_SKH, query_segment_T, key_segment_S, seed_N, offset, out_TNH, lse_TN = (
+        residuals
+    )
     dout_TNH, dlse_NT = cotangents
     keys = _Keys(k_SKH, v_SKH, key_segment_S, seed_N)
     (T, _, _), S = q_TNH.shape, len(k_SKH)
@@ -103,9 +148,9 @@ def _bwd(settings, residuals, cotangents):
     lse_TN = jnp.where(lse_TN == -jnp.inf, -_MASKED, lse_TN)  # a query without keys: weights of 0
     arrays = (q_TNH, query_segment_T, dout_TNH, lse_TN, shift_TN)
     dq, dkv_SKH = [], jnp.zeros((2, *k_SKH.shape), jnp.float32)
-    for num_keys, chunks in _pieces(settings, T, S, arrays):
+    for num_keys, chunks in _pieces(settings, T, S, arrays, offset):
         pullback = functools.partial(
-            _pull_back, keys=keys.first(num_keys), lead=S - T, settings=settings
+            _pull_back, keys=keys.first(num_keys), lead=_lead(offset, T, keys), settings=settings
         )
 
         def add_chunk(total, chunk, pullback=pullback):
@@ -120,8 +165,9 @@ def _bwd(settings, residuals, cotangents):
     dq_TNH = jnp.concatenate(dq).reshape(-1, *q_TNH.shape[1:])[:T]
     dk_SKH, dv_SKH = dkv_SKH.astype(k_SKH.dtype)
     # Integer arguments have the empty cotangent type.
-    no_gradients = (
-        np.zeros(a.shape, jax.dtypes.float0) for a in (query_segment_T, key_segment_S, seed_N)
+    no_gradients = jax.tree.map(
+        lambda a: np.zeros(a.shape, jax.dtypes.float0),
+        (query_segment_T, key_segment_S, seed_N, offset),
     )
     return dq_TNH, dk_SKH, dv_SKH, *no_gradients
 
@@ -129,7 +175,14 @@ def _bwd(settings, residuals, cotangents):
 _sequence.defvjp(_fwd, _bwd)
 
 
-def _pieces(settings: Settings, T: int, S: int, arrays_T: tuple) -> list[tuple[int, list]]:
+def _lead(offset: jax.Array | None, T: int, keys: _Keys) -> jax.Array | int:
+    """Returns what is added to `index_c` for the last key that a query sees."""
+    return lead_of(None, T, len(keys.segment_S)) if offset is None else 0
+
+
+def _pieces(
+    settings: Settings, T: int, S: int, arrays_T: tuple, offset: jax.Array | None
+) -> list[tuple[int, list]]:
     """Splits the queries into [(number of keys that a piece may see, its arrays [x, c, ...])].
 
     The queries' numbers follow the arrays.  Queries that fill up the last chunk are zero: they
@@ -140,14 +193,15 @@ def _pieces(settings: Settings, T: int, S: int, arrays_T: tuple) -> list[tuple[i
     pad = num_chunks * chunk - T
     by_chunk = [
         jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))).reshape(num_chunks, chunk, *x.shape[1:])
-        for x in (*arrays_T, jnp.arange(T))
+        for x in (*arrays_T, jnp.arange(T) + (0 if offset is None else offset))
     ]
     per_piece = -(-num_chunks // _NUM_PIECES)
     pieces = []
     for first in range(0, num_chunks, per_piece):
         stop = min(first + per_piece, num_chunks)
         # As many as the last of these queries sees, at least one.
-        num_keys = min(max(stop * chunk + S - T, 1), S) if settings.causal else S
+        is_bounded = settings.causal and offset is None
+        num_keys = min(max(stop * chunk + S - T, 1), S) if is_bounded else S
         pieces.append((num_keys, [x[first:stop] for x in by_chunk]))
     return pieces
 

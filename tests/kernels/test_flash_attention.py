@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import chips, testing, tpu_compiler
 from pallas_kernels.flash_attention import cases, dropout, tpu
-from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.api import attention_gradients, flash_attention
 from pallas_kernels.flash_attention.reference import Settings
 
 V5P = "TPU v5"
@@ -110,9 +110,9 @@ def test_hidden_blocks_are_not_computed(small_blocks):
         assert bool(jnp.isfinite(out[:, queries]).all()), (causal, keys)
 
 
-def visits_of(settings, query_segment, key_segment, block_q=128, block_k=128):
+def visits_of(settings, query_segment, key_segment, block_q=128, block_k=128, offset=None):
     problem = tpu.Problem(settings, SMALL, 0, query_segment.shape[1], key_segment.shape[1], False)
-    return tpu.visits(problem, query_segment, key_segment, block_q, block_k)
+    return tpu.visits(problem, query_segment, key_segment, offset, block_q, block_k)
 
 
 def test_visits_of_causal_attention():
@@ -199,6 +199,84 @@ def test_gradient_of_the_merge_of_two_halves():
         actual, pull_merged = jax.vjp(functools.partial(merged, interpret=interpret), q, k, v)
         gradients = pull_merged(jnp.cos(expected))
     testing.assert_close((actual, gradients), (expected, pull(jnp.cos(expected))), "float32")
+
+
+OFFSET = cases.Case("", 2, 256, 512, 4, 2, 16, "float32", documents=3, padding=30)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.2])
+def test_some_queries_of_a_sequence(implementation, dropout_rate, small_blocks):
+    # Queries 128 to 383 of 512, with the dropout that all 512 queries have.
+    case = dataclasses.replace(OFFSET, T=512, dropout_rate=dropout_rate)
+    q, k, v, segment, _ = case.arrays(np.random.default_rng())
+    some = slice(128, 384)
+
+    def results(interpret=False, **options):
+        def run(q, k, v):
+            run_all = functools.partial(flash_attention, device_kind=V5P, with_lse=True)
+            if "query_offset" in options:
+                q, segments = q[:, some], (segment[:, some], segment)
+            else:
+                segments = (segment, segment)
+            out, lse = run_all(q, k, v, *segments, interpret=interpret, **case.settings, **options)
+            if "query_offset" not in options:
+                out, lse = out[:, some], lse[:, :, some]
+            lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+            return jnp.cos(out).sum() + jnp.sin(lse).sum(), (out, lse)
+
+        return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+
+    expected = results(implementation="reference")
+    with testing.interpreted_tpu() as interpret:
+        actual = results(
+            interpret, implementation=implementation, query_offset=jnp.int32(some.start)
+        )
+    testing.assert_close(actual, expected, "float32")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_gradients_of_some_keys(implementation, small_blocks):
+    # What ring attention does: the gradients of each part of the keys add up to the whole.
+    case = dataclasses.replace(OFFSET, causal=False)
+    q, k, v, *segments = case.arrays(np.random.default_rng())
+    dout = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+
+    def whole(q, k, v):
+        options = {"device_kind": "cpu", "causal": False, "implementation": "reference"}
+        return flash_attention(q, k, v, *segments, with_lse=True, **options)
+
+    (out, lse), pullback = jax.vjp(whole, q, k, v)
+    expected = pullback((dout, jnp.zeros_like(lse)))
+
+    @functools.partial(jax.jit, static_argnames="interpret")
+    def of_keys(k, v, segment, interpret):
+        return attention_gradients(
+            *(q, k, v, segments[0], segment, out, lse, dout),
+            device_kind=V5P,
+            causal=False,
+            implementation=implementation,
+            interpret=interpret,
+        )
+
+    with testing.interpreted_tpu() as interpret:
+        parts = [
+            of_keys(k[:, keys], v[:, keys], segments[1][:, keys], interpret)
+            for keys in (slice(0, 256), slice(256, 512))
+        ]
+    (dq_0, *dkv_0), (dq_1, *dkv_1) = parts
+    actual = dq_0 + dq_1, *(jnp.concatenate(x, 1) for x in zip(dkv_0, dkv_1, strict=True))
+    testing.assert_close(actual, expected, "float32")
+
+
+def test_visits_of_some_queries():
+    segments = jnp.ones((1, 256), jnp.int32), jnp.ones((1, 1024), jnp.int32)
+    by_query, by_key, *num_steps = visits_of(
+        Settings(True, 1.0, 0.0), *segments, offset=jnp.int32(384)
+    )
+    assert by_query.last.tolist() == [3, 4] and by_query.full_last.tolist() == [2, 3]
+    assert by_key.last.tolist() == [1] * 5 + [-1] * 3
+    assert num_steps == [8, 2]
 
 
 def test_dropout_drops_its_share_anew_for_every_seed_head_and_sequence():
