@@ -27,6 +27,7 @@ _FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"
 # Fields of those sections that change neither a number nor its meaning.  Text and tokens are
 # compared by what they hold (`position["corpus"]`), wherever they lie.
 FREE_FIELDS = {
+    "model.context_attention",
     "model.kernels",
     "model.remat",
     "data.max_bad_fraction",

@@ -11,6 +11,7 @@ from hunyuan_jax.config.effect import without_effect
 from hunyuan_jax.config.mesh import MeshConfig
 from hunyuan_jax.config.model import (
     LORA_TARGETS,
+    ContextAttention,
     Dispatch,
     Dtype,
     LatentConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "LORA_TARGETS",
     "CheckpointConfig",
     "Config",
+    "ContextAttention",
     "DataConfig",
     "Dispatch",
     "Dtype",

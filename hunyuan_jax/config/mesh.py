@@ -15,6 +15,8 @@ class MeshConfig(Section):
     """Copies of the model, over the slowest network: pure data parallelism."""
     data: int = -1
     """Devices that split the batch and the parameters (FSDP)."""
+    context: int = 1
+    """Devices that split the tokens of a sequence, and the parameters like `data`."""
     expert: int = 1
     """Devices that split the experts, and the batch outside the experts."""
     tensor: int = 1

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from hunyuan_jax.config.section import Section, divisors, require
 
 Dispatch = Literal["recycle", "drop", "dropless"]
+ContextAttention = Literal["auto", "gather", "ring", "all_to_all"]
 Remat = Literal["none", "dots", "full"]
 RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
@@ -266,6 +267,8 @@ class ModelConfig(Section):
     """What the backward pass recomputes: nothing, all but matmuls (dots), or every layer."""
     kernels: str = "auto"
     """auto, or kernel implementations in order of preference: pallas_tpu, pallas_gpu,xla, ..."""
+    context_attention: ContextAttention = "auto"
+    """How attention crosses the chips of mesh.context: auto takes the least traffic that fits."""
     moe: MoeConfig = MoeConfig()
     """Mixture of experts."""
     lora: LoraConfig = LoraConfig()

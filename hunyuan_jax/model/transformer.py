@@ -17,12 +17,15 @@ from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.cache import Cache, entries_of, prefix_of
 from hunyuan_jax.model.mtp import Mtp
 from hunyuan_jax.model.stack import Entries, Stack
+from hunyuan_jax.parallel import context
 from hunyuan_jax.parallel.rules import constrain
 
 
 class Output(NamedTuple):
     """hidden_BTD after the final norm, the cache if one was given, and router figures [P, f, ...]
     (empty if dense).
+
+    hidden_BTD has the tokens in the order of `parallel.context`, which is the row's on one chip.
     """
 
     hidden_BTD: jax.Array
@@ -79,6 +82,9 @@ class Transformer(nnx.Module):
             raise ValueError(
                 "is_training with dropout needs a key; pass key=, or is_training=False."
             )
+        tokens_BT, positions_BT, segment_ids_BT = (
+            context.to_chips(x_BT, self.mesh) for x_BT in (tokens_BT, positions_BT, segment_ids_BT)
+        )
         sequence = Sequence(rope.cos_sin(positions_BT, cfg), segment_ids_BT)
         hidden_BTD, _, stats = self._run(tokens_BT, sequence, None, key, is_training)
         return Output(hidden_BTD, None, stats)
@@ -167,6 +173,9 @@ class Transformer(nnx.Module):
           next_BT: int32, the token after each of that call.
           positions_BT, segment_ids_BT, key, is_training: as in that call.
         """
+        next_BT, positions_BT, segment_ids_BT = (
+            context.to_chips(x_BT, self.mesh) for x_BT in (next_BT, positions_BT, segment_ids_BT)
+        )
         x_BTD = self.mtp.join(self.embed(next_BT, self.cfg.dtype), hidden_BTD, positions_BT)
         sequence = Sequence(rope.cos_sin(positions_BT, self.cfg), segment_ids_BT)
         if key is not None:
@@ -176,22 +185,25 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]: for generation; a training loss comes from `token_losses`."""
-        return embedding.logits(self._table(), hidden_BTD, self.mesh, self._logits_dtype())
+        logits_BTV = embedding.logits(self._table(), hidden_BTD, self.mesh, self._logits_dtype())
+        return context.from_chips(logits_BTV, self.mesh, "vocab")
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """-log p(target) in nats, float32 [B, T]; targets are already shifted: targets[:, t] is
         what position t predicts.
         """
-        dtype = self._logits_dtype()
-        return loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
+        dtype, targets_BT = self._logits_dtype(), context.to_chips(targets_BT, self.mesh)
+        loss_BT = loss.token_losses(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
+        return context.from_chips(loss_BT, self.mesh)
 
     def _logits_dtype(self) -> str:
         return "float32" if self.cfg.fp32_head else self.cfg.dtype
 
     def token_figures(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> loss.TokenFigures:
         """As `token_losses`, with what a run logs about its targets beside the loss."""
-        dtype = self._logits_dtype()
-        return loss.token_figures(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
+        dtype, targets_BT = self._logits_dtype(), context.to_chips(targets_BT, self.mesh)
+        figures = loss.token_figures(self._table(), hidden_BTD, targets_BT, self.mesh, dtype)
+        return jax.tree.map(lambda x_BT: context.from_chips(x_BT, self.mesh), figures)
 
     def _table(self) -> nnx.Param:
         return self.embed.embedding_VD if self.cfg.tie_embeddings else self.lm_head.w_VD

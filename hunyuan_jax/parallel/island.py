@@ -186,6 +186,23 @@ def exchange(x: jax.Array, logical: str) -> jax.Array:
     return jax.lax.all_to_all(x, RULES[logical].compute, split_axis=0, concat_axis=0, tiled=True)
 
 
+def exchange_dims(x: jax.Array, logical: str, split_dim: int, concat_dim: int) -> jax.Array:
+    """all_to_all over the shards of `logical`: splits one dim and gathers another, which was split
+    before.
+    """
+    if num_shards(logical) == 1:
+        return x
+    axes = RULES[logical].compute
+    return jax.lax.all_to_all(x, axes, split_axis=split_dim, concat_axis=concat_dim, tiled=True)
+
+
+def send_to_next(x: jax.Array, logical: str) -> jax.Array:
+    """Sends x to the next shard along `logical`, the last to the first; returns what arrives."""
+    num = num_shards(logical)
+    pairs = [(source, (source + 1) % num) for source in range(num)]
+    return jax.lax.ppermute(x, RULES[logical].compute, pairs)
+
+
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 

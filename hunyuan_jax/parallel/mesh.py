@@ -1,4 +1,4 @@
-"""Joins the processes of a run, and builds the mesh of four named axes over their devices."""
+"""Joins the processes of a run, and builds the mesh of five named axes over their devices."""
 
 import math
 import os
@@ -12,11 +12,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from hunyuan_jax.config import MeshConfig
 from hunyuan_jax.errors import ConfigError
 
-AXES = ("replica", "data", "expert", "tensor")
+AXES = ("replica", "data", "context", "expert", "tensor")
 # Indices of AXES by rising traffic: mesh_utils gives later axes the contiguous parts of the torus.
-# Weights and gradients go over `data`, 285 GiB a step of a52b on v5p:4x8x8; tokens over `expert`,
-# 20 GiB.
-_BY_TRAFFIC = (0, 2, 1, 3)
+# Weights and gradients go over `data` and `context`, 285 GiB a step of a52b on v5p:4x8x8; tokens
+# over `expert`, 20 GiB.
+_BY_TRAFFIC = (0, 3, 1, 2, 4)
 
 # Launchers pass these as environment variables, which are read nowhere else.  Of the first three
 # jax 0.10 to 0.12 reads only the address.
@@ -143,8 +143,8 @@ def _check_slices(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Dev
 
 
 def _torus_mesh(cfg: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Returns the devices as [replica, data, expert, tensor], laid along the torus."""
-    between = (cfg.num_slices, 1, 1, 1)
+    """Returns the devices as [replica, data, context, expert, tensor], laid along the torus."""
+    between = (cfg.num_slices, 1, 1, 1, 1)
     inside = tuple(size // num for size, num in zip(sizes, between, strict=True))
     try:
         # Split dims are needed: 16 experts on v5p:4x8x8 are not a product of 4, 8 and 8.

@@ -22,6 +22,9 @@ class Axes(NamedTuple):
     storage: tuple[str, ...] = ()
 
 
+# The context axis splits the tokens of a row (parallel/context.py), and the parameters as `data`
+# does.
+#
 # The expert axis carries tokens outside the MoE and experts inside it, which makes the exchange an
 # all_to_all.
 #
@@ -31,18 +34,22 @@ class Axes(NamedTuple):
 # unaligned shards into a zero-filled all-reduce of twice the traffic.
 RULES: dict[str, Axes] = {
     "batch": Axes(("replica", "data", "expert")),
-    "seq": Axes(),
+    "seq": Axes(("context",)),  # the tokens of a row, as activations
+    "row": Axes(),  # the same, whole on every chip
+    "context": Axes(("context",)),  # of what every chip along that axis has a copy of its own
+    "routing_groups": Axes(("replica", "data", "expert", "context")),
     "example_rows": Axes(),  # of one example of a batch, such as the two answers of a pair
     "layers": Axes(),
-    "embed": Axes((), ("data",)),
+    "embed": Axes((), ("data", "context")),
     "norm": Axes(),
     "latent": Axes(),
     "rank": Axes(),  # of a LoRA adapter
     "vocab": Axes(("tensor",), ("expert",)),
     "odd_vocab": Axes(("tensor",)),  # these two for a table whose rows do not divide over `expert`
-    "wide_embed": Axes((), ("data", "expert")),
+    "wide_embed": Axes((), ("data", "context", "expert")),
     "heads": Axes(("tensor",)),
     "kv_heads": Axes(("tensor",)),
+    "context_kv_heads": Axes(("tensor", "context")),
     "head_dim": Axes((), ("expert",)),
     "ffn": Axes(("tensor",), ("expert",)),
     "experts": Axes(("expert",)),

@@ -141,7 +141,8 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         state.program._replace(config=config, objective=build_objective(config))
     )
     tokens_BT = batch["tokens"]
-    batch_tokens = math.prod(tokens_BT.sharding.shard_shape(tokens_BT.shape))
+    rows = math.prod(tokens_BT.sharding.shard_shape(tokens_BT.shape))
+    batch_tokens = math.ceil(rows / mesh.context)
     tokens = math.ceil(batch_tokens / config.train.grad_accum_steps)
     return Sizes(
         model=config.model,

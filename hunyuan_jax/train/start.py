@@ -25,7 +25,8 @@ _FREE = {
     "bos_token_id",
     "eos_token_ids",
 }
-_FREE |= {"dtype", "remat", "kernels", "lora", "fp32_head", "num_mtp_layers", "mtp_loss_weight"}
+_FREE |= {"dtype", "remat", "kernels", "context_attention", "lora"}
+_FREE |= {"fp32_head", "num_mtp_layers", "mtp_loss_weight"}
 _FREE_MOE = {
     "dispatch",
     "capacity_factor",

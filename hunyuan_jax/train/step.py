@@ -29,7 +29,8 @@ Metrics = dict[str, jax.Array]
 
 
 def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding.NamedSharding]:
-    """Returns the sharding of each array of a batch: examples are split over all data axes.
+    """Returns the sharding of each array of a batch: examples are split over all data axes, and
+    every chip has whole rows of them.
 
     Raises:
       ConfigError: a micro-batch does not divide over the mesh.
@@ -41,12 +42,18 @@ def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding
     return {
         field_name: rules.sharding(
             program.mesh,
-            field.dims,
+            _whole_rows(field.dims),
             (field.shape[0] // num_micro_batches, *field.shape[1:]),
             name,
         )
         for field_name, field in spec.items()
     }
+
+
+def _whole_rows(dims: tuple[str, ...]) -> tuple[str, ...]:
+    # Of ids, which are small.  A process then reads whole rows; the model gives each chip its
+    # tokens.
+    return tuple("row" if dim == "seq" else dim for dim in dims)
 
 
 def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -170,7 +177,7 @@ def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
         for name, a in batch.items()
     }
     return {
-        name: rules.constrain(a, program.mesh, ("layers", *spec[name].dims))
+        name: rules.constrain(a, program.mesh, ("layers", *_whole_rows(spec[name].dims)))
         for name, a in split.items()
     }
 

@@ -223,7 +223,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 # Fields of ModelConfig that say how a model is trained or run, not what it is.
-_NOT_OF_A_FOLDER = ("dtype", "remat", "kernels", "lora")
+_NOT_OF_A_FOLDER = ("dtype", "remat", "kernels", "context_attention", "lora")
 
 
 def _has_parts_of_hy3(cfg: ModelConfig) -> bool:

@@ -58,7 +58,7 @@ def attention(
     Arrays are as in `api.flash_attention`; seed_BN is uint32, from `dropout.head_seeds`, and
     offset is `query_offset`.
     """
-    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     scores_BNTS, visible_BNTS = _scores(
         q_BTNH, k_BSKH, query_segment_BT, key_segment_BS, offset, settings
     )

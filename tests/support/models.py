@@ -18,11 +18,13 @@ fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
 def mesh_of(
-    data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1
+    data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1, context: int = 1
 ) -> jax.sharding.Mesh:
     """Returns a mesh of the first of the eight fake devices."""
-    sizes = MeshConfig(replica=replica, data=data, expert=expert, tensor=tensor)
-    return make_mesh(sizes, jax.devices()[: replica * data * expert * tensor])
+    sizes = MeshConfig(
+        replica=replica, data=data, context=context, expert=expert, tensor=tensor
+    )
+    return make_mesh(sizes, jax.devices()[: replica * data * context * expert * tensor])
 
 
 def filled(module_fn: Callable[[], nnx.Module], seed: int = 0, std: float = 0.3) -> Any:

@@ -64,7 +64,7 @@ class SparkMlp(nnx.Module):
             count_BT = island.reduce_sum((active_BTF > 0).sum(-1), "ffn")
             return out_BTD, jnp.where(is_valid_BT, count_BT, 0).sum(-1).astype(jnp.float32)
 
-        in_dims, out_dims = (_ROWS, ("batch", "seq")), (_ROWS, ("batch",))
+        in_dims, out_dims = (_ROWS, ("batch", "seq")), (_ROWS, ("routing_groups",))
         run = island.island(fn, self.mesh, dims, in_dims, out_dims)
         out_BTD, count_B = run(weights, y_BTD, is_valid_BT)
         num_tokens = is_valid_BT.sum().astype(jnp.float32)

@@ -9,7 +9,6 @@ Letters: B batch, T queries, S keys, D model, N query heads, K kv heads, G =
 N / K, H head dim, R = N * H.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -19,15 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
-from hunyuan_jax.layers.mixer import kv_cache, paged
+from hunyuan_jax.layers.mixer import context_facts, kv_cache, paged
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
-from hunyuan_jax.parallel import island
+from hunyuan_jax.parallel import context, island, ring, rules
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 from hunyuan_jax.params import declare as params
 from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention
@@ -35,6 +35,12 @@ from pallas_kernels.flash_attention import flash_attention, head_seeds
 
 _ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
 _KV_HEADS = ("batch", "seq", "kv_heads", "head_dim")
+# What the layers of a group attend to, by the form of attention over several chips.
+_SEEN = {
+    "gather": ("context", "batch", "row", "kv_heads", "head_dim"),
+    "ring": _KV_HEADS,
+    "all_to_all": ("batch", "row", "context_kv_heads", "head_dim"),
+}
 _SEQUENCE = Sequence(
     (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "seq")
 )
@@ -55,6 +61,8 @@ class Attention(nnx.Module):
             cfg.head_dim,
             cfg.init_std,
         )
+        if cfg.spark.attention_top_k:
+            refuse_context(mesh, "config.model.spark.attention_top_k")
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.cfg = cfg
         self.mesh = mesh
@@ -86,14 +94,33 @@ class Attention(nnx.Module):
         self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised (without scale unless the norm comes first),
-        and its values: two [B, T, K, H].  Producer only.
+        and its values: two [B, T, K, H], or as `_SEEN` has them if a row is on several chips.
+        Producer only.
         """
         weights, logical = params.declared(self)
-        fn = functools.partial(keys_values, cfg=self.cfg, logical=logical)
-        in_logical = (_ROWS, (_ANGLES, _ANGLES))
-        return island.island(fn, self.mesh, logical, in_logical, (_KV_HEADS, _KV_HEADS))(
-            weights, y_BTD, cos_sin_BTh
-        )
+        form = self._form(y_BTD)
+
+        def fn(weights, y_BTD, cos_sin_BTh):
+            new = keys_values(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
+            if form == "gather":
+                return tuple(ring.gather_row(x_BTKH)[None] for x_BTKH in new)
+            if form == "all_to_all":
+                return tuple(ring.heads_to_row(x_BTKH) for x_BTKH in new)
+            return new
+
+        in_logical, dims = (_ROWS, (_ANGLES, _ANGLES)), _SEEN[form] if form else _KV_HEADS
+        run = island.island(fn, self.mesh, logical, in_logical, (dims, dims))
+        return run(weights, y_BTD, cos_sin_BTh)
+
+    def _form(self, y_BTD: jax.Array) -> str:
+        """Returns the form of attention over the chips of a row; "" if it is on one."""
+        num_chips = context.num_chips(self.mesh)
+        if num_chips == 1:
+            return ""
+        num_rows = y_BTD.shape[0] // rules.num_shards(self.mesh, "batch")
+        num_tensor = rules.num_shards(self.mesh, "heads")
+        sizes = (num_rows, y_BTD.shape[1], num_chips, num_tensor)
+        return context_facts.choose(self.cfg, *sizes).name
 
     @staticmethod
     def new_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KeysValues:
@@ -157,12 +184,12 @@ class Attention(nnx.Module):
         sequence: Sequence,
         dropout_key: jax.Array | None,
     ) -> jax.Array:
-        """Attends from y over the group's keys and values; returns [B, T, D].  dropout_key None:
-        no attention dropout.
+        """Attends from y over the group's keys and values, from `keys_values` or a cache; returns
+        [B, T, D].  dropout_key None: no attention dropout.
         """
         weights, logical = params.declared(self)
         options = kernel_options(self.cfg, self.mesh)
-        seed_BN = None
+        form, seed_BN = self._form(y_BTD), None
         if dropout_key is not None:
             options["dropout_rate"] = self.cfg.attention_dropout
             # One for each sequence and head, drawn before they are split over the mesh: a run
@@ -175,14 +202,32 @@ class Attention(nnx.Module):
             q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
             if top_k := self.cfg.spark.attention_top_k:
                 out_BTNH = spark_attention(q_BTNH, k_BSKH, v_BSKH, sequence, top_k)
+            elif form == "gather":
+                row = (k_BSKH[0], v_BSKH[0], sequence.segment_BT)
+                out_BTNH = ring.over_gathered(q_BTNH, *row, seed_BN, **options)
+            elif form == "all_to_all":
+                row = (k_BSKH, v_BSKH, sequence.segment_BT)
+                out_BTNH = ring.over_heads(q_BTNH, *row, seed_BN, **options)
+            elif form == "ring":
+                out_BTNH = ring.over_ring(q_BTNH, k_BSKH, v_BSKH, sequence.segment_BT, **options)
             else:
                 out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, sequence, seed_BN, **options)
             out_BTNH = checkpoint_name(out_BTNH, "attended")
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
-        in_logical = (_ROWS, _KV_HEADS, _KV_HEADS, _SEQUENCE, ("batch", "heads"))
+        dims = _SEEN[form] if form else _KV_HEADS
+        in_logical = (_ROWS, dims, dims, _SEQUENCE, ("batch", "heads"))
         arrays = (y_BTD, k_BSKH, v_BSKH, sequence, seed_BN)
         return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
+
+
+def refuse_context(mesh: Mesh, what: str) -> None:
+    """Raises ConfigError if a row is on several chips, which `what` cannot use."""
+    if context.num_chips(mesh) > 1:
+        raise ConfigError(
+            f"config.mesh.context = {context.num_chips(mesh)} splits a row over chips, which "
+            f"{what} cannot use; set it to 1."
+        )
 
 
 def keys_values(

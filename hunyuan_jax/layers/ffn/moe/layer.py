@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import LoraConfig, ModelConfig, MoeConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn import swiglu as mlp
 from hunyuan_jax.layers.ffn.moe import dispatch, experts, routing
 from hunyuan_jax.layers.kernels import kernel_options
-from hunyuan_jax.parallel import island, xla_cpu, xla_workarounds
+from hunyuan_jax.parallel import context, island, xla_cpu, xla_workarounds
 from hunyuan_jax.params import declare as params
 from pallas_kernels import expert_matmul
 
@@ -135,7 +136,7 @@ class Moe(nnx.Module):
             self.mesh,
             stored=dict(zip(modules, logical, strict=True)),
             in_logical=(_ROWS, ("batch", "seq"), ()),
-            out_logical=(_ROWS, ("batch",)),
+            out_logical=(_ROWS, ("routing_groups",)),
         )(dict(zip(modules, weights, strict=True)), x_BTD, is_valid_BT, key_data)
         return y_BTD, {
             name: a.mean(0) if name in routing.LOSSES else a.sum(0) for name, a in stats_g.items()
@@ -219,6 +220,7 @@ def route_and_serve(
       lora_cfg: settings of the adapters.
     """
     B, T, D = x_BTD.shape
+    _check_groups_of_chips(T, group_size)
     if B * T % group_size:
         shards = island.num_shards("batch")
         raise ValueError(
@@ -236,7 +238,7 @@ def route_and_serve(
     )
 
     # The key depends on the global index of the group, so a run routes the same on every mesh.
-    group_g = island.shard_index("batch") * num_groups + jnp.arange(num_groups)
+    group_g = _group_numbers(B, T, group_size)
     key_g = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.wrap_key_data(key_data), group_g
     )
@@ -253,6 +255,33 @@ def route_and_serve(
     stats_g["aux_loss"] = jax.vmap(routing.balance_loss)(choice, is_valid_gT)
     stats_g["z_loss"] = jax.vmap(routing.z_loss)(logits_gTE, is_valid_gT)
     return y_BTD, stats_g
+
+
+def _check_groups_of_chips(num_tokens: int, group_size: int) -> None:
+    """Raises ConfigError if a group of consecutive tokens lies on several chips of a row, of which
+    this one has num_tokens.
+    """
+    num_chips = island.num_shards("seq")
+    if num_chips > 1 and num_tokens // 2 % group_size:
+        chunk = num_tokens // 2
+        raise ConfigError(
+            f"routing groups of {group_size} tokens (config.model.moe.group_size; 0 is a whole "
+            f"row) would lie on several chips: config.mesh.context = {num_chips} cuts a row of "
+            f"{num_chips * num_tokens} tokens into chunks of {chunk}. Use a group_size that "
+            f"divides {chunk}, such as {chunk}; it changes the capacity, so give it to every run "
+            "that is compared."
+        )
+
+
+def _group_numbers(num_rows: int, num_tokens: int, group_size: int) -> jax.Array:
+    """Returns the numbers that this shard's routing groups have in the whole batch, int32 [g]."""
+    num_chips = island.num_shards("seq")
+    if num_chips == 1:  # a group may be several rows
+        num_groups = num_rows * num_tokens // group_size
+        return island.shard_index("batch") * num_groups + jnp.arange(num_groups)
+    per_row = num_tokens // group_size
+    row_B1 = island.shard_index("batch") * num_rows + jnp.arange(num_rows)[:, None]
+    return (row_B1 * num_chips * per_row + context.parts_here(per_row)).reshape(-1)
 
 
 def serve(
