@@ -3,7 +3,7 @@
 A row of T tokens is cut into 2 C chunks for C chips, and chip i holds chunks i and 2 C - 1 - i.
 Causal attention then costs every chip the same.  `to_chips` reorders a row's ids, positions and
 segments once, before the embedding; what is computed per token does not notice.  Attention
-(`parallel/ring.py`) and the numbers of the routing groups are the exceptions.
+(`layers/mixer/ring.py`) and the numbers of the routing groups are the exceptions.
 
 Letters: B batch, T tokens of a row, C chips of the axis, c tokens of a chunk.
 """

@@ -27,12 +27,13 @@ from support.models import fast_jit, mesh_of
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "expected"),
     [
-        ({}, 8, (1, 8, 1, 1)),
-        ({"expert": 4}, 8, (1, 2, 4, 1)),
-        ({"data": 2, "expert": -1, "tensor": 2}, 8, (1, 2, 2, 2)),
-        ({"replica": 2, "data": 1, "tensor": -1}, 8, (2, 1, 1, 4)),
-        ({"data": 1}, 1, (1, 1, 1, 1)),
-        ({"data": 32, "expert": 16}, 512, (1, 32, 16, 1)),
+        ({}, 8, (1, 8, 1, 1, 1)),
+        ({"expert": 4}, 8, (1, 2, 1, 4, 1)),
+        ({"data": 2, "expert": -1, "tensor": 2}, 8, (1, 2, 1, 2, 2)),
+        ({"replica": 2, "data": 1, "tensor": -1}, 8, (2, 1, 1, 1, 4)),
+        ({"data": 1}, 1, (1, 1, 1, 1, 1)),
+        ({"context": 4}, 8, (1, 2, 4, 1, 1)),
+        ({"data": 32, "expert": 16}, 512, (1, 32, 1, 16, 1)),
     ],
 )
 def test_sizes_are_resolved(sizes, num_devices, expected):
@@ -53,7 +54,8 @@ def test_sizes_are_resolved(sizes, num_devices, expected):
 def test_sizes_that_do_not_use_the_devices_exactly_are_refused(sizes, num_devices):
     cfg = MeshConfig(**sizes)
     written = re.escape(
-        f"replica {cfg.replica} x data {cfg.data} x expert {cfg.expert} x tensor {cfg.tensor}"
+        f"replica {cfg.replica} x data {cfg.data} x context {cfg.context} x expert {cfg.expert} "
+        f"x tensor {cfg.tensor}"
     )
     with pytest.raises(
         ConfigError,
@@ -63,10 +65,16 @@ def test_sizes_that_do_not_use_the_devices_exactly_are_refused(sizes, num_device
         resolve_sizes(cfg, num_devices)
 
 
-def test_mesh_has_the_four_axes_over_the_given_devices():
+def test_mesh_has_the_five_axes_over_the_given_devices():
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    assert mesh.axis_names == AXES == ("replica", "data", "expert", "tensor")
-    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "tensor": 2}
+    assert mesh.axis_names == AXES == ("replica", "data", "context", "expert", "tensor")
+    assert dict(mesh.shape) == {
+        "replica": 1,
+        "data": 2,
+        "context": 1,
+        "expert": 2,
+        "tensor": 2,
+    }
     assert (
         mesh.devices.ravel().tolist() == jax.devices()
     )  # the tensor axis, with the most traffic, lies on neighbours
@@ -89,7 +97,13 @@ def fake_slices(*slices):
 
 def test_replica_needs_no_slices():
     mesh = make_mesh(MeshConfig(replica=2, expert=2))
-    assert dict(mesh.shape) == {"replica": 2, "data": 2, "expert": 2, "tensor": 1}
+    assert dict(mesh.shape) == {
+        "replica": 2,
+        "data": 2,
+        "context": 1,
+        "expert": 2,
+        "tensor": 1,
+    }
     assert mesh.devices.ravel().tolist() == jax.devices()
 
 
@@ -137,13 +151,19 @@ def test_the_table_names_only_mesh_axes_and_none_twice():
 def test_specs_of_the_design():
     # Architecture, section 4; parameters in storage are spread over all axes, over several dims.
     assert rules.partition_spec(("batch", "seq", "embed")) == PartitionSpec(
-        ("replica", "data", "expert"), None, None
+        ("replica", "data", "expert"), ("context",), None
     )
     stored = {
-        ("experts", "embed", "expert_ffn"): PartitionSpec(("expert",), ("data",), ("tensor",)),
-        ("embed", "heads", "head_dim"): PartitionSpec(("data",), ("tensor",), ("expert",)),
-        ("embed", "kv_heads", "head_dim"): PartitionSpec(("data",), ("tensor",), ("expert",)),
-        ("vocab", "embed"): PartitionSpec(("tensor", "expert"), ("data",)),
+        ("experts", "embed", "expert_ffn"): PartitionSpec(
+            ("expert",), ("data", "context"), ("tensor",)
+        ),
+        ("embed", "heads", "head_dim"): PartitionSpec(
+            ("data", "context"), ("tensor",), ("expert",)
+        ),
+        ("embed", "kv_heads", "head_dim"): PartitionSpec(
+            ("data", "context"), ("tensor",), ("expert",)
+        ),
+        ("vocab", "embed"): PartitionSpec(("tensor", "expert"), ("data", "context")),
         (): PartitionSpec(),
     }
     assert {logical: rules.stored_spec(logical) for logical in stored} == stored
@@ -291,7 +311,7 @@ def test_gather_and_reductions(sizes, logical):
     mesh = mesh_of(*sizes)
     num_shards = math.prod(mesh.shape[axis] for axis in rules.RULES[logical].compute)
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
-    split, whole = (logical, "seq"), ("seq", "seq")
+    split, whole = (logical, "row"), ("row", "row")
     np.testing.assert_array_equal(
         run(functools.partial(island.gather, logical=logical, dim=0), mesh, (split,), whole, x), x
     )
@@ -375,7 +395,7 @@ def test_a_dim_in_tiles_is_filled_up_with_zeros_where_that_takes_little(num_colu
     gather = functools.partial(
         island.gather_padded, logical=("embed", "ffn"), dtype=jnp.float32, tiled="ffn"
     )
-    value, gradient = in_use(gather, mesh_of(2, 2, 1), ("embed", "ffn"), w, ("seq", "seq"))
+    value, gradient = in_use(gather, mesh_of(2, 2, 1), ("embed", "ffn"), w, ("row", "row"))
     filled = 512 if num_columns == 500 else num_columns
     parts = np.zeros((4, 2, filled // 2), np.float32)
     parts[..., : num_columns // 2] = w.reshape(4, 2, -1)
@@ -391,9 +411,9 @@ def test_columns_beside_gathered_rows_have_an_even_number_of_tiles(num_columns, 
     gather = functools.partial(
         island.gather_padded, logical=logical, dtype=jnp.float32, tiled="expert_ffn"
     )
-    value, gradient = in_use(gather, mesh_of(2, 2, 1), logical, w, ("seq", "seq"))
+    value, gradient = in_use(gather, mesh_of(2, 2, 1), logical, w, ("row", "row"))
     np.testing.assert_array_equal(value, np.pad(w, ((0, 0), (0, filled - num_columns))))
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
     # Where no rows are gathered nothing is filled up.
-    value, _ = in_use(gather, mesh_of(1, 2, 1), logical, w, ("seq", "seq"))
+    value, _ = in_use(gather, mesh_of(1, 2, 1), logical, w, ("row", "row"))
     np.testing.assert_array_equal(value, w)

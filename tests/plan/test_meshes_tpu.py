@@ -70,14 +70,20 @@ def test_each_device_has_one_place_and_experts_are_near(name, num_slices, expert
     devices = devices_of(name, num_slices)
     mesh = make_mesh(MeshConfig(replica=num_slices, expert=expert, num_slices=num_slices), devices)
     assert mesh.axis_names == AXES
-    assert mesh.devices.shape == (num_slices, len(devices) // num_slices // expert, expert, 1)
+    assert mesh.devices.shape == (
+        num_slices,
+        len(devices) // num_slices // expert,
+        1,
+        expert,
+        1,
+    )
     assert set(mesh.devices.flat) == set(devices) and mesh.devices.size == len(set(devices))
     experts = mesh.devices[..., 0].reshape(-1, expert)
     for group in (experts[0], experts[len(experts) // 2], experts[-1]):
         assert max(hops(one, other, name) for one in group for other in group) <= most_hops
     # Consecutive devices of an axis are neighbours, but for where one line of a plane ends and the
     # next begins.
-    data = mesh.devices[..., 0].swapaxes(1, 2).reshape(-1, mesh.shape["data"])
+    data = mesh.devices[..., 0].swapaxes(1, 3).reshape(-1, mesh.shape["data"])
     for group in (experts[0], experts[-1], data[0], data[-1]):
         assert sum(hops(*pair, name) for pair in itertools.pairwise(group)) <= 2 * len(group)
     if num_slices > 1:  # only `replica` crosses from slice to slice

@@ -926,7 +926,13 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
     report = json.loads(capsys.readouterr().out)
     stats = report["memory"]
     assert stats["arguments"] < stats["peak"] < stats["hbm"]
-    assert report["mesh"] == {"replica": 1, "data": 2, "expert": 2, "tensor": 1}
+    assert report["mesh"] == {
+        "replica": 1,
+        "data": 2,
+        "context": 1,
+        "expert": 2,
+        "tensor": 1,
+    }
     assert report["estimated_peak"] > 0
     assert report["difference"] == pytest.approx(report["estimated_peak"] / stats["peak"] - 1)
     kinds = {

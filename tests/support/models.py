@@ -21,9 +21,7 @@ def mesh_of(
     data: int = 1, expert: int = 1, tensor: int = 1, replica: int = 1, context: int = 1
 ) -> jax.sharding.Mesh:
     """Returns a mesh of the first of the eight fake devices."""
-    sizes = MeshConfig(
-        replica=replica, data=data, context=context, expert=expert, tensor=tensor
-    )
+    sizes = MeshConfig(replica=replica, data=data, context=context, expert=expert, tensor=tensor)
     return make_mesh(sizes, jax.devices()[: replica * data * context * expert * tensor])
 
 

@@ -22,12 +22,12 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
-from hunyuan_jax.layers.mixer import context_facts, kv_cache, paged
+from hunyuan_jax.layers.mixer import context_facts, kv_cache, paged, ring
 from hunyuan_jax.layers.mixer.kv_cache import KeysValues
 from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
-from hunyuan_jax.parallel import context, island, ring, rules
+from hunyuan_jax.parallel import context, island, rules
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 from hunyuan_jax.params import declare as params
 from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention

@@ -1,4 +1,4 @@
-"""What attention costs that is spread over chips (`parallel/ring.py`), and which form is chosen.
+"""What attention over the chips of a row costs (`layers/mixer/ring.py`), and which form is taken.
 Imports no jax.
 
 Letters: C chips of the mesh axis `context`, K kv heads, N query heads, H head dim.

@@ -7,7 +7,7 @@
     all_to_all  every chip gets the whole row of some of the heads, and gives the results back
                 (Ulysses, arXiv 2309.14509)
 
-`layers/mixer/context_facts.py` says what each costs.  All run inside an island.  The tokens are in
+`context_facts.py` says what each costs.  All run inside an island.  The tokens are in
 the order of `parallel/context.py`.
 
 Letters: B batch, C chips, c tokens of a chunk, T = 2 c queries of this chip, R = C T tokens of the
