@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hunyuan_jax.config import ModelConfig, MoeConfig
+from hunyuan_jax import presets
+from hunyuan_jax.config import LatentConfig, ModelConfig, MoeConfig, SparkConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import loss
+from hunyuan_jax.layers.mixer import context_facts
 from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.parallel import context
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train.state import abstract_model
@@ -155,3 +159,85 @@ def test_share_factors_and_remat(form, share, remat, monkeypatch):
     on_one_chip.cache_clear()
     check(cfg, mesh_of(2, context=4))
     on_one_chip.cache_clear()
+
+
+def test_order_of_the_chips():
+    x_BT = jnp.arange(16).reshape(1, 16)
+    x_chip = context.chip_order(x_BT, 4).reshape(4, 2, 2).tolist()
+    assert x_chip[0] == [[0, 1], [14, 15]] and x_chip[3] == [[6, 7], [8, 9]]
+    assert (context.row_order(context.chip_order(x_BT, 4), 4) == x_BT).all()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "length", "message"),
+    [
+        (
+            MODEL,
+            36,
+            r"a row of 36 tokens does not divide into the 8 chunks of config\.mesh\.context = 4, "
+            r"two a chip; use a length of 32 or 40 tokens, or a config\.mesh\.context from "
+            r"\[1, 2, 3\]",
+        ),
+        (
+            dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, group_size=8)),
+            32,
+            r"routing groups of 8 tokens .* would lie on several chips: config\.mesh\.context = 4 "
+            r"cuts a row of 32 tokens into chunks of 4\. Use a group_size that divides 4",
+        ),
+        (
+            dataclasses.replace(MODEL, attention_dropout=0.1, context_attention="ring"),
+            32,
+            r"context_attention = 'ring': it has no dropout of attention weights .*; use 'auto' "
+            r"or 'gather' or 'all_to_all'",
+        ),
+        (
+            dataclasses.replace(MODEL, num_kv_heads=2, context_attention="all_to_all"),
+            32,
+            r"context_attention = 'all_to_all': 2 kv heads on a chip .* do not divide over "
+            r"config\.mesh\.context = 4; use 'auto' or 'gather' or 'ring'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(cfg, length, message):
+    mesh = mesh_of(context=4)
+    graph_def, specs = abstract_model(cfg, mesh)
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+    def run(params, tokens_BT, positions_BT, segments_BT, key):
+        model = nnx.merge(graph_def, params)
+        return model(tokens_BT, positions_BT, segments_BT, key=key, is_training=True).hidden_BTD
+
+    params = jax.tree.map(lambda spec: spec.struct(), specs)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(run, params, ids, ids, ids, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "change", [{"spark": SparkConfig(attention_top_k=4)}, {"latent": LatentConfig(width=16, group_size=8)}]
+)
+def test_mixers_that_need_the_whole_row_are_refused(change):
+    cfg = dataclasses.replace(MODEL, cla_share_factor=1, **change)
+    with pytest.raises(ConfigError, match=r"config\.mesh\.context = 2 .* cannot use; set it to 1"):
+        abstract_model(cfg, mesh_of(context=2))
+
+
+def test_auto_takes_the_least_traffic_that_fits():
+    a52b = presets.a52b()
+    # 8 of 80 heads: to gather keys is cheap.  The pod of configs/a52b_256k.py.
+    assert context_facts.choose(a52b, 1, 2**18, 32, 1).name == "gather"
+    # Too many rows a chip to hold their keys.
+    assert context_facts.choose(a52b, 8, 2**18, 32, 1).name == "ring"
+    # As many kv heads as query heads: exchanging heads moves a chip's own tokens only.
+    heads = dataclasses.replace(a52b, num_kv_heads=80, cla_share_factor=1)
+    assert context_facts.choose(heads, 1, 2**16, 8, 1).name == "all_to_all"
+    dropout = dataclasses.replace(a52b, attention_dropout=0.1)
+    assert context_facts.choose(dropout, 8, 2**18, 32, 1).name == "gather"
+
+
+def test_bytes_that_travel():
+    # Two layers share keys, and nothing is recomputed: the gradients travel in float32 in a ring.
+    cfg = dataclasses.replace(MODEL, dtype="bfloat16")
+    gather, ring, _ = context_facts.forms(cfg, 1, LENGTH, 4, 1)
+    keys = 2 * LENGTH // 4 * 4 * 8  # elements of a chip's keys and values
+    assert gather.sent_bytes == keys * 2 * 3 * 2
+    assert ring.sent_bytes == 2 * keys * 4 * (2 + 2 + 4)
