@@ -137,6 +137,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         is_training: bool = False,
     ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+        if entries is not None:
+            context.refuse(self.mesh, "generation, whose cache is on one chip,")
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
         stats, new_entries = {}, {}

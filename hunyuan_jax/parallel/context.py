@@ -64,6 +64,15 @@ def check_length(length: int, num_chips: int) -> None:
         )
 
 
+def refuse(mesh: Mesh | AbstractMesh, what: str) -> None:
+    """Raises ConfigError if rows are spread over chips, which `what` cannot use."""
+    if num_chips(mesh) > 1:
+        raise ConfigError(
+            f"config.mesh.context = {num_chips(mesh)} spreads a row over chips, which {what} "
+            "cannot use; set it to 1."
+        )
+
+
 def row_order(x_BT: jax.Array, num_chips: int) -> jax.Array:
     """Returns an array [B, T, ...] that is whole, from the order of the chips, in that of the row.
 

@@ -213,7 +213,15 @@ def test_what_does_not_fit_is_refused(cfg, length, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"spark": SparkConfig(attention_top_k=4)}, {"latent": LatentConfig(width=16, group_size=8)}]
+    "change",
+    [
+        {"spark": SparkConfig(attention_top_k=4)},
+        {
+            "latent": LatentConfig(width=16, group_size=8),
+            "use_qk_norm": False,
+            "num_kv_heads": 8,
+        },
+    ],
 )
 def test_mixers_that_need_the_whole_row_are_refused(change):
     cfg = dataclasses.replace(MODEL, cla_share_factor=1, **change)

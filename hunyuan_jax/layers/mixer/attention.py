@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
@@ -62,7 +61,7 @@ class Attention(nnx.Module):
             cfg.init_std,
         )
         if cfg.spark.attention_top_k:
-            refuse_context(mesh, "config.model.spark.attention_top_k")
+            context.refuse(mesh, "config.model.spark.attention_top_k")
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.cfg = cfg
         self.mesh = mesh
@@ -219,15 +218,6 @@ class Attention(nnx.Module):
         in_logical = (_ROWS, dims, dims, _SEQUENCE, ("batch", "heads"))
         arrays = (y_BTD, k_BSKH, v_BSKH, sequence, seed_BN)
         return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
-
-
-def refuse_context(mesh: Mesh, what: str) -> None:
-    """Raises ConfigError if a row is on several chips, which `what` cannot use."""
-    if context.num_chips(mesh) > 1:
-        raise ConfigError(
-            f"config.mesh.context = {context.num_chips(mesh)} splits a row over chips, which "
-            f"{what} cannot use; set it to 1."
-        )
 
 
 def keys_values(

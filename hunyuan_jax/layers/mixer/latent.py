@@ -26,12 +26,12 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
-from hunyuan_jax.layers.mixer.attention import attend, refuse_context
+from hunyuan_jax.layers.mixer.attention import attend
 from hunyuan_jax.layers.mixer.kv_cache import write_new
 from hunyuan_jax.layers.mixer.paged import attend_pages
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
-from hunyuan_jax.parallel import island, rules
+from hunyuan_jax.parallel import context, island, rules
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
 from hunyuan_jax.params import declare as params
 from pallas_kernels.flash_attention import head_seeds
@@ -101,7 +101,7 @@ class LatentAttention(nnx.Module):
     def __init__(self, cfg: ModelConfig, mesh: Mesh, key: jax.Array, *, shares: bool):
         D, N, H, std = cfg.hidden_size, cfg.num_heads, cfg.head_dim, cfg.init_std
         L, R = cfg.latent.width, cfg.latent.rotary_dim
-        refuse_context(mesh, "latent attention (config.model.latent)")
+        context.refuse(mesh, "latent attention (config.model.latent)")
         keys = jax.random.split(key, 6)
         self.cfg = cfg
         self.mesh = mesh
