@@ -16,6 +16,10 @@ class SourceConfig(Section):
     """Name in logs and metrics."""
     path: AnyPath
     """Where its text is, as for `data.source`."""
+    min_tokens: int = 0
+    """Take only documents of at least this many tokens, bos and eos included."""
+    max_tokens: int = 0
+    """Take only documents of at most this many tokens; 0 = no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,14 @@ class DataConfig(Section):
             len(set(names)) == len(names) and "" not in names,
             f"config.data.sources are named {names}; names must differ and not be empty.",
         )
+        for source in self.sources:
+            limits = f"min_tokens = {source.min_tokens} and max_tokens = {source.max_tokens}"
+            require(
+                min(source.min_tokens, source.max_tokens) >= 0
+                and (not source.max_tokens or source.min_tokens <= source.max_tokens),
+                f"config.data.sources[{source.name!r}] has {limits}; neither may be negative, nor "
+                "the first above the second, unless that is 0: no limit.",
+            )
         require(
             bool(names) == bool(starts),
             f"config.data has {len(names)} sources and {len(starts)} phases; a mixture needs both "

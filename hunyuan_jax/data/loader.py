@@ -29,6 +29,7 @@ import numpy as np
 
 from hunyuan_jax.config import DataConfig, SourceConfig, TrainConfig
 from hunyuan_jax.data import pack, source, tokens
+from hunyuan_jax.data.lengths import TokensOfLength
 from hunyuan_jax.data.mixture import Mixture
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
@@ -63,15 +64,18 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     ):
         option = f"config.data.sources[{entry.name!r}]" if config.sources else "config.data.source"
         if tokens.is_shards(path):
-            opened.append(tokens.open_shards(path, tokenizer, config.tokenizer))
-            continue
-        spans = source.find_files(entry.path, option)
-        tally = source.Tally(config.max_bad_fraction, "config.data.max_bad_fraction")
-        opened.append(
-            tokens.in_memory(
+            found = tokens.open_shards(path, tokenizer, config.tokenizer)
+        else:
+            spans = source.find_files(entry.path, option)
+            tally = source.Tally(config.max_bad_fraction, "config.data.max_bad_fraction")
+            found = tokens.in_memory(
                 spans, config.text_field, tokenizer, tally, f"{option} = {entry.path!r}"
             )
-        )
+        if entry.min_tokens or entry.max_tokens:
+            found = TokensOfLength(
+                found, entry.min_tokens, entry.max_tokens, f"{option} = {entry.path!r}"
+            )
+        opened.append(found)
     names = tuple(entry.name for entry in config.sources) or ("text",)
     return Corpus(names, tuple(opened), tokenizer)
 

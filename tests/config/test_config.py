@@ -541,6 +541,17 @@ BROKEN = [
         "config.data.sources are named ['a', 'a']; names must differ and not be empty",
     ),
     (mixture(names=["a", ""]), "names must differ and not be empty"),
+    *(
+        (
+            {
+                **mixture(),
+                "data__sources": (SourceConfig("a", "f", *limits), SourceConfig("b", "f")),
+            },
+            f"config.data.sources['a'] has min_tokens = {limits[0]} and max_tokens = {limits[1]}; "
+            "neither may be negative, nor the first above the second",
+        )
+        for limits in ((-1, 0), (9, 8))
+    ),
     (mixture(starts=()), "config.data has 2 sources and 0 phases; a mixture needs both"),
     ({"data__phases": (PhaseConfig("main", (1.0,)),)}, "config.data has 0 sources and 1 phases"),
     (
