@@ -55,7 +55,9 @@ RULES: dict[str, Axes] = {
     "experts": Axes(("expert",)),
     "expert_ffn": Axes(("tensor",)),
     "router_experts": Axes((), ("expert",)),
-    "mtp_in": Axes((), ("data",)),  # of the projection before the layer of multi-token prediction
+    "mtp_in": Axes(
+        (), ("data", "context")
+    ),  # of the projection before the layer of multi-token prediction
     "mtp_out": Axes((), ("expert",)),
 }
 
