@@ -29,6 +29,7 @@ from hunyuan_jax.infer.request import (
 from hunyuan_jax.infer.runner import Runner
 from hunyuan_jax.infer.scheduler import Choice, Plan, Scheduler, Shapes
 from hunyuan_jax.model.cache import empty_cache
+from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import device_kind
 
@@ -36,11 +37,14 @@ from hunyuan_jax.parallel.mesh import device_kind
 # them flow and a new request is soon served.
 _MAX_STEPS = 32
 _CALL_SECONDS = 0.05
-# Tokens of a page, and of a small piece of a prompt.
+# Tokens of a page, and of a piece of a prompt.
 _CPU_SIZES = (64, 64)
 _SIZES = (128, 256)
-# Small pieces of prompts in a call.
-_MOST_PIECES = 4
+# Pieces of prompts in a call.
+_NUM_PIECES = (1, 4, 16)
+# On a CPU a call of more than 4 pieces has at most so many operations, about half a second, so
+# that rows that draw meanwhile don't stand still.
+_CPU_CALL_FLOPS = 5e10
 # Of the memory of a device, or of the machine for CPU devices, the share that pages take at most.
 _MEMORY_SHARE = {"cpu": 0.05}
 _MEMORY_SHARE_OTHERWISE = 0.4
@@ -59,17 +63,14 @@ class Engine:
         self.max_context = min(limits.max_context or cfg.max_position, cfg.max_position)
         page_size, chunk_size = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
         page_size, chunk_size = limits.page_size or page_size, limits.chunk_size or chunk_size
-        small = -(-chunk_size // page_size) * page_size
-        large = 4 * small
-        most = min(_MOST_PIECES, limits.max_rows)
-        if limits.invariant:
-            large, most = small, 1
+        piece = -(-chunk_size // page_size) * page_size
         num_shards = rules.num_shards(mesh, "batch")
         num_lanes = cpu_layout.num_slices(cfg, limits.max_rows) if mesh.size == 1 else 1
         num_lanes = num_lanes if cpu_layout.suits(cfg, mesh) else 1
         num_pools = num_lanes * num_shards
         rows = -(-limits.max_rows // num_pools)
-        shapes = Shapes(page_size, small, large, min(most, rows), rows, _MAX_STEPS)
+        num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
+        shapes = Shapes(page_size, piece, num_pieces, rows, _MAX_STEPS)
         of_one = -(-self.max_context // page_size)
         num_pages = limits.num_pages or max(
             of_one, min(rows * of_one, _affordable_pages(cfg, mesh, page_size) // num_lanes)
@@ -289,6 +290,14 @@ def _check(request: Request, vocab_size: int) -> None:
         raise ConfigError(
             f"min_new_tokens with {len(sampling.stop_ids)} stop ids; use at most {MAX_STOP_IDS}."
         )
+
+
+def _num_pieces(cfg: Any, mesh: Any, piece: int) -> tuple[int, ...]:
+    """How many pieces of a prompt the calls take."""
+    if device_kind(mesh) != "cpu":
+        return _NUM_PIECES
+    most = _CPU_CALL_FLOPS // (2 * count(cfg).active * piece)
+    return tuple(num for num in _NUM_PIECES if num <= max(4, most))
 
 
 def _affordable_pages(cfg: Any, mesh: Any, page_size: int) -> int:

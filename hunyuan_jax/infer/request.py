@@ -50,8 +50,8 @@ class Limits:
     page_size: int | None = None
     """Tokens of a page; None takes the device's default."""
     chunk_size: int | None = None
-    """Tokens of a small piece of a prompt, whole pages; a large one has four times as many.  None
-    takes the device's default."""
+    """Tokens of a piece of a prompt, rounded up to whole pages; None takes the device's
+    default."""
     invariant: bool = False
     """Whether a request's tokens and logprobs are bit-equal whatever its neighbours."""
 

@@ -69,12 +69,14 @@ class Runner:
     ):
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
-        self._params = self._decode_params = params
-        decode_def = graph_def
+        self._params = params
+        chunk_def = decode_def = graph_def
         if cpu_layout.suits(self._cfg, self._mesh):
             specs = abstract_module(lambda: model, self._mesh)[1]
+            # The piece of an invariant call has it for itself.
+            chunk_def = cpu_layout.graph_def(self._cfg, self._mesh)
             decode_def = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
-            self._decode_params = cpu_layout.unstacked(self._cfg, params, specs)
+            self._params = cpu_layout.unstacked(self._cfg, params, specs)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
         self._num_rows = shards * shapes.rows
@@ -99,7 +101,7 @@ class Runner:
             "decode": functools.partial(
                 programs.decode, decode_def, num_columns, shapes.max_steps
             ),
-            "chunk": functools.partial(programs.chunk, graph_def, num_columns, shards),
+            "chunk": functools.partial(programs.chunk, chunk_def, num_columns, shards),
             "admit": programs.admit,
         }
         buckets = [1 << i for i in range(shapes.rows.bit_length()) if 1 << i < shapes.rows]
@@ -111,11 +113,9 @@ class Runner:
 
     def shapes(self) -> list[tuple]:
         """The names and sizes of all programs."""
-        shapes = self._shapes
-        chunks = {(1, shapes.small), (1, shapes.large), (shapes.most_rows, shapes.small)}
         return [
             ("admit",),
-            *(("chunk", *sizes) for sizes in sorted(chunks)),
+            *(("chunk", num) for num in self._shapes.num_pieces),
             *(("decode", num_rows) for num_rows in self._buckets),
         ]
 
@@ -134,7 +134,7 @@ class Runner:
         return self._programs[key].result()
 
     @settings.stated()
-    def _compile(self, name: str, *sizes: int) -> Callable:
+    def _compile(self, name: str, num_lines: int = 0) -> Callable:
         state = self.lanes[0].state
         shardings = jax.tree.map(lambda x: x.sharding, state)
         function = self._functions[name]
@@ -144,11 +144,10 @@ class Runner:
             jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
             return jitted.lower(state, np.int32(0), row).compile()
         jitted = jax.jit(function, donate_argnums=1, out_shardings=(shardings, None))
-        params = self._decode_params if name == "decode" else self._params
-        width = self._width + (2 * sizes[1] if name == "chunk" else 0)
+        width = self._width + (2 * self._shapes.piece if name == "chunk" else 0)
         num_pools = len(self.lanes[0].pools)
-        plan_BC = np.zeros((num_pools * sizes[0], width), np.int32)
-        return jitted.lower(params, state, plan_BC).compile()
+        plan_BC = np.zeros((num_pools * num_lines, width), np.int32)
+        return jitted.lower(self._params, state, plan_BC).compile()
 
     # -- calls ----------------------------------------------------------------
 
@@ -165,12 +164,12 @@ class Runner:
         return dispatched
 
     def _call_chunks(self, lane: Lane, chunks: list[tuple[int, Chunk]]) -> _Call:
-        longest = max(chunk.end - chunk.start for _, chunk in chunks)
-        size = self._shapes.small if longest <= self._shapes.small else self._shapes.large
-        num_rows = _most_in_a_pool(chunk.choice for _, chunk in chunks)
-        num_rows = 1 if num_rows == 1 else self._shapes.most_rows
-        places = self._places(lane, num_rows, [(i, chunk.choice) for i, chunk in chunks])
-        plan_BC = self._empty_plan(len(lane.pools) * num_rows, 2 * size)
+        size = self._shapes.piece
+        num_needed = _most_in_a_pool(chunk.choice for _, chunk in chunks)
+        num_pieces = next(num for num in self._shapes.num_pieces if num >= num_needed)
+        chunks = sorted(chunks, key=lambda pair: pair[1].end)
+        places = self._places(lane, num_pieces, [(i, chunk.choice) for i, chunk in chunks])
+        plan_BC = self._empty_plan(len(lane.pools) * num_pieces, 2 * size)
         for i, chunk in chunks:
             line, tokens = plan_BC[places[i]], chunk.choice.tokens
             line[: self._width] = self._line(lane, chunk.choice)
@@ -182,7 +181,7 @@ class Runner:
             line[self._width + size :][: len(following)] = following
             if chunk.is_last:
                 self._admit(lane, chunk.choice)
-        program = self.program("chunk", num_rows, size)
+        program = self.program("chunk", num_pieces)
         return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), places)
 
     def _call_rows(self, lane: Lane, rows: list[tuple[int, Choice]], plan: Plan) -> _Call:
@@ -195,9 +194,7 @@ class Runner:
         plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
         plan_BC[:, COLUMN["ends_early"]] = plan.ends_early
         program = self.program("decode", num_rows)
-        return _Call(
-            lane.thread.submit(_call, program, self._decode_params, lane, plan_BC), places
-        )
+        return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), places)
 
     def _admit(self, lane: Lane, choice: Choice) -> None:
         if not plan_array.adjusts(choice):

@@ -9,6 +9,7 @@ that it may have drawn.  Imports no jax.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,15 +20,14 @@ from hunyuan_jax.infer.request import FinishReason, Output, Request, TokenLogpro
 class Shapes(NamedTuple):
     """What one call of the device takes.
 
-    page_size: tokens of a page; small, large: tokens of a piece of a prompt, whole pages;
-    most_rows: small pieces of one pool in a call, a large one is alone; rows: of each pool that
+    page_size: tokens of a page; piece: tokens of a piece of a prompt, whole pages; num_pieces: how
+    many pieces of one pool a call may have, in ascending order from 1; rows: of each pool that
     draw; max_steps: tokens that a row draws in one call.
     """
 
     page_size: int
-    small: int
-    large: int
-    most_rows: int
+    piece: int
+    num_pieces: tuple[int, ...]
     rows: int
     max_steps: int
 
@@ -76,7 +76,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The tokens [start, end) of a choice; is_last: the next token is drawn."""
+    """A piece of a prompt: the tokens [start, end) of a choice; is_last: the next token is drawn.
+
+    Those of one choice in a step follow each other: in every layer a call writes the keys and
+    values of all its pieces before it reads any.
+    """
 
     choice: Choice
     epoch: int
@@ -197,29 +201,38 @@ class Scheduler:
         return pages is not None
 
     def _chunks(self) -> list[Chunk]:
-        """Pieces of prompts: one large one in each pool, or several small ones."""
-        shapes, chunks, size, most = self._shapes, [], 0, 0
-        num_in_pool = collections.Counter()
+        """Pieces of prompts, as many in each pool as a call takes without much padding."""
+        piece, chunks = self._shapes.piece, []
+        most, num_in_pool = self._num_pieces(), collections.Counter()
         for choice in self._prompts():
-            left = choice.num_needed - choice.num_computed
-            if not chunks:
-                is_large = left > shapes.small
-                size = shapes.large if is_large else shapes.small
-                most = 1 if is_large else shapes.most_rows
-            if num_in_pool[choice.pool] >= most:
-                continue
-            num_in_pool[choice.pool] += 1
-            start, choice.num_computed = choice.num_computed, choice.num_computed + min(size, left)
-            is_last = choice.num_computed == choice.num_needed
-            choice.is_drawing = is_last
-            choice.num_ahead += is_last
-            self.num_prompt_tokens += choice.num_computed - start
-            chunks.append(Chunk(choice, choice.epoch, start, choice.num_computed, is_last))
+            while not choice.is_drawing and num_in_pool[choice.pool] < most:
+                num_in_pool[choice.pool] += 1
+                start, end = choice.num_computed, choice.num_computed + piece
+                choice.num_computed = end = min(end, choice.num_needed)
+                choice.is_drawing = is_last = end == choice.num_needed
+                choice.num_ahead += is_last
+                self.num_prompt_tokens += end - start
+                chunks.append(Chunk(choice, choice.epoch, start, end, is_last))
+                self._name_pages(choice, end)
             if all(num_in_pool[pool] >= most for pool in range(len(self.pools))):
                 break
-        for chunk in chunks:
-            self._name_pages(chunk.choice, chunk.choice.num_computed)
         return chunks
+
+    def _num_pieces(self) -> int:
+        """Pieces of each pool in the next call: if padding up to the next number that a call takes
+        were more than half, the next lower one.
+        """
+        num_free = sum(map(len, self._free_rows))
+        prompts = itertools.chain(
+            (choice for choice in self.running if not choice.is_drawing),
+            itertools.islice(self.waiting, num_free),
+        )
+        num_left = sum(
+            -(-(choice.num_needed - choice.num_computed) // self._shapes.piece)
+            for choice in prompts
+        )
+        num_left = -(-num_left // len(self.pools))
+        return max(num for num in self._shapes.num_pieces if num == 1 or num < 2 * num_left)
 
     def _prompts(self) -> Iterator[Choice]:
         """Running choices whose prompt is not computed, then waiting ones as they get a row."""
@@ -245,7 +258,7 @@ class Scheduler:
         if num_known < len(usable) and usable[num_known] in self._promised[pool]:
             return False
         if self._is_invariant:
-            num_known -= num_known % (self._shapes.large // size)
+            num_known -= num_known % (self._shapes.piece // size)
         # A page for each row that runs is left: else this prompt would soon have to start over.
         num_new = -(-choice.num_needed // size) - num_known
         pages, found = self.pools[pool], usable[:num_known]

@@ -15,8 +15,8 @@ from hunyuan_jax.infer.scheduler import Choice, Drawn, Scheduler, Shapes
 from hunyuan_jax.infer.settings import Sampling
 
 SIZE = 4
-SHAPES = Shapes(page_size=SIZE, small=4, large=8, most_rows=2, rows=3, max_steps=8)
-INVARIANT = SHAPES._replace(large=4, most_rows=1)
+SHAPES = Shapes(page_size=SIZE, piece=4, num_pieces=(1, 3), rows=3, max_steps=8)
+INVARIANT = SHAPES._replace(num_pieces=(1,))
 
 
 def next_token(tokens, seed):
@@ -236,7 +236,7 @@ def test_running_prompts_and_rows_share_a_step():
     scheduler.update(*(lambda plan: (plan, *device.run(plan)))(scheduler.plan()))
     scheduler.add(request(range(20, 36)))
     plan = scheduler.plan()
-    assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 8)]
+    assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 4), (4, 8), (8, 12)]
     assert len(plan.rows) == 1 and plan.num_steps == 1
 
 
