@@ -16,6 +16,7 @@ from hunyuan_jax.infer.plan_array import COLUMN, FIRST_PAGE, FLOATS, STOPS, WITH
 from hunyuan_jax.infer.sampling import Logprobs, RowSettings, Seen
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.parallel import rules
 
 # Tokens of a chunk whose logits exist at a time, for their log-probabilities.
 _SCORED = 32
@@ -123,6 +124,24 @@ def _draw(logits_BV, lines, num_drawn_B, is_live_B, state_seen):
     return token_B, logprobs, is_done_B
 
 
+def _everywhere(mesh, *columns_B):
+    """int32 columns of the lines, on every device, as the rows of the state are: one exchange of a
+    few numbers, where a scatter of sharded ones would exchange what it writes to.
+    """
+    columns_BC = jnp.stack([x.astype(jnp.int32) for x in columns_B], axis=1)
+    return tuple(rules.constrain(columns_BC, mesh, ()).T)
+
+
+def _with_rows(state, row_B, token_B, length_B, num_drawn_B, is_done_B):
+    """The state with new values of the rows of the lines, as `_everywhere` gives them."""
+    return state._replace(
+        token_L=state.token_L.at[row_B].set(token_B),
+        length_L=state.length_L.at[row_B].set(length_B),
+        num_drawn_L=state.num_drawn_L.at[row_B].set(num_drawn_B),
+        is_done_L=state.is_done_L.at[row_B].set(is_done_B > 0),
+    )
+
+
 def _no_logprobs(shape: tuple[int, ...], vocab_size: int) -> Logprobs:
     top_shape = (*shape, sampling.num_logprobs(vocab_size))
     return Logprobs(jnp.zeros(shape), jnp.zeros(top_shape), jnp.zeros(top_shape, jnp.int32))
@@ -176,6 +195,7 @@ def decode(
         token_B, logprobs, ends_B = _draw(logits_BV, lines, carry.num_drawn_B, is_live_B, seen)
         token_B = jnp.where(is_live_B, token_B, carry.token_B)
         live_B = is_live_B.astype(jnp.int32)
+        counted = _everywhere(model.mesh, row_B, token_B, live_B)
         written = jax.tree.map(
             lambda old, new: old.at[carry.step].set(new),
             (carry.results.tokens_IB, carry.results.logprobs),
@@ -184,7 +204,7 @@ def decode(
         return Carry(
             carry.step + 1,
             output.cache.entries,
-            carry.count_LV.at[row_B, token_B].add(live_B),
+            carry.count_LV.at[counted[0], counted[1]].add(counted[2]),
             token_B,
             carry.length_B + live_B,
             carry.num_drawn_B + live_B,
@@ -203,13 +223,9 @@ def decode(
         results,
     )
     carry = jax.lax.while_loop(goes_on, one_step, carry)
-    state = State(
-        carry.entries,
-        state.token_L.at[row_B].set(carry.token_B),
-        state.length_L.at[row_B].set(carry.length_B),
-        state.num_drawn_L.at[row_B].set(carry.num_drawn_B),
-        state.is_done_L.at[row_B].set(carry.is_done_B),
-        state.seen._replace(count_BV=carry.count_LV),
+    values = (carry.token_B, carry.length_B, carry.num_drawn_B, carry.is_done_B)
+    state = _with_rows(state, *_everywhere(model.mesh, row_B, *values))._replace(
+        entries=carry.entries, seen=state.seen._replace(count_BV=carry.count_LV)
     )
     return state, carry.results
 
@@ -243,15 +259,11 @@ def chunk(
     # Rows that draw nothing are written to the last row, which is nobody's.
     row_B = jnp.where(is_last_B, lines.row, len(state.token_L) - 1)
     is_done_B |= ~is_last_B
-    state = State(
-        output.cache.entries,
-        state.token_L.at[row_B].set(token_B),
-        state.length_L.at[row_B].set(lines.end),
-        state.num_drawn_L.at[row_B].set(lines.num_drawn + 1),
-        state.is_done_L.at[row_B].set(is_done_B),
-        state.seen._replace(
-            count_BV=state.seen.count_BV.at[row_B, token_B].add(is_last_B.astype(jnp.int32))
-        ),
+    values = (token_B, lines.end, lines.num_drawn + 1, is_done_B)
+    row_B, *values, num_new_B = _everywhere(model.mesh, row_B, *values, is_last_B)
+    count_LV = state.seen.count_BV.at[row_B, values[0]].add(num_new_B)
+    state = _with_rows(state, row_B, *values)._replace(
+        entries=output.cache.entries, seen=state.seen._replace(count_BV=count_LV)
     )
     prompt = jax.lax.cond(
         (lines.prompt_logprobs > 0).any(),
