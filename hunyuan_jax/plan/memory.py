@@ -227,12 +227,13 @@ def _backward(sizes: Sizes) -> int:
 
 def _layer_mean(sizes: Sizes, field: str) -> float:
     """The mean over layers of a field of `Activations`."""
-    layers = group_layout(sizes.model)
-    return sum(
-        getattr(part, field)
-        for layer in layers
-        for part in layer.activation_bytes(sizes.model, sizes)
-    ) / len(layers)
+    found = []
+    for stack in sizes.model.stacks.values():
+        layers = group_layout(stack)
+        parts = [part for layer in layers for part in layer.activation_bytes(stack, sizes)]
+        mean = sum(getattr(part, field) for part in parts) / len(layers)
+        found.append((mean, stack.num_layers))
+    return sum(mean * number for mean, number in found) / sum(number for _, number in found)
 
 
 def _expert_rows(config: Config, tokens: int) -> int:
