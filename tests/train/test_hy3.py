@@ -177,4 +177,4 @@ def test_a_run_resumes_with_its_biases(tmp_path):
         for field in ("loss", "grad_norm", "moe/bias", "moe/bias_by_layer", "mtp"):
             assert parts[step][field] == row[field], (step, field)
     assert whole[1]["moe/bias"] == 0
-    assert whole[4]["moe/bias"] == pytest.approx(0.025, abs=0.006)  # up to three steps of 0.01
+    assert 0.005 < whole[4]["moe/bias"] < 0.0301  # up to three steps of 0.01
