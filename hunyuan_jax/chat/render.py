@@ -40,8 +40,9 @@ def render_chat(
 
     For a jinja template only: `add_generation_prompt`, by default true unless the last turn is the
     assistant's; further `variables`, such as tools; and `enable_thinking`, for models that can
-    think before they answer.  It is handed to a template that knows it; otherwise the last user
-    turn begins with "/think" or "/no_think", which the models know too.
+    think before they answer.  It is handed to a template that knows it; for one that knows
+    `reasoning_effort`, as Hy3's does, it is the effort "high" or "no_think"; otherwise the last
+    user turn begins with "/think" or "/no_think", which the models know too.
 
     In the built-in template (docs/model.md, Tokenizer) an empty first message makes the official
     one fail (or, outside its sandbox, repeat <|startoftext|>).  Here an empty system message is as
@@ -60,6 +61,9 @@ def render_chat(
         if enable_thinking is not None:
             if "enable_thinking" in tokenizer.chat_template:
                 variables["enable_thinking"] = enable_thinking
+            elif "reasoning_effort" in tokenizer.chat_template:
+                effort = "high" if enable_thinking else "no_think"
+                variables.setdefault("reasoning_effort", effort)
             else:
                 messages = _with_thinking_command(
                     messages, "/think" if enable_thinking else "/no_think"

@@ -1,6 +1,6 @@
 """Text of an answer whose token ids arrive bit by bit, cut at the first stop string."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -23,6 +23,7 @@ class Detokenizer:
         skip_special: bool = True,
         include_stop: bool = False,
         min_tokens: int = 0,
+        shown: Collection[int] = (),
     ):
         """Starts an empty answer.
 
@@ -31,9 +32,10 @@ class Detokenizer:
           skip_special: leave out the names of special tokens.
           include_stop: the answer ends with its stop string instead of before it.
           min_tokens: stop strings are looked for behind this many tokens.
+          shown: special tokens that skip_special does not leave out.
         """
         self.stopped_by: str | None = None
-        self._decoder = StreamDecoder(tokenizer, skip_special=skip_special)
+        self._decoder = StreamDecoder(tokenizer, skip_special=skip_special, shown=shown)
         self._stop, self._include_stop = tuple(stop), include_stop
         self._num_free = min_tokens
         self._held = ""

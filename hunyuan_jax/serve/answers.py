@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from hunyuan_jax.infer.detokenize import Detokenizer
 from hunyuan_jax.infer.request import Output, TokenLogprobs
 from hunyuan_jax.serve.openai import Job, Served
-from hunyuan_jax.serve.reasoning import ReasoningSplitter, Said
+from hunyuan_jax.serve.reasoning import ReasoningSplitter, Said, tags_of
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer
 
 # JSON has no infinity.
@@ -187,16 +187,20 @@ class _Choice:
         self.has_begun = False
         self._job, self._request = job, job.requests[number]
         self._prompt_text = job.texts[number] if job.texts else ""
+        # Tags that are tokens must be seen to be split at.
+        tags = tags_of(served.tokenizer.chat_template or "")
+        special = served.tokenizer.special_names if job.is_chat and served.thinks else ()
         self._text = Detokenizer(
             served.tokenizer,
             options.stop,
             skip_special=options.skip_special_tokens,
             include_stop=options.include_stop_str_in_output,
             min_tokens=self._request.sampling.min_new_tokens,
+            shown=[served.tokenizer.special_id(tag) for tag in tags if tag in special],
         )
         self._splitter = None
         if job.is_chat and served.thinks:
-            self._splitter = ReasoningSplitter(job.starts_thinking)
+            self._splitter = ReasoningSplitter(job.starts_thinking, tags)
         writer = _chat_logprobs if job.is_chat else _TextLogprobs(served, options).write
         self._write: Callable[..., dict[str, Any]] = writer
         self._names = _Names(served.tokenizer, options.return_tokens_as_token_ids)

@@ -263,6 +263,7 @@ CHAT = {
         _template_values, "an object of at most 32 names with texts, numbers or booleans", {}
     ),
     "include_reasoning": Field(_boolean, "true or false", True),
+    "reasoning_effort": Field(_text(_MAX_NAME), "a word that the chat template knows"),
     "response_format": Field(_only({"type": "text"}), 'absent or {"type": "text"}'),
     "tools": Field(_only([]), _NO_TOOLS),
     "functions": Field(_only([]), _NO_TOOLS),
@@ -278,6 +279,7 @@ TOKENIZE = {
     "add_generation_prompt": CHAT["add_generation_prompt"],
     "continue_final_message": CHAT["continue_final_message"],
     "chat_template_kwargs": CHAT["chat_template_kwargs"],
+    "reasoning_effort": CHAT["reasoning_effort"],
     "chat_template": CHAT["chat_template"],
     "return_token_strs": Field(_boolean, "true or false", False),
 }

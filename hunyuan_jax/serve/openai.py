@@ -13,6 +13,7 @@ from hunyuan_jax.infer.request import Request
 from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.serve import fields
 from hunyuan_jax.serve.errors import Refused
+from hunyuan_jax.serve.reasoning import tags_of
 from hunyuan_jax.tokenizer import Tokenizer
 
 # Names that a chat template gets from us.
@@ -120,7 +121,7 @@ def chat_job(served: Served, body: Mapping[str, Any]) -> Job:
     end = served.tokenizer.decode(row[-8:]).rstrip() if served.thinks else ""
     return dataclasses.replace(
         _job("chatcmpl", True, served, options, [row], max_logprobs),
-        starts_thinking=end.endswith("<think>"),
+        starts_thinking=end.endswith(tags_of(served.tokenizer.chat_template or "").think),
     )
 
 
@@ -159,6 +160,8 @@ def chat_ids(served: Served, options: SimpleNamespace) -> list[int]:
             "user's message, or set continue_final_message.",
             param="messages",
         )
+    if options.reasoning_effort is not None:
+        variables["reasoning_effort"] = _effort(served, options.reasoning_effort)
     if variables.get("enable_thinking") is False and not served.tokenizer.chat_template:
         del variables["enable_thinking"]  # a model that never thinks
     try:
@@ -171,6 +174,17 @@ def chat_ids(served: Served, options: SimpleNamespace) -> list[int]:
             param="messages",
         )
     return ids + tail
+
+
+def _effort(served: Served, effort: str) -> str:
+    """What the template calls an effort of reasoning."""
+    template = served.tokenizer.chat_template or ""
+    if "reasoning_effort" not in template:
+        raise Refused(
+            "reasoning_effort is not known to this model's chat template; leave it out.",
+            param="reasoning_effort",
+        )
+    return "no_think" if effort == "none" and "no_think" in template else effort
 
 
 def tokenize(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:

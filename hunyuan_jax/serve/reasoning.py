@@ -1,11 +1,30 @@
 """Splits what a thinking model writes into its reasoning and its answer, as it arrives."""
 
+import re
 from typing import NamedTuple
 
 from hunyuan_jax.infer.detokenize import held_back
 
-_OPEN, _CLOSE = "<think>", "</think>"
-_ANSWER_OPEN, _ANSWER_CLOSE = "<answer>", "</answer>"
+_THINK = re.compile(r"<think(:\w+)?>")
+
+
+class Tags(NamedTuple):
+    """The names of the tags, without and with the suffix that Hy3's have."""
+
+    think: str = "<think>"
+    think_end: str = "</think>"
+    answer: str = "<answer>"
+    answer_end: str = "</answer>"
+
+
+PLAIN = Tags()
+
+
+def tags_of(template: str) -> Tags:
+    """The tags that a chat template writes: <think:opensource> is Hy3's."""
+    found = _THINK.search(template)
+    suffix = (found and found[1]) or ""
+    return Tags(*(tag.replace(">", f"{suffix}>") for tag in PLAIN))
 
 
 class Said(NamedTuple):
@@ -23,8 +42,9 @@ class ReasoningSplitter:
     the text is split over calls, the pieces joined are the same.
     """
 
-    def __init__(self, starts_inside: bool = False):
+    def __init__(self, starts_inside: bool = False, tags: Tags = PLAIN):
         """`starts_inside`: the prompt ends with <think>, so that the text begins behind it."""
+        self._tags = tags
         self._state = "thinking" if starts_inside else "start"
         self._held = ""
         self._at_start = True  # of reasoning or content: whitespace is left out
@@ -46,9 +66,9 @@ class ReasoningSplitter:
                 if not self._leave_start(is_end):
                     break
             elif state == "thinking":
-                reasoning += self._up_to(_CLOSE, "between", is_end)
+                reasoning += self._up_to(self._tags.think_end, "between", is_end)
             elif state == "answer":
-                content += self._up_to(_ANSWER_CLOSE, "behind", is_end)
+                content += self._up_to(self._tags.answer_end, "behind", is_end)
             elif state == "behind":  # whitespace at the very end is left out
                 if not self._held.strip():
                     break
@@ -62,8 +82,9 @@ class ReasoningSplitter:
     def _leave_start(self, is_end: bool) -> bool:
         """Whether it is known what follows; then the state has changed."""
         text = self._held.lstrip()
-        tags = (_OPEN, _ANSWER_OPEN) if self._state == "start" else (_ANSWER_OPEN,)
-        for tag, state in ((_OPEN, "thinking"), (_ANSWER_OPEN, "answer")):
+        think, answer = self._tags.think, self._tags.answer
+        tags = (think, answer) if self._state == "start" else (answer,)
+        for tag, state in ((think, "thinking"), (answer, "answer")):
             if tag in tags and text.startswith(tag):
                 self._held, self._state, self._at_start = text[len(tag) :], state, True
                 return True

@@ -2,7 +2,7 @@
 
 import codecs
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax import hub
@@ -86,16 +86,18 @@ class StreamDecoder:
     The texts of `push` and `finish`, joined, equal `tokenizer.decode` of all ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = False, shown: Collection[int] = ()
+    ):
+        """`shown`: special tokens that skip_special does not leave out."""
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip_special, self._shown = skip_special, frozenset(shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """Returns the text that `token_id` completes, maybe "" but never part of a character."""
-        return self._utf8.decode(
-            self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special)
-        )
+        skip = self._skip_special and token_id not in self._shown
+        return self._utf8.decode(self._tokenizer.decode_bytes([token_id], skip_special=skip))
 
     def finish(self) -> str:
         """Returns U+FFFD if the ids ended inside a character, else "".

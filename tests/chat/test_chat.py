@@ -293,3 +293,15 @@ def test_max_len_below_one_is_refused(tiny, max_len):
         ValueError, match=f"max_len={max_len} keeps no token: it must be at least 1; raise it"
     ):
         sft_example(chat(("user", "a")), tiny, max_len=max_len)
+
+
+def test_thinking_is_an_effort_for_templates_that_know_it():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = "{{ reasoning_effort }}:{{ messages[0].content }}"
+    messages = [{"role": "user", "content": "q"}]
+    for thinks, effort in ((True, "high"), (False, "no_think")):
+        assert tokenizer.decode(render_chat(messages, tokenizer, enable_thinking=thinks)) == (
+            f"{effort}:q"
+        )
+    ids = render_chat(messages, tokenizer, enable_thinking=True, reasoning_effort="low")
+    assert tokenizer.decode(ids) == "low:q"

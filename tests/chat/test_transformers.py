@@ -75,6 +75,28 @@ TEMPLATES = {
         "{% else %}{{ m.content }}<|extra_0|>{% endif %}{% endfor %}"
     ),
 }
+HY3_NAMES = [
+    *(f"<｜{name}:opensource｜>" for name in ("hy_begin_of_sentence", "hy_User", "hy_Assistant")),
+    *(f"<｜{name}:opensource｜>" for name in ("hy_eos", "reasoning_mode")),
+    *(f"<{name}:opensource>" for name in ("think", "/think", "tool_calls", "/tool_calls")),
+    *(f"<{name}:opensource>" for name in ("tool_call", "/tool_call", "tool_sep", "arg_key")),
+]
+HY3_CHATS = {
+    "plain": [{"role": "system", "content": "Be "}, {"role": "system", "content": "brief."},
+              {"role": "user", "content": " héllo 12\n"}],
+    "thought": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "because"},
+        {"role": "user", "content": "r"},
+    ],
+    "tools": [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "look"},
+        {"role": "tool", "content": "7"},
+        {"role": "tool", "content": "8"},
+        {"role": "assistant", "content": "7 degrees"},
+    ],
+}  # fmt: skip
 CASES = [
     ("tools", "plain"),
     ("tools", "null"),
@@ -128,6 +150,55 @@ def test_ids_are_theirs(both, name, chat):
     # Without token names in the messages parse_special changes nothing.
     if "<think>" not in json.dumps(CHATS[chat]):
         assert found == render_chat(CHATS[chat], ours, add_generation_prompt=False, tools=TOOLS)
+
+
+@pytest.fixture(scope="module", params=[":opensource", ""])
+def hy3(request, tmp_path_factory):
+    """(our tokenizer, theirs) with Hy3's tokens and a template of its constructs, in both
+    spellings of their names.
+    """
+    folder, source = tmp_path_factory.mktemp("hy3"), goldens.folder_of("moe_top1")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copyfile(source / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    first = 1 + max(token["id"] for token in tokenizer["added_tokens"])
+    first = max(first, 1 + max(tokenizer["model"]["vocab"].values()))
+    tokenizer["added_tokens"] += [
+        tokenizer["added_tokens"][0] | {"id": first + i, "content": _spelled(name, request.param)}
+        for i, name in enumerate(HY3_NAMES)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours.chat_template = theirs.chat_template = _spelled(TEMPLATES["hy3"], request.param)
+    return ours, theirs
+
+
+def _spelled(text, suffix):
+    return text.replace(":opensource", suffix)
+
+
+@pytest.mark.parametrize("chat", HY3_CHATS)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"reasoning_effort": "high"},
+        {"reasoning_effort": "low", "tools": TOOLS},
+        {"is_training": True},
+        {"preserved_thinking": True},
+    ],
+    ids=str,
+)
+def test_ids_of_hy3s_constructs_are_theirs(hy3, chat, variables):
+    ours, theirs = hy3
+    for prompt in (False, True):
+        expected = theirs.apply_chat_template(
+            HY3_CHATS[chat], add_generation_prompt=prompt, return_dict=False, **variables
+        )
+        found = render_chat(HY3_CHATS[chat], ours, add_generation_prompt=prompt, **variables)
+        assert found == expected
+    first = next(name for name in ours.special_names if "hy_begin_of_sentence" in name)
+    assert found[0] == ours.special_id(first)
 
 
 @pytest.mark.parametrize("name", ["generation_tag", "spans"])

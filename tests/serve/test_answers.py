@@ -1,6 +1,7 @@
 """Outputs of the engine become answers: characters, tags, stop strings, log-probabilities."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -8,7 +9,8 @@ from hunyuan_jax.infer.request import Output, TokenLogprobs
 from hunyuan_jax.serve import openai
 from hunyuan_jax.serve.answers import Answer
 from hunyuan_jax.serve.openai import Served
-from hunyuan_jax.tokenizer import ByteTokenizer
+from hunyuan_jax.tokenizer import ByteTokenizer, load_tokenizer
+from support import goldens
 
 THINKING = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -93,6 +95,42 @@ def test_reasoning_can_be_left_out_and_may_begin_in_the_prompt():
     assert answer.job.starts_thinking
     _, whole = said(answer, *outputs(answer, "a</think>b"))
     assert whole["message"] == {"role": "assistant", "content": "b", "reasoning_content": "a"}
+
+
+@pytest.fixture(scope="module")
+def hy3(tmp_path_factory):
+    """A server's model whose tags are special tokens, with Hy3's names and efforts."""
+    folder, source = tmp_path_factory.mktemp("hy3"), goldens.folder_of("moe_top1")
+    for name in ("tokenizer_config.json", "config.json"):
+        shutil.copyfile(source / name, folder / name)
+    text = (source / "tokenizer.json").read_text()
+    for was, name in (
+        ("<|extra_1|>", "<think:opensource>"),
+        ("<|extra_2|>", "</think:opensource>"),
+    ):
+        text = text.replace(was, name)
+    (folder / "tokenizer.json").write_text(text)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}<think:opensource>"
+        "{% if reasoning_effort == 'no_think' %}</think:opensource>{% endif %}"
+    )
+    return Served("hy3", tokenizer, tokenizer.vocab_size, 4096, {}, tokenizer.stop_ids, 8)
+
+
+@pytest.mark.parametrize(("effort", "reasoning"), [("high", "why"), ("none", None)])
+def test_tags_that_are_tokens_split_the_answer(hy3, effort, reasoning):
+    body = {"messages": [{"role": "user", "content": "?"}], "reasoning_effort": effort}
+    answer = Answer(hy3, openai.chat_job(hy3, body))
+    assert answer.job.starts_thinking == (effort == "high")
+    tokenizer, request = hy3.tokenizer, answer.job.requests[0].id
+    ids = tokenizer.encode("because")
+    if reasoning:
+        ids = [*tokenizer.encode("why"), tokenizer.special_id("</think:opensource>"), *ids]
+    stop = Output(request, 0, hy3.stop_ids[:1], finish_reason="stop")
+    _, whole = said(answer, *(Output(request, 0, (i,)) for i in ids), stop)
+    assert whole["message"]["reasoning_content"] == reasoning
+    assert whole["message"]["content"] == "because"
 
 
 def test_a_model_that_does_not_think_keeps_its_tags():

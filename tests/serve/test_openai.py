@@ -215,6 +215,7 @@ REFUSED_CHATS = {
     "continue_final_message": [True, "yes"],
     "add_generation_prompt": ["yes"],
     "include_reasoning": [0],
+    "reasoning_effort": [3, "low"],
     "modalities": [["audio"]],
     "n": [9],
 }  # fmt: skip

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from hunyuan_jax.serve.reasoning import ReasoningSplitter
+from hunyuan_jax.serve.reasoning import ReasoningSplitter, tags_of
 
 CASES = {
     "<think>\nwhy\n</think>\n<answer>\nbecause\n</answer>": ("why", "because"),
@@ -41,6 +41,14 @@ def split(text, cuts, **options):
 def test_the_parts_are_the_same_however_the_text_arrives(text, cuts):
     assert split(text, cuts) == CASES[text]
     assert split(text, range(len(text))) == CASES[text]
+
+
+@pytest.mark.parametrize("suffix", ["", ":opensource"])
+def test_tags_are_spelled_as_in_the_template(suffix):
+    tags = tags_of(f"{{{{ '<think{suffix}>' }}}}")
+    text = f"<think{suffix}>why</think{suffix}>because </think:other>"
+    assert split(text, range(40), tags=tags) == ("why", "because </think:other>")
+    assert tags_of("no tags") == tags_of("<think>")
 
 
 def test_a_prompt_that_ends_with_think_starts_inside():
