@@ -10,6 +10,7 @@ import jax
 
 from hunyuan_jax.config import Config
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.layers.mixer.context_facts import Form
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.plan import hlo, hlo_text, kernel_speed, links, memory, timeline, topology
@@ -78,6 +79,7 @@ class Report:
     all_in_share_of_ideal: ideal_seconds / all_in_seconds.
     slow_links_seconds: all_in_seconds with links of SLOW_LINKS of the bandwidth.
     timeline: the schedule behind all_in_seconds.
+    context_forms: `memory.context_forms`.
     """
 
     topology: str
@@ -103,11 +105,17 @@ class Report:
     compile_seconds: float
     host_bytes: int
     timeline: Timeline
+    context_forms: tuple[Form, ...] = ()
 
     @property
     def difference(self) -> float:
         """(estimated peak - compiler's peak) / compiler's peak."""
         return self.items.peak / self.memory.peak - 1
+
+    @property
+    def all_in_mfu(self) -> float:
+        """model_flops at the peak / all_in_seconds: of long rows, most FLOPs are attention's."""
+        return self.model_flops / self.peak_flops / self.all_in_seconds
 
 
 def compile_step(config: Config, devices: list) -> CompiledStep:
@@ -195,6 +203,7 @@ def report(config: Config, topology_name: str) -> Report:
         compile_seconds=step.seconds,
         host_bytes=step.host_bytes,
         timeline=at_full,
+        context_forms=memory.context_forms(config, len(devices)),
     )
 
 

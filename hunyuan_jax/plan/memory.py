@@ -19,6 +19,8 @@ from hunyuan_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from hunyuan_jax.layers import embedding, loss
 from hunyuan_jax.layers.facts import DTYPE_BYTES
 from hunyuan_jax.layers.ffn.moe import routing
+from hunyuan_jax.layers.mixer import context_facts
+from hunyuan_jax.layers.mixer.context_facts import Form
 from hunyuan_jax.model.layout import group_layout
 from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
@@ -125,6 +127,10 @@ def estimate(config: Config, num_devices: int) -> Estimate:
             Item("kept for the backward pass", kept, LAYERS),
             Item("gathered weights", gathered_weights(sizes), LAYERS),
             Item("activations of a group", group_activations(sizes), LAYERS),
+            *(
+                Item("keys and values of whole rows", form.held_bytes, LAYERS)
+                for form in context_forms(config, num_devices)[:1]
+            ),
             Item("kept for the backward pass", kept, LOSS),
             Item("gathered vocabulary", gathered_vocabulary(sizes), LOSS),
             Item("logits", logits(sizes), LOSS),
@@ -156,6 +162,24 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
         tensor_ways=mesh.tensor,
         parameters=state.parameters,
     )
+
+
+def context_forms(config: Config, num_devices: int) -> tuple[Form, ...]:
+    """Returns what the forms of attention over the chips of a row cost, that of the step first;
+    () if a row is on one chip.
+
+    Raises:
+      ConfigError: the form that config.model.context_attention names cannot be used.
+    """
+    mesh = MeshConfig(**mesh_sizes(config, num_devices))
+    if mesh.context == 1:
+        return ()
+    train = config.train
+    ways = train.grad_accum_steps * mesh.replica * mesh.data * mesh.expert
+    sizes = (train.batch_size // ways, train.seq_len, mesh.context, mesh.tensor)
+    chosen = context_facts.choose(config.model, *sizes)
+    forms = context_facts.forms(config.model, *sizes)
+    return (chosen, *(form for form in forms if form != chosen))
 
 
 def kept_activations(sizes: Sizes) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hunyuan_jax.layers.mixer.context_facts import MAX_HELD_BYTES
 from hunyuan_jax.plan import aot, links, memory, topology
 from hunyuan_jax.plan.aot import Report
 from hunyuan_jax.plan.search import Trial
@@ -26,6 +27,7 @@ def report_data(report: Report) -> dict[str, Any]:
         "peak_bytes": report.memory.peak,
         "estimated_peak": report.items.peak,
         "difference": report.difference,
+        "all_in_mfu": report.all_in_mfu,
     }
 
 
@@ -62,6 +64,7 @@ def print_report(report: Report) -> None:
     for table in (
         _memory_table(report),
         _items_table(report.items),
+        *([_context_table(report)] if report.context_forms else []),
         _time_table(report),
         _ops_table(report),
         _collectives_table(report),
@@ -206,12 +209,12 @@ def _time_table(report: Report) -> Table:
         f"{report.ideal_seconds / report.slow_links_seconds:.1%}",
     )
     table.add_row(
-        f"implied MFU ({report.model_flops:.4g} FLOPs)",
+        f"implied MFU ({report.model_flops:.4g} FLOPs, attention included)",
         "",
         "",
         f"{report.mfu:.1%}",
-        end_section=True,
     )
+    table.add_row("implied MFU, all-in", "", "", f"{report.all_in_mfu:.1%}", end_section=True)
     if report.hlo.num_unknown_cycles:
         table.add_row(
             "ops of unknown cost",
@@ -225,6 +228,28 @@ def _time_table(report: Report) -> Table:
             str(report.hlo.num_unknown_trips),
             "",
             "counted as one trip",
+        )
+    return table
+
+
+def _context_table(report: Report) -> Table:
+    """The forms of attention over the chips of a row, and why one is taken."""
+    table = _table(
+        "Attention over the chips of a row (config.mesh.context), of a group of layers",
+        "form",
+        ">GiB sent a step and chip",
+        ">GiB held",
+        "",
+    )
+    for index, form in enumerate(report.context_forms):
+        reason = form.refusal or (
+            "more than a chip may hold" if form.held_bytes > MAX_HELD_BYTES else "sends more"
+        )
+        table.add_row(
+            form.name,
+            _gib(form.sent_bytes),
+            _gib(form.held_bytes),
+            reason if index else "taken",
         )
     return table
 

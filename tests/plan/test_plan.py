@@ -16,6 +16,7 @@ import pytest
 from hunyuan_jax import cli, presets
 from hunyuan_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.layers.mixer.context_facts import Form
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.plan import (
     aot,
@@ -630,6 +631,20 @@ def test_capacity_dropless_and_dense_models():
     assert items(dataclasses.replace(config(MeshConfig(data=-1)), model=dense))[key] > 0
 
 
+def test_a_row_over_several_chips():
+    mesh = MeshConfig(data=1, context=4, expert=4)
+    changes = {"moe": dataclasses.replace(config().model.moe, group_size=32)}
+    spread, alone = config(mesh, **changes), config(**changes)
+    found, expected = items(spread), items(alone)
+    for key in [("weights", memory.ALWAYS), ("kept for the backward pass", memory.LAYERS)]:
+        assert found[key] == pytest.approx(expected[key], rel=0.05), key
+    chosen, *others = memory.context_forms(spread, 16)
+    assert found["keys and values of whole rows", memory.LAYERS] == chosen.held_bytes
+    assert {form.name for form in (chosen, *others)} == {"gather", "ring", "all_to_all"}
+    assert all(form.refusal or form.sent_bytes >= chosen.sent_bytes for form in others)
+    assert memory.context_forms(alone, 16) == ()
+
+
 def test_peak_is_the_state_and_the_largest_phase():
     estimate = memory.estimate(config(), 16)
     phases = (memory.LAYERS, memory.LOSS, memory.UPDATE)
@@ -976,7 +991,9 @@ def test_reports_print(compiled, capsys):
         hlo.CostlyOp("f.1", "f32[]", "jit", "entry", 1, 10),
     )
     filled = hlo.HloReport((region,), (kernel,), (op,), (collective,), 34, 1)
-    show.print_report(dataclasses.replace(report, hlo=filled, clock_hz=1.75e9))
+    forms = Form("gather", 3 * 2**30, 2**30), Form("all_to_all", 2**30, 2**20, "too few heads")
+    filled_in = {"hlo": filled, "clock_hz": 1.75e9, "context_forms": forms}
+    show.print_report(dataclasses.replace(report, **filled_in))
     printed = capsys.readouterr().out
     for word in (
         "8 chips",
@@ -991,5 +1008,7 @@ def test_reports_print(compiled, capsys):
         "34",
         "not a measurement",
         "f.1",
+        "too few heads",
+        "implied MFU, all-in",
     ):
         assert word in printed, word

@@ -74,6 +74,28 @@ def test_other_kinds_of_layers_compile_for_v5p(kind):
     assert compiled.memory_analysis().temp_size_in_bytes > 0
 
 
+@pytest.mark.parametrize("form", ["gather", "ring"])
+def test_a_row_over_several_chips_compiles_for_v5p(form):
+    model = dataclasses.replace(
+        presets.tiny(),
+        num_layers=2,
+        cla_share_factor=2,
+        dtype="bfloat16",
+        remat="full",
+        context_attention=form,
+        moe=MoeConfig(),
+    )
+    config = Config(
+        model, mesh=MeshConfig(data=1, context=4), train=TrainConfig(batch_size=1, seq_len=1024)
+    )
+    compiled = aot.compile_step(config, topology.topology_devices("v5p:2x2x1")).compiled
+    text = compiled.as_text()
+    for kernel in ("forward", "backward"):
+        assert re.search(rf"%flash_attention_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
+    if form == "ring":  # keys travel in the background, from neighbour to neighbour
+        assert re.search(r"= \(bf16\[[^=]* collective-permute-start\(", text)
+
+
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_compiler_knows_the_options_of_every_generation(name):
     device = topology.topology_devices(name)[0]
