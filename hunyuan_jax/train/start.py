@@ -106,18 +106,24 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises ConfigError at the first field that gives the weights of `path` another meaning."""
+    """Raises ConfigError at the first field that gives the weights of `path` another meaning.
+
+    rope_alpha may be raised, as the long-context stages do: the model learns the slower rotation.
+    """
     for prefix, a, b, free in (
         ("", theirs, ours, _free(ours)),
         ("moe.", theirs.moe, ours.moe, _FREE_MOE),
     ):
         for field in dataclasses.fields(a):
             here, there = getattr(b, field.name), getattr(a, field.name)
-            if field.name not in free and field.name != "moe" and here != there:
+            is_raised = field.name == "rope_alpha" and here > there
+            if field.name not in free and field.name != "moe" and here != there and not is_raised:
                 raise ConfigError(
                     f"config.train.init_from = {path!r} holds a model with {prefix}{field.name} = "
                     f"{there!r}; config.model.{prefix}"
-                    f"{field.name} is {here!r}. Set it to {there!r}, or start from other weights."
+                    f"{field.name} is {here!r}. Set it to {there!r}"
+                    f"{' or more' if field.name == 'rope_alpha' else ''}, or start from other "
+                    "weights."
                 )
 
 

@@ -78,7 +78,7 @@ def train_step(cfg, mesh):
     def loss_fn(params, tokens_BT, positions_BT, segments_BT, targets_BT, key):
         model = nnx.merge(graph_def, params)
         output = model(tokens_BT, positions_BT, segments_BT, key=key, is_training=True)
-        loss_BT = model.token_losses(output.hidden_BTD, targets_BT)
+        loss_BT = model.token_figures(output.hidden_BTD, targets_BT).loss
         entropy = loss.mean_loss(loss_BT, (segments_BT > 0).astype(jnp.float32))
         total = entropy + loss.router_loss(output.stats, cfg.moe)
         return total, (output.stats, loss_BT)
