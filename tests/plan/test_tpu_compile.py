@@ -74,7 +74,7 @@ def test_other_kinds_of_layers_compile_for_v5p(kind):
     assert compiled.memory_analysis().temp_size_in_bytes > 0
 
 
-@pytest.mark.parametrize("form", ["gather", "ring"])
+@pytest.mark.parametrize("form", [pytest.param("gather", marks=pytest.mark.slow), "ring"])
 def test_a_row_over_several_chips_compiles_for_v5p(form):
     model = dataclasses.replace(
         presets.tiny(),
