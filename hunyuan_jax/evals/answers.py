@@ -15,9 +15,13 @@ from hunyuan_jax.infer.detokenize import Detokenizer
 from hunyuan_jax.infer.request import Limits, Output, QueueFull, Request, Stats
 from hunyuan_jax.infer.settings import MAX_LOGPROBS, Sampling
 from hunyuan_jax.infer.text import LM
+from hunyuan_jax.parallel.mesh import device_kind
 
 # Greedy, whatever the model's folder recommends: what is measured is the model itself.
 GREEDY = Sampling(temperature=0).resolved({})
+
+# Prompts that are computed at the same time.
+_MAX_ROWS = 8
 
 Ids = Sequence[int]
 
@@ -58,15 +62,30 @@ class Prompt:
     is_done: Callable[[str], bool] | None = None
 
 
+def short_limits(lm: LM, max_context: int | None) -> Limits:
+    """Of an engine for many prompts of some hundred tokens that share beginnings.
+
+    On a CPU pieces of prompts are small, so that little is padding; short pages leave little to
+    compute again behind a beginning that is known.
+    """
+    page_size, chunk_size = (16, 32) if device_kind(lm.model.mesh) == "cpu" else (None, None)
+    return Limits(_MAX_ROWS, max_context, page_size=page_size, chunk_size=chunk_size)
+
+
+def long_limits(max_context: int | None) -> Limits:
+    """Of an engine for prompts of thousands of tokens."""
+    return Limits(_MAX_ROWS, max_context)
+
+
 class Answers:
     """A model that answers many prompts at a time.
 
     max_length: tokens that it reads at most.
     """
 
-    def __init__(self, lm: LM, limits: Limits | None = None):
+    def __init__(self, lm: LM, limits: Limits):
         self.lm = lm
-        self._engine = lm.model.new_engine(limits or Limits(max_rows=8))
+        self._engine = lm.model.new_engine(limits)
         self.max_length = self._engine.max_context
         self._numbers = itertools.count()
 

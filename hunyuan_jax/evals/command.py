@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
@@ -70,9 +71,10 @@ def evaluate(values) -> int:
     texts, haystack = _texts(values, names), _haystack(values.haystack)
     if values.output is not None:
         Path(values.output).mkdir(parents=True, exist_ok=True)
-    answers = _answers(values)
-    lengths = _fitting(lengths, answers.max_length, problems, names)
-    runner = _Runner(values, answers, lengths, depths, texts, haystack)
+    lm = _loaded(values)
+    max_length = values.max_context or lm.model.config.max_position
+    lengths = _fitting(lengths, max_length, problems, names)
+    runner = _Runner(values, lm, lengths, depths, texts, haystack)
     results: dict[str, Any] = {}
     for name in names:
         start = time.perf_counter()
@@ -113,11 +115,17 @@ class _Problems:
 class _Runner:
     """Runs one task after the other with a loaded model."""
 
-    def __init__(self, values, answers, lengths, depths, texts, haystack):
-        self._values, self._answers = values, answers
+    def __init__(self, values, lm, lengths, depths, texts, haystack):
+        self._values, self._lm = values, lm
         self._lengths, self._depths = lengths, depths
         self._texts, self._haystack = texts, haystack
         self._harness: Any = None
+
+    @functools.cached_property
+    def _answers(self) -> Any:
+        from hunyuan_jax.evals import answers
+
+        return answers.Answers(self._lm, answers.long_limits(self._values.max_context))
 
     def run(self, name: str) -> dict[str, Any]:
         """The result of a task: figures, and `failed`.
@@ -158,11 +166,15 @@ class _Runner:
         )
 
     def _run_harness(self, name: str) -> dict[str, Any]:
-        from hunyuan_jax.evals import harness
+        from hunyuan_jax.evals import answers, harness
 
         if self._harness is None:
-            model = harness.HarnessModel(answers=self._answers, add_bos=self._values.add_bos)
-            self._harness = harness.Tasks(_harness_settings(self._values)), model
+            values = self._values
+            limits = answers.short_limits(self._lm, values.max_context)
+            model = harness.HarnessModel(
+                answers=answers.Answers(self._lm, limits), add_bos=values.add_bos
+            )
+            self._harness = harness.Tasks(_harness_settings(values)), model
         tasks, model = self._harness
         return tasks.run(name, model)
 
@@ -275,11 +287,9 @@ def _haystack(path: str | None) -> list[str]:
     return words.split_sentences(text)
 
 
-def _answers(values) -> Any:
+def _loaded(values) -> Any:
+    """The model of --checkpoint."""
     lm = load_lm(values)
-    from hunyuan_jax.evals.answers import Answers
-    from hunyuan_jax.infer.request import Limits
-
     positions = lm.model.config.max_position
     if values.max_context is not None and values.max_context > positions:
         raise ConfigError(
@@ -288,7 +298,7 @@ def _answers(values) -> Any:
         )
     if values.chat and lm.tokenizer.chat_template is None:
         lm.chat_ids([{"role": "user", "content": "?"}])  # raises where no chat can be written
-    return Answers(lm, Limits(max_rows=8, max_context=values.max_context))
+    return lm
 
 
 @contextlib.contextmanager

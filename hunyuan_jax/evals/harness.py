@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.evals.answers import Answers, Failed, Prompt
+from hunyuan_jax.evals.answers import Answers, Failed, Prompt, short_limits
 from hunyuan_jax.evals.perplexity import score_rolling
 from hunyuan_jax.infer import text
-from hunyuan_jax.infer.request import Limits
 from hunyuan_jax.infer.settings import Sampling
 
 # Names of lm-eval's generation settings -> ours.
@@ -80,7 +79,7 @@ class HarnessModel(TemplateLM):
             if checkpoint is None:
                 raise ConfigError("checkpoint is missing; pass --model_args checkpoint=DIR.")
             lm = text.load(checkpoint)
-            answers = Answers(lm, Limits(max_rows=8, max_context=max_length))
+            answers = Answers(lm, short_limits(lm, max_length))
         self._answers, self._add_bos = answers, add_bos
         self.tokenizer = answers.lm.tokenizer
         self.failed: dict[tuple[str | None, int | None], str] = {}

@@ -132,10 +132,10 @@ def run_needles(
     num_needles = needles.num_keys * needles.num_values
 
     def make(length: int, depth: float, index: int) -> ruler.Sample:
-        spread = np.linspace(depth, 100, num_needles + 1)[:-1]
+        spread = np.linspace(depth, 100, num_needles + 1)[1:-1]
         name = f"{run.seed}/needle/{num_needles}/{length}/{index}"
         return ruler.needle_sample(
-            "needle", needles, length, index, run.count, name, run.text, spread.tolist()
+            "needle", needles, length, index, run.count, name, run.text, [depth, *spread.tolist()]
         )
 
     samples, failed = _made(make, itertools.product(lengths, depths, range(run.num_samples)))

@@ -5,7 +5,12 @@ from hunyuan_jax.files import LocalPath
 
 
 @flags.command(
-    flags.Option("workdir", LocalPath, "folder of the run, such as runs/tiny.", is_required=True),
+    flags.Option(
+        "workdir",
+        LocalPath,
+        "folder of the run, such as runs/tiny, or the --output of `eval`.",
+        is_required=True,
+    ),
     flags.Option("output", LocalPath, "File to write.", default_meaning="WORKDIR/report.html"),
 )
 def report(values) -> int:

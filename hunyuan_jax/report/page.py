@@ -1,4 +1,4 @@
-"""Writes one self-contained HTML page about a run, from the files in its workdir.
+"""Writes one self-contained HTML page about a run or an evaluation, from files in its folder.
 
 The plots are interactive (plotly, extra `report`): one can zoom into a spike of a run of weeks,
 and read the number of a heatmap's cell.  plotly's script is in the page.  A content security
@@ -22,6 +22,7 @@ import numpy as np
 from hunyuan_jax.config import flat_fields
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
+from hunyuan_jax.report import evaluation
 from hunyuan_jax.runlog import goodput, metrics
 
 _MAX_POINTS = 1200  # per curve; more than a screen has pixels
@@ -61,17 +62,17 @@ def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -
     """Writes the page, by default to WORKDIR/report.html, and returns its path.
 
     Raises:
-      ConfigError: the workdir has no metrics, the output's folder does not exist, or plotly is
-        missing.
+      ConfigError: the workdir has neither metrics nor an evaluation, the output's folder does not
+        exist, or plotly is missing.
     """
     workdir = Path(user_path(workdir, "--workdir"))
     rows = [
         row for row in metrics.read_objects(workdir / metrics.FILE) if type(row.get("step")) is int
     ]
-    if not rows:
+    if not rows and not _read(workdir / evaluation.FILE):
         raise ConfigError(
             f"{workdir} holds no metrics ({metrics.FILE} is missing or empty). Pass the --workdir "
-            "of `python train.py`."
+            "of `python train.py`, or the --output of `eval`."
         )
     if importlib.util.find_spec("plotly") is None:
         raise ConfigError(
@@ -91,7 +92,7 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
 
     Args:
       workdir: folder of the run; its config, environment and goodput ledger are read if present.
-      rows: rows of metrics.jsonl, ascending by step.
+      rows: rows of metrics.jsonl, ascending by step; none for a folder with an evaluation only.
     """
     from plotly.offline import get_plotlyjs
 
@@ -99,12 +100,17 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
     ledger = goodput.Ledger(goodput.read_rows(workdir / goodput.FILE))
     name = workdir.absolute().name
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    figures = _figures(rows, ledger)
+    found = _read(workdir / evaluation.FILE)
+    figures = _figures(rows, ledger) if rows else {}
+    figures |= evaluation.figures(found, _lay_out)
+    metrics_of_tasks = evaluation.table(found)
     cards = "".join(
         f'<section class="card {width}"><h2>{html.escape(title)}</h2>'
         f'<p>{html.escape(note)}</p><div id="{key}"></div></section>'
         for key, (title, note, width, _) in figures.items()
     )
+    if metrics_of_tasks:
+        cards += f'<section class="card half"><h2>Tasks</h2>{_table(metrics_of_tasks)}</section>'
     data = json.dumps({key: json.loads(figure.to_json()) for key, (*_, figure) in figures.items()})
     scripts = [get_plotlyjs(), _BOOT]
     hashes = " ".join(
@@ -121,7 +127,7 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
 <title>{html.escape(name)}</title><style>{_STYLE}</style></head>
 <body><header><h1>{html.escape(name)}</h1><span>{html.escape(_subtitle(environment))}</span>
 <span class="right">{html.escape(now)}</span></header>
-<div class="tiles">{_tiles(rows, ledger, config)}</div>
+<div class="tiles">{_tiles(rows, ledger, config) if rows else ""}</div>
 <main>{cards}
 <section class="card half"><h2>Environment</h2>{_table(environment)}</section>
 <section class="card half"><h2>Configuration</h2>{_table(dict(flat_fields(config)))}</section>
