@@ -205,7 +205,7 @@ OFFSET = cases.Case("", 2, 256, 512, 4, 2, 16, "float32", documents=3, padding=3
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.2])
+@pytest.mark.parametrize("dropout_rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_some_queries_of_a_sequence(implementation, dropout_rate, small_blocks):
     # Queries 128 to 383 of 512, with the dropout that all 512 queries have.
     case = dataclasses.replace(OFFSET, T=512, dropout_rate=dropout_rate)

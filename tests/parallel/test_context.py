@@ -117,8 +117,8 @@ def check(cfg, mesh):
     ("form", "sizes"),
     [
         ("gather", (2, 1, 2, 2)),
-        ("ring", (4, 2, 1, 1)),
-        ("all_to_all", (2, 2, 1, 2)),
+        pytest.param("ring", (4, 2, 1, 1), marks=pytest.mark.slow),
+        pytest.param("all_to_all", (2, 2, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_several_chips_give_the_loss_and_gradients_of_one(form, sizes):
