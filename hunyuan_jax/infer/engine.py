@@ -174,6 +174,8 @@ class Engine:
             prefix_queries=scheduler.num_looked_up,
             prefix_hits=scheduler.num_found,
             idle_share=self._clock.idle_share,
+            steps=self._clock.num_steps,
+            host_seconds=self._clock.host_seconds,
             compilations=self._compilations.num,
         )
 
@@ -188,6 +190,8 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Starts the next step, then waits for the one before; what that one has brought."""
+        begin = time.thread_time()
+        self._clock.num_steps += 1
         outputs = self._take_in()
         plan = self.scheduler.plan()
         if plan is not None:
@@ -207,6 +211,7 @@ class Engine:
                         del self._choices[output.id]
             if not self._choices:
                 self._clock.pause()
+        self._clock.host_seconds += time.thread_time() - begin
         return outputs
 
     def _take_in(self) -> list[Output]:
@@ -229,6 +234,8 @@ class Engine:
         is_full = not plan.chunks and plan.num_steps == self.scheduler.max_steps
         if is_full and seconds < _CALL_SECONDS:
             self.scheduler.max_steps = min(2 * plan.num_steps, _MAX_STEPS)
+        elif is_full and seconds > 2 * _CALL_SECONDS:
+            self.scheduler.max_steps = max(1, plan.num_steps // 2)
         return self.scheduler.update(plan, of_chunks, of_rows)
 
     # -- for whoever wants answers only ---------------------------------------
@@ -318,9 +325,13 @@ def _affordable_pages(cfg: Any, mesh: Any, page_size: int) -> int:
 
 
 class _Clock:
-    """For how long the device had nothing to do while there was work."""
+    """For how long the device had nothing to do while there was work, and what steps cost.
+
+    host_seconds: CPU time of the threads that called `step`.
+    """
 
     def __init__(self):
+        self.num_steps, self.host_seconds = 0, 0.0
         self._busy = self._idle = 0.0
         self._last: float | None = None
 

@@ -114,7 +114,8 @@ class Stats:
 
     pages_cached: not in use, with contents that a prompt may share; prefix_queries and
     prefix_hits: prompt tokens that were looked up, and found; idle_share: of the time in which
-    there was work, the share in which the device had none; compilations: since `warm_up`.
+    there was work, the share in which the device had none; steps: calls of `step`; host_seconds:
+    CPU time of the threads that called it; compilations: since `warm_up`.
     """
 
     running: int
@@ -128,4 +129,6 @@ class Stats:
     prefix_queries: int
     prefix_hits: int
     idle_share: float
+    steps: int
+    host_seconds: float
     compilations: int
