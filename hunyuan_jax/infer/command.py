@@ -37,9 +37,13 @@ MODEL = (
 )
 _SAMPLING = (
     _sampling_option("max_new_tokens", int, "Stop after this many tokens."),
+    _sampling_option("min_new_tokens", int, "Draw no stop id before this many tokens."),
     _sampling_option("temperature", float, "Sampling temperature; 0 is greedy."),
     _sampling_option("top_k", int, "Draw from the k most likely tokens; 0 is off."),
     _sampling_option("top_p", float, "Draw from the most likely tokens of this mass; 1 is off."),
+    _sampling_option(
+        "min_p", float, "Exclude tokens below this share of the likeliest; 0 is off."
+    ),
     _sampling_option("repetition_penalty", float, "Penalty of tokens seen before; 1 is off."),
     flags.Option("seed", int, "Random seed for sampling.", Sampling.seed),
 )
@@ -127,8 +131,7 @@ def _values_are_settings() -> Iterator[None]:
 
 def _sampling(values) -> Sampling:
     """The settings of the options; those that are not given are left to the model's folder."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return Sampling(**{name: getattr(values, name) for name in names})
+    return Sampling(**{option.name: getattr(values, option.name) for option in _SAMPLING})
 
 
 def load_lm(values) -> Any:

@@ -50,8 +50,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (),
     "guidance_scale": (1,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
-    "min_p": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "penalty_alpha": (0,),

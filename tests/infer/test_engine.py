@@ -133,6 +133,7 @@ def test_a_prompt_that_is_only_scored_draws_nothing(engine):
         outputs += engine.step()
     assert [(o.tokens, o.finish_reason) for o in outputs] == [((), "length")]
     assert len(outputs[0].prompt_logprobs) == 9
+    assert all(entry.top == () for entry in outputs[0].prompt_logprobs[1:])
 
 
 def test_the_last_token_that_is_only_scored_needs_no_position(model, engine):
@@ -346,5 +347,6 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(invariant
     stats = invariant.stats()
     assert stats.preemptions > 0 and stats.prefix_hits > 0
     assert stats.compilations == 0
+    assert stats.steps > 0 and stats.host_seconds > 0
     jax.jit(lambda x: x * 3.25)(jnp.ones(7)).block_until_ready()
     assert invariant.stats().compilations > 0  # so they are seen

@@ -240,6 +240,20 @@ def test_running_prompts_and_rows_share_a_step():
     assert len(plan.rows) == 1 and plan.num_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_chunks"), [(4, [1]), (8, [2]), (12, [3]), (16, [3, 1]), (28, [3, 3, 1])]
+)
+def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chunks):
+    _, scheduler, device = scheduled()
+    scheduler.add(request(range(num_tokens)))
+    found = []
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        found += [len(plan.chunks)] * bool(plan.chunks)
+        scheduler.update(plan, *device.run(plan))
+    assert found == num_chunks
+
+
 @pytest.mark.parametrize("is_invariant", [False, True])
 def test_a_choice_that_starts_over_sends_nothing_twice(is_invariant):
     """Two rows of 16 tokens in five pages: the second has to make room for the first."""

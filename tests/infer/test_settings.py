@@ -23,9 +23,11 @@ STATED = {
 }
 GIVEN = {
     "max_new_tokens": 20,
+    "min_new_tokens": 2,
     "temperature": 0.1,
     "top_k": 7,
     "top_p": 0.5,
+    "min_p": 0.03,
     "repetition_penalty": 1.2,
 }
 
@@ -51,6 +53,12 @@ def used(monkeypatch, tmp_path):
         return {name: getattr(resolved, name) for name in DEFAULTS}
 
     return run
+
+
+def test_settings_that_act_are_not_warned_of(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(STATED))
+    with warnings.catch_warnings(action="error"):
+        assert read_sampling(Place(tmp_path)) == STATED
 
 
 def test_without_a_file_the_defaults_hold(used):
