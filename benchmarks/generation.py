@@ -1,8 +1,10 @@
-"""Compares decoding speed with transformers' `generate` at the size of configs/bench.py.
+"""Compares decoding speed with transformers' `generate` at the size of configs/bench.py, or of
+configs/bench_hy3.py.
 
 transformers needs an environment of its own (python 3.11), see side_by_side.py:
 
     python benchmarks/generation.py .venv-torch/bin/python
+    python benchmarks/generation.py .venv-torch/bin/python bench_hy3
 
 Both have random weights of the same shapes, decode greedily and have no stop ids.  Their processes
 take turns, one call each; the first call of each, with compilation, is not timed.
@@ -19,10 +21,10 @@ REPO = Path(__file__).parents[1]
 BATCHES, PROMPT, NEW_TOKENS, ROUNDS = (1, 8), 64, 256, 7
 
 
-def main(torch_python: str) -> None:
+def main(torch_python: str, name: str = "bench") -> None:
     """Prints a markdown table; ends with the load of the machine."""
-    ours = start([sys.executable, __file__, "--worker"])
-    rival = start([torch_python, "benchmarks/transformers_generate_worker.py"])
+    ours = start([sys.executable, __file__, "--worker", name])
+    rival = start([torch_python, "benchmarks/transformers_generate_worker.py", name])
     print(
         "| batch | hunyuan_jax, tokens/s | transformers, tokens/s | ratio of each round | median "
         "ratio |\n|---|---|---|---|---|"
@@ -63,7 +65,7 @@ def speed(worker: subprocess.Popen, batch: int) -> float:
     return batch * NEW_TOKENS / json.loads(answer)
 
 
-def work() -> None:
+def work(name: str) -> None:
     """Our side."""
     import jax
     import numpy as np
@@ -74,7 +76,7 @@ def work() -> None:
     from hunyuan_jax.model.transformer import Transformer
     from hunyuan_jax.parallel.mesh import single_device_mesh
 
-    config = presets.bench()
+    config = getattr(presets, name)()
     model = Pretrained(
         config,
         nnx.to_pure_dict(
@@ -89,4 +91,4 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    work() if sys.argv[1] == "--worker" else main(sys.argv[1])
+    work(sys.argv[2]) if sys.argv[1] == "--worker" else main(*sys.argv[1:])

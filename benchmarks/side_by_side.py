@@ -1,9 +1,10 @@
-"""Compares training and prefill speed with transformers' HunYuanMoEV1.
+"""Compares training and prefill speed with transformers' HunYuanMoEV1, or its HYV3.
 
 transformers needs an environment of its own (python 3.11):
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch==2.13.0 transformers
     python benchmarks/side_by_side.py .venv-torch/bin/python
+    python benchmarks/side_by_side.py .venv-torch/bin/python bench_hy3
 
 Prints each round and the median of the ratios.  The two take turns, so that a drifting machine is
 fair to both.
@@ -21,10 +22,11 @@ ROUNDS = 3
 FIGURES = ("tokens_per_second", "prefill_tokens_per_second")
 
 
-def main(torch_python: str) -> None:
-    """Runs ROUNDS pairs and prints a markdown table."""
-    ours = [sys.executable, "-m", "hunyuan_jax", "bench", "--config=configs/bench.py", "--json"]
-    rival = [torch_python, "benchmarks/transformers_worker.py"]
+def main(torch_python: str, name: str = "bench") -> None:
+    """Runs ROUNDS pairs of configs/NAME.py and prints a markdown table."""
+    recipe = f"--config=configs/{name}.py"
+    ours = [sys.executable, "-m", "hunyuan_jax", "bench", recipe, "--json"]
+    rival = [torch_python, "benchmarks/transformers_worker.py", name]
     rounds = [(last_json(ours), last_json(rival)) for _ in range(ROUNDS)]
     assert rounds[0][0]["parameters"] == rounds[0][1]["parameters"], (
         "the two models differ in size"
@@ -58,4 +60,4 @@ def last_json(command: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Times transformers' `generate` at the size of configs/bench.py on the CPU.
+"""Times transformers' `generate` at the size of a config for benchmarks on the CPU.
 
 benchmarks/generation.py runs it.
 """
@@ -14,7 +14,7 @@ PROMPT, NEW_TOKENS = 64, 256
 
 def main():
     """Seconds of one call for each batch size on a line of standard input."""
-    model = new_model(eos_token_id=None).eval()
+    model = new_model(sys.argv[1], eos_token_id=None).eval()
     for line in sys.stdin:
         ids = torch.randint(3, 1024, (int(line), PROMPT))
         start = time.perf_counter()

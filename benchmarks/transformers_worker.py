@@ -1,42 +1,47 @@
 """Measures training and prefill speed of transformers' HunYuanMoEV1 at the size of
-configs/bench.py on the CPU; run by side_by_side.py.
+configs/bench.py on the CPU, or of its HYV3 at that of configs/bench_hy3.py.  Run by
+side_by_side.py.
 """
 
 import json
 import statistics
+import sys
 import time
 
 import torch
-from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
+import transformers
 
 BATCH, LENGTH, STEPS = 8, 256, 20
 
 
-def new_model(eos_token_id):
+def new_model(name, eos_token_id):
     """A random float32 model; eos_token_id: where `generate` stops, or None."""
     torch.manual_seed(0)
-    config = HunYuanMoEV1Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        moe_topk=1,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=eos_token_id,
-        tie_word_embeddings=False,
-    )
-    return HunYuanMoEV1ForCausalLM(config).float()
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": eos_token_id,
+        "tie_word_embeddings": False,
+    }
+    if name == "bench_hy3":
+        experts = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+        config = transformers.HYV3Config(**sizes, **experts)
+        return transformers.HYV3ForCausalLM(config).float()
+    config = transformers.HunYuanMoEV1Config(**sizes, num_experts=8, moe_topk=1)
+    return transformers.HunYuanMoEV1ForCausalLM(config).float()
 
 
 def main():
     """Prints one JSON line."""
-    model = new_model(eos_token_id=2).train()
+    model = new_model(sys.argv[1], eos_token_id=2).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     ids = torch.randint(3, 1024, (BATCH, LENGTH))
 

@@ -229,3 +229,19 @@ def bench() -> ModelConfig:
             num_experts=8, top_k=1, num_shared_experts=1, dispatch="recycle", capacity_factor=1.0
         ),
     )
+
+
+def bench_hy3() -> ModelConfig:
+    """21.1 M parameters of Hy3's kind, for the same comparison with its class."""
+    return ModelConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position=2048,
+        **_HY3 | {"num_mtp_layers": 0, "dtype": "float32", "remat": "none"},
+        moe=dataclasses.replace(_hy3_moe(num_experts=32, intermediate_size=256), top_k=4),
+    )

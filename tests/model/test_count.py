@@ -121,6 +121,7 @@ def test_parts_of_the_instruct_model():
         "hy_mt2_30b",
         "tiny",
         "bench",
+        "bench_hy3",
     ],
 )
 def test_presets_have_as_many_parameters_as_their_modules(preset):
