@@ -23,7 +23,7 @@ FORMAT = 2  # of new checkpoints; those without a format have format 1, see stor
 # Fields that may not change between the runs of a workdir: the model, the text, the objective, and
 # whatever decides the order of the batches.
 _FIXED_SECTIONS = ("model", "data", "objective")
-_FIXED_FIELDS = (("train", "batch_size"), ("train", "seq_len"), ("train", "seed"))
+_FIXED_FIELDS = tuple(("train", name) for name in ("batch_size", "seq_len", "seed", "ema_decay"))
 # Fields of those sections that change neither a number nor its meaning.  Text and tokens are
 # compared by what they hold (`position["corpus"]`), wherever they lie.
 FREE_FIELDS = {

@@ -53,6 +53,23 @@ class Config(Section):
             f"config.train.num_epochs = {train.num_epochs} has no meaning for a mixture, whose "
             "sources are not passed equally often; set config.train.num_steps.",
         )
+        require(
+            not (train.ema_decay and self.optimizer.state_dtype == "fp8_lm"),
+            f"config.train.ema_decay = {train.ema_decay} needs float32 weights: small changes "
+            "vanish in the 16 bits of config.optimizer.state_dtype = 'fp8_lm'; take float32 or "
+            "bfloat16.",
+        )
+        if self.objective.name == "dpo":
+            require(
+                not self.model.is_moe or moe.dispatch == "dropless",
+                f"config.model.moe.dispatch = {moe.dispatch!r} routes a token by what shares its "
+                "batch, so policy and reference would differ from the start; take 'dropless'.",
+            )
+            require(
+                self.objective.dpo.reference == "stored" or self.model.lora.rank > 0,
+                "config.objective.dpo.reference = 'adapter_off' needs adapters; set "
+                "config.model.lora.rank, or take 'stored'.",
+            )
         planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
         if self.schedule.num_steps:
             name = "schedule.num_steps"

@@ -23,6 +23,9 @@ class TrainConfig(Section):
     """Tokens per sequence."""
     init_from: AnyPath = ""
     """Initial weights: a model folder, a hub id or a run's workdir; "" = random, from `seed`."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which is then validated, exported and
+    used; 0 = none."""
     grad_accum_steps: int = 1
     """Micro-batches per step, one after another; they split the batch evenly."""
     seed: int = 0
@@ -66,6 +69,10 @@ class TrainConfig(Section):
             self.num_epochs >= 0,
             f"config.train.num_epochs = {self.num_epochs} must not be negative; 0 leaves "
             "num_steps as it is.",
+        )
+        require(
+            0 <= self.ema_decay < 1,
+            f"config.train.ema_decay = {self.ema_decay} must be in [0, 1); 0 is off.",
         )
         require(
             self.watchdog_minutes >= 0,

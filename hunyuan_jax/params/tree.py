@@ -29,6 +29,14 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {**first, **second, **both}
 
 
+def part_like(tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a nested dict has under the names that `part`, another, has."""
+    return {
+        name: part_like(tree[name], value) if isinstance(value, dict) else tree[name]
+        for name, value in part.items()
+    }
+
+
 def _select(tree: dict[str, Any], specs: dict[str, Any], *, is_trained: bool) -> dict[str, Any]:
     found = {}
     for name, value in tree.items():

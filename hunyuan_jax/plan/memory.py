@@ -311,7 +311,7 @@ def _state_of(config: Config, num_devices: int) -> _State:
         model=dataclasses.replace(config.model, remat="none", moe=moe),
         mesh=MeshConfig(**mesh_sizes(config, num_devices)),
         optimizer=config.optimizer,
-        train=TrainConfig(seq_len=1),  # fits every model
+        train=TrainConfig(seq_len=1, ema_decay=config.train.ema_decay),  # fits every model
     )
     return _trace_state(relevant, num_devices)
 
@@ -326,7 +326,11 @@ def _trace_state(config: Config, num_devices: int) -> _State:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.taps)
     ]
     return _State(
-        _bytes(state.params), _bytes(state.opt_state), _bytes(program.taps), sum(elements), program
+        _bytes((state.params, state.ema)),
+        _bytes(state.opt_state),
+        _bytes(program.taps),
+        sum(elements),
+        program,
     )
 
 

@@ -15,4 +15,8 @@ def build_objective(config: Config) -> Objective:
             from hunyuan_jax.post.sft import Sft
 
             return Sft(config)
+        case "dpo":
+            from hunyuan_jax.post.dpo import Dpo
+
+            return Dpo(config)
     raise AssertionError(config.objective.name)

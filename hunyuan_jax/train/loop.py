@@ -54,6 +54,7 @@ from hunyuan_jax.train.state import (
     init_state,
     not_finite,
     to_items,
+    used_params,
     with_state_dtype,
 )
 from hunyuan_jax.weights import side_files
@@ -119,14 +120,7 @@ class _Trainer:
         self._require_owner = require_owner
         self._log = Log(config, workdir)
         self._program = program = build_program(config, make_mesh(config.mesh), build_objective)
-        spec = program.objective.eval_spec | program.objective.batch_spec
-        shapes = {name: field.shape for name, field in spec.items()}
-        shardings = step_lib.batch_shardings(program, spec)
-        self._to_devices = functools.partial(
-            hosts.global_batch, shardings=shardings, shapes=shapes
-        )
-        name = next(iter(program.objective.batch_spec))  # all fields are split alike in dim 0
-        self._rows = hosts.process_rows(shardings[name], shapes[name])
+        self._rows, self._to_devices = step_lib.feed(program)
         self._stream, self._batches = self._open_text()
         self._text = self._stream.identity()
         if config.train.num_epochs:
@@ -172,6 +166,12 @@ class _Trainer:
         Raises:
           ConfigError: the checkpoint is of another run or text, or all checkpoints are damaged.
         """
+        with self._watchdog.doing("preparing its data"):
+            self._program.objective.prepare(
+                self._program,
+                os.fspath(self._workdir),
+                lambda: self._initial_state().params,
+            )
         with self._watchdog.doing("restoring a checkpoint"):
             restored = self._restored()
         if restored is None:
@@ -436,7 +436,7 @@ class _Trainer:
             found = evaluate(
                 self._program.objective,
                 self._eval_step,
-                self._state.params,
+                used_params(self._state),
                 map(self._to_devices, self._validation),
                 lambda: self._looks_for_stop(signals),
             )

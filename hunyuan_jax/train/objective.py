@@ -7,7 +7,7 @@ finds the one that a config names.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 
@@ -15,6 +15,9 @@ from hunyuan_jax.config import Config
 from hunyuan_jax.data.stream import Batch, DataStream
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hunyuan_jax.train.state import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,15 @@ class Objective(Protocol):
 
         Raises:
           ConfigError: it does not exist or cannot be used.
+        """
+
+    def prepare(
+        self, program: "Program", workdir: str, initial_params: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Computes what the data needs of the weights that the run starts from.
+
+        Every process calls it once, after `open_stream` and before training, also in a run that is
+        resumed.  `initial_params` makes these weights, as in `TrainState.params`.
         """
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:

@@ -5,7 +5,8 @@ Letters: B batch, T tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,6 +46,9 @@ class Pretrain:
         """Opens the text or the token shards of config.data."""
         data = self.config.data
         return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self.config.train)
+
+    def prepare(self, program: Any, workdir: str, initial_params: Callable[[], Any]) -> None:
+        """Needs nothing."""
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the number of targets, at least 1."""

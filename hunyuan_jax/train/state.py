@@ -19,7 +19,7 @@ from hunyuan_jax.optim.schedule import build_schedule
 from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params import abstract
-from hunyuan_jax.params.tree import join, path_of, split
+from hunyuan_jax.params.tree import join, part_like, path_of, split
 from hunyuan_jax.train.objective import BuildObjective, Objective
 from hunyuan_jax.train.pretrain import Pretrain
 
@@ -32,12 +32,14 @@ class TrainState(NamedTuple):
     opt_state: moments with the shapes of the trained parameters.
     step: int32, steps done, including skipped ones.
     guard: state of `optim.guard`.
+    ema: moving average of the trained parameters, config.train.ema_decay; {} without.
     """
 
     params: dict[str, Any]
     opt_state: Any
     step: jax.Array
     guard: Guard
+    ema: dict[str, Any]
 
 
 class Program(NamedTuple):
@@ -157,14 +159,30 @@ def abstract_state(program: Program) -> TrainState:
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """Splits a state, or its shapes, into a checkpoint's items (`checkpoint.store.ITEMS`)."""
-    optimizer = state._asdict()
-    return {"params": optimizer.pop("params"), "optimizer": optimizer}
+    """Splits a state, or its shapes, into a checkpoint's items (`checkpoint.store.ITEMS`).
+
+    "params" is what a run is used and exported by: the moving average if there is one.
+    """
+    optimizer = _exchanged(state)._asdict()
+    params = optimizer.pop("params")
+    if not optimizer["ema"]:
+        del optimizer["ema"]
+    return {"params": params, "optimizer": optimizer}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
     """Inverse of `to_items`."""
-    return TrainState(params=items["params"], **items["optimizer"])
+    return _exchanged(TrainState(**{"params": items["params"], "ema": {}, **items["optimizer"]}))
+
+
+def used_params(state: TrainState) -> dict[str, Any]:
+    """Returns the parameters that a run is judged by: the moving average if there is one."""
+    return join(state.params, state.ema)
+
+
+def _exchanged(state: TrainState) -> TrainState:
+    """Returns the state with its moving average and what it averages in each other's place."""
+    return state._replace(params=used_params(state), ema=part_like(state.params, state.ema))
 
 
 def with_state_dtype(program: Program, state_dtype: StateDtype) -> Program:
@@ -205,7 +223,8 @@ def _new_state(
 ) -> TrainState:
     params = stored_params(params, specs, config.model.dtype, config.optimizer.state_dtype)
     trained, _ = split(params, specs)
-    return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard())
+    ema = jax.tree.map(jnp.copy, trained) if config.train.ema_decay else {}
+    return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard(), ema)
 
 
 def _state_shapes(config: Config, tx: Optimizer, specs: dict[str, Any]) -> TrainState:

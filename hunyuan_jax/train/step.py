@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from hunyuan_jax.layers import loss as loss_lib
@@ -16,10 +17,10 @@ from hunyuan_jax.model.balance import bias_metrics, moved_biases
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import hosts, rules
 from hunyuan_jax.parallel.mesh import first_device
 from hunyuan_jax.params.declare import Weight, in_use
-from hunyuan_jax.params.tree import join, split
+from hunyuan_jax.params.tree import join, part_like, split
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 from pallas_kernels import tpu_compiler
@@ -70,6 +71,20 @@ def place_batch(program: Program, batch: Mapping[str, np.ndarray]) -> Batch:
     return jax.device_put(dict(batch), batch_shardings(program, program.objective.batch_spec))
 
 
+def feed(program: Program) -> tuple[np.ndarray, Callable[[Mapping[str, np.ndarray]], Batch]]:
+    """Returns (rows of a batch that this process reads, int64; what puts its part of a training or
+    validation batch on the mesh).
+    """
+    spec = {**program.objective.eval_spec, **program.objective.batch_spec}
+    shapes = {name: field.shape for name, field in spec.items()}
+    shardings = batch_shardings(program, spec)
+    name = next(iter(program.objective.batch_spec))  # all fields are split alike in dim 0
+    return (
+        hosts.process_rows(shardings[name], shapes[name]),
+        functools.partial(hosts.global_batch, shardings=shardings, shapes=shapes),
+    )
+
+
 def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted (state, batch) -> (new state, metrics); the old state is donated.
 
@@ -104,7 +119,15 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
             **bias_metrics(state.params, config.model),
         }
         frozen = moved_biases(frozen, measured.router, config.model, is_accepted)
-        return TrainState(join(frozen, trained), opt_state, state.step + 1, guard), metrics
+        ema = jax.tree.map(
+            lambda mean, new: jnp.where(
+                is_accepted, mean + (1 - config.train.ema_decay) * (new - mean), mean
+            ),
+            state.ema,
+            part_like(trained, state.ema),
+        )
+        params = join(frozen, trained)
+        return TrainState(params, opt_state, state.step + 1, guard, ema), metrics
 
     return jax.jit(
         step,
@@ -201,6 +224,39 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     weights = join(frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained))
     stacks = program.config.model.stacks
     return {name: tree if name in stacks else in_use(tree) for name, tree in weights.items()}
+
+
+def make_outputs_step(
+    program: Program, fn: Callable[[Transformer, Batch], jax.Array]
+) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
+    """Returns jitted (params, training batch) -> fn(model, micro-batch) of all micro-batches.
+
+    The model is that of training, without dropout.  `fn` returns an array [examples, ...]; the
+    result has those of the whole batch, on every device, and a scalar without a meaning.
+
+    The scalar keeps a backward pass alive.  XLA rounds a forward pass without one otherwise, by
+    up to 0.02 nats a token in bfloat16, and the results are to be those of the train step.
+    """
+    spec = program.objective.batch_spec
+
+    def outputs(params, batch):
+        def of_micro_batch(micro_batch):
+            def total(taps):
+                model = nnx.merge(program.graph_def, _weights(program, params, taps))
+                found = fn(model, micro_batch)
+                return found.sum(), found
+
+            grads, found = jax.grad(total, has_aux=True)(_taps(program))
+            return found, optax.tree.norm(grads)
+
+        found, norms = jax.lax.map(of_micro_batch, _micro_batches(program, spec, batch))
+        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:]), norms.sum()
+
+    return jax.jit(
+        outputs,
+        in_shardings=(program.shardings.params, batch_shardings(program, spec)),
+        out_shardings=rules.sharding(program.mesh, ()),
+    )
 
 
 def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Array]]:

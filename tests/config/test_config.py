@@ -35,6 +35,7 @@ from hunyuan_jax.config import (
     mesh,
     model,
     optim,
+    post,
     run,
     section,
     to_config_dict,
@@ -158,7 +159,7 @@ def test_a_section_must_be_a_mapping():
         (
             "objective.name",
             "pretraining",
-            "config.objective.name = 'pretraining' is not one of 'pretrain', 'sft'.",
+            "config.objective.name = 'pretraining' is not one of 'pretrain', 'sft', 'dpo'.",
         ),
         (
             "model.dtype",
@@ -463,6 +464,30 @@ BROKEN = [
         "config.train.watchdog_minutes = -0.5 must not be negative; 0 is off",
     ),
     ({"train__max_skipped_steps": 0}, "config.train.max_skipped_steps = 0 must be at least 1"),
+    ({"train__ema_decay": 1.0}, "config.train.ema_decay = 1.0 must be in [0, 1); 0 is off"),
+    (
+        {"train__ema_decay": 0.9, "optimizer__state_dtype": "fp8_lm"},
+        "config.train.ema_decay = 0.9 needs float32 weights",
+    ),
+    ({"objective__dpo__beta": 0.0}, "config.objective.dpo.beta = 0.0 must be positive"),
+    ({"objective__dpo__label_smoothing": 0.5}, "label_smoothing = 0.5 must be in [0, 0.5)"),
+    (
+        {"objective__dpo__label_smoothing": 0.1, "objective__dpo__loss": "ipo"},
+        "label_smoothing = 0.1 acts on loss = 'sigmoid'; it is 'ipo'",
+    ),
+    ({"objective__dpo__sft_weight": -1.0}, "sft_weight = -1.0 must not be negative"),
+    (
+        {"objective__name": "dpo", "model__moe__dispatch": "recycle"},
+        "config.model.moe.dispatch = 'recycle' routes a token by what shares its batch",
+    ),
+    (
+        {
+            "objective__name": "dpo",
+            "model__moe__dispatch": "dropless",
+            "objective__dpo__reference": "adapter_off",
+        },
+        "reference = 'adapter_off' needs adapters",
+    ),
     ({"train__num_epochs": -0.5}, "config.train.num_epochs = -0.5 must not be negative; 0 leaves"),
     (
         {**mixture(), "train__num_epochs": 1.0},
@@ -615,7 +640,7 @@ def test_a_broken_rule_is_explained(changes, message):
 
 
 def test_every_rule_is_broken_above(monkeypatch):
-    modules = (model, mesh, data, optim, train, run)
+    modules = (model, mesh, data, optim, post, train, run)
     rules = {
         (module.__file__, node.lineno)
         for module in modules

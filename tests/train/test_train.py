@@ -278,7 +278,9 @@ def test_every_field_of_the_fixed_sections_is_known():
     sections = ("model.", "data.", "objective.")
     all_fields = {name for name in field_names() if name.startswith(sections)}
     assert all_fields - named == manifest.FREE_FIELDS
-    assert named - all_fields == {"train.batch_size", "train.seq_len", "train.seed"}
+    assert named - all_fields == {
+        f"train.{name}" for name in ("batch_size", "seq_len", "seed", "ema_decay")
+    }
 
 
 def test_changed_text_is_refused(corpus, finished):
