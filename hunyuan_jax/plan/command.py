@@ -16,7 +16,7 @@ _OPTIONS = (
     flags.Option(
         "batch_per_chip",
         int,
-        "Sequences per device (half a chip on tpu7x).",
+        "Sequences per device (half a chip on tpu7x), or per config.mesh.context devices.",
         default_meaning="the config's batch; 1 with --fit; 1, 2 and 4 with --search",
         minimum=1,
     ),

@@ -40,8 +40,11 @@ class Trial:
 
 
 def with_batch(config: Config, num_devices: int, batch_per_chip: int) -> Config:
-    """Sets the batch size to `batch_per_chip` sequences per device and micro-batch."""
-    batch_size = num_devices * batch_per_chip * config.train.grad_accum_steps
+    """Sets the batch size to `batch_per_chip` sequences per micro-batch and device, or group of
+    config.mesh.context devices that share a sequence.
+    """
+    num_groups = max(1, num_devices // max(1, config.mesh.context))
+    batch_size = num_groups * batch_per_chip * config.train.grad_accum_steps
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, batch_size=batch_size)
     )

@@ -643,6 +643,8 @@ def test_a_row_over_several_chips():
     assert {form.name for form in (chosen, *others)} == {"gather", "ring", "all_to_all"}
     assert all(form.refusal or form.sent_bytes >= chosen.sent_bytes for form in others)
     assert memory.context_forms(alone, 16) == ()
+    # A sequence for every four devices.
+    assert search.with_batch(spread, 16, 2).train.batch_size == 8
 
 
 def test_peak_is_the_state_and_the_largest_phase():
