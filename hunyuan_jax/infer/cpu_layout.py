@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.ffn.moe import dispatch, routing
 from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
+from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.layout import locations
@@ -29,6 +30,7 @@ from hunyuan_jax.model.stack import Entries, Layer, run_group, stack_figures
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel.mesh import device_kind
 from hunyuan_jax.params import declare as params
+from hunyuan_jax.quant.array import QuantArray
 
 # Elements of an expert's matrix up to which a batch is generated in slices: 512 x 1024 gains, 1024
 # x 2048 loses (docs/generation.md).
@@ -78,15 +80,18 @@ def _of_group(tree: dict[str, Any], specs: dict[str, Any], group: int) -> dict[s
         if isinstance(value, dict):
             taken[name] = _of_group(value, specs[name], group)
         elif specs[name].num_stacked == 2:
-            for expert, matrix in enumerate(np.asarray(value)[group]):
-                taken[f"{name}_{expert}"] = _shared(matrix)
+            for expert in range(specs[name].shape[1]):
+                taken[f"{name}_{expert}"] = _shared(value, (group, expert))
         else:
-            taken[name] = _shared(np.asarray(value)[group])
+            taken[name] = _shared(value, group)
     return taken
 
 
-def _shared(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, may_alias=True)
+def _shared(value: jax.Array | QuantArray, index: Any) -> jax.Array | QuantArray:
+    def part(array):
+        return jax.device_put(np.asarray(array)[index], may_alias=True)
+
+    return jax.tree.map(part, value)
 
 
 class UnrolledStack(nnx.Module):
@@ -207,9 +212,9 @@ def run_experts_one_by_one(
 
         def add(num_rows, i, y_MD, e=e):
             row_b = jax.lax.dynamic_slice_in_dim(order_EM[e], i * num_rows, num_rows)
-            gate_bF, up_bF = (x_MD[row_b] @ w[e].astype(x_MD.dtype) for w in (gate_EDF, up_EDF))
+            gate_bF, up_bF = (linear(x_MD[row_b], w[e]) for w in (gate_EDF, up_EDF))
             h_bF = weight_EM[e][row_b][:, None] * jax.nn.silu(gate_bF) * up_bF
-            return y_MD.at[row_b].add(h_bF @ down_EFD[e].astype(x_MD.dtype), unique_indices=True)
+            return y_MD.at[row_b].add(linear(h_bF, down_EFD[e]), unique_indices=True)
 
         def one(y_MD, add=add):
             return add(1, 0, y_MD)

@@ -22,8 +22,8 @@ from hunyuan_jax.infer.plan_array import COLUMN
 from hunyuan_jax.infer.request import TokenLogprobs
 from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
+from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
-from hunyuan_jax.params.abstract import abstract_module
 
 _MAX_DECODE_PROGRAMS = 8
 
@@ -72,7 +72,7 @@ class Runner:
         self._params = params
         chunk_def = decode_def = graph_def
         if cpu_layout.suits(self._cfg, self._mesh):
-            specs = abstract_module(lambda: model, self._mesh)[1]
+            specs = abstract_model(self._cfg, self._mesh)[1]
             # The piece of an invariant call has it for itself.
             chunk_def = cpu_layout.graph_def(self._cfg, self._mesh)
             decode_def = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from hunyuan_jax.parallel import xla_workarounds
-from hunyuan_jax.parallel.rules import RULES, partition_spec, stored_spec
+from hunyuan_jax.parallel.rules import RULES, partition_spec, quantized_specs, stored_spec
+from hunyuan_jax.quant.array import QuantArray, dequantized, is_quantized
 
 _LANES = 128  # a TPU stores arrays in tiles of 8 x 128 elements
 
@@ -30,20 +31,28 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
     def specs(tree, to_spec):
         return jax.tree.map(to_spec, tree, is_leaf=_is_names)
 
-    in_specs = (specs(stored, stored_spec), *specs(in_logical, partition_spec))
-    if mesh.size == 1:
-        in_specs = jax.tree.map(
-            functools.partial(_naming_all_axes, mesh), in_specs, is_leaf=_is_spec
-        )
-    # check_vma is off because kernels called inside do not state how their results vary over the
-    # mesh.
-    return jax.shard_map(
-        fn,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=specs(out_logical, partition_spec),
-        check_vma=False,
-    )
+    def call(parameters, *activations):
+        of_parameters = jax.tree.map(_stored_specs, stored, parameters, is_leaf=_is_names)
+        in_specs = (of_parameters, *specs(in_logical, partition_spec))
+        if mesh.size == 1:
+            in_specs = jax.tree.map(
+                functools.partial(_naming_all_axes, mesh), in_specs, is_leaf=_is_spec
+            )
+        # check_vma is off because kernels called inside do not state how their results vary over
+        # the mesh.
+        return jax.shard_map(
+            fn,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=specs(out_logical, partition_spec),
+            check_vma=False,
+        )(parameters, *activations)
+
+    return call
+
+
+def _stored_specs(logical: Sequence[str], w: jax.Array | QuantArray) -> Any:
+    return quantized_specs(logical, w) if is_quantized(w) else stored_spec(logical)
 
 
 def _naming_all_axes(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
@@ -55,25 +64,32 @@ def _naming_all_axes(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(mesh.axis_names, *[None] * (len(spec) - 1)) if len(spec) else spec
 
 
-def gather_param(w: jax.Array, logical: Sequence[str], dtype: Any) -> jax.Array:
+def gather_param(w: jax.Array | QuantArray, logical: Sequence[str], dtype: Any) -> jax.Array:
     """A parameter's shard in `dtype`, gathered from storage (FSDP); its gradient comes back as a
     reduce-scatter in `dtype`.
 
-    Dims stay split over their compute axes.
+    Dims stay split over their compute axes.  A quantised parameter is gathered in its few bits,
+    then dequantised.
     """
+    if is_quantized(w):
+        return dequantized(_gather_quantized(w, logical), dtype)
     w = xla_workarounds.cast_where_used(w, dtype)
     for name in sorted(logical, key=_is_rows):
         w = gather_stored(w, name, list(logical).index(name))
     return w
 
 
-def gather_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int) -> jax.Array:
+def gather_matrix(
+    w: jax.Array | QuantArray, logical: Sequence[str], dtype: Any, num_in: int
+) -> jax.Array | QuantArray:
     """As `gather_param`, with the first num_in dims made one and the others another: [in, out];
-    "embed" is one of the two.
+    "embed" is one of the two.  A quantised parameter stays quantised, for `layers.linear`.
 
     Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6
     times the size.
     """
+    if is_quantized(w):
+        return _gather_quantized(w, logical).matrix()
     w = xla_workarounds.cast_where_used(w, dtype)
     for dim, name in enumerate(logical):
         w = w if _is_rows(name) else gather_stored(w, name, dim)
@@ -81,9 +97,11 @@ def gather_matrix(w: jax.Array, logical: Sequence[str], dtype: Any, num_in: int)
     return gather_stored(w, "embed", 0 if logical[0] == "embed" else 1)
 
 
-def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
+def gather_padded(
+    w: jax.Array | QuantArray, logical: Sequence[str], dtype: Any, tiled: str
+) -> jax.Array | QuantArray:
     """As `gather_param`, with each shard's part of the dim `tiled` zero-padded to whole tiles if
-    that adds under 1/32.
+    that adds under 1/32.  A quantised parameter stays quantised, without padding.
 
     So the dim may be a bit longer than declared, with zeros between: 16 * 1152 for 18304.
 
@@ -93,6 +111,8 @@ def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) 
     * A dim that is not, beside rows that are, gets an even number of tiles
       (`xla_workarounds.LANES_BESIDE_GATHERED_ROWS`).
     """
+    if is_quantized(w):
+        return _gather_quantized(w, logical)
     dim = list(logical).index(tiled)
     if num_stored_shards(tiled) > 1:
         lanes = _LANES
@@ -105,6 +125,15 @@ def gather_padded(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) 
         pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
         w = xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
     return gather_param(w, logical, dtype)
+
+
+def _gather_quantized(w: QuantArray, logical: Sequence[str]) -> QuantArray:
+    if w.by_rows:  # of one device, with its dims in another order
+        return w
+    values = w.values
+    for name in sorted(logical, key=_is_rows):
+        values = gather_stored(values, name, values.ndim - len(logical) + list(logical).index(name))
+    return w.replace(values=values)
 
 
 def _is_rows(logical: str) -> bool:

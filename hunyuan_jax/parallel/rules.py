@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.quant.array import Outliers, QuantArray
 
 
 class Axes(NamedTuple):
@@ -78,6 +79,34 @@ def stored_spec(logical: Sequence[str]) -> PartitionSpec:
       ConfigError: two dims claim the same mesh axis.
     """
     return _spec(logical, _storage_axes(logical))
+
+
+def quantized_specs(logical: Sequence[str], w: QuantArray) -> QuantArray:
+    """The PartitionSpec of each array of a quantised parameter with these dims.
+
+    Values lie as the parameter would.  Scales and outliers, which are few, are split over the
+    axes of the computation only: nothing is gathered for them.
+    """
+    spec = partition_spec(logical)
+    scale = PartitionSpec(
+        *(axes if size > 1 else None for axes, size in zip(spec, w.scale.shape, strict=True))
+    )
+    outliers = None
+    if w.outliers is not None:
+        stack = spec[: w.num_stacked]
+        sliced = next((axes for axes in spec[w.num_stacked :] if axes is not None), None)
+        outliers = Outliers(*[PartitionSpec(*stack, sliced, None)] * 2)
+    return w.replace(values=stored_spec(logical), scale=scale, outliers=outliers)
+
+
+def num_slices(mesh: Mesh, logical: Sequence[str], num_stacked: int) -> tuple[int, int]:
+    """(in how many slices the computation splits a parameter, the dim among those of its matrix):
+    (1, 0) if it is not split.
+    """
+    for dim, name in enumerate(logical[num_stacked:]):
+        if RULES[name].compute:
+            return num_shards(mesh, name), dim
+    return 1, 0
 
 
 def sharding(

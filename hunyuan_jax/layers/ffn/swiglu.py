@@ -14,8 +14,10 @@ from hunyuan_jax.config import LoraConfig, ModelConfig
 from hunyuan_jax.layers import lora
 from hunyuan_jax.layers.ffn.moe import experts
 from hunyuan_jax.layers.kernels import kernel_options
+from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.parallel import island
 from hunyuan_jax.params import declare as params
+from hunyuan_jax.quant.array import is_quantized
 from pallas_kernels import expert_matmul
 
 _ACTIVATIONS = ("batch", "seq", "embed")
@@ -91,12 +93,17 @@ def serve(
         for target in _TARGETS
     )
     x_1MD = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+    matrices = [projection.w for projection in projections]
+    if any(map(is_quantized, matrices)) and not experts.suits_kernels(matrices):
+        gate_IO, up_IO, down_IO = (w[0] for w in matrices)
+        h_BTF = jax.nn.silu(linear(x_BTD, gate_IO)) * linear(x_BTD, up_IO)
+        return linear(h_BTF, down_IO)
     if any(projection.a is not None for projection in projections):
         y_1MD = experts.swiglu_adapted(
             experts.row_product, x_1MD, jnp.ones(x_1MD.shape[:2]), projections, kernels
         )
     else:
         y_1MD = expert_matmul.swiglu(
-            x_1MD, None, None, *(projection.w for projection in projections), **kernels
+            x_1MD, None, None, *map(experts.for_kernels, matrices), **kernels
         )
     return y_1MD.reshape(x_BTD.shape)

@@ -4,7 +4,7 @@ Letters: e experts on this shard, D model, F ffn, n tiles, b rows per tile.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers.lora import Adapted
 from hunyuan_jax.parallel.xla_workarounds import fusion_barrier
+from hunyuan_jax.quant.array import QuantArray, is_quantized, product
+from pallas_kernels.expert_matmul.quantized import Quantized
 
 
 @jax.custom_vjp
@@ -128,6 +130,19 @@ def swiglu_adapted(
     return project(_gated(gate_ebF, up_ebF, weight_eb), down)
 
 
+def suits_kernels(matrices: Sequence[jax.Array | QuantArray]) -> bool:
+    """Whether the expert kernels can multiply with these quantised matrices [e, I, O].
+
+    They have no place for outliers; a CPU's layout is multiplied elsewhere.
+    """
+    return all(is_quantized(w) and w.outliers is None and not w.by_rows for w in matrices)
+
+
+def for_kernels(w: jax.Array | QuantArray) -> jax.Array | Quantized:
+    """Matrices [e, I, O] as `expert_matmul` takes them; see `suits_kernels`."""
+    return Quantized(w.values, w.scale) if is_quantized(w) else w
+
+
 def row_product(x_ebI: jax.Array, w_eIO: jax.Array) -> jax.Array:
     """Multiplies each expert's rows with its matrix, [e, b, O]."""
     return jnp.einsum("ebI,eIO->ebO", x_ebI, w_eIO)
@@ -139,9 +154,11 @@ def _gated(gate_nbF, up_nbF, weight_nb):
 
 @jax.custom_vjp
 def tile_matmul(
-    x_nbD: jax.Array, w_eDF: jax.Array, tile_expert_n: jax.Array, num_tiles: jax.Array
+    x_nbD: jax.Array, w_eDF: jax.Array | QuantArray, tile_expert_n: jax.Array, num_tiles: jax.Array
 ) -> jax.Array:
     """Returns x[i] @ w[tile_expert_n[i]], [n, b, F] in x's dtype; zero from num_tiles on.
+
+    A quantised w has no gradient.
 
     Reads each tile's weights once and skips the tiles from num_tiles on.  `lax.ragged_dot` on CPU
     multiplies every row with every expert instead.  The weight gradient accumulates tile by tile
@@ -152,12 +169,18 @@ def tile_matmul(
 
 @functools.partial(jax.jit, static_argnames="contract_w", inline=True)
 def _tile_matmul(x_nbD, w_eDF, tile_expert_n, num_tiles, contract_w):
-    num_out = w_eDF.shape[2 - contract_w]
+    is_out_first = is_quantized(w_eDF) and w_eDF.is_out_first
+    num_out = w_eDF.shape[1 if is_out_first else 2 - contract_w]
 
     def one_tile(i, y_nbF):
-        w_DF = jax.lax.dynamic_index_in_dim(w_eDF, tile_expert_n[i], keepdims=False)
+        w_DF = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, tile_expert_n[i], keepdims=False), w_eDF
+        )
         x_bD = jax.lax.dynamic_index_in_dim(x_nbD, i, keepdims=False)
-        y_bF = jax.lax.dot_general(x_bD, w_DF, (((1,), (contract_w,)), ((), ())))
+        if is_quantized(w_DF):
+            y_bF = product(x_bD, w_DF)
+        else:
+            y_bF = jax.lax.dot_general(x_bD, w_DF, (((1,), (contract_w,)), ((), ())))
         return jax.lax.dynamic_update_index_in_dim(y_nbF, y_bF, i, axis=0)
 
     return jax.lax.fori_loop(

@@ -20,9 +20,11 @@ from hunyuan_jax.layers.ffn.moe import dispatch, experts, routing
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.parallel import context, island, xla_cpu, xla_workarounds
 from hunyuan_jax.params import declare as params
+from hunyuan_jax.quant.array import is_quantized
 from pallas_kernels import expert_matmul
 
 _ROWS = ("batch", "seq", "embed")
+_FEW_TOKENS = 64  # of a routing group
 _TARGETS = ("expert_gate", "expert_up", "expert_down")
 # The parameters of `Experts`, without adapters, and the names of their dims.
 EXPERT_DIMS = {
@@ -302,6 +304,8 @@ def serve(
 
     def whole(name):
         w = weights[name]
+        if is_quantized(w):
+            return island.gather_padded(w, dims[name], x_gTD.dtype, tiled="expert_ffn")
         if "expert_ffn" not in dims[name]:  # of an adapter
             return island.gather_param(w, dims[name], x_gTD.dtype)
         if w.shape[0] == 1:
@@ -313,7 +317,10 @@ def serve(
     projections = tuple(lora.adapted(weights, target, lora_cfg, whole) for target in _TARGETS)
     is_adapted = any(projection.a is not None for projection in projections)
     gate_eDF, up_eDF, down_eFD = (projection.w for projection in projections)
-    if cfg.dispatch == "dropless":
+    # A few tokens with quantised experts fit a buffer that has room for all at each expert, and
+    # run through the kernels, which skip experts without rows.
+    is_for_kernels = experts.suits_kernels((gate_eDF, up_eDF, down_eFD))
+    if cfg.dispatch == "dropless" and not (is_for_kernels and x_gTD.shape[1] <= _FEW_TOKENS):
 
         def tiles(x_nbD, weight_nb, tile_expert_n, num_tiles):
             if is_adapted:
@@ -336,9 +343,7 @@ def serve(
             x_eRD,
             weight_eR,
             count_es if xla_cpu.takes_counts(kernels["device_kind"]) else None,
-            gate_eDF,
-            up_eDF,
-            down_eFD,
+            *map(experts.for_kernels, (gate_eDF, up_eDF, down_eFD)),
             **kernels,
         )
 

@@ -1,0 +1,181 @@
+"""`QuantArray`: the one form of a quantised weight, for inference.
+
+Letters: I inputs and O outputs of the weight as a matrix, G groups of inputs, M rows of
+activations, S slices, K outliers of a slice.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+# A CPU multiplies up to so many rows one by one: XLA:CPU converts the codes inside a product of a
+# matrix with one row, and before any other product (docs/quantization.md).
+_FEW_ROWS = 8
+
+
+class Outliers(NamedTuple):
+    """Entries of a weight that are stored exactly, in S slices of its outputs or inputs.
+
+    position: int32 [*stack, S, K], o * (inputs of a slice) + i in the slice; beyond it: padding.
+    value: [*stack, S, K], the entries.
+    """
+
+    position: jax.Array
+    value: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale", "outliers"],
+    meta_fields=["num_in", "num_out", "is_out_first", "by_rows", "slices_inputs"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantArray:
+    """The weight values * scale, with outliers in place of some of its entries.
+
+    Takes the place of an array in a nested dict of parameters.  Products with it are `product`.
+
+    values: int8, int4 or float8 [*stack, *in, *out], or [*stack, *out, *in] if is_out_first.  A
+      CPU holds four-bit codes one a byte.
+    scale: float32, with the dims of values; a dim of size g divides that of values into g blocks
+      of one scale each.  Dims of the outputs have a scale for each entry.
+    outliers: or None.
+    num_in, num_out: number of dims of the inputs and of the outputs.
+    by_rows: whether it is the layout of a single CPU device.
+    slices_inputs: what the slices of the outliers divide.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    outliers: Outliers | None
+    num_in: int = 1
+    num_out: int = 1
+    is_out_first: bool = False
+    by_rows: bool = False
+    slices_inputs: bool = False
+
+    def __getitem__(self, index: Any) -> Self:
+        """Itself for `...`, as a flax Variable asks; an int or array index picks of the stack."""
+        return self if index is Ellipsis else jax.tree.map(lambda x: x[index], self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self.values.shape
+
+    @property
+    def num_stacked(self) -> int:
+        """Number of leading dims that stack weights."""
+        return self.values.ndim - self.num_in - self.num_out
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    def matrix(self) -> Self:
+        """The same with one dim of inputs and one of outputs."""
+        stack = self.values.shape[: self.num_stacked]
+        first = self.num_out if self.is_out_first else self.num_in
+
+        def flat(x):
+            rows = math.prod(x.shape[len(stack) : len(stack) + first])
+            return x.reshape(*stack, rows, -1)
+
+        return self.replace(values=flat(self.values), scale=flat(self.scale), num_in=1, num_out=1)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a QuantArray, for `is_leaf` of jax.tree functions."""
+    return isinstance(leaf, QuantArray)
+
+
+def dequantized(w: QuantArray, dtype: Any) -> jax.Array:
+    """The weight as an array of the shape of its values; values * scale is computed in float32."""
+    dense = w.values.astype(jnp.float32) * _per_entry(w.scale, w.values.shape)
+    dense = dense.astype(dtype)
+    return dense if w.outliers is None else _with_outliers(dense, w)
+
+
+def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
+    """x @ w, [M, O] in x's dtype.
+
+    Args:
+      x_MI: float32 or bfloat16.
+      w: without stack.
+    """
+    w = w.matrix()
+    if w.by_rows and x_MI.shape[0] <= _FEW_ROWS:
+        y_MO = jnp.concatenate([_row_product(x_MI[m : m + 1], w) for m in range(len(x_MI))])
+        return y_MO if w.outliers is None else y_MO + _outlier_product(x_MI, w)
+    scale = w.scale if w.is_out_first else w.scale.T
+    if w.outliers is not None or scale.shape[1] > 1:
+        dense = dequantized(w, x_MI.dtype)
+        if w.by_rows:
+            dense = jax.lax.optimization_barrier(dense)
+        return x_MI @ (dense.T if w.is_out_first else dense)
+    codes = w.values.astype(x_MI.dtype)
+    if w.by_rows:
+        codes = jax.lax.optimization_barrier(codes)
+    return (x_MI @ (codes.T if w.is_out_first else codes)) * scale[:, 0].astype(x_MI.dtype)
+
+
+def _row_product(x_1I, w):
+    """[1, O] of one row, for XLA:CPU, which fuses what makes the matrix into this product."""
+    if w.scale.shape[1] == 1:
+        return (x_1I @ w.values.astype(x_1I.dtype).T) * w.scale[:, 0].astype(x_1I.dtype)
+    dense = w.values.astype(x_1I.dtype) * _per_entry(w.scale, w.values.shape).astype(x_1I.dtype)
+    return x_1I @ dense.T
+
+
+def _per_entry(scale, shape):
+    for dim, (num_blocks, size) in enumerate(zip(scale.shape, shape, strict=True)):
+        if 1 < num_blocks < size:
+            scale = jnp.repeat(scale, size // num_blocks, axis=dim)
+    return scale
+
+
+def _places(w):
+    """(outputs, inputs) of the outliers, [*stack, S * K]; outputs beyond the last for padding."""
+    matrix = w.matrix().values.shape[-2:]
+    num_out, num_in = matrix if w.is_out_first else matrix[::-1]
+    position = w.outliers.position
+    num_slices = position.shape[-2]
+    slice_S1 = jnp.arange(num_slices)[:, None]
+    per_slice = num_in // num_slices if w.slices_inputs else num_in
+    row, column = position // per_slice, position % per_slice
+    rows_of_slice = num_out if w.slices_inputs else num_out // num_slices
+    is_padding = row >= rows_of_slice
+    if w.slices_inputs:
+        column = column + slice_S1 * per_slice
+    else:
+        row = row + slice_S1 * rows_of_slice
+    row = jnp.where(is_padding, num_out, row)
+    flat = (*position.shape[:-2], -1)
+    return row.reshape(flat), column.reshape(flat)
+
+
+def _outlier_product(x_MI, w):
+    """What the outliers add to a product with the codes, which are zero there; [M, O]."""
+    row_K, column_K = _places(w)
+    added_MK = x_MI[:, column_K] * w.outliers.value.reshape(-1).astype(x_MI.dtype)
+    zeros_MO = jnp.zeros((x_MI.shape[0], w.values.shape[0]), x_MI.dtype)
+    return zeros_MO.at[:, row_K].add(added_MK, mode="drop")
+
+
+def _with_outliers(dense, w):
+    shape, matrix = dense.shape, w.matrix().values.shape
+    num_stacked = w.num_stacked
+
+    def one(dense_AB, row_K, column_K, value_K):
+        place = (row_K, column_K) if w.is_out_first else (column_K, row_K)
+        return dense_AB.at[place].set(value_K.astype(dense_AB.dtype), mode="drop")
+
+    for _ in range(num_stacked):
+        one = jax.vmap(one)
+    value = w.outliers.value
+    value = value.reshape(*value.shape[:num_stacked], -1)
+    return one(dense.reshape(matrix), *_places(w), value).reshape(shape)
