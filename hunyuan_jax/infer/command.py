@@ -34,6 +34,13 @@ MODEL = (
         "Mesh axes to spread the model over, such as expert:2,tensor:4.",
         default_meaning="one device",
     ),
+    flags.Option(
+        "quantize",
+        str,
+        "Hold projections and experts in few bits; none: in numbers.",
+        default_meaning="as the checkpoint's",
+        choices=("int8", "int4", "fp8", "easyquant", "none"),
+    ),
 )
 _SAMPLING = (
     _sampling_option("max_new_tokens", int, "Stop after this many tokens."),
@@ -142,7 +149,12 @@ def load_lm(values) -> Any:
     from hunyuan_jax.infer import text
 
     start = time.perf_counter()
-    lm = text.load(values.checkpoint, tokenizer=values.tokenizer, mesh=_mesh(values.mesh))
+    lm = text.load(
+        values.checkpoint,
+        tokenizer=values.tokenizer,
+        mesh=_mesh(values.mesh),
+        quantize=values.quantize,
+    )
     seconds = time.perf_counter() - start
     _note(f"loaded in {seconds:.1f} s; the first answer waits for the compiler")
     return lm

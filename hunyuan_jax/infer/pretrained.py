@@ -24,7 +24,8 @@ from hunyuan_jax.parallel import rules, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import join
-from hunyuan_jax.weights import names, write
+from hunyuan_jax.quant.array import is_quantized
+from hunyuan_jax.weights import few_bits, names, write
 from hunyuan_jax.weights import peft as peft_io
 from hunyuan_jax.weights.open import Model, open_model
 from hunyuan_jax.weights.storage import Place
@@ -35,7 +36,7 @@ class Pretrained:
     integers.
 
     config: ModelConfig, whose routing is dropless; mesh: where the arrays lie; params: nested dict
-    of arrays, on the mesh as the rules table says.
+    of arrays and QuantArrays, on the mesh as the rules table says.
     """
 
     @settings.stated()
@@ -52,7 +53,12 @@ class Pretrained:
         self._layout, self._texts = layout, texts or {}
         self.mesh = single_device_mesh() if mesh is None else mesh
         graph_def, specs = abstract_model(self.config, self.mesh)
-        self.params = jax.device_put(params, abstract.shardings(specs))
+        self.params = jax.tree.map(
+            lambda leaf, spec: leaf if is_quantized(leaf) else jax.device_put(leaf, spec.sharding),
+            params,
+            specs,
+            is_leaf=is_quantized,
+        )
         self._graph_def = graph_def
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
         self._loss = jax.jit(
@@ -275,6 +281,7 @@ def from_pretrained(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
+    quantize: str | None = None,
 ) -> Pretrained:
     """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or
     the newest one of a training run.
@@ -289,25 +296,39 @@ def from_pretrained(
         device if None.
       adapter: a folder with a LoRA adapter in PEFT's format, or its hub id; it is merged into the
         weights.
+      quantize: "int8", "int4", "fp8" or "easyquant" holds projections and experts in few bits;
+        "none" turns those of a quantised folder into numbers; None keeps the int8 and int4 of a
+        folder, and turns its FP8 into numbers.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
     """
-    return load(open_model(path, dtype), mesh, adapter)
+    return load(open_model(path, dtype), mesh, adapter, quantize)
 
 
 @settings.stated()
 def load(
-    opened: Model, mesh: Mesh | None = None, adapter: str | os.PathLike | None = None
+    opened: Model,
+    mesh: Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
+    quantize: str | None = None,
 ) -> Pretrained:
     """As `from_pretrained`, of a model that is open already."""
+    few_bits.check_method(opened.cfg, quantize, "quantize")
     mesh = single_device_mesh() if mesh is None else mesh
-    params = opened.read(abstract.shardings(abstract_model(opened.cfg, mesh)[1]))
+    specs = abstract_model(opened.cfg, mesh)[1]
+    texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
+    if adapter is None and (opened.is_quantized or quantize not in (None, few_bits.NUMBERS)):
+        params = few_bits.read(opened.cfg, specs, quantize, opened.tensor, opened.codes)
+        return Pretrained(opened.cfg, params, opened.layout, mesh, texts)
+    params = opened.read(abstract.shardings(specs))
     if adapter is not None:
         adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
         _, merged = lora.merge(adapted_cfg, join(params, adapters))
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
-    texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
+        if quantize not in (None, few_bits.NUMBERS):
+            tensor = few_bits.of_params(params)
+            params = few_bits.read(opened.cfg, specs, quantize, tensor, lambda entry: None)
     return Pretrained(opened.cfg, params, opened.layout, mesh, texts)
 
 

@@ -274,11 +274,12 @@ def load(
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
     tokenizer: str | None = None,
+    quantize: str | None = None,
 ) -> LM:
     """Loads a model with its tokenizer and the sampling settings that its folder recommends.
 
     Args:
-      path, dtype, mesh, adapter: as for `from_pretrained`.
+      path, dtype, mesh, adapter, quantize: as for `from_pretrained`.
       tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
         the model folder.
 
@@ -293,7 +294,7 @@ def load(
             "pass the one it was trained with."
         )
     recommended = read_sampling(opened.place)
-    return LM(pretrained.load(opened, mesh, adapter), vocabulary, recommended)
+    return LM(pretrained.load(opened, mesh, adapter, quantize), vocabulary, recommended)
 
 
 class Chat:

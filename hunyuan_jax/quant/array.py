@@ -108,6 +108,8 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
       w: without stack.
     """
     w = w.matrix()
+    if w.by_rows:
+        w, x_MI = _for_xla_cpu(w, x_MI)
     if w.by_rows and x_MI.shape[0] <= _FEW_ROWS:
         y_MO = jnp.concatenate([_row_product(x_MI[m : m + 1], w) for m in range(len(x_MI))])
         return y_MO if w.outliers is None else y_MO + _outlier_product(x_MI, w)
@@ -121,6 +123,18 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
     if w.by_rows:
         codes = jax.lax.optimization_barrier(codes)
     return (x_MI @ (codes.T if w.is_out_first else codes)) * scale[:, 0].astype(x_MI.dtype)
+
+
+def _for_xla_cpu(w, x_MI):
+    """Both unchanged, kept where they are used (jax 0.10.2).
+
+    Without the barrier, the codes are converted before a loop of decoding steps, since they depend
+    on nothing in it: four times the memory, and slower than numbers.  Without the division by one,
+    what computes x is fused into the product, and computed again for every output: XLA fuses no
+    division into what reuses it.
+    """
+    w, x_MI = jax.lax.optimization_barrier((w, x_MI))
+    return w, x_MI / jnp.where(jnp.isnan(x_MI), jnp.nan, 1).astype(x_MI.dtype)
 
 
 def _row_product(x_1I, w):

@@ -18,6 +18,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
 from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.params.tree import path_of
+from hunyuan_jax.quant.codes import Codes
 from hunyuan_jax.tokenizer.files import stop_ids
 from hunyuan_jax.weights import hf_config, hf_spelling, names, quantized, shards
 from hunyuan_jax.weights.shards import DTYPES, Stored, listed
@@ -49,13 +50,14 @@ _ROUTERS += (".e_score_correction_bias",)
 class Piece(NamedTuple):
     """Where the values of one entry lie: all of a tensor, or a part of a fused one.
 
-    first: its first element in the tensor; shape: official; scale: name of its FP8 factor, or "".
+    first: its first element in the tensor; shape: official; parts: names of the other tensors of
+    a quantised one, by what they are (`quantized.parts`).
     """
 
     stored: Stored
     first: int
     shape: tuple[int, ...]
-    scale: str = ""
+    parts: dict[str, str] | None = None
 
     @property
     def size(self) -> int:
@@ -64,8 +66,9 @@ class Piece(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return self.size * self.stored.dtype.itemsize
+        """Bytes in the file, without those of `parts`."""
+        is_packed = self.stored.dtype == np.int32
+        return self.stored.num_bytes if is_packed else self.size * self.stored.dtype.itemsize
 
 
 class OfficialFolder:
@@ -94,11 +97,11 @@ class OfficialFolder:
         self.config = json_object(f"{place}/config.json", self.config_bytes)
         # What cannot be loaded is refused before headers are read.
         require_loadable(self.config)
-        found = shards.find(place, sizes)
+        self.scheme = quantized.scheme_of(self.config)
+        found = shards.find(place, sizes, self.scheme.method)
         self.tensors, self.headers = found.tensors, found.headers
         self.index_name, self.index = found.index_name, found.index
         self._sizes, self._bins = found.sizes, found.bins
-        self._fp8_block = quantized.fp8_block(self.config)
         self.others = [
             name for name in sorted(sizes) if name != "config.json" and not shards.is_weights(name)
         ]
@@ -119,13 +122,15 @@ class OfficialFolder:
         return digest.hexdigest()
 
     def read(self, piece: Piece, dtype: np.dtype | None = None) -> np.ndarray:
-        """Returns the values of an entry in the official layout, read-only; FP8 is dequantized.
+        """Returns the values of an entry in the official layout, read-only, dequantised.
 
         Args:
           piece: of a `Plan`.
           dtype: None is that of the file.
         """
-        stored, end = piece.stored, piece.first + piece.size
+        stored = piece.stored
+        is_packed = stored.dtype == np.int32
+        end = piece.first + (math.prod(stored.shape) if is_packed else piece.size)
         if stored.start < 0:
             flat = shards.of_torch(self._bins[stored.file][stored.name]).reshape(-1)
             flat = flat[piece.first : end]
@@ -133,15 +138,28 @@ class OfficialFolder:
             begin, width = stored.start, stored.dtype.itemsize
             data = self.place.read(stored.file, begin + piece.first * width, begin + end * width)
             flat = np.frombuffer(data, stored.dtype)
-        if piece.scale:
-            return quantized.dequantized(
-                flat.reshape(piece.shape),
-                self._weight_scale(piece),
-                self._fp8_block,
-                np.dtype(np.float32) if dtype is None else dtype,
+        if piece.parts:
+            dtype = np.dtype(np.float32) if dtype is None else dtype
+            return quantized.dense_of(
+                str(self.place), self.scheme, *self._arrays(piece, flat), dtype
             )
         flat = flat if dtype is None else flat.astype(dtype, copy=False)
         return flat.reshape(piece.shape)
+
+    def codes(self, piece: Piece) -> Codes | None:
+        """The codes of an entry, or None if they are not as `quantized.codes_of` gives them."""
+        if not piece.parts:
+            return None
+        flat = self.read_tensor(piece.stored.name).reshape(-1)
+        return quantized.codes_of(str(self.place), self.scheme, *self._arrays(piece, flat))
+
+    def _arrays(self, piece: Piece, flat: np.ndarray) -> tuple[str, dict, dict[str, str]]:
+        """(name of the main tensor, the tensors of a quantised entry, their names)."""
+        arrays = {what: self.read_tensor(name) for what, name in piece.parts.items()}
+        stored = piece.stored
+        # A part of a fused tensor has the shape of the part.
+        main = flat.reshape(stored.shape if stored.dtype == np.int32 else piece.shape)
+        return stored.name, {"main": main} | arrays, {"main": stored.name} | piece.parts
 
     def read_tensor(self, name: str) -> np.ndarray:
         """A tensor of the files as it is."""
@@ -154,25 +172,13 @@ class OfficialFolder:
         Raises:
           ConfigError: not one positive finite number.
         """
-        return float(self._scale(name, ()).reshape(()))
-
-    def _weight_scale(self, piece: Piece) -> np.ndarray:
-        rows, columns = self._fp8_block
-        is_matrix = len(piece.shape) == 2
-        shape = (-(-piece.shape[0] // rows), -(-piece.shape[1] // columns)) if is_matrix else ()
-        return self._scale(piece.scale, shape)
-
-    def _scale(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """float32, one number or of `shape`."""
         value = self.read_tensor(name).astype(np.float32)
-        is_fit = value.size == 1 or value.shape == shape
-        if not is_fit or not (np.isfinite(value) & (value > 0)).all():
+        if value.size != 1 or not (np.isfinite(value) & (value > 0)).all():
             raise ConfigError(
-                f"{self.place}: {name} {value.shape} begins with {value.reshape(-1)[:4]}; "
-                "FP8 is read with scales that are positive numbers, one for a tensor or one for "
-                f"each block of {self._fp8_block} (weight_block_size)."
+                f"{self.place}: {name} {value.shape} begins with {value.reshape(-1)[:4]}; the "
+                "scale of activations or of a cache is one positive number."
             )
-        return value
+        return float(value.reshape(()))
 
 
 class Plan(NamedTuple):
@@ -219,23 +225,25 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
     cfg = with_stored_layers(cfg, folder)
     unused, pieces, missing, wrong = dict(folder.tensors), {}, [], []
     for entry in names.entries(cfg):
-        piece = _piece(folder.tensors, entry, cfg)
+        piece = _piece(folder, entry, cfg)
         if piece is None:
             missing.append(entry.name)
             continue
         unused.pop(piece.stored.name, None)
         if piece.shape != entry.shape:
             wrong.append(f"{entry.name} {piece.shape}, not {entry.shape}")
-        if piece.stored.dtype == DTYPES["F8_E4M3"]:
-            piece = piece._replace(scale=_scale_name(folder.tensors, piece.stored.name))
-            unused.pop(piece.scale, None)
-            if piece.scale not in folder.tensors:
-                missing.append(piece.scale)
+        stored = piece.stored
+        parts = quantized.parts(folder.scheme, stored.name, stored.dtype, folder.tensors)
+        if parts:
+            piece = piece._replace(parts=parts)
+            missing += [name for name in parts.values() if name not in folder.tensors]
+            for name in parts.values():
+                unused.pop(name, None)
         pieces[entry] = piece
     # A buffer that old saves hold; it is computed from the config.
     dropped = [name for name in unused if name.endswith("rotary_emb.inv_freq")]
     head = "lm_head.weight" if cfg.tie_embeddings and "lm_head.weight" in unused else None
-    is_fp8 = hf.keys() != stated.keys() or any(piece.scale for piece in pieces.values())
+    is_fp8 = hf.keys() != stated.keys() or any(piece.parts for piece in pieces.values())
     extra = [name for name in unused if is_fp8 and name.endswith(_OTHER_SCALES)]
     for name in dropped + extra + [head] * (head is not None):
         del unused[name]
@@ -335,12 +343,16 @@ def with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
     return dataclasses.replace(cfg, eos_token_ids=found or cfg.eos_token_ids)
 
 
-def _piece(tensors: dict[str, Stored], entry: names.Entry, cfg: ModelConfig) -> Piece | None:
-    """Finds an entry's values: a tensor of its name, or a fused one of the right shape."""
+def _piece(folder: OfficialFolder, entry: names.Entry, cfg: ModelConfig) -> Piece | None:
+    """Finds an entry's values: a tensor of its name, packed codes, or a fused tensor of the right
+    shape.
+    """
+    tensors = folder.tensors
     outer = [entry.name.replace(ours, theirs) for ours, theirs in _OUTER.items()]
-    for name in (entry.name, *outer):
+    packed = quantized.main_names(folder.scheme, entry.name)
+    for name in (*packed, *outer):
         if stored := tensors.get(name):
-            return Piece(stored, 0, stored.shape)
+            return Piece(stored, 0, quantized.shape_of(name, stored.shape))
     expert = _EXPERT.fullmatch(entry.name)
     if not expert:
         return None
@@ -375,13 +387,6 @@ def _unstated_dtype(folder: OfficialFolder) -> str:
         stored.dtype for name, stored in folder.tensors.items() if not name.endswith(_ROUTERS)
     }
     return "bfloat16" if found == {DTYPES["BF16"]} else "float32"
-
-
-def _scale_name(tensors: dict[str, Stored], name: str) -> str:
-    """The FP8 scale of a weight, in the spelling that the folder has."""
-    stem = name.removesuffix(".weight")
-    both = (f"{stem}.weight_scale", f"{stem}.weight_scale_inv")
-    return both[1] if both[1] in tensors else both[0]
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

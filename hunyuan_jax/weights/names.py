@@ -12,6 +12,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.facts import Tensor
 from hunyuan_jax.model.layout import Location, group_layout, locations
 from hunyuan_jax.params.roles import Role
+from hunyuan_jax.quant.array import dequantized, is_quantized
 
 
 class Entry(NamedTuple):
@@ -79,10 +80,16 @@ def to_official(array: np.ndarray, entry: Entry) -> np.ndarray:
 
 
 def read_tensor(params: dict[str, Any], entry: Entry) -> np.ndarray:
-    """The official tensor of an entry out of our parameters, a nested dict of arrays."""
+    """The official tensor of an entry out of our parameters, a nested dict of arrays and
+    QuantArrays, which are dequantised.
+    """
     node: Any = params
     for name in entry.path.split("/"):
         node = node[name]
+    if is_quantized(node):
+        matrix = (node[entry.index] if entry.index else node).matrix()
+        dense = np.asarray(dequantized(matrix, np.float32))
+        return np.ascontiguousarray(dense if matrix.is_out_first else dense.T)
     return to_official(np.asarray(node[entry.index] if entry.index else node), entry)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
+from hunyuan_jax.quant.codes import Codes
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names, shards, stream, write
 from hunyuan_jax.weights.hub import model_place
@@ -25,7 +26,7 @@ class Model(Protocol):
     cfg: with the dtype in which it is read; place: where its other files lie; tokenizer_folder:
     what `load_tokenizer` takes; layout: in which it is written as an official folder, None if it
     never was one; others: names of the files in `place` that are copied with it; fingerprint:
-    tells models apart.
+    tells models apart; is_quantized: whether some of its tensors have codes.
     """
 
     cfg: ModelConfig
@@ -34,6 +35,7 @@ class Model(Protocol):
     layout: write.Layout | None
     others: Sequence[str]
     fingerprint: str
+    is_quantized: bool
 
     def read(self, shardings: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters, a nested dict of arrays on the devices of `shardings`.
@@ -43,6 +45,9 @@ class Model(Protocol):
 
     def tensor(self, entry: names.Entry) -> np.ndarray:
         """One tensor in the official layout."""
+
+    def codes(self, entry: names.Entry) -> Codes | None:
+        """The codes of a tensor that the model holds in few bits, else None."""
 
 
 def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
@@ -77,6 +82,7 @@ class Official:
         self.tokenizer_folder = str(place)
         self.layout = write.layout_of(self._folder, self._plan)
         self.others = self._folder.others
+        self.is_quantized = any(piece.parts for piece in self._plan.pieces.values())
 
     @property
     def fingerprint(self) -> str:
@@ -92,9 +98,15 @@ class Official:
         dtype = official.dtype_of(entry, self.cfg.dtype)
         return self._folder.read(self._plan.pieces[entry], dtype)
 
+    def codes(self, entry: names.Entry) -> Codes | None:
+        """See `Model.codes`."""
+        return self._folder.codes(self._plan.pieces[entry])
+
 
 class Converted:
     """A checkpoint of `convert_torch.py import`, as a `Model`."""
+
+    is_quantized = False
 
     def __init__(self, place: Place, dtype: str | None):
         self._converted = stream.open_converted(place.url)
@@ -114,6 +126,10 @@ class Converted:
     def tensor(self, entry: names.Entry) -> np.ndarray:
         """See `Model.tensor`."""
         return stream.read_tensor(self._converted, entry)
+
+    def codes(self, entry: names.Entry) -> None:
+        """A converted checkpoint holds numbers."""
+        del entry
 
 
 def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> int:

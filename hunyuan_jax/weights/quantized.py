@@ -1,18 +1,24 @@
-"""Quantised official folders: FP8 with its scales is read, all else is refused by its name, so
-that no code is ever taken for a value.
+"""Quantised official folders: which tensors hold a matrix, and its codes.  What is not
+implemented is refused by its name, so that no code is ever taken for a value.
+
+FP8 with scales of a tensor, an output or blocks; compressed-tensors in FP8, int8 and packed int4;
+GPTQ in four bits; and EasyQuant, which is compressed-tensors' packed int4 with outliers beside it
+(written by weights/quantize.py).  Letters: O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.quant import codes as codes_lib
+from hunyuan_jax.quant.codes import FP8, Codes
 
 # Fields of config.json that say how weights are quantised: of transformers, of older
 # compressed-tensors, of MLX.
 _FIELDS = ("quantization_config", "compression_config", "quantization")
-# How the names of other methods' tensors end.
+# How the names of methods' tensors end.
 _MARKS = {
     "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
     "bitsandbytes": (".SCB", ".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -20,7 +26,34 @@ _MARKS = {
     "HQQ": (".W_q",),
     "MLX": (".scales", ".biases"),
 }
+# Tensors of integers that a method has, by how their names end.
+_GPTQ = {".qweight": "I32", ".qzeros": "I32", ".g_idx": "I32"}
+_PACKED = {".weight_packed": "I32", ".weight_shape": "I64"}
+_INTEGERS = {
+    "gptq": _GPTQ,
+    "int8": {".weight": "I8"},
+    "packed": _PACKED,
+    "easyquant": _PACKED | {".outlier_position": "I32"},
+}
+_OF_METHOD = {"gptq": ("GPTQ or AWQ",), "packed": ("compressed-tensors",)}
+_OF_METHOD["easyquant"] = _OF_METHOD["packed"]
 _FP8_BLOCK = (128, 128)  # of transformers' FP8, where config.json does not say
+_NIBBLES = np.arange(0, 32, 4, dtype=np.uint32)
+
+
+class Scheme(NamedTuple):
+    """How a folder's weights are quantised.
+
+    method: "" (not, or FP8 that config.json does not mention), "fp8", "int8", "packed" (int4),
+    "easyquant" or "gptq"; block: (rows, columns) of an entry of a two-dimensional FP8 scale;
+    group: inputs of a scale, None where config.json does not say; zero_offset: what is added to
+    GPTQ's stored zeros.
+    """
+
+    method: str = ""
+    block: tuple[int, int] = _FP8_BLOCK
+    group: int | None = None
+    zero_offset: int = 1
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,54 +63,341 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
       ConfigError: a method that is not implemented.
     """
     stated = [name for name in _FIELDS if config.get(name) not in (None, {})]
-    for name in stated:
-        method = _method(config[name])
-        if method not in ("", "fp8"):
-            raise ConfigError(
-                f"config.json: {name} says that the weights are quantised by {method}, which is "
-                "not implemented; only FP8 (quant_method 'fp8') is read. Load the model that it "
-                f"was made from; if its weights are plain numbers, delete {name}."
-            )
+    scheme_of(config)
     return {name: value for name, value in config.items() if name not in stated}
 
 
-def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
-    """(rows, columns) that one entry of a two-dimensional FP8 scale is for.
+def scheme_of(config: dict[str, Any]) -> Scheme:
+    """How config.json says that the weights are quantised.
 
     Raises:
-      ConfigError: weight_block_size is something else than two positive integers.
+      ConfigError: a method that is not implemented, or fields that contradict it.
     """
-    about = config.get("quantization_config") or {}
+    stated = [name for name in _FIELDS if config.get(name) not in (None, {})]
+    schemes = [_scheme(name, config[name]) for name in stated]
+    return next((scheme for scheme in schemes if scheme.method), Scheme())
+
+
+def _scheme(field: str, about: Any) -> Scheme:
+    method = _method(about)
+    where = f"config.json: {field}"
+    if method == "":
+        return Scheme()
+    if method == "fp8":
+        return Scheme("fp8", _fp8_block(where, about))
+    if method == "gptq":
+        return _gptq_scheme(where, about)
+    if method == "easyquant":
+        return Scheme("easyquant")
+    if method == "compressed-tensors" and (about.get("config_groups") or {}):
+        return _compressed_scheme(where, about)
+    raise ConfigError(
+        f"{where} says that the weights are quantised by {_quoted(method)}, which is not "
+        "implemented; FP8, compressed-tensors (FP8, int8, int4), GPTQ (int4) and EasyQuant are "
+        f"read. Load the model that it was made from; if its weights are plain numbers, delete "
+        f"{field}."
+    )
+
+
+def _gptq_scheme(where: str, about: dict[str, Any]) -> Scheme:
+    bits, group = about.get("bits"), about.get("group_size", -1)
+    form = about.get("checkpoint_format") or "gptq"
+    if bits != 4 or type(group) is not int or form not in ("gptq", "gptq_v2"):
+        raise ConfigError(
+            f"{where}: GPTQ with bits = {bits!r}, group_size = {group!r}, checkpoint_format = "
+            f"{form!r}; four bits in 'gptq' or 'gptq_v2' are read. Load the model that it was "
+            "made from."
+        )
+    return Scheme("gptq", group=group if group > 0 else None, zero_offset=int(form == "gptq"))
+
+
+def _compressed_scheme(where: str, about: dict[str, Any]) -> Scheme:
+    groups = list(about["config_groups"].values())
+    kinds = []
+    for group in groups:
+        weights = group.get("weights") or {}
+        size = weights.get("group_size") if weights.get("strategy") == "group" else None
+        kinds.append(
+            (
+                weights.get("type"),
+                weights.get("num_bits"),
+                weights.get("strategy"),
+                size,
+                weights.get("symmetric", True),
+            )
+        )
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            f"{where}: config_groups name several methods ({len(kinds)}); a model has one. Load "
+            "the model that it was made from."
+        )
+    kind, bits, strategy, size, is_symmetric = kinds[0]
+    found = {
+        ("float", 8, "tensor"): "fp8",
+        ("float", 8, "channel"): "fp8",
+        ("int", 8, "tensor"): "int8",
+        ("int", 8, "channel"): "int8",
+        ("int", 4, "channel"): "packed",
+        ("int", 4, "group"): "packed",
+    }.get((kind, bits, strategy))
+    form = about.get("format")
+    formats = {
+        "fp8": ("float-quantized", "naive-quantized"),
+        "int8": ("int-quantized", "naive-quantized"),
+        "packed": ("pack-quantized",),
+    }
+    if not found or not is_symmetric or form not in formats[found]:
+        raise ConfigError(
+            f"{where}: weights of type {kind!r}, num_bits {bits!r}, strategy {strategy!r}, "
+            f"symmetric {is_symmetric!r} in format {form!r} are not implemented; FP8 and int8 by "
+            "tensor or channel and packed int4 by channel or group, symmetric, are read. Load the "
+            "model that it was made from."
+        )
+    return Scheme(found, group=size)
+
+
+def _fp8_block(where: str, about: dict[str, Any]) -> tuple[int, int]:
     block = about.get("weight_block_size") or _FP8_BLOCK
     if [type(n) for n in np.ravel(block).tolist()] != [int, int] or min(block) < 1:
-        raise ConfigError(
-            f"config.json: quantization_config: weight_block_size = {block!r} must be two "
-            "positive integers."
-        )
+        raise ConfigError(f"{where}: weight_block_size = {block!r} must be two positive integers.")
     return tuple(block)
 
 
-def refuse_codes(where: str, dtypes: dict[str, str], readable: Collection[str]) -> None:
-    """Raises ConfigError if a file of weights holds something else than numbers.
+def refuse_codes(
+    where: str, dtypes: dict[str, str], readable: Collection[str], method: str = ""
+) -> None:
+    """Raises ConfigError if a file of weights holds something else than numbers, and codes of
+    `method`.
 
     Args:
       where: the file.
       dtypes: by tensor name, as the file spells them.
       readable: the dtypes that are numbers.
+      method: of a `Scheme`.
     """
-    for method, ends in _MARKS.items():
+    for other, ends in _MARKS.items():
+        if other in _OF_METHOD.get(method, ()) or method == "gptq" and other == "MLX":
+            continue
         if marks := [name for name in dtypes if name.endswith(ends)]:
             raise ConfigError(
-                f"{where}: {marks[0]} is of weights quantised by {method}, which is not "
-                "implemented. Load the model that it was made from."
+                f"{where}: {marks[0]} is of weights quantised by {other}, which config.json does "
+                "not say (quantization_config) or which is not implemented. Load the model that "
+                "it was made from."
             )
+    integers = _INTEGERS.get(method, {})
     for name, dtype in dtypes.items():
+        if any(name.endswith(end) and dtype == its for end, its in integers.items()):
+            continue
         if dtype not in readable:
             raise ConfigError(
                 f"{where}: {name} has dtype {dtype}; only {', '.join(readable)} are read as "
-                "numbers. Quantised weights are not implemented: load the model that they were "
-                "made from, or save it in one of these dtypes."
+                "numbers. Load the model that they were made from, or save it in one of these "
+                "dtypes."
             )
+
+
+def main_names(scheme: Scheme, name: str) -> tuple[str, ...]:
+    """Names under which the codes of a weight may lie, its own first."""
+    stem = name.removesuffix(".weight")
+    ends = {"gptq": (".qweight",), "packed": (".weight_packed",)}
+    ends["easyquant"] = ends["packed"]
+    return (name, *(stem + end for end in ends.get(scheme.method, ())))
+
+
+def parts(scheme: Scheme, main: str, dtype: np.dtype, names: Collection[str]) -> dict[str, str]:
+    """The tensors that belong to a weight's main tensor, by what they are; {} for numbers.
+
+    Args:
+      scheme: of the folder.
+      main: name of the tensor with the values, and its dtype.
+      names: of the folder's tensors; one that is needed and not there is named all the same.
+    """
+    if main.endswith(".qweight"):
+        stem = main.removesuffix("qweight")
+        found = {"scale": stem + "scales", "zeros": stem + "qzeros", "group_of": stem + "g_idx"}
+        if scheme.group and found["group_of"] not in names:
+            del found["group_of"]
+        return found
+    if main.endswith(".weight_packed"):
+        stem = main.removesuffix("weight_packed")
+        found = {"scale": stem + "weight_scale"}
+        if stem + "weight_shape" in names:
+            found["shape"] = stem + "weight_shape"
+        if scheme.method == "easyquant":
+            found |= {
+                "position": stem + "outlier_position",
+                "value": stem + "outlier_value",
+            }
+        return found
+    if dtype == FP8 or dtype == np.int8:
+        stem = main.removesuffix(".weight")
+        both = (f"{stem}.weight_scale", f"{stem}.weight_scale_inv")
+        return {"scale": both[1] if both[1] in names else both[0]}
+    return {}
+
+
+def shape_of(main: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape [O, I] of a weight from that of its main tensor; that itself if not packed."""
+    if len(shape) == 2 and main.endswith(".qweight"):
+        return shape[1], shape[0] * 8
+    if len(shape) == 2 and main.endswith(".weight_packed"):
+        return shape[0], shape[1] * 8
+    return shape
+
+
+def codes_of(
+    where: str, scheme: Scheme, main: str, arrays: Mapping[str, np.ndarray], names: dict[str, str]
+) -> Codes | None:
+    """A weight's codes; None if they are none of ours (scales of blocks, or by a permutation of
+    the inputs, or with zero points), see `dense_of`.
+
+    Args:
+      where: the folder, for errors.
+      scheme: of the folder.
+      main: name of the tensor with the values.
+      arrays: "main" and those of `parts`; names: their names.
+
+    Raises:
+      ConfigError: a scale that is zero, negative or not finite, groups of another size, outliers
+        out of range: by name.
+    """
+    if main.endswith(".qweight"):
+        codes_IO, zero_GO, scale_GO, group_I = _gptq(where, scheme, arrays, names)
+        num_in, num_groups = len(codes_IO), len(scale_GO)
+        is_ordered = num_in % num_groups == 0 and np.array_equal(
+            group_I, np.arange(num_in) // (num_in // num_groups)
+        )
+        if not is_ordered or (zero_GO != 8).any():
+            return None
+        return Codes(np.ascontiguousarray((codes_IO - 8).astype(np.int8).T), scale_GO.T, 4)
+    main_array = arrays["main"]
+    if main.endswith(".weight_packed"):
+        values_OI = (unpacked(main_array, axis=1) - 8).astype(np.int8)
+    else:
+        values_OI = main_array
+    if values_OI.ndim != 2:
+        return None
+    num_out, num_in = values_OI.shape
+    scale = _checked_scale(where, names["scale"], arrays["scale"])
+    if scale.size == 1:
+        scale_OG = np.full((num_out, 1), scale.reshape(()), np.float32)
+    elif scale.shape in ((num_out,), (num_out, 1)):
+        scale_OG = scale.reshape(num_out, 1)
+    elif values_OI.dtype == FP8:
+        return None
+    elif scale.ndim == 2 and len(scale) == num_out and num_in % scale.shape[1] == 0:
+        scale_OG = scale
+    else:
+        raise ConfigError(
+            f"{where}: {names['scale']} {scale.shape} does not fit a weight {values_OI.shape}."
+        )
+    if scheme.group and scheme.group * scale_OG.shape[1] != num_in:
+        raise ConfigError(
+            f"{where}: {names['scale']} {scale.shape} has groups of {num_in // scale_OG.shape[1]} "
+            f"inputs; config.json says group_size = {scheme.group}."
+        )
+    bits = 4 if main.endswith(".weight_packed") else 8
+    if scheme.method != "easyquant":
+        return Codes(values_OI, scale_OG, bits)
+    position, value = arrays["position"], arrays["value"]
+    is_bad = position.shape != value.shape or position.ndim != 1
+    if is_bad or (position < 0).any() or (position >= values_OI.size).any():
+        raise ConfigError(
+            f"{where}: {names['position']} {position.shape} with {names['value']} {value.shape} "
+            f"are not outliers of a weight {values_OI.shape}."
+        )
+    return Codes(values_OI, scale_OG, bits, position, value)
+
+
+def dense_of(
+    where: str,
+    scheme: Scheme,
+    main: str,
+    arrays: Mapping[str, np.ndarray],
+    names: dict[str, str],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """A quantised weight [O, I] as numbers; arguments and errors as `codes_of`."""
+    if main.endswith(".qweight"):
+        codes_IO, zero_GO, scale_GO, group_I = _gptq(where, scheme, arrays, names)
+        dense_IO = scale_GO[group_I] * (codes_IO - zero_GO[group_I]).astype(np.float32)
+        return np.ascontiguousarray(dense_IO.T).astype(dtype, copy=False)
+    if arrays["main"].dtype == FP8:
+        rows, columns = scheme.block
+        values, scale = arrays["main"], _checked_scale(where, names["scale"], arrays["scale"])
+        is_matrix = values.ndim == 2
+        blocks = tuple(-(-n // m) for n, m in zip(values.shape, scheme.block, strict=False))
+        if is_matrix and scale.size > 1 and scale.shape in ((len(values),), (len(values), 1)):
+            return dequantized(values, scale.reshape(-1, 1), (1, values.shape[1]), dtype)
+        if scale.size != 1 and not (is_matrix and scale.shape == blocks):
+            raise ConfigError(
+                f"{where}: {names['scale']} {scale.shape} does not fit {values.shape}; FP8 is "
+                "read with scales that are positive numbers, one for a tensor, one for each "
+                f"output or one for each block of {scheme.block} (weight_block_size)."
+            )
+        return dequantized(values, scale, (rows, columns), dtype)
+    found = codes_of(where, scheme, main, arrays, names)
+    assert found is not None
+    return codes_lib.dequantized(found, dtype)
+
+
+def _gptq(where, scheme, arrays, names):
+    """(codes 0 to 15 [I, O], zeros [G, O], scales float32 [G, O], group of each input [I])."""
+    codes_IO = unpacked(arrays["main"], axis=0)
+    scale_GO = _checked_scale(where, names["scale"], arrays["scale"])
+    zero_GO = unpacked(arrays["zeros"], axis=1) + scheme.zero_offset
+    num_in, num_out = codes_IO.shape
+    num_groups = len(scale_GO)
+    if scale_GO.ndim != 2 or scale_GO.shape[1] != num_out or zero_GO.shape != scale_GO.shape:
+        raise ConfigError(
+            f"{where}: {names['scale']} {scale_GO.shape} and {names['zeros']} "
+            f"{arrays['zeros'].shape} do not fit a weight of {num_out} outputs."
+        )
+    if scheme.group and num_groups != -(-num_in // scheme.group):
+        raise ConfigError(
+            f"{where}: {names['scale']} {scale_GO.shape} has {num_groups} groups; config.json "
+            f"says group_size = {scheme.group}, of {num_in} inputs."
+        )
+    group_I = arrays.get("group_of")
+    if group_I is None:
+        group_I = np.arange(num_in) // scheme.group
+    if group_I.shape != (num_in,) or (group_I < 0).any() or (group_I >= num_groups).any():
+        raise ConfigError(
+            f"{where}: {names['group_of']} {group_I.shape} must have a group from 0 to "
+            f"{num_groups - 1} for each of {num_in} inputs; it holds {group_I.min()} to "
+            f"{group_I.max()}."
+        )
+    return codes_IO, zero_GO, scale_GO, group_I
+
+
+def _checked_scale(where: str, name: str, scale: np.ndarray) -> np.ndarray:
+    """float32.
+
+    Raises:
+      ConfigError: an entry that is not a positive number.
+    """
+    scale = scale.astype(np.float32)
+    is_good = np.isfinite(scale) & (scale > 0)
+    if not is_good.all():
+        raise ConfigError(
+            f"{where}: {name} {scale.shape} holds {scale[~is_good].reshape(-1)[0]}; scales are "
+            "positive numbers. The file is damaged; copy or quantise it again."
+        )
+    return scale
+
+
+def unpacked(packed: np.ndarray, axis: int) -> np.ndarray:
+    """Codes 0 to 15, int32, eight of each int32 along `axis`, lowest bits first."""
+    shifts = _NIBBLES if axis == 1 else _NIBBLES[:, None]
+    nibbles = (np.expand_dims(packed.view(np.uint32), axis + 1) >> shifts) & 15
+    shape = (packed.shape[0], -1) if axis == 1 else (-1, packed.shape[1])
+    return nibbles.astype(np.int32).reshape(shape)
+
+
+def packed(values_OI: np.ndarray) -> np.ndarray:
+    """int32 [O, I / 8] of codes -8 to 7, as compressed-tensors packs them; I divides by 8."""
+    nibbles = (values_OI + 8).astype(np.uint8).reshape(len(values_OI), -1, 2)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).view(np.uint32).view(np.int32)
 
 
 def dequantized(
@@ -113,4 +433,8 @@ def _method(about: Any) -> str:
         if None not in bits and not any(bits):
             return ""
         return "bitsandbytes" if any(bits) else "MLX" if "bits" in about else repr(about)
-    return "fp8" if method == "fp8" else repr(method)
+    return str(method)
+
+
+def _quoted(method: str) -> str:
+    return method if method in ("bitsandbytes", "MLX") or "'" in method else repr(method)

@@ -33,7 +33,7 @@ class Run:
     config: of the run; cfg: of the plain model, into which adapters are merged.
     """
 
-    layout = None
+    layout, is_quantized = None, False
 
     def __init__(self, workdir: str | os.PathLike, dtype: str | None = None):
         """Raises ConfigError: no run, or no finished checkpoint yet."""
@@ -66,6 +66,10 @@ class Run:
     def tensor(self, entry: names.Entry) -> np.ndarray:
         """One tensor in the official layout; the first call reads them all."""
         return names.read_tensor(self._params, entry)
+
+    def codes(self, entry: names.Entry) -> None:
+        """A run holds numbers."""
+        del entry
 
     @functools.cached_property
     def _params(self) -> dict[str, Any]:

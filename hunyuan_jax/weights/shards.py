@@ -23,6 +23,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# Of codes.
+_INTEGERS = {name: np.dtype(f"int{name[1:]}") for name in ("I8", "I32", "I64")}
 _OF_TORCH = {
     "torch.float32": "F32",
     "torch.bfloat16": "BF16",
@@ -71,12 +73,13 @@ class Shards(NamedTuple):
     bins: dict[str, dict[str, Any]]
 
 
-def find(place: Place, sizes: dict[str, int]) -> Shards:
+def find(place: Place, sizes: dict[str, int], method: str = "") -> Shards:
     """Reads the headers of a folder's weights.
 
     Args:
       place: the folder.
       sizes: of its files.
+      method: how its weights are quantised, of a `quantized.Scheme`.
 
     Raises:
       ConfigError: no weights, files that are missing, truncated, quantised or outside the folder,
@@ -92,7 +95,8 @@ def find(place: Place, sizes: dict[str, int]) -> Shards:
             found = _tensors_of_bin(f"{place}/{file}", file, bins[file])
         else:
             headers[file] = _header(f"{place}/{file}", place, file, sizes[file])
-            found = _tensors_of_header(f"{place}/{file}", file, sizes[file], headers[file])
+            where = f"{place}/{file}"
+            found = _tensors_of_header(where, file, sizes[file], headers[file], method)
         for stored in found:
             if stored.name in tensors:
                 raise ConfigError(
@@ -286,7 +290,9 @@ def _header(where: str, place: Place, file: str, size: int) -> bytes:
     return place.read(file, 0, 8 + length)
 
 
-def _tensors_of_header(where: str, file: str, size: int, raw: bytes) -> list[Stored]:
+def _tensors_of_header(
+    where: str, file: str, size: int, raw: bytes, method: str = ""
+) -> list[Stored]:
     """The tensors of a safetensors file in the order of their bytes."""
     try:
         found = sorted(
@@ -303,10 +309,10 @@ def _tensors_of_header(where: str, file: str, size: int, raw: bytes) -> list[Sto
         ) from e
     if is_bad:
         raise ConfigError(f"{where} is not a safetensors file: its header has another form.")
-    quantized.refuse_codes(where, {name: dtype for _, _, name, dtype, _ in found}, DTYPES)
+    quantized.refuse_codes(where, {name: dtype for _, _, name, dtype, _ in found}, DTYPES, method)
     tensors, position = [], 0
     for begin, end, name, dtype, shape in found:
-        stored = Stored(name, file, DTYPES[dtype], shape, len(raw) + begin)
+        stored = Stored(name, file, (DTYPES | _INTEGERS)[dtype], shape, len(raw) + begin)
         if begin != position or end - begin != stored.num_bytes:
             raise ConfigError(
                 f"{where}: {name} lies at bytes {begin} to {end}, which does not fit its shape "

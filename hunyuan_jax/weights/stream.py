@@ -110,7 +110,7 @@ def import_model(
 
     def convert(entry: names.Entry) -> int:
         param, piece = params[entry.path], plan.pieces[entry]
-        tensor = opened.read(piece, param.dtype if piece.scale else None)
+        tensor = opened.read(piece, param.dtype if piece.parts else None)
         for chunk in left_of(entry):
             block = chunks.encode(tensor, entry, param, chunk)
             data = block.reshape(-1).view(np.uint8).data

@@ -76,7 +76,7 @@ def compare_tensors(opened: official.OfficialFolder, converted: Converted) -> li
 
     def differences(entry: table.Entry) -> str | None:
         piece, param = plan.pieces[entry], converted.params[entry.path]
-        tensor = opened.read(piece, param.dtype if piece.scale else None)
+        tensor = opened.read(piece, param.dtype if piece.parts else None)
         num_different = 0
         for chunk in range(param.num_chunks):
             expected = chunks.encode(tensor, entry, param, chunk)

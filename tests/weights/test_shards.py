@@ -224,10 +224,9 @@ def test_a_file_that_is_not_safetensors_is_named(single, good, tmp_path, what):
 # numbers and codes
 
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+GPTQ = {"quant_method": "gptq", "bits": 3, "group_size": 128}
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
 QUANTIZED = [
-    ("quantization_config", GPTQ, "quantised by 'gptq'"),
     ("quantization_config", BITS, "quantised by bitsandbytes"),
     ("quantization_config", {"load_in_8bit": True, "load_in_4bit": False}, "by bitsandbytes"),
     ("quantization_config", {"quant_method": "compressed-tensors"}, "by 'compressed-tensors'"),

@@ -1,0 +1,110 @@
+"""Parameters read in few bits: codes that a folder holds, or made of its numbers while it is
+read, one matrix at a time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.params.abstract import ParamSpec
+from hunyuan_jax.params.quantized import assembled
+from hunyuan_jax.params.roles import Role
+from hunyuan_jax.params.tree import path_of
+from hunyuan_jax.progress import in_order
+from hunyuan_jax.quant.codes import METHODS, Codes, dequantized, quantize
+from hunyuan_jax.weights import folder as official
+from hunyuan_jax.weights import names
+
+# What --quantize takes: a method, or the numbers of a quantised folder.
+NUMBERS = "none"
+CHOICES = (*METHODS, NUMBERS)
+
+
+def is_quantizable(entry: names.Entry) -> bool:
+    """Whether methods apply to a matrix: projections and experts.  Embedding and head stay, as
+    routers, norms and biases do.
+    """
+    return entry.role in (Role.MATRIX, Role.EXPERT) and entry.is_transposed
+
+
+def check_method(cfg: ModelConfig, method: str | None, option: str) -> None:
+    """Raises ConfigError if there is no such method, or not for this model."""
+    if method is not None and method not in CHOICES:
+        raise ConfigError(f"{option} = {method!r}; use {', '.join(CHOICES)}.")
+    if method in METHODS and (cfg.spark.neuron_share or cfg.latent.width):
+        kind = "Spark" if cfg.spark.neuron_share else "latent attention"
+        raise ConfigError(
+            f"{option} = {method!r}: layers of {kind} are not quantised; leave it out."
+        )
+
+
+def read(
+    cfg: ModelConfig,
+    specs: dict[str, Any],
+    method: str | None,
+    tensor: Callable[[names.Entry], np.ndarray],
+    codes: Callable[[names.Entry], Codes | None],
+) -> dict[str, Any]:
+    """The parameters of a model, quantised ones as QuantArrays, on the devices of `specs`.
+
+    Args:
+      cfg: of the model.
+      specs: nested dict of their `ParamSpec`s.
+      method: one of CHOICES; None keeps integer codes of a folder, and dequantises FP8.
+      tensor: an official tensor as numbers.
+      codes: its codes in the folder, or None.
+
+    Raises:
+      ConfigError: entries that are not finite, matrices of one parameter in different kinds.
+    """
+    entries: dict[str, list[names.Entry]] = {}
+    for entry in names.entries(cfg):
+        entries.setdefault(entry.path, []).append(entry)
+
+    def few_bits(entry: names.Entry) -> Codes | None:
+        if method == NUMBERS or not is_quantizable(entry):
+            return None
+        stored = codes(entry)
+        if method is None:
+            is_integers = stored is not None and np.issubdtype(stored.values.dtype, np.integer)
+            return stored if is_integers else None
+        if stored is not None and _is_of(stored, method):
+            return stored
+        dense = tensor(entry) if stored is None else dequantized(stored)
+        return quantize(entry.name, dense, method)
+
+    def one(path: tuple, spec: ParamSpec) -> Any:
+        found = entries[path_of(path)]
+        made = {entry.index: value for entry, value in in_order(few_bits, found)}
+        missing = [index for index, value in made.items() if value is None]
+        if not missing:
+            return assembled(path_of(path), spec, made, is_transposed=found[0].is_transposed)
+        if len(missing) < len(made):
+            raise ConfigError(
+                f"{path_of(path)} is quantised in part: of its {len(made)} matrices "
+                f"{len(missing)} are numbers, such as that at {missing[0]}. Layers and experts of "
+                "one kind must have one method; use --quantize=none to compute with numbers."
+            )
+        dtype = official.dtype_of(found[0], cfg.dtype)
+        array = np.empty(spec.shape, dtype)
+        for entry in found:
+            ours = names.to_ours(tensor(entry), entry, entry.our_shape)
+            array[entry.index] = ours.astype(dtype, copy=False)
+        return jax.make_array_from_callback(array.shape, spec.sharding, lambda i: array[i])
+
+    return jax.tree.map_with_path(one, specs)
+
+
+def _is_of(codes: Codes, method: str) -> bool:
+    kind = "easyquant" if codes.position is not None else codes.kind.split(" ")[0]
+    return kind == method
+
+
+def of_params(params: dict[str, Any]) -> Callable[[names.Entry], np.ndarray]:
+    """The official tensors of parameters in memory, for `read`."""
+    return functools.partial(names.read_tensor, params)
