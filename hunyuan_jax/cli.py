@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "hunyuan_jax.serve.command:serve",
     "eval": "hunyuan_jax.evals.command:evaluate",
     "export": "hunyuan_jax.weights.command:export",
+    "quantize": "hunyuan_jax.weights.command:quantize",
     "plan": "hunyuan_jax.plan.command:plan",
     "report": "hunyuan_jax.report.command:report",
     "tokenize": "hunyuan_jax.data.command:tokenize",

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers.ffn.moe import dispatch, routing
 from hunyuan_jax.layers.ffn.moe.layer import EXPERT_DIMS, Moe, Serve
-from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.ffn.spark import SparkMlp, SparseSparkMlp
+from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.layout import locations
 from hunyuan_jax.model.pattern import pattern

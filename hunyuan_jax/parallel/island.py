@@ -132,7 +132,9 @@ def _gather_quantized(w: QuantArray, logical: Sequence[str]) -> QuantArray:
         return w
     values = w.values
     for name in sorted(logical, key=_is_rows):
-        values = gather_stored(values, name, values.ndim - len(logical) + list(logical).index(name))
+        values = gather_stored(
+            values, name, values.ndim - len(logical) + list(logical).index(name)
+        )
     return w.replace(values=values)
 
 

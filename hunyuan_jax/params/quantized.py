@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel import rules

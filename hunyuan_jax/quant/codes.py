@@ -15,6 +15,7 @@ from hunyuan_jax.quant.easyquant import easyquant_int4
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _MAX_FP8 = 448.0
 GROUP = 128
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Codes(NamedTuple):
@@ -45,39 +46,34 @@ class Codes(NamedTuple):
         return self.values.size * self.bits // 8 + self.scale.nbytes + outliers
 
 
-def int8(w_OI: np.ndarray) -> Codes:
+def int8(w_OI: np.ndarray, group: int) -> Codes:
     """Eight bits an entry, one scale for each output."""
+    del group
     scale_O1 = _scale(np.abs(w_OI).max(axis=1, keepdims=True), 127)
     return Codes(_rounded(w_OI / scale_O1, 127), scale_O1, 8)
 
 
-def int4(w_OI: np.ndarray) -> Codes:
-    """Four bits an entry, one scale for each output and 128 inputs (all inputs, if 128 does not
-    divide them).
-    """
-    group = GROUP if w_OI.shape[1] % GROUP == 0 else w_OI.shape[1]
-    return grouped_int4(w_OI, group)
-
-
-def grouped_int4(w_OI: np.ndarray, group: int) -> Codes:
+def int4(w_OI: np.ndarray, group: int) -> Codes:
     """Four bits an entry, one scale for each output and `group` inputs, round to nearest."""
     grouped = w_OI.reshape(len(w_OI), -1, group)
     scale_OG1 = _scale(np.abs(grouped).max(axis=2, keepdims=True), 7)
     return Codes(_rounded(grouped / scale_OG1, 7).reshape(w_OI.shape), scale_OG1[..., 0], 4)
 
 
-def fp8(w_OI: np.ndarray) -> Codes:
+def fp8(w_OI: np.ndarray, group: int) -> Codes:
     """float8_e4m3fn, one scale for each output."""
+    del group
     scale_O1 = _scale(np.abs(w_OI).max(axis=1, keepdims=True), _MAX_FP8)
     return Codes((w_OI / scale_O1).astype(FP8), scale_O1, 8)
 
 
-def easyquant(w_OI: np.ndarray) -> Codes:
-    """EasyQuant's four bits (quant/easyquant.py)."""
+def easyquant(w_OI: np.ndarray, group: int) -> Codes:
+    """EasyQuant's four bits (quant/easyquant.py), one scale for each output."""
+    del group
     return Codes(*easyquant_int4(w_OI))
 
 
-METHODS: dict[str, Callable[[np.ndarray], Codes]] = {
+METHODS: dict[str, Callable[[np.ndarray, int], Codes]] = {
     "int8": int8,
     "int4": int4,
     "fp8": fp8,
@@ -85,13 +81,14 @@ METHODS: dict[str, Callable[[np.ndarray], Codes]] = {
 }
 
 
-def quantize(name: str, w_OI: np.ndarray, method: str) -> Codes:
+def quantize(name: str, w_OI: np.ndarray, method: str, group: int = GROUP) -> Codes:
     """A matrix in few bits.
 
     Args:
       name: for errors.
       w_OI: any floating dtype.
       method: one of METHODS.
+      group: inputs of one scale of "int4".
 
     Raises:
       ConfigError: entries that are not finite.
@@ -99,10 +96,10 @@ def quantize(name: str, w_OI: np.ndarray, method: str) -> Codes:
     w_OI = np.asarray(w_OI, np.float32)
     if not np.isfinite(w_OI.sum(dtype=np.float64)) and not np.isfinite(w_OI).all():
         raise ConfigError(f"{name} holds NaN or infinity; there is no scale for it.")
-    return METHODS[method](w_OI)
+    return METHODS[method](w_OI, group)
 
 
-def dequantized(codes: Codes, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
+def dequantized(codes: Codes, dtype: np.dtype = _FLOAT32) -> np.ndarray:
     """The matrix [O, I]; values * scale is computed in float32."""
     (num_out, num_in), num_groups = codes.values.shape, codes.scale.shape[1]
     grouped = codes.values.reshape(num_out, num_groups, num_in // num_groups).astype(np.float32)

@@ -102,30 +102,15 @@ def _histogram(size_oI, range_o):
     return np.bincount(bin_oI.reshape(-1), minlength=len(size_oI) * _BINS).reshape(-1, _BINS)
 
 
-def path(w_OI: np.ndarray, range_O: np.ndarray, num_steps: int) -> np.ndarray:
-    """The range of each row after each step, [steps + 1, O], for looking at (docs)."""
-    ranges = [range_O]
-    m, v = np.zeros_like(range_O), np.zeros_like(range_O)
-    rate = _RATE * range_O
-    for step in range(1, num_steps + 1):
-        scale_O1 = ranges[-1][:, None] / _MOST
-        q = np.clip(np.rint(w_OI / scale_O1), -_MOST, _MOST)
-        g = 2 * ((scale_O1 * q - w_OI) * q).sum(1)
-        m, v = _BETA_1 * m + (1 - _BETA_1) * g, _BETA_2 * v + (1 - _BETA_2) * g * g
-        m_hat, v_hat = m / (1 - _BETA_1**step), v / (1 - _BETA_2**step)
-        ranges.append(ranges[-1] - rate * m_hat / (np.sqrt(v_hat) + _EPS))
-    return np.stack(ranges)
-
-
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _search(count_OH, range_O, num_steps):
-    middle_H = (jnp.arange(_BINS) + 0.5) / _BINS
+    middle_H = (jnp.arange(_BINS, dtype=jnp.float32) + 0.5) / _BINS
     # From bin h on: how many entries, and their sum in units of the range.
     sums_OHs = jnp.stack([count_OH, count_OH * middle_H], axis=-1)
     zeros_O1s = jnp.zeros((len(range_O), 1, 2))
     total_OHs = jnp.cumsum(sums_OHs[:, ::-1], axis=1)[:, ::-1]
     total_OHs = jnp.concatenate([total_OHs, zeros_O1s], axis=1)
-    code_J = jnp.arange(_MOST)
+    code_J = jnp.arange(_MOST, dtype=jnp.float32)
     unit_O = range_O / _BINS
 
     def measure(now_O):
@@ -146,13 +131,13 @@ def _search(count_OH, range_O, num_steps):
     def step(i, carry):
         now_O, m_O, v_O, best_O, least_O = carry
         error_O, g_O = measure(now_O)
+        num_done = i.astype(jnp.float32) + 1
         is_better_O = error_O < least_O
         best_O, least_O = (
-            jnp.where(is_better_O, new, old)
-            for new, old in ((now_O, best_O), (error_O, least_O))
+            jnp.where(is_better_O, new, old) for new, old in ((now_O, best_O), (error_O, least_O))
         )
         m_O, v_O = _BETA_1 * m_O + (1 - _BETA_1) * g_O, _BETA_2 * v_O + (1 - _BETA_2) * g_O * g_O
-        m_hat_O, v_hat_O = m_O / (1 - _BETA_1 ** (i + 1.0)), v_O / (1 - _BETA_2 ** (i + 1.0))
+        m_hat_O, v_hat_O = m_O / (1 - _BETA_1**num_done), v_O / (1 - _BETA_2**num_done)
         moved_O = now_O - rate_O * m_hat_O / (jnp.sqrt(v_hat_O) + _EPS)
         return jnp.maximum(moved_O, rate_O), m_O, v_O, best_O, least_O
 

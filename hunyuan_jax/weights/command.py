@@ -1,4 +1,4 @@
-"""The commands `import`, `export` and `verify`."""
+"""The commands `import`, `export`, `quantize` and `verify`."""
 
 import sys
 
@@ -59,6 +59,34 @@ def export(values) -> int:
 
     count = export_model(values.checkpoint, values.output)
     print(f"{values.output}: complete; {count} files of weights written now.")
+    return 0
+
+
+@flags.command(
+    flags.Option(
+        "checkpoint",
+        AnyPath,
+        "Model folder, hub id, converted checkpoint or workdir of a run.",
+        is_required=True,
+    ),
+    _OUTPUT,
+    flags.Option(
+        "method",
+        str,
+        "How projections and experts are stored.",
+        is_required=True,
+        choices=("easyquant", "int8", "int4", "fp8"),
+    ),
+)
+def quantize(values) -> int:
+    """Writes a model as a folder in few bits; needs no data.
+
+    int8, int4 and fp8 are written as compressed-tensors, which other programs read.
+    """
+    from hunyuan_jax.weights.quantize import quantize_model
+
+    count, num_bytes = quantize_model(values.checkpoint, values.output, values.method)
+    print(f"{values.output}: complete, {num_bytes / 1e9:.3f} GB; {count} files written now.")
     return 0
 
 

@@ -3,6 +3,7 @@ read, one matrix at a time.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from hunyuan_jax.params.quantized import assembled
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import in_order
-from hunyuan_jax.quant.codes import METHODS, Codes, dequantized, quantize
+from hunyuan_jax.quant.codes import GROUP, METHODS, Codes, dequantized, quantize
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
 
@@ -30,6 +31,14 @@ def is_quantizable(entry: names.Entry) -> bool:
     routers, norms and biases do.
     """
     return entry.role in (Role.MATRIX, Role.EXPERT) and entry.is_transposed
+
+
+def group_of(cfg: ModelConfig) -> int:
+    """Inputs of one scale of int4: 128, or less where that does not divide those of every matrix
+    (transformers and vLLM know one size for a model).
+    """
+    widths = [entry.shape[1] for entry in names.entries(cfg) if is_quantizable(entry)]
+    return math.gcd(GROUP, *widths)
 
 
 def check_method(cfg: ModelConfig, method: str | None, option: str) -> None:
@@ -66,6 +75,8 @@ def read(
     for entry in names.entries(cfg):
         entries.setdefault(entry.path, []).append(entry)
 
+    group = group_of(cfg)
+
     def few_bits(entry: names.Entry) -> Codes | None:
         if method == NUMBERS or not is_quantizable(entry):
             return None
@@ -76,7 +87,7 @@ def read(
         if stored is not None and _is_of(stored, method):
             return stored
         dense = tensor(entry) if stored is None else dequantized(stored)
-        return quantize(entry.name, dense, method)
+        return quantize(entry.name, dense, method, group)
 
     def one(path: tuple, spec: ParamSpec) -> Any:
         found = entries[path_of(path)]

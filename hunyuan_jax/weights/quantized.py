@@ -176,7 +176,7 @@ def refuse_codes(
       method: of a `Scheme`.
     """
     for other, ends in _MARKS.items():
-        if other in _OF_METHOD.get(method, ()) or method == "gptq" and other == "MLX":
+        if other in _OF_METHOD.get(method, ()) or (method == "gptq" and other == "MLX"):
             continue
         if marks := [name for name in dtypes if name.endswith(ends)]:
             raise ConfigError(

@@ -24,7 +24,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 # Of codes.
-_INTEGERS = {name: np.dtype(f"int{name[1:]}") for name in ("I8", "I32", "I64")}
+INTEGERS = {name: np.dtype(f"int{name[1:]}") for name in ("I8", "I32", "I64")}
 _OF_TORCH = {
     "torch.float32": "F32",
     "torch.bfloat16": "BF16",
@@ -312,7 +312,7 @@ def _tensors_of_header(
     quantized.refuse_codes(where, {name: dtype for _, _, name, dtype, _ in found}, DTYPES, method)
     tensors, position = [], 0
     for begin, end, name, dtype, shape in found:
-        stored = Stored(name, file, (DTYPES | _INTEGERS)[dtype], shape, len(raw) + begin)
+        stored = Stored(name, file, (DTYPES | INTEGERS)[dtype], shape, len(raw) + begin)
         if begin != position or end - begin != stored.num_bytes:
             raise ConfigError(
                 f"{where}: {name} lies at bytes {begin} to {end}, which does not fit its shape "

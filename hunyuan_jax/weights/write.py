@@ -11,13 +11,13 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.weights import hf_config, names
 from hunyuan_jax.weights.folder import OfficialFolder, Plan, dtype_of, is_router
-from hunyuan_jax.weights.shards import DTYPES
+from hunyuan_jax.weights.shards import DTYPES, INTEGERS
 from hunyuan_jax.weights.side_files import is_side_file
 from hunyuan_jax.weights.storage import Place
 
 INDEX = "model.safetensors.index.json"
 _MAX_SHARD_BYTES = 5_000_000_000
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 
 
 class Layout(NamedTuple):
