@@ -81,7 +81,7 @@ def export(values) -> int:
 def quantize(values) -> int:
     """Writes a model as a folder in few bits; needs no data.
 
-    int8, int4 and fp8 are written as compressed-tensors, which other programs read.
+    int8, int4 and fp8 are written in the format of compressed-tensors.
     """
     from hunyuan_jax.weights.quantize import quantize_model
 

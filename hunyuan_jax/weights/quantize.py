@@ -1,7 +1,6 @@
 """`quantize`: a model written as a folder in few bits, matrix by matrix.
 
-int8, int4 and fp8 are compressed-tensors' formats, which vLLM and transformers read.  EasyQuant is
-its packed int4, one scale for each output, with `outlier_position` (int32, o * inputs + i) and
+int8, int4 and fp8 are formats of compressed-tensors.  EasyQuant is its packed int4, one scale for each output, with `outlier_position` (int32, o * inputs + i) and
 `outlier_value` (bfloat16) beside each matrix.
 
 Files are made one after the other, each in memory as a whole: 1 GB of the model's numbers at most,

@@ -132,14 +132,12 @@ def _compressed_scheme(where: str, about: dict[str, Any]) -> Scheme:
             "the model that it was made from."
         )
     kind, bits, strategy, size, is_symmetric = kinds[0]
-    found = {
-        ("float", 8, "tensor"): "fp8",
-        ("float", 8, "channel"): "fp8",
-        ("int", 8, "tensor"): "int8",
-        ("int", 8, "channel"): "int8",
-        ("int", 4, "channel"): "packed",
-        ("int", 4, "group"): "packed",
-    }.get((kind, bits, strategy))
+    method, strategies = {
+        ("float", 8): ("fp8", "tensor channel"),
+        ("int", 8): ("int8", "tensor channel"),
+        ("int", 4): ("packed", "channel group"),
+    }.get((kind, bits), ("", ""))
+    found = method if strategy in strategies.split() else ""
     form = about.get("format")
     formats = {
         "fp8": ("float-quantized", "naive-quantized"),
