@@ -248,9 +248,9 @@ def run_experts_in_tiles(
 
             def one_tile(i, y_nbD, e=e):
                 x_bD = x_nbD[i]
-                gate_bF, up_bF = (x_bD @ w[e].astype(x_bD.dtype) for w in (gate_EDF, up_EDF))
+                gate_bF, up_bF = (linear(x_bD, w[e]) for w in (gate_EDF, up_EDF))
                 h_bF = weight_nb[i][:, None].astype(x_bD.dtype) * jax.nn.silu(gate_bF) * up_bF
-                return y_nbD.at[i].set(h_bF @ down_EFD[e].astype(x_bD.dtype))
+                return y_nbD.at[i].set(linear(h_bF, down_EFD[e]))
 
             y_nbD = y_threads[e % num_threads]
             y_threads[e % num_threads] = jax.lax.fori_loop(start, end, one_tile, y_nbD)
