@@ -1,7 +1,8 @@
 """`quantize`: a model written as a folder in few bits, matrix by matrix.
 
-int8, int4 and fp8 are formats of compressed-tensors.  EasyQuant is its packed int4, one scale for each output, with `outlier_position` (int32, o * inputs + i) and
-`outlier_value` (bfloat16) beside each matrix.
+int8, int4 and fp8 are formats of compressed-tensors.  EasyQuant is its packed int4, one scale for
+each output, with `outlier_position` (int32, o * inputs + i) and `outlier_value` (bfloat16) beside
+each matrix.
 
 Files are made one after the other, each in memory as a whole: 1 GB of the model's numbers at most,
 or one tensor.  One that has its name is whole, so a killed call continues.
