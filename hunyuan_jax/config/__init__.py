@@ -34,7 +34,7 @@ from hunyuan_jax.config.parse import (
     unknown_key_message,
     weights_recipe,
 )
-from hunyuan_jax.config.post import DpoConfig, ObjectiveConfig, ObjectiveName
+from hunyuan_jax.config.post import DpoConfig, GrpoConfig, ObjectiveConfig, ObjectiveName
 from hunyuan_jax.config.run import Config
 from hunyuan_jax.config.train import CheckpointConfig, TrainConfig
 
@@ -47,6 +47,7 @@ __all__ = [
     "Dispatch",
     "DpoConfig",
     "Dtype",
+    "GrpoConfig",
     "LatentConfig",
     "LoraConfig",
     "MeshConfig",

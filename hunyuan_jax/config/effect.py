@@ -1,6 +1,6 @@
 """Fields that are set and change nothing, given the others.  Imports no jax."""
 
-from hunyuan_jax.config.parse import defaults, flat_fields, to_dict
+from hunyuan_jax.config.parse import defaults, field_names, flat_fields, to_dict
 from hunyuan_jax.config.run import Config
 
 
@@ -104,6 +104,19 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
             schedule.name == "three_phase" and not schedule.anneal_fraction,
             ("schedule.anneal_ratio",),
             "config.schedule.anneal_fraction = 0 does not anneal; set a fraction",
+        ),
+        *(
+            (
+                config.objective.name != name,
+                tuple(n for n in field_names() if n.startswith(f"objective.{name}.")),
+                f"config.objective.name = {config.objective.name!r}; it acts with {name!r}",
+            )
+            for name in ("dpo", "grpo")
+        ),
+        (
+            config.objective.name == "grpo",
+            ("data.validation_fraction", "train.eval_every", "train.eval_batches"),
+            "config.objective.name = 'grpo' holds nothing out; its rewards are of new completions",
         ),
         (
             bool(config.train.profile_steps)

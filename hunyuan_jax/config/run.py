@@ -70,6 +70,8 @@ class Config(Section):
                 "config.objective.dpo.reference = 'adapter_off' needs adapters; set "
                 "config.model.lora.rank, or take 'stored'.",
             )
+        if self.objective.name == "grpo":
+            self._check_grpo()
         planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
         if self.schedule.num_steps:
             name = "schedule.num_steps"
@@ -86,4 +88,30 @@ class Config(Section):
                 f"config.model.moe.group_size = {moe.group_size} must divide config.train.seq_len "
                 f"= {train.seq_len}, or be a multiple of it that divides the {tokens} tokens of a "
                 "batch (of a micro-batch, with grad_accum_steps).",
+            )
+
+    def _check_grpo(self) -> None:
+        grpo, train, model = self.objective.grpo, self.train, self.model
+        require(
+            train.batch_size % grpo.num_generations == 0,
+            f"config.train.batch_size = {train.batch_size} is no multiple of "
+            f"config.objective.grpo.num_generations = {grpo.num_generations}: a batch holds whole "
+            f"groups. Use a num_generations from {divisors(train.batch_size)}.",
+        )
+        require(
+            grpo.max_new_tokens <= train.seq_len,
+            f"config.objective.grpo.max_new_tokens = {grpo.max_new_tokens} leaves no room for a "
+            f"prompt in config.train.seq_len = {train.seq_len}.",
+        )
+        require(
+            not model.is_moe or model.moe.dispatch == "dropless",
+            f"config.model.moe.dispatch = {model.moe.dispatch!r} routes a token by what shares "
+            "its batch, so the trained policy would not be the one that wrote; take 'dropless'.",
+        )
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(model, name)
+            require(
+                value == 0,
+                f"config.model.{name} = {value}: with dropout the trained policy is not the one "
+                "that wrote the completions; set it to 0.",
             )

@@ -92,6 +92,11 @@ class BatchIterator(Iterator[Batch]):
             )
         self._batches.set_state({"next_index": state["next_index"]})
 
+    def follow(self, params: Any) -> None:
+        """Shows the weights after the last step, which batches that are drawn from a model need;
+        these here are read.
+        """
+
     def close(self) -> None:
         """Stops the reading threads; the iterator cannot be used afterwards."""
         self._batches.close()

@@ -188,6 +188,19 @@ class Engine:
             list(pool.map(lambda shape: self.runner.program(*shape), shapes))
         self._compilations.start()
 
+    def replace_weights(self, params: dict[str, Any]) -> None:
+        """Computes with other weights from now on, of the same shapes, dtypes and shardings;
+        prompts that are cached are forgotten.  Only while no request is unfinished.
+        """
+        if self.has_work:
+            raise RuntimeError("weights are replaced between requests; finish or abort them first")
+        self.step()  # frees the pages of what has finished
+        while self._under_way:
+            self.step()
+        for pages in self.scheduler.pools:
+            pages.forget()
+        self.runner.replace_weights(params)
+
     def step(self) -> list[Output]:
         """Starts the next step, then waits for the one before; what that one has brought."""
         begin = time.thread_time()

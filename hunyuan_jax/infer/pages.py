@@ -103,6 +103,13 @@ class Pages:
         """Takes one user from each, once `step` has come back (`settle`): it may still write."""
         self._leaving.append((step, list(pages)))
 
+    def forget(self) -> None:
+        """Forgets the contents of pages that nobody uses.  None may be in use."""
+        assert not self.num_used
+        self._free.extend(self._cached)
+        for known in (self._cached, self._name_of, self._page_of):
+            known.clear()
+
     def settle(self, step: int) -> None:
         """Frees what was released for steps up to this one, which have come back."""
         while self._leaving and self._leaving[0][0] <= step:

@@ -69,14 +69,12 @@ class Runner:
     ):
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
-        self._params = params
+        self.replace_weights(params)
         chunk_def = decode_def = graph_def
         if cpu_layout.suits(self._cfg, self._mesh):
-            specs = abstract_model(self._cfg, self._mesh)[1]
             # The piece of an invariant call has it for itself.
             chunk_def = cpu_layout.graph_def(self._cfg, self._mesh)
             decode_def = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
-            self._params = cpu_layout.unstacked(self._cfg, params, specs)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
         self._num_rows = shards * shapes.rows
@@ -108,6 +106,13 @@ class Runner:
         self._buckets = [*buckets, shapes.rows][-1 if is_invariant else -_MAX_DECODE_PROGRAMS :]
         self._programs: dict[tuple, Future] = {}
         self._lock = threading.Lock()
+
+    def replace_weights(self, params: dict[str, Any]) -> None:
+        """Computes with these from the next call on."""
+        self._params = params
+        if cpu_layout.suits(self._cfg, self._mesh):
+            specs = abstract_model(self._cfg, self._mesh)[1]
+            self._params = cpu_layout.unstacked(self._cfg, params, specs)
 
     # -- programs -------------------------------------------------------------
 

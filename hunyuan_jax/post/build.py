@@ -19,4 +19,8 @@ def build_objective(config: Config) -> Objective:
             from hunyuan_jax.post.dpo import Dpo
 
             return Dpo(config)
+        case "grpo":
+            from hunyuan_jax.post.grpo import Grpo
+
+            return Grpo(config)
     raise AssertionError(config.objective.name)

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import html
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,8 @@ _SCALE = [
     [0.75, "#93c5fd"],
     [1.0, "#1e40af"],
 ]
+
+_SHOWN_GROUPS, _SHOWN_CHARACTERS = 5, 400  # of completions
 
 
 def write(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -128,7 +131,7 @@ def page(workdir: Path, rows: list[dict[str, Any]]) -> str:
 <body><header><h1>{html.escape(name)}</h1><span>{html.escape(_subtitle(environment))}</span>
 <span class="right">{html.escape(now)}</span></header>
 <div class="tiles">{_tiles(rows, ledger, config) if rows else ""}</div>
-<main>{cards}
+<main>{cards}{_completions(workdir)}
 <section class="card half"><h2>Environment</h2>{_table(environment)}</section>
 <section class="card half"><h2>Configuration</h2>{_table(dict(flat_fields(config)))}</section>
 </main>
@@ -166,6 +169,7 @@ main {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px }}
 table {{ border-collapse: collapse; width: 100%; margin-top: 6px; font-size: 12.5px }}
 td {{ padding: 3px 0; border-top: 1px solid #f0f2f4; vertical-align: top;
   overflow-wrap: anywhere }}
+h3 {{ margin: 10px 0 0; font-size: 13px }} .completions td:first-child {{ width: 12% }}
 td:first-child {{ color: {_GREY}; width: 46% }}
 """
 
@@ -328,7 +332,71 @@ def _figures(
         )
         note = "over all layers; chosen for under 1 % of an even share"
         found["dead"] = ("Dead experts", note, "quarter", lines(230, ".0f", dead, kind="linear"))
+    if rewards := _reward_curves(rows):
+        note = "mean over a batch"
+        found["reward"] = ("Rewards", note, "wide", lines(280, ".3f", *rewards, kind="linear"))
+    for name, title, note in _OF_POST_TRAINING:
+        if _curve(rows, name)[1]:
+            figure = lines(230, ".3~g", (name, "", _BLUE, "lines"), kind="linear")
+            found[name.replace("/", "-")] = (title, note, "half", figure)
     return found
+
+
+# Curves of preferences and rewards: (metric, title, note).
+_OF_POST_TRAINING = (
+    (
+        "rewards/accuracies",
+        "Accuracy of preferences",
+        "pairs whose chosen answer is rewarded more",
+    ),
+    ("rewards/margins", "Margin of preferences", "reward of the chosen less that of the rejected"),
+    ("frac_reward_zero_std", "Groups without signal", "share of groups whose rewards are equal"),
+    ("completions/mean_length", "Length of completions", "tokens, mean over a batch"),
+    ("kl", "Divergence from the initial weights", "nats a token, K3 estimate"),
+    ("entropy", "Entropy of predictions", "nats a token"),
+)
+
+
+def _reward_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(metric, label, colour, mode) of the total reward and of each reward function."""
+    names = sorted({name for row in rows for name in row if name.startswith("rewards/")})
+    names = [name for name in names if name.endswith(("/mean", "/chosen", "/rejected"))]
+    colours = itertools.cycle([_ORANGE, _GREY, _RED])
+    curves = [
+        (name, name.removeprefix("rewards/").removesuffix("/mean"), colour, "lines")
+        for name, colour in zip(names, colours, strict=False)
+    ]
+    if _curve(rows, "reward")[1]:
+        curves = [("reward", "total", _BLUE, "lines"), *(curves if len(curves) > 1 else [])]
+    return curves
+
+
+def _completions(workdir: Path) -> str:
+    """The section with the last completions of a run by rewards; "" if it has none."""
+    found = list(metrics.read_objects(workdir / metrics.COMPLETIONS))[-_SHOWN_GROUPS:]
+    groups = "".join(
+        f"<h3>step {html.escape(str(row.get('step')))}: "
+        f"{html.escape(_shortened(row.get('prompt')))}</h3>"
+        + _table(
+            {
+                f"{i + 1}: {reward}": _shortened(text)
+                for i, (reward, text) in enumerate(
+                    zip(row.get("rewards", []), row.get("completions", []), strict=False)
+                )
+            }
+        )
+        for row in reversed(found)
+    )
+    note = "the first group of a batch, with the reward of each"
+    return groups and (
+        f'<section class="card wide completions"><h2>Completions</h2><p>{note}</p>{groups}'
+        "</section>"
+    )
+
+
+def _shortened(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
 def _goodput_figure(ledger: goodput.Ledger) -> Any:

@@ -14,6 +14,7 @@ from hunyuan_jax.config import Config, to_dict
 from hunyuan_jax.errors import ConfigError
 
 FILE = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"  # of a run by rewards: one group of each batch, to be read
 DEAD_SHARE = 0.01
 
 

@@ -27,7 +27,7 @@ from hunyuan_jax.checkpoint.store import (
     require_same_run,
 )
 from hunyuan_jax.config import Config, ScheduleConfig, from_dict, to_dict, without_effect
-from hunyuan_jax.data.stream import BatchIterator, DataStream, read_ahead
+from hunyuan_jax.data.stream import BatchIterator, DataStream
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
 from hunyuan_jax.model.count import count
@@ -145,7 +145,7 @@ class _Trainer:
             stream = self._program.objective.open_stream(tokenizer)
             if hosts.is_first():
                 require_same_run(self._workdir, config)
-            return stream, read_ahead(stream, self._rows)
+            return stream, self._program.objective.batches(stream, self._rows)
 
     def _plan_epochs(self) -> None:
         """Sets config.train.num_steps to that of train.num_epochs."""
@@ -406,6 +406,7 @@ class _Trainer:
     def _update(self, step: int) -> dict[str, jax.Array]:
         """Dispatches the train step on the next batch; returns its metrics."""
         with self._log.time("data"), self._watchdog.doing("waiting for a batch"):
+            self._batches.follow(self._state.params)
             batch = next(self._batches)
         is_first = step == self._first_step + 1
         doing = "compiling its first step" if is_first else "in a step"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from hunyuan_jax.config import Config
-from hunyuan_jax.data.stream import Batch, DataStream
+from hunyuan_jax.data.stream import Batch, BatchIterator, DataStream
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.tokenizer import Tokenizer
 
@@ -71,6 +72,9 @@ class Objective(Protocol):
         Raises:
           ConfigError: it does not exist or cannot be used.
         """
+
+    def batches(self, stream: DataStream, rows: np.ndarray) -> BatchIterator:
+        """Returns the batches of training, in order; of each the examples `rows`."""
 
     def prepare(
         self, program: "Program", workdir: str, initial_params: Callable[[], dict[str, Any]]

@@ -13,7 +13,7 @@ import numpy as np
 
 from hunyuan_jax.config import Config
 from hunyuan_jax.data import loader
-from hunyuan_jax.data.stream import Batch, DataStream
+from hunyuan_jax.data.stream import Batch, BatchIterator, DataStream, read_ahead
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
@@ -46,6 +46,10 @@ class Pretrain:
         """Opens the text or the token shards of config.data."""
         data = self.config.data
         return loader.PackedRows(loader.open_corpus(data, tokenizer), data, self.config.train)
+
+    def batches(self, stream: DataStream, rows: np.ndarray) -> BatchIterator:
+        """Reads ahead."""
+        return read_ahead(stream, rows)
 
     def prepare(self, program: Any, workdir: str, initial_params: Callable[[], Any]) -> None:
         """Needs nothing."""

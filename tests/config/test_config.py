@@ -159,7 +159,8 @@ def test_a_section_must_be_a_mapping():
         (
             "objective.name",
             "pretraining",
-            "config.objective.name = 'pretraining' is not one of 'pretrain', 'sft', 'dpo'.",
+            "config.objective.name = 'pretraining' is not one of 'pretrain', 'sft', 'dpo', "
+            "'grpo'.",
         ),
         (
             "model.dtype",
@@ -487,6 +488,35 @@ BROKEN = [
             "objective__dpo__reference": "adapter_off",
         },
         "reference = 'adapter_off' needs adapters",
+    ),
+    (
+        {"objective__grpo__reward_weights": (1.0,)},
+        "reward_weights = (1.0,) must have one weight for each of the 0 rewards",
+    ),
+    ({"objective__grpo__num_generations": 1}, "num_generations = 1 must be at least 2"),
+    ({"objective__grpo__steps_per_rollout": 0}, "steps_per_rollout = 0 must be at least 1"),
+    ({"objective__grpo__beta": -0.1}, "objective.grpo.beta = -0.1 must not be negative"),
+    ({"objective__grpo__clip_low": 1.5}, "clip_low = 1.5 must be in [0, 1]"),
+    ({"objective__grpo__max_ratio": 1.1}, "max_ratio = 1.1 must be at least 1 + clip_high = 1.2"),
+    (
+        {"objective__name": "grpo", "objective__grpo__num_generations": 3},
+        "is no multiple of config.objective.grpo.num_generations = 3",
+    ),
+    (
+        {"objective__name": "grpo", "objective__grpo__max_new_tokens": 4096},
+        "max_new_tokens = 4096 leaves no room for a prompt",
+    ),
+    (
+        {"objective__name": "grpo", "model__moe__dispatch": "recycle"},
+        "config.model.moe.dispatch = 'recycle' routes a token by what shares its batch",
+    ),
+    (
+        {
+            "objective__name": "grpo",
+            "model__moe__dispatch": "dropless",
+            "model__hidden_dropout": 0.1,
+        },
+        "config.model.hidden_dropout = 0.1: with dropout the trained policy is not the one",
     ),
     ({"train__num_epochs": -0.5}, "config.train.num_epochs = -0.5 must not be negative; 0 leaves"),
     (

@@ -1,0 +1,23 @@
+"""Recipes of post-training, set for quick runs that start from a small model folder."""
+
+import functools
+
+from hunyuan_jax.cli import complete
+from hunyuan_jax.config import Config, from_config_dict
+from support import paths
+
+FOLDER = paths.ROOT / "tests/golden/hf/moe_top1"
+
+
+def config_of(name: str, source: object, **changes) -> Config:
+    """The config of configs/NAME.py for FOLDER and these data; in the names of fields __ is a
+    dot.
+    """
+    namespace = {}
+    exec((paths.ROOT / f"configs/{name}.py").read_text(), namespace)
+    values = namespace["get_config"]()
+    changes = {"train__init_from": str(FOLDER), "data__source": str(source), **changes}
+    for path, value in changes.items():
+        *sections, field = path.split("__")
+        setattr(functools.reduce(getattr, sections, values), field, value)
+    return from_config_dict(values, complete)
