@@ -234,8 +234,8 @@ def make_outputs_step(
     The model is that of training, without dropout.  `fn` returns an array [examples, ...]; the
     result has those of the whole batch, on every device, and a scalar without a meaning.
 
-    The scalar keeps a backward pass alive.  XLA rounds a forward pass without one otherwise, by
-    up to 0.02 nats a token in bfloat16, and the results are to be those of the train step.
+    The scalar keeps a backward pass alive: a forward pass alone may be rounded otherwise, and the
+    results are to be those of the train step.
     """
     spec = program.objective.batch_spec
 
