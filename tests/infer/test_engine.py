@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_jax import Sampling
+from hunyuan_jax import Sampling, presets
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer import score
+from hunyuan_jax.infer import programs, score
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import ContextTooLong, Limits, QueueFull, Request
+from hunyuan_jax.parallel.mesh import single_device_mesh
 from support.folders import random_params, small
 
 LIMITS = Limits(max_rows=4, max_context=64, page_size=8, num_pages=12, max_queue=16)
@@ -350,3 +351,11 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(invariant
     assert stats.steps > 0 and stats.host_seconds > 0
     jax.jit(lambda x: x * 3.25)(jnp.ones(7)).block_until_ready()
     assert invariant.stats().compilations > 0  # so they are seen
+
+
+def test_a_token_of_hunyuan_large_takes_80_kib_of_the_pages():
+    """One key and one value for two layers: 2 x 8 heads x 80 entries x 2 bytes x 32 groups."""
+    mesh = single_device_mesh()
+    state = jax.eval_shape(lambda: programs.new_state(presets.a52b(), 1, 5, 128, mesh))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.entries))
+    assert num_bytes / (5 * 128) == 80 * 1024
