@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
         *MODEL,
         f"data.source={folder / 'texts.jsonl'}",
         "data.validation_fraction=0.05",
-        "train.num_steps=300",
+        "train.num_steps=200",
         "train.batch_size=16",
         "train.seq_len=64",
         "schedule.warmup_steps=10",
@@ -60,8 +60,8 @@ def main(folder: Path) -> None:
         "objective.grpo.num_generations=8",
         "train.seq_len=16",
         "train.batch_size=128",
-        "train.num_steps=150",
-        "schedule.peak_lr=1e-3",
+        "train.num_steps=200",
+        "schedule.peak_lr=3e-4",
     )
     rows = [json.loads(line) for line in (folder / "grpo/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]

@@ -37,14 +37,19 @@ KINDS = (LocalPath, AnyPath)
 TEXT_OPTIONS = {
     "api_key",
     "beam_options",
+    "depths",
     "dtype",
     "generation",
     "host",
+    "lengths",
     "mesh",
+    "method",
     "model_name",
     "prompt",
+    "quantize",
     "runner",
     "system",
+    "tasks",  # of which paths of .yaml go through user_path
     "text_field",
     "topology",
 }
@@ -104,8 +109,9 @@ PATH_OPTIONS = [
 
 def value_of(command, option, text):
     """What the command gets for `option`, the others being valid."""
+    valid = {"config": TINY.partition("=")[2], "method": "int8"}
     arguments = [
-        f"--{other.name}={TINY.partition('=')[2] if other.name == 'config' else 'x'}"
+        f"--{other.name}={valid.get(other.name, 'x')}"
         for other in command.options
         if other.is_required and other is not option
     ]

@@ -28,6 +28,7 @@ from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.evals.answers import Answers, Failed, Prompt, short_limits
 from hunyuan_jax.evals.perplexity import score_rolling
+from hunyuan_jax.files import LocalPath, user_path
 from hunyuan_jax.infer import text
 from hunyuan_jax.infer.settings import Sampling
 
@@ -302,6 +303,7 @@ class Tasks:
         if name in known:
             return [name]
         if name.endswith((".yaml", ".yml")):
+            name = user_path(name, "--tasks", LocalPath)
             fault = _fault_of_yaml(Path(name))
             if fault is not None:
                 raise ConfigError(fault)

@@ -21,7 +21,8 @@ def losses(workdir):
     }
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_on_several_chips_a_row_goes_on_with_one(rank, tmp_path):
     (tmp_path / "text").mkdir()
     config = config_for(write_corpus(tmp_path / "text"), num_steps=3, batch_size=4, eval_every=2)

@@ -155,6 +155,7 @@ def test_the_loss_of_both_predictions(stepped):
     assert 0 < parts[1] < parts[0]  # fewer tokens have one after the next
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_biases(tmp_path):
     """Bit-equal to one that was not stopped, and logged."""
     (tmp_path / "text").mkdir()
