@@ -352,7 +352,10 @@ def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monke
     first, second = "".join(chat.ask("Hello")), "".join(chat.ask("Hello"))
     assert capsys.readouterr().out == f"{first}\n{first}\n{second}\n"
     for option, message in (
-        ("--mesh=expert", "'expert' is not AXIS:SIZE; axes are replica, data, context, expert, tensor"),
+        (
+            "--mesh=expert",
+            "'expert' is not AXIS:SIZE; axes are replica, data, context, expert, tensor",
+        ),
         ("--mesh=expert:3", "does not use the 8 devices exactly"),
         ("--top_p=2", "top_p = 2.0"),
     ):
