@@ -150,6 +150,7 @@ def test_draws_depend_on_seed_row_and_step_alone(model):
     assert (twins_BT[0] != twins_BT[1]).any()
 
 
+@pytest.mark.slow
 def test_slices_of_a_batch_change_no_token(config, monkeypatch):
     """Three rows in one slice and in three."""
     ids, drawn_BT = np.concatenate([IDS, IDS[:1]]), []

@@ -52,6 +52,7 @@ def test_cache_continues_what_a_whole_pass_computes(kind):
 
 
 @each_kind
+@pytest.mark.slow
 def test_generation_and_its_own_folder(kind, tmp_path):
     """Greedy tokens by the cache are those of whole passes; the folder holds the same model."""
     params = nnx.to_pure_dict(nnx.split(model_of(KINDS[kind], STD[kind]))[1])
@@ -76,6 +77,7 @@ def test_generation_and_its_own_folder(kind, tmp_path):
     [("latent", 1e-3, 5e-2), ("spark", 1e-5, 1e-4)],
 )
 @pytest.mark.parametrize("mesh", [{"tensor": 2, "data": 2}, {"expert": 2, "tensor": 2}])
+@pytest.mark.slow
 def test_loss_and_gradients_on_a_mesh(kind, loss_error, gradient_error, mesh):
     definition, params = nnx.split(model_of(KINDS[kind]))
     meshed = nnx.split(

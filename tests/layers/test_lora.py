@@ -266,6 +266,7 @@ def test_all_projections_of_experts_have_adapters(adapted_experts):
         ("drop", {"data": 2, "expert": 2, "tensor": 2}),
     ],
 )
+@pytest.mark.slow
 def test_experts_with_adapters_are_the_merged_experts_on_every_mesh(
     adapted_experts, dispatch, mesh
 ):
@@ -329,6 +330,7 @@ def test_experts_with_adapters_and_kernels_are_refused(adapted_experts):
         )
 
 
+@pytest.mark.slow
 def test_experts_with_adapters_generate_what_the_merged_experts_do(adapted_experts):
     cfg, params = adapted_experts
     ids = [[1, 2], [3, 4]]
@@ -649,7 +651,7 @@ def run_config(text, model, **train):
     return Config(model, data=data, schedule=schedule, train=TrainConfig(**train))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_runs_start_from_a_workdir(text, tmp_path):
     plain, first = tmp_path / "plain", {}
     assert loop.run(run_config(text, small()), plain) == 0

@@ -47,6 +47,7 @@ def test_feed_forward_against_numpy(kind):
     assert figures["tokens"] == 2.0
 
 
+@pytest.mark.slow
 def test_sparse_layer_reads_active_neurons_only():
     """Weights of neurons that are not active may be NaN; a dense product would spread them."""
     module = filled(lambda: SparseSparkMlp(MODEL, mesh_of(), jax.random.key(0)))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("dispatch", ["recycle", "dropless"])
+@pytest.mark.parametrize("dispatch", ["recycle", pytest.param("dropless", marks=pytest.mark.slow)])
 def test_train_step_compiles_for_v5p(dispatch):
     model = presets.tiny()
     # A layer a group and one block of attention: a step has each kernel once or twice;
@@ -63,6 +63,7 @@ def test_train_step_compiles_for_v5p(dispatch):
     ],
     ids=lambda kind: next(iter(kind)),
 )
+@pytest.mark.slow
 def test_other_kinds_of_layers_compile_for_v5p(kind):
     model = dataclasses.replace(
         presets.tiny(), num_layers=2, dtype="bfloat16", remat="full", moe=MoeConfig(), **kind

@@ -132,7 +132,6 @@ def test_a_router_without_a_gradient_is_named():
     off = {"norm_topk_prob": True, "aux_loss_weight": 0.0, "z_loss_weight": 0.0}
     for moe, words in (
         (off, "gets no gradient"),
-        (off | {"aux_loss_weight": 0.1}, "alone"),
         (off | {"dispatch": "recycle", "capacity_factor": 0.5}, None),
     ):
         config, grads = router_gradient(**moe)

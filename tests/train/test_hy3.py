@@ -103,6 +103,7 @@ def test_the_same_on_a_mesh_and_in_micro_batches(stepped):
             np.testing.assert_array_equal(other[1][path], stepped[1][path])
 
 
+@pytest.mark.slow
 def test_what_has_no_rate_or_weight_stays():
     model = dataclasses.replace(
         MODEL, mtp_loss_weight=0.0, moe=dataclasses.replace(MODEL.moe, bias_rate=0.0)

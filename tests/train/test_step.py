@@ -221,7 +221,7 @@ def assert_promised_layout(mode, program, state):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("mode", ["bfloat16", "fp8_lm"])
+@pytest.mark.parametrize("mode", [pytest.param("bfloat16", marks=pytest.mark.slow), "fp8_lm"])
 def test_a_short_run_keeps_its_layout_and_stays_with_a_float32_state(mode):
     for run in ("float32", mode):
         assert_promised_layout(run, *short_run(run)[:2])

@@ -214,6 +214,7 @@ def test_longer_run_of_the_same_model_is_accepted(corpus, finished):
     assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 100
 
 
+@pytest.mark.slow
 def test_a_longer_run_says_what_becomes_of_its_learning_rate(corpus, finished, capsys):
     """A run of 6 steps that goes on: planned anew, or with the length of the old plan."""
     keeping = config_for(corpus, num_steps=7)
