@@ -76,8 +76,8 @@ def ours_of(kind: str, folder: str, data: Path, workdir: Path) -> dict:
         f"train.init_from={folder}",
         f"data.source={data}",
         "data.validation_fraction=0.0",
-        "train.seq_len=1024",
-        "train.batch_size=1",
+        "train.seq_len=256",
+        "train.batch_size=2",
         "train.num_epochs=0.0",
         f"train.num_steps={NUM_TIMED}",
         "schedule.peak_lr=1e-3",
@@ -105,7 +105,7 @@ def ours_of(kind: str, folder: str, data: Path, workdir: Path) -> dict:
     return {
         "loss": [row["loss"] for row in rows],
         "grad_norm": [row["grad_norm"] for row in rows],
-        "seconds": [1024 / row["tokens_per_second"] for row in rows[1:]],
+        "seconds": [2 * 256 / row["tokens_per_second"] for row in rows[1:]],
     }
 
 

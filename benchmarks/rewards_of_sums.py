@@ -59,9 +59,9 @@ def main(folder: Path) -> None:
         "objective.grpo.max_new_tokens=6",
         "objective.grpo.num_generations=8",
         "train.seq_len=16",
-        "train.batch_size=128",
+        "train.batch_size=256",
         "train.num_steps=200",
-        "schedule.peak_lr=3e-4",
+        "schedule.peak_lr=2e-4",
     )
     rows = [json.loads(line) for line in (folder / "grpo/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]

@@ -128,6 +128,12 @@ def router_gradient(**moe):
     return config, fast_jit(step)(initial_params(), batch(), jax.random.key(0))[0]
 
 
+def test_a_router_that_learns_from_its_own_losses_alone_is_named():
+    moe = dataclasses.replace(MODEL.moe, norm_topk_prob=True)
+    (line,) = without_effect(config_of(dataclasses.replace(MODEL, moe=moe)))
+    assert "learns from aux_loss_weight and z_loss_weight alone" in line
+
+
 def test_a_router_without_a_gradient_is_named():
     off = {"norm_topk_prob": True, "aux_loss_weight": 0.0, "z_loss_weight": 0.0}
     for moe, words in (
