@@ -132,7 +132,7 @@ def main(kind: str, *folder: str) -> None:
     if kind == "write":
         from transformers_worker import new_model
 
-        new_model(eos_token_id=2).save_pretrained(*folder)
+        new_model("bench", eos_token_id=2).save_pretrained(*folder)
         return
     job = json.loads(sys.stdin.read())
     serve = {"continuous": continuous, "static": static, "mlx": mlx}[kind](job["folder"])
