@@ -20,6 +20,7 @@ import numpy as np
 from hunyuan_jax.config import Config
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch
+from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling
@@ -66,7 +67,7 @@ class Rollouts:
         """
         self._program, self._reference = program, reference
         self._samples = Path(workdir, metrics.COMPLETIONS)
-        self._model: Pretrained | None = None
+        self._rollout_engine: Engine | None = None
         cfg, _ = lora.merge(program.config.model, {})
         self._plain = cfg
         specs = abstract_model(cfg, program.mesh)[1]
@@ -155,19 +156,19 @@ class Rollouts:
         per_step = len(groups) // len(steps)
         return [groups[i * per_step : (i + 1) * per_step] for i in range(len(steps))]
 
-    def _engine(self) -> Any:
+    def _engine(self) -> Engine:
         params = self._params
         if not self._is_in_use(params):
             params = self._in_use(params)
-        if self._model is None:
-            self._model = Pretrained(self._plain, params, mesh=self._program.mesh)
+        if self._rollout_engine is None:
+            model = Pretrained(self._plain, params, mesh=self._program.mesh)
             limits = Limits(
                 max_rows=min(_MAX_ROWS, self._config.train.batch_size),
                 max_context=self._config.train.seq_len + 1,
                 max_queue=sys.maxsize,
                 invariant=True,
             )
-            self._rollout_engine = self._model.new_engine(limits)
+            self._rollout_engine = model.new_engine(limits)
         else:
             self._rollout_engine.replace_weights(params)
         return self._rollout_engine

@@ -27,10 +27,10 @@ from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import loop, step
 from hunyuan_jax.train.state import build_program, init_state
-from support import paths, runs
+from support import recipes, runs
 from support.models import assert_close, fast_jit
 
-FOLDER = paths.ROOT / "tests/golden/hf/moe_top1"
+FOLDER = recipes.FOLDER
 LENGTH = 16
 MODEL = ModelConfig(
     vocab_size=300,
@@ -60,26 +60,16 @@ def chats(tmp_path_factory):
     return path
 
 
-def recipe(chats, name="sft", **changes):
-    """The recipe of configs/NAME.py, set for a quick run; dotted names with __ for a dot."""
-    namespace = {}
-    exec((paths.ROOT / f"configs/{name}.py").read_text(), namespace)
-    values = namespace["get_config"]()
-    changes = {
-        "train__init_from": str(FOLDER),
+def recipe(chats, **changes):
+    """The recipe, set for a quick run."""
+    quick = {
         "train__seq_len": 64,
         "train__batch_size": 2,
         "train__eval_every": 2,
-        "data__source": str(chats),
         "data__validation_fraction": 0.2,
         "checkpoint__every": 2,
-        **changes,
     }
-    for path, value in changes.items():
-        *sections, field = path.split("__")
-        section = functools.reduce(getattr, sections, values)
-        setattr(section, field, value)
-    return values
+    return recipes.recipe_of("sft", chats, **quick | changes)
 
 
 # --- The recipe

@@ -2,6 +2,8 @@
 
 import functools
 
+from ml_collections import ConfigDict
+
 from hunyuan_jax.cli import complete
 from hunyuan_jax.config import Config, from_config_dict
 from support import paths
@@ -9,8 +11,8 @@ from support import paths
 FOLDER = paths.ROOT / "tests/golden/hf/moe_top1"
 
 
-def config_of(name: str, source: object, **changes) -> Config:
-    """The config of configs/NAME.py for FOLDER and these data; in the names of fields __ is a
+def recipe_of(name: str, source: object, **changes) -> ConfigDict:
+    """The recipe of configs/NAME.py for FOLDER and these data; in the names of fields __ is a
     dot.
     """
     namespace = {}
@@ -20,4 +22,9 @@ def config_of(name: str, source: object, **changes) -> Config:
     for path, value in changes.items():
         *sections, field = path.split("__")
         setattr(functools.reduce(getattr, sections, values), field, value)
-    return from_config_dict(values, complete)
+    return values
+
+
+def config_of(name: str, source: object, **changes) -> Config:
+    """As `recipe_of`, with what a recipe takes from its weights."""
+    return from_config_dict(recipe_of(name, source, **changes), complete)
