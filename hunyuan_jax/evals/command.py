@@ -213,7 +213,7 @@ def _others(name: str, own: list[str], tasks: Any) -> list[str]:
     hint = f"Did you mean {nearest[0]}? " if nearest else ""
     raise ConfigError(
         f"task {name!r} does not exist here. {hint}Tasks of lm-eval need it: "
-        "pip install 'hunyuan_jax[eval]'."
+        "pip install -e '.[eval]'."
     )
 
 
