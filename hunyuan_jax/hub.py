@@ -39,12 +39,13 @@ class HubId(NamedTuple):
 def hub_id(path: str) -> HubId | None:
     """Returns the hub id that a path of the user names, or None if it is another path or URL.
 
-    What exists here is not an id, unless hf:// stands before it.
+    What exists here, or would lie in a folder that exists here, is not an id, unless hf:// stands
+    before it.
 
     Raises:
       ConfigError: hf:// with something else than an id behind it.
     """
-    if not path.startswith(_PROTOCOL) and os.path.lexists(path):
+    if not path.startswith(_PROTOCOL) and os.path.lexists(path.partition("/")[0]):
         return None
     if match := _ID.fullmatch(path.removeprefix(_PROTOCOL)):
         return HubId(match[1], match[2], match[3].strip("/"))

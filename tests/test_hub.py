@@ -52,6 +52,7 @@ def test_what_exists_here_is_not_an_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("org/name").mkdir(parents=True)
     assert hub.hub_id("org/name") is None
+    assert hub.hub_id("org/nmae") is None
     assert hub.hub_id("hf://org/name") == hub.HubId("org/name", None, "")
     with pytest.raises(ConfigError, match="hf://ORG/NAME@REVISION"):
         hub.hub_id("hf://name")

@@ -88,10 +88,12 @@ class OfficialFolder:
         self.place = place
         sizes = place.sizes()
         if "config.json" not in sizes:
+            nearest = place.nearest()
             raise ConfigError(
-                f"{place} is not a model folder: it has no config.json. Give a folder with "
-                "official weights, the --output of an import, or the --workdir of a run that has "
-                "a checkpoint."
+                f"{place} is not a model folder: it has no config.json. "
+                + (f"Did you mean {nearest}? " if nearest else "")
+                + "Give a folder with official weights, the --output of an import, the --workdir "
+                "of a run that has a checkpoint, or hf://ORG/NAME for a model of the hub."
             )
         self.config_bytes = place.read("config.json")
         self.config = json_object(f"{place}/config.json", self.config_bytes)

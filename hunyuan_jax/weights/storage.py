@@ -2,6 +2,7 @@
 only when it is complete.
 """
 
+import difflib
 import os
 import shutil
 from collections.abc import Iterable
@@ -33,6 +34,16 @@ class Place:
     def path(self, name: str = "") -> str:
         """The path of a file for the file system; a real path when local."""
         return f"{self._root}/{name}" if name else self._root
+
+    def nearest(self) -> str | None:
+        """A folder of a similar name beside a local one that does not exist, or None."""
+        beside, name = os.path.split(self.path().rstrip("/"))
+        if not self.is_local or os.path.isdir(self.path()) or not os.path.isdir(beside):
+            return None
+        with os.scandir(beside) as found:
+            folders = [entry.name for entry in found if entry.is_dir()]
+        close = difflib.get_close_matches(name, folders, n=1)
+        return os.path.join(beside, close[0]) if close else None
 
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
