@@ -42,6 +42,7 @@ MODEL = (
         choices=("int8", "int4", "fp8", "easyquant", "none"),
     ),
 )
+_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _SAMPLING = (
     _sampling_option("max_new_tokens", int, "Stop after this many tokens."),
     _sampling_option("min_new_tokens", int, "Draw no stop id before this many tokens."),
@@ -138,7 +139,11 @@ def _values_are_settings() -> Iterator[None]:
 
 def _sampling(values) -> Sampling:
     """The settings of the options; those that are not given are left to the model's folder."""
-    return Sampling(**{option.name: getattr(values, option.name) for option in _SAMPLING})
+    sampling = Sampling(**{option.name: getattr(values, option.name) for option in _SAMPLING})
+    idle = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) not in (None, _OFF[n])]
+    if sampling.temperature == 0 and idle:
+        _note(f"--temperature=0 is greedy, whatever --{' and --'.join(idle)} is")
+    return sampling
 
 
 def load_lm(values) -> Any:

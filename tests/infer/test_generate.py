@@ -346,13 +346,17 @@ def test_chat_command_reads_questions_from_a_pipe(talker, ranks, tmp_path, monke
         "chat",
         f"--checkpoint={tmp_path}",
         "--temperature=0",
+        "--top_k=5",
+        "--top_p=1",
         "--max_new_tokens=4",
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\nHello\n"))
     assert cli.run(command) == 0
     chat = text.Chat(talker, sampling=Sampling(max_new_tokens=4, temperature=0))
     first, second = "".join(chat.ask("Hello")), "".join(chat.ask("Hello"))
-    assert capsys.readouterr().out == f"{first}\n{first}\n{second}\n"
+    written = capsys.readouterr()
+    assert written.out == f"{first}\n{first}\n{second}\n"
+    assert "--temperature=0 is greedy, whatever --top_k is" in written.err
     for option, message in (
         (
             "--mesh=expert",
