@@ -1,67 +1,176 @@
-"""What few bits cost: perplexity of a model whose projections are quantised in several ways.
+"""What few bits cost: a model whose projections are quantised in several ways, against itself.
 
-    python benchmarks/quantization.py MODEL TEXT... [--tokens=2048]
+    python benchmarks/quantization.py MODEL TEXT... [--tokens=2048] [--table=methods|range]
+    python benchmarks/quantization.py MODEL --table=speed
 
-Prints one line a way, with the perplexity of each text (its first tokens, in rows of 512), the
-relative error of the weights and the share of outliers.  Counterparts of EasyQuant's tables 1, 4,
-7 and 9 (docs/quantization.md).
+methods: one line a way, with the bytes of an entry, of each text (its first tokens, in rows of
+512) the perplexity and the Kullback-Leibler divergence from the model in float32, in nats a token,
+the relative error of the weights and the share of outliers: counterparts of EasyQuant's tables 1,
+2, 4 and 7 (arXiv 2403.02775).
+range: by step of its optimisation the range, and the perplexity with outliers clipped to it and
+with exact ones: tables 5 and 9.
+speed: tokens a second of a prompt of 64 tokens and 64 greedy ones, end to end.
+Figures: docs/results/quantization.md.
 """
 
+import argparse
 import collections
-import sys
+import json
+import pathlib
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import hunyuan_jax
 from hunyuan_jax.quant import codes, easyquant
-from hunyuan_jax.weights import few_bits, names
+from hunyuan_jax.weights import few_bits, names, reference
 from hunyuan_jax.weights.open import open_model
 
 _ROW = 512
 _NO_OUTLIERS = float("inf")
+_CALIBRATION = "hunyuan_jax/weights/quantized.py"  # text for GPTQ
 
 
-def ways(group):
-    """Name -> (matrix -> Codes)."""
+def easy(num_sigma, num_steps):
+    """EasyQuant, or a part of it."""
+    return lambda name, w: codes.Codes(*easyquant.easyquant_int4(w, num_sigma, num_steps))
 
-    def easy(num_sigma, num_steps):
-        return lambda w: codes.Codes(*easyquant.easyquant_int4(w, num_sigma, num_steps))
 
+def methods(group, hessian):
+    """Name -> (name of a matrix, matrix -> Codes)."""
     return {
-        "int8, channel": lambda w: codes.int8(w, group),
-        "fp8, channel": lambda w: codes.fp8(w, group),
-        f"int4, groups of {group}": lambda w: codes.int4(w, group),
         "int4 RTN, channel": easy(_NO_OUTLIERS, 0),
         "optimise only": easy(_NO_OUTLIERS, 100),
         "isolate only, n = 3": easy(3.0, 0),
         "EasyQuant, n = 3": easy(3.0, 100),
+        f"int4, groups of {group}": lambda name, w: codes.int4(w, group),
+        f"GPTQ, groups of {group}": lambda name, w: gptq(w, hessian[name], group),
+        "int8, channel": lambda name, w: codes.int8(w, group),
+        "fp8, channel": lambda name, w: codes.fp8(w, group),
+        "EasyQuant, n = 2": easy(2.0, 100),
         "EasyQuant, n = 2.5": easy(2.5, 100),
+        "EasyQuant, n = 4": easy(4.0, 100),
         "isolate only, n = 2": easy(2.0, 0),
+        "isolate only, n = 2.5": easy(2.5, 0),
         "isolate only, n = 4": easy(4.0, 0),
         "isolate only, n = 6": easy(6.0, 0),
     }
 
 
-def quantized(opened, params, way, shares):
-    """Parameters with every projection quantised and made numbers again; (them, relative error).
-
-    shares: collects the outliers' share by the kind of matrix.
+def gptq(w_OI, hessian_II, group):
+    """GPTQ (arXiv 2210.17323) in order of the inputs: the error of each input is put onto those
+    that follow it.
     """
-    error = total = 0.0
-    made = {path: np.array(leaf) for path, leaf in flat(params)}
-    for entry in names.entries(opened.cfg):
-        if few_bits.is_quantizable(entry):
-            w_OI = np.asarray(opened.tensor(entry), np.float32)
-            found = way(w_OI)
-            dense_OI = codes.dequantized(found)
-            error += float(((dense_OI - w_OI) ** 2).sum())
-            total += float((w_OI**2).sum())
-            if found.position is not None:
-                kind = entry.name.split(".")[-2]
-                shares[kind].append(len(found.position) / w_OI.size)
-            ours = names.to_ours(dense_OI, entry, entry.our_shape)
-            made[entry.path][entry.index] = ours
-    return nested(made), (error / total) ** 0.5
+    w_OI = w_OI.astype(np.float64)
+    damped_II = hessian_II + 0.01 * np.diag(hessian_II).mean() * np.eye(len(hessian_II))
+    upper_II = np.linalg.cholesky(np.linalg.inv(damped_II)).T
+    values_OI, scales = np.empty(w_OI.shape, np.int8), []
+    for start in range(0, w_OI.shape[1], group):
+        end = start + group
+        found = codes.int4(w_OI[:, start:end], group)
+        scales.append(found.scale)
+        error_OI = np.empty((len(w_OI), group))
+        for i in range(start, end):
+            values_OI[:, i] = np.clip(np.rint(w_OI[:, i] / found.scale[:, 0]), -7, 7)
+            error_O = (w_OI[:, i] - values_OI[:, i] * found.scale[:, 0]) / upper_II[i, i]
+            w_OI[:, i:end] -= np.outer(error_O, upper_II[i, i:end])
+            error_OI[:, i - start] = error_O
+        w_OI[:, end:] -= error_OI @ upper_II[start:end, end:]
+    return codes.Codes(values_OI, np.concatenate(scales, 1), 4)
+
+
+class _Recorded:
+    """A matrix that adds up the products of the inputs that it is multiplied with."""
+
+    __array_ufunc__ = None  # so that `array @ it` is asked of it
+
+    def __init__(self, w_OI, total_II):
+        self._w_OI, self._total_II = w_OI, total_II
+        self.shape = w_OI.shape
+
+    @property
+    def T(self):
+        return self
+
+    def __rmatmul__(self, x_TI):
+        self._total_II += x_TI.T @ x_TI
+        return x_TI @ self._w_OI.T
+
+
+def hessians(opened, ids):
+    """Name of a matrix -> sums of products of its inputs [I, I] over a text."""
+    hf = json.loads(opened.layout.texts["config.json"])
+    entries = {entry.name: entry for entry in names.entries(opened.cfg)}
+    total = {
+        name: np.zeros((entry.shape[1],) * 2, np.float32)
+        for name, entry in entries.items()
+        if few_bits.is_quantizable(entry)
+    }
+
+    def read(name):
+        tensor = np.asarray(opened.tensor(entries[name]), np.float32)
+        return _Recorded(tensor, total[name]) if name in total else tensor
+
+    for row in ids:
+        x_TD, kv = reference.embed(read, row), None
+        for index in range(hf["num_hidden_layers"]):
+            x_TD, kv = reference.layer(hf, read, index, x_TD, kv)
+    return total
+
+
+class Trial:
+    """A model and rows of text, and what its matrices are replaced by."""
+
+    def __init__(self, folder, texts, num_tokens):
+        lm, self.opened = hunyuan_jax.load(folder, dtype="float32"), open_model(folder, "float32")
+        self.model, self.numbers = lm.model, lm.model.params
+        self.rows = [self._ids(lm, text, num_tokens) for text in texts]
+        self.calibration = self._ids(lm, _CALIBRATION, 2048)
+        self._truth = [[self._logprobs(row) for row in rows] for rows in self.rows]
+
+    @staticmethod
+    def _ids(lm, path, num_tokens):
+        ids = lm.tokenizer.encode(pathlib.Path(path).read_text("utf-8"))[:num_tokens]
+        return np.array(ids[: len(ids) // _ROW * _ROW]).reshape(-1, _ROW)
+
+    def _logprobs(self, row):
+        logits_TV = np.array(self.model.logits(row[None])[0, :-1])
+        logits_TV -= logits_TV.max(-1, keepdims=True)
+        logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        return logits_TV
+
+    def quantize(self, way, visit=lambda entry, codes: None):
+        """Replaces every projection by its codes times their scale; (bytes of an entry, relative
+        error).
+        """
+        made = {path: np.array(leaf) for path, leaf in flat(self.numbers)}
+        error = total = size = num_bytes = 0
+        for entry in names.entries(self.opened.cfg):
+            if few_bits.is_quantizable(entry):
+                w_OI = np.asarray(self.opened.tensor(entry), np.float32)
+                found = way(entry.name, w_OI)
+                visit(entry, found)
+                dense_OI = codes.dequantized(found)
+                error += float(((dense_OI - w_OI) ** 2).sum())
+                total += float((w_OI**2).sum())
+                size, num_bytes = size + w_OI.size, num_bytes + found.num_bytes
+                made[entry.path][entry.index] = names.to_ours(dense_OI, entry, entry.our_shape)
+        self.model.params = nested(made)
+        return num_bytes / size, (error / total) ** 0.5
+
+    def measure(self):
+        """(perplexity, divergence) of each text."""
+        found = []
+        for rows, truths in zip(self.rows, self._truth, strict=True):
+            losses, divergences = [], []
+            for row, truth_TV in zip(rows, truths, strict=True):
+                now_TV = self._logprobs(row)
+                losses.append(-np.take_along_axis(now_TV, row[1:, None], 1).mean())
+                divergences.append((np.exp(truth_TV) * (truth_TV - now_TV)).sum(-1).mean())
+            found.append((np.exp(np.mean(losses)), np.mean(divergences)))
+        return found
 
 
 def flat(tree, path=()):
@@ -85,36 +194,90 @@ def nested(made):
     return tree
 
 
-def main(arguments):
-    """Measures and prints."""
-    options = [a for a in arguments if a.startswith("--tokens=")]
-    folder, *texts = [a for a in arguments if a not in options]
-    num_tokens = int(options[0].split("=")[1]) if options else 2048
-    lm, opened = hunyuan_jax.load(folder, dtype="float32"), open_model(folder, "float32")
-    rows = []
-    for text in texts:
-        with open(text, encoding="utf-8") as file:
-            ids = lm.tokenizer.encode(file.read())[:num_tokens]
-        rows.append(np.array(ids[: len(ids) // _ROW * _ROW]).reshape(-1, _ROW))
-    model, numbers = lm.model, lm.model.params
+def show_methods(trial):
+    """Prints the table of methods."""
 
-    def line(name, params, error=0.0, share=0.0):
-        model.params = params
-        found = [np.exp(np.mean([model.loss(row[None], row[None]) for row in of])) for of in rows]
-        perplexities = "  ".join(f"{value:9.4f}" for value in found)
-        print(f"{name:24s} {perplexities}  {error:7.4f}  {100 * share:6.3f} %", flush=True)
+    def line(name, num_bytes, error=0.0, share=0.0):
+        figures = "  ".join(f"{ppl:9.4f} {kl:7.4f}" for ppl, kl in trial.measure())
+        print(f"{name:24s} {num_bytes:6.3f}  {figures}  {error:7.4f} {100 * share:7.3f}%", flush=1)
 
-    print(f"{'':24s} {'  '.join(f'{len(of) * _ROW:5d} tok' for of in rows)}    error  outliers")
-    line("numbers", numbers)
-    for name, way in ways(few_bits.group_of(opened.cfg)).items():
+    print(f"{'':24s}  bytes  {'perplexity and divergence':36s}    error  outliers")
+    line("float32", 4)
+    trial.model.params = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype), trial.numbers
+    )
+    line("bfloat16", 2)
+    hessian = hessians(trial.opened, trial.calibration)
+    for name, way in methods(few_bits.group_of(trial.opened.cfg), hessian).items():
         shares = collections.defaultdict(list)
-        params, error = quantized(opened, numbers, way, shares)
-        share = np.mean([s for of in shares.values() for s in of]) if shares else 0.0
-        line(name, params, error, share)
+
+        def visit(entry, found, shares=shares):
+            if found.position is not None:
+                share = len(found.position) / found.values.size
+                shares[entry.name.split(".")[-2]].append(share)
+
+        num_bytes, error = trial.quantize(way, visit)
+        every = [share for of in shares.values() for share in of]
+        line(name, num_bytes, error, np.mean(every) if every else 0.0)
         if name == "EasyQuant, n = 3":
-            kinds = "  ".join(f"{kind} {100 * np.mean(of):.3f} %" for kind, of in shares.items())
+            kinds = "  ".join(f"{kind} {100 * np.mean(of):.3f}%" for kind, of in shares.items())
             print(f"  outliers by kind: {kinds}")
 
 
+def show_range(trial):
+    """Prints the table of steps."""
+    print(
+        f"{'steps':>6s}    range   error  with outliers clipped, and exact: perplexity, divergence"
+    )
+    for num_steps in (0, 10, 50, 100, 150, 200):
+        ranges = []
+        line = f"{num_steps:6d}"
+        for is_exact in (False, True):
+
+            def way(name, w_OI, num_steps=num_steps, is_exact=is_exact, ranges=ranges):
+                found = codes.Codes(*easyquant.easyquant_int4(w_OI, num_steps=num_steps))
+                ranges.append(found.scale.mean() * 7)
+                if is_exact:
+                    return found
+                sign = np.sign(found.value.astype(np.float32)).astype(np.int8)
+                found.values.reshape(-1)[found.position] = 7 * sign
+                return found._replace(position=None, value=None)
+
+            _, error = trial.quantize(way)
+            if not is_exact:
+                line += f" {np.mean(ranges):8.4f}"
+            figures = "  ".join(f"{ppl:9.4f} {kl:7.4f}" for ppl, kl in trial.measure())
+            line += f"  {error:7.4f}  {figures}"
+        print(line, flush=True)
+
+
+def show_speed(folder):
+    """Prints tokens a second."""
+    prompt = list(range(1000, 1064))
+    for method in (None, "int8", "fp8", "int4", "easyquant"):
+        lm = hunyuan_jax.load(folder, dtype="float32", quantize=method)
+        seconds = []
+        for _ in range(3):
+            start = time.monotonic()
+            lm.model.generate([prompt], max_new_tokens=64, eos_token_id=())
+            seconds.append(time.monotonic() - start)
+        print(f"{method or 'float32':10s} {64 / min(seconds[1:]):6.1f} tokens/s", flush=True)
+
+
+def main():
+    """Measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("texts", nargs="*")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--table", choices=("methods", "range", "speed"), default="methods")
+    options = parser.parse_args()
+    if options.table == "speed":
+        show_speed(options.model)
+        return
+    trial = Trial(options.model, options.texts, options.tokens)
+    {"methods": show_methods, "range": show_range}[options.table](trial)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -41,6 +41,13 @@ MODEL = (
         default_meaning="as the checkpoint's",
         choices=("int8", "int4", "fp8", "easyquant", "none"),
     ),
+    flags.Option(
+        "cache_dtype",
+        str,
+        "Hold keys and values in eight bits.",
+        default_meaning="the model's",
+        choices=("int8", "fp8"),
+    ),
 )
 _OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _SAMPLING = (
@@ -159,6 +166,7 @@ def load_lm(values) -> Any:
         tokenizer=values.tokenizer,
         mesh=_mesh(values.mesh),
         quantize=values.quantize,
+        cache_dtype=values.cache_dtype,
     )
     seconds = time.perf_counter() - start
     _note(f"loaded in {seconds:.1f} s; the first answer waits for the compiler")

@@ -72,9 +72,8 @@ class Engine:
         num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
         shapes = Shapes(page_size, piece, num_pieces, rows, _MAX_STEPS)
         of_one = -(-self.max_context // page_size)
-        num_pages = limits.num_pages or max(
-            of_one, min(rows * of_one, _affordable_pages(cfg, mesh, page_size) // num_lanes)
-        )
+        affordable = _affordable_pages(cfg, mesh, page_size, limits.cache_dtype) // num_lanes
+        num_pages = limits.num_pages or max(of_one, min(rows * of_one, affordable))
         if num_pages < of_one:
             raise ConfigError(
                 f"num_pages = {num_pages} of {page_size} tokens do not hold max_context = "
@@ -90,6 +89,7 @@ class Engine:
             num_pages,
             self.max_context,
             limits.invariant,
+            limits.cache_dtype,
         )
         self._lock = threading.Condition()
         self._step_lock = threading.Lock()
@@ -320,9 +320,9 @@ def _num_pieces(cfg: Any, mesh: Any, piece: int) -> tuple[int, ...]:
     return tuple(num for num in _NUM_PIECES if num <= max(4, most))
 
 
-def _affordable_pages(cfg: Any, mesh: Any, page_size: int) -> int:
+def _affordable_pages(cfg: Any, mesh: Any, page_size: int, cache_dtype: str | None) -> int:
     """Pages of each pool that a share of the memory holds."""
-    entries = jax.eval_shape(lambda: empty_cache(cfg, 1, page_size)).entries
+    entries = jax.eval_shape(lambda: empty_cache(cfg, 1, page_size, cache_dtype)).entries
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
     num_shards = rules.num_shards(mesh, "batch")
     # The pages of a pool are spread over the devices that hold one batch shard.

@@ -47,8 +47,12 @@ class Pretrained:
         layout: write.Layout | None = None,
         mesh: Mesh | None = None,
         texts: dict[str, bytes] | None = None,
+        cache_dtype: str | None = None,
     ):
-        """layout: in which it is saved; None is a new one with the files `texts`, by name."""
+        """layout: in which it is saved; None is a new one with the files `texts`, by name;
+        cache_dtype: of `Limits`, for engines that name none.
+        """
+        self._cache_dtype = cache_dtype
         self.config = dropless(config)
         self._layout, self._texts = layout, texts or {}
         self.mesh = single_device_mesh() if mesh is None else mesh
@@ -241,6 +245,8 @@ class Pretrained:
 
     def new_engine(self, limits: Limits) -> Engine:
         """An engine of its own, with a cache and programs within these limits."""
+        cache_dtype = limits.cache_dtype or self._cache_dtype
+        limits = dataclasses.replace(limits, cache_dtype=cache_dtype)
         return Engine(self._graph_def, self.params, limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -282,6 +288,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
     quantize: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Pretrained:
     """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or
     the newest one of a training run.
@@ -299,11 +306,13 @@ def from_pretrained(
       quantize: "int8", "int4", "fp8" or "easyquant" holds projections and experts in few bits;
         "none" turns those of a quantised folder into numbers; None keeps the int8 and int4 of a
         folder, and turns its FP8 into numbers.
+      cache_dtype: "int8" or "fp8" keeps keys and values in eight bits while generating; None in
+        the model's dtype.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
     """
-    return load(open_model(path, dtype), mesh, adapter, quantize)
+    return load(open_model(path, dtype), mesh, adapter, quantize, cache_dtype)
 
 
 @settings.stated()
@@ -312,15 +321,18 @@ def load(
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
     quantize: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Pretrained:
     """As `from_pretrained`, of a model that is open already."""
     few_bits.check_method(opened.cfg, quantize, "quantize")
+    Limits(cache_dtype=cache_dtype)  # refused before the weights are read
+    made = functools.partial(Pretrained, opened.cfg, cache_dtype=cache_dtype)
     mesh = single_device_mesh() if mesh is None else mesh
     specs = abstract_model(opened.cfg, mesh)[1]
     texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
     if adapter is None and (opened.is_quantized or quantize not in (None, few_bits.NUMBERS)):
         params = few_bits.read(opened.cfg, specs, quantize, opened.tensor, opened.codes)
-        return Pretrained(opened.cfg, params, opened.layout, mesh, texts)
+        return made(params, opened.layout, mesh, texts)
     params = opened.read(abstract.shardings(specs))
     if adapter is not None:
         adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
@@ -329,7 +341,7 @@ def load(
         if quantize not in (None, few_bits.NUMBERS):
             tensor = few_bits.of_params(params)
             params = few_bits.read(opened.cfg, specs, quantize, tensor, lambda entry: None)
-    return Pretrained(opened.cfg, params, opened.layout, mesh, texts)
+    return made(params, opened.layout, mesh, texts)
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:

@@ -46,9 +46,11 @@ class Results(NamedTuple):
     logprobs: Logprobs
 
 
-def new_state(cfg, num_rows: int, num_pages: int, page_size: int, mesh) -> State:
+def new_state(
+    cfg, num_rows: int, num_pages: int, page_size: int, cache_dtype: str | None, mesh
+) -> State:
     """Nothing computed yet, in num_rows rows and one more, and num_pages pages."""
-    entries = empty_cache(cfg, num_pages, page_size).entries
+    entries = empty_cache(cfg, num_pages, page_size, cache_dtype).entries
     entries = {name: entry.pinned(mesh) for name, entry in entries.items()}
     shape = (num_rows + 1, cfg.vocab_size)
     integers_L = jnp.zeros(num_rows + 1, jnp.int32)

@@ -24,6 +24,8 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.settings import Sampling
 
 FinishReason = Literal["stop", "length", "abort"]
+# What keys and values may be held in, beside the model's own dtype.
+CACHE_DTYPES = ("int8", "fp8")
 
 
 class QueueFull(RuntimeError):
@@ -52,8 +54,16 @@ class Limits:
     chunk_size: int | None = None
     """Tokens of a piece of a prompt, rounded up to whole pages; None takes the device's
     default."""
+    cache_dtype: str | None = None
+    """One of CACHE_DTYPES for keys and values, with a scale for each token and head; None takes
+    that of the loaded model, else the model's own dtype."""
     invariant: bool = False
     """Whether a request's tokens and logprobs are bit-equal whatever its neighbours."""
+
+    def __post_init__(self) -> None:
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            choices = ", ".join(CACHE_DTYPES)
+            raise ConfigError(f"cache_dtype = {self.cache_dtype!r}; use {choices}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Runner:
         num_pages: int,
         max_context: int,
         is_invariant: bool,
+        cache_dtype: str | None,
     ):
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
@@ -88,6 +89,7 @@ class Runner:
                 self._num_rows,
                 shards * (num_pages + 1),
                 shapes.page_size,
+                cache_dtype,
                 self._mesh,
             )
         )

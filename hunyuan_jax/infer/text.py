@@ -275,11 +275,12 @@ def load(
     adapter: str | os.PathLike | None = None,
     tokenizer: str | None = None,
     quantize: str | None = None,
+    cache_dtype: str | None = None,
 ) -> LM:
     """Loads a model with its tokenizer and the sampling settings that its folder recommends.
 
     Args:
-      path, dtype, mesh, adapter, quantize: as for `from_pretrained`.
+      path, dtype, mesh, adapter, quantize, cache_dtype: as for `from_pretrained`.
       tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
         the model folder.
 
@@ -294,7 +295,8 @@ def load(
             "pass the one it was trained with."
         )
     recommended = read_sampling(opened.place)
-    return LM(pretrained.load(opened, mesh, adapter, quantize), vocabulary, recommended)
+    model = pretrained.load(opened, mesh, adapter, quantize, cache_dtype)
+    return LM(model, vocabulary, recommended)
 
 
 class Chat:

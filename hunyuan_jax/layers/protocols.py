@@ -77,8 +77,13 @@ class Mixer(Protocol):
     attribute: ClassVar[str]
 
     @staticmethod
-    def new_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> CacheEntry | None:
-        """An empty entry for P = cfg.num_groups layers; None if the mixer keeps nothing."""
+    def new_cache(
+        cfg: ModelConfig, batch_size: int, num_slots: int, few_bits: str | None = None
+    ) -> CacheEntry | None:
+        """An empty entry for P = cfg.num_groups layers; None if the mixer keeps nothing.
+
+        few_bits: "int8" or "fp8", for entries in pages; None is the compute dtype.
+        """
         ...
 
     def __call__(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.layers.mixer.kv_cache import CacheDtype
 from hunyuan_jax.layers.protocols import CacheEntry
 from hunyuan_jax.model.pattern import pattern
 
@@ -31,10 +32,16 @@ class Cache(NamedTuple):
         return self._replace(length_B=length_B)
 
 
-def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> Cache:
-    """A cache in the model's compute dtype for num_slots tokens a row."""
+def empty_cache(
+    cfg: ModelConfig, batch_size: int, num_slots: int, few_bits: CacheDtype | None = None
+) -> Cache:
+    """A cache for num_slots tokens a row, in the model's compute dtype; in pages, also in few
+    bits.
+    """
     entries = {
-        f"{prefix_of(name)}layer_{place}": spec.mixer.new_cache(stack, batch_size, num_slots)
+        f"{prefix_of(name)}layer_{place}": spec.mixer.new_cache(
+            stack, batch_size, num_slots, few_bits
+        )
         for name, stack in cfg.stacks.items()
         if name != "mtp_groups"
         for place, spec in enumerate(pattern(stack))

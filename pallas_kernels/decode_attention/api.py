@@ -13,6 +13,7 @@ from pallas_kernels import select
 from pallas_kernels.decode_attention import reference, tpu, triton
 
 MAX_TOKENS = 16
+_FEW_BITS = (jnp.int8, jnp.float8_e4m3fn)
 
 
 def _run_tpu(device_kind, interpret, q_BTNH, k_PnsKH, *rest):
@@ -77,14 +78,14 @@ def decode_attention(
     Args:
       q_BTNH: 1 to 16 new tokens of each sequence, bfloat16 or float32.
       k_PnsKH, v_PnsKH: the cache of P groups of layers with the new tokens' keys and values, in
-        q's dtype or int8.  The kernels need H to be a multiple of 8, and with a table s to be a
-        multiple of 128 (TPU) or 16 (GPU).
+        q's dtype, int8 or float8_e4m3fn.  The kernels need H to be a multiple of 8, and with a
+        table s to be a multiple of 128 (TPU) or 16 (GPU).
       length_B: int32 numbers of filled slots, at most m * s.
       group: int32 scalar, the entry of P to read.
       device_kind: jax's name of the mesh's devices, such as "TPU v5".
       table_Bm: int32 numbers of each row's pages; None for n = B contiguous rows.
       start_B: int32 first slots that hold a token, for a cache padded on the left; None for 0.
-      k_scale_PnsK, v_scale_PnsK: float32 factors of an int8 cache's values.
+      k_scale_PnsK, v_scale_PnsK: float32 factors of an int8 or float8 cache.
       scale: factor of the scores; None for H ** -0.5.
       implementation: None, a name ("pallas_tpu", "pallas_triton", "xla", "reference") or a list of
         names in order of preference.
@@ -161,10 +162,10 @@ def _check(
         )
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"q is {q_BTNH.dtype}, must be bfloat16 or float32; cast it.")
-    if k_PnsKH.dtype != v_PnsKH.dtype or k_PnsKH.dtype not in (q_BTNH.dtype, jnp.int8):
+    if k_PnsKH.dtype != v_PnsKH.dtype or k_PnsKH.dtype not in (q_BTNH.dtype, *_FEW_BITS):
         raise ValueError(
-            f"the cache is {k_PnsKH.dtype} and {v_PnsKH.dtype}, must be {q_BTNH.dtype} as q or "
-            "int8; cast q."
+            f"the cache is {k_PnsKH.dtype} and {v_PnsKH.dtype}, must be {q_BTNH.dtype} as q, "
+            "int8 or float8_e4m3fn; cast q."
         )
 
 
@@ -181,11 +182,11 @@ def _check_scales(
     k_PnsKH: jax.Array, k_scale_PnsK: jax.Array | None, v_scale_PnsK: jax.Array | None
 ) -> None:
     for name, scale_PnsK in (("k_scale_PnsK", k_scale_PnsK), ("v_scale_PnsK", v_scale_PnsK)):
-        if (k_PnsKH.dtype == jnp.int8) != (scale_PnsK is not None):
+        if (k_PnsKH.dtype in _FEW_BITS) != (scale_PnsK is not None):
             given = "missing" if scale_PnsK is None else "given"
             raise ValueError(
-                f"{name} is {given} with a cache of {k_PnsKH.dtype}; pass both scales with int8, "
-                "else none."
+                f"{name} is {given} with a cache of {k_PnsKH.dtype}; pass both scales with int8 "
+                "or float8_e4m3fn, else none."
             )
         if scale_PnsK is not None and (
             scale_PnsK.shape != k_PnsKH.shape[:4] or scale_PnsK.dtype != jnp.float32

@@ -1,6 +1,7 @@
 """The engine on a small mixture: what a request gets, whatever runs beside it."""
 
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -252,6 +253,33 @@ def test_what_cannot_be_served_is_refused(engine):
     assert not engine.wait(0)
 
 
+@pytest.mark.parametrize(("cache_dtype", "most"), [("int8", 0.03), ("fp8", 0.06)])
+def test_a_cache_in_eight_bits_takes_few_bytes_and_says_nearly_the_same(
+    model, engine, cache_dtype, most
+):
+    """Keys and values of 8 numbers take 8 bytes and a scale of 4, where float32 takes 32."""
+    small_engine = model.new_engine(dataclasses.replace(LIMITS, cache_dtype=cache_dtype))
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves(e.runner.lanes[0].state.entries))
+        for e in (engine, small_engine)
+    ]
+    H = model.config.head_dim
+    assert sizes[1] * 4 * H == sizes[0] * (H + 4)
+    # Greedy tokens of a random model would be ties; what it says of a text is not.
+    asked = request("a", TEXT, max_new_tokens=1, prompt_logprobs=0)
+    exact, near = (
+        [entry.logprob for entry in next(iter(e.run([asked]))).prompt_logprobs[1:]]
+        for e in (engine, small_engine)
+    )
+    error = np.abs(np.subtract(exact, near)).mean()
+    assert 0 < error < most
+
+
+def test_another_dtype_of_the_cache_is_refused(model):
+    with pytest.raises(ConfigError, match="cache_dtype = 'int4'; use int8, fp8"):
+        model.new_engine(Limits(cache_dtype="int4"))
+
+
 def test_pages_too_few_for_one_context_are_refused(model):
     with pytest.raises(ConfigError, match="num_pages = 3 of 8 tokens do not hold max_context"):
         model.new_engine(Limits(max_rows=1, page_size=8, num_pages=3))
@@ -353,9 +381,13 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(invariant
     assert invariant.stats().compilations > 0  # so they are seen
 
 
-def test_a_token_of_hunyuan_large_takes_80_kib_of_the_pages():
-    """One key and one value for two layers: 2 x 8 heads x 80 entries x 2 bytes x 32 groups."""
+@pytest.mark.parametrize(("cache_dtype", "num_kib"), [(None, 80), ("int8", 42), ("fp8", 42)])
+def test_bytes_of_a_token_of_hunyuan_large(cache_dtype, num_kib):
+    """One key and one value for two layers, times 8 heads and 32 groups: 80 entries of 2 bytes, or
+    of 1 byte and a scale of 4.
+    """
     mesh = single_device_mesh()
-    state = jax.eval_shape(lambda: programs.new_state(presets.a52b(), 1, 5, 128, mesh))
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.entries))
-    assert num_bytes / (5 * 128) == 80 * 1024
+    new = functools.partial(programs.new_state, presets.a52b(), 1, 5, 128, cache_dtype, mesh)
+    entries = jax.eval_shape(new).entries
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
+    assert num_bytes / (5 * 128) == num_kib * 1024

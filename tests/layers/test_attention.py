@@ -351,7 +351,7 @@ def test_an_empty_cache_extended_by_chunks_equals_the_whole(chunks):
     expected_BTV = logits(tokens_BT, arange_BT, np.ones_like(tokens_BT))
     np.testing.assert_allclose(out_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(cache.length_B, [20] * BATCH)
-    assert not any(np.asarray(x)[:, :, 20:].any() for x in cache.entries["layer_0"])
+    assert not any(np.asarray(x)[:, :, 20:].any() for x in cache.entries["layer_0"][:2])
 
 
 def lengths_case():

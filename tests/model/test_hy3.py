@@ -91,7 +91,7 @@ def test_experts_and_keys(case, monkeypatch):
         ours_Tk = np.take_along_axis(np.asarray(weight_Tk), order_Tk, -1)
         expected_Tk = golden[f"topk_weight.{index}"]
         np.testing.assert_allclose(ours_Tk[is_token_T], expected_Tk[is_token_T], atol=1e-4)
-    k_PBSKH, v_PBSKH = entries["dense_layer_0"]
+    k_PBSKH, v_PBSKH = entries["dense_layer_0"][:2]
     rows = golden["full_rows"]
     for ours, name in ((k_PBSKH, "key"), (v_PBSKH, "value")):
         expected = golden[f"layer0.cache_{name}"].swapaxes(1, 2)

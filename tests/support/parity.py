@@ -179,7 +179,7 @@ def official_cache(cfg, params, cache) -> list[tuple[np.ndarray, np.ndarray]]:
 
     There every layer has its own keys, scaled by its key norm.
     """
-    pairs, (k_PBSKH, v_PBSKH) = [], cache.entries["layer_0"]
+    pairs, (k_PBSKH, v_PBSKH) = [], cache.entries["layer_0"][:2]
     for layer in range(cfg.num_layers):
         group, i = divmod(layer, cfg.cla_share_factor)
         scale_H = (

@@ -22,7 +22,7 @@ from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
 from hunyuan_jax.layers.mixer import context_facts, kv_cache, paged, ring
-from hunyuan_jax.layers.mixer.kv_cache import KeysValues
+from hunyuan_jax.layers.mixer.kv_cache import CacheDtype, KeysValues
 from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
@@ -122,11 +122,12 @@ class Attention(nnx.Module):
         return context_facts.choose(self.cfg, *sizes).name
 
     @staticmethod
-    def new_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KeysValues:
-        """An empty cache in the compute dtype."""
-        return kv_cache.empty(
-            (cfg.num_groups, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim), cfg.dtype
-        )
+    def new_cache(
+        cfg: ModelConfig, batch_size: int, num_slots: int, few_bits: CacheDtype | None = None
+    ) -> KeysValues:
+        """An empty cache, in the compute dtype or in few bits."""
+        shape = (cfg.num_groups, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
+        return kv_cache.empty(shape, cfg.dtype, few_bits)
 
     def __call__(
         self, y_BTD: jax.Array, sequence: Sequence, cache: LayerCache, key: jax.Array | None
@@ -138,20 +139,19 @@ class Attention(nnx.Module):
                 entry = entry.append(cache.group, new, sequence, self.mesh)
             seen = new
             if sequence.table_BN is not None:
-                seen = tuple(entry)
+                seen = entry
             elif sequence.length_B is not None:
                 seen = entry.view(cache.group)
             cache = LayerCache(entry, cache.group, seen)
         if sequence.table_BN is not None:
-            return self.attend_pages(y_BTD, *cache.seen, cache.group, sequence), cache
+            return self.attend_pages(y_BTD, cache.seen, cache.group, sequence), cache
         dropout_key = key if self.cfg.attention_dropout else None
         return self.attend(y_BTD, *cache.seen, sequence, dropout_key), cache
 
     def attend_pages(
         self,
         y_BTD: jax.Array,
-        k_PRSKH: jax.Array,
-        v_PRSKH: jax.Array,
+        pages: KeysValues,
         group: jax.Array,
         sequence: Sequence,
     ) -> jax.Array:
@@ -159,20 +159,23 @@ class Attention(nnx.Module):
         weights, logical = params.declared(self)
         options = kernel_options(self.cfg, self.mesh)
 
-        def fn(weights, y_BTD, k_PRSKH, v_PRSKH, group, sequence):
+        def fn(weights, y_BTD, pages, group, sequence):
             q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
-            pages, length_B = (k_PRSKH, v_PRSKH), sequence.length_B + y_BTD.shape[1]
+            length_B = sequence.length_B + y_BTD.shape[1]
             if top_k := self.cfg.spark.attention_top_k:
-                rows = (paged.gather_pages(x, group, sequence.table_BN) for x in pages)
+                rows = (
+                    x_BNSKH.reshape(len(x_BNSKH), -1, *x_BNSKH.shape[3:])
+                    for x_BNSKH in paged.read_pages(pages, group, sequence.table_BN, y_BTD.dtype)
+                )
                 out_BTNH = spark_attention(q_BTNH, *rows, sequence, top_k)
             else:
                 out_BTNH = paged.paged_attention(
-                    q_BTNH, *pages, sequence.table_BN, group, length_B, **options
+                    q_BTNH, pages, sequence.table_BN, group, length_B, **options
                 )
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
-        in_logical = (_ROWS, kv_cache.DIMS, kv_cache.DIMS, (), _SEQUENCE)
-        arrays = (y_BTD, k_PRSKH, v_PRSKH, jnp.asarray(group), sequence)
+        in_logical = (_ROWS, kv_cache.DIMS, (), _SEQUENCE)
+        arrays = (y_BTD, pages, jnp.asarray(group), sequence)
         return island.island(fn, self.mesh, logical, in_logical, _ROWS)(weights, *arrays)
 
     def attend(

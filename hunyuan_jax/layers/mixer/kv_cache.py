@@ -5,7 +5,7 @@ Letters: P CLA groups, B batch, S slots of a row, T new tokens, K kv heads, H he
 a row.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,23 @@ from hunyuan_jax.layers.mixer.paged import write_pages
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.parallel import island, rules
 
-DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
-_NEW_DIMS = ("batch", "seq", "kv_heads", "head_dim")
+_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
+# A cache in few bits, as its users name it -> (its dtype, the largest number in use).
+CacheDtype = Literal["int8", "fp8"]
+_FEW_BITS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 
 
 class KeysValues(NamedTuple):
-    """k_PBSKH: keys, rotated and normalised without scale; v_PBSKH: values."""
+    """k_PBSKH: keys, rotated and normalised without scale; v_PBSKH: values.
+
+    In pages they may be int8 or float8_e4m3fn, with a float32 factor for each token and head:
+    k_scale_PBSK, v_scale_PBSK.
+    """
 
     k_PBSKH: jax.Array
     v_PBSKH: jax.Array
+    k_scale_PBSK: jax.Array | None = None
+    v_scale_PBSK: jax.Array | None = None
 
     def append(
         self,
@@ -42,27 +50,61 @@ class KeysValues(NamedTuple):
                     jax.lax.dynamic_update_slice(
                         old_PBSKH, new_BTKH[None].astype(old_PBSKH.dtype), (group, 0, 0, 0, 0)
                     )
-                    for old_PBSKH, new_BTKH in zip(self, new, strict=True)
+                    for old_PBSKH, new_BTKH in zip(self[:2], new, strict=True)
                 )
             )
 
-        logical = ((DIMS, DIMS), (_NEW_DIMS, _NEW_DIMS))
-        return type(self)(*write_new(tuple(self), new, group, sequence, mesh, *logical))
+        if self.k_scale_PBSK is None:
+            old, dims = self[:2], DIMS[:2]
+        else:
+            old, dims = tuple(self), tuple(DIMS)
+            (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = (
+                _in_few_bits(x_BTKH, self.k_PBSKH.dtype) for x_BTKH in new
+            )
+            new = (k_BTKH, v_BTKH, k_scale_BTK, v_scale_BTK)
+        new_dims = tuple(names[1:] for names in dims)
+        return type(self)(*write_new(old, new, group, sequence, mesh, dims, new_dims))
 
     def view(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(k, v) [B, S, K, H] of one group."""
         return tuple(
-            jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in self
+            jax.lax.dynamic_index_in_dim(x_PBSKH, group, keepdims=False) for x_PBSKH in self[:2]
         )
 
     def pinned(self, mesh: Mesh) -> Self:
         """The same, laid out over the mesh as every call expects it."""
-        return type(self)(*(rules.constrain(x_PBSKH, mesh, DIMS) for x_PBSKH in self))
+        return type(self)(
+            *(
+                None if x is None else rules.constrain(x, mesh, names)
+                for x, names in zip(self, DIMS, strict=True)
+            )
+        )
 
 
-def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> KeysValues:
-    """Zeros of shape [P, B, S, K, H]."""
-    return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+# The dims' logical names of each array.
+DIMS = KeysValues(_DIMS, _DIMS, _DIMS[:-1], _DIMS[:-1])
+
+
+def empty(
+    shape: tuple[int, int, int, int, int], dtype: Any, few_bits: CacheDtype | None = None
+) -> KeysValues:
+    """Zeros of shape [P, B, S, K, H], in `dtype` or in few bits."""
+    if few_bits is None:
+        return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    dtype, _ = _FEW_BITS[few_bits]
+    return KeysValues(
+        *(jnp.zeros(shape, dtype) for _ in "kv"), *(jnp.zeros(shape[:-1]) for _ in "kv")
+    )
+
+
+def _in_few_bits(x_BTKH: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(values in `dtype`, their float32 factors [B, T, K])."""
+    most = next(most for few_bits, most in _FEW_BITS.values() if few_bits == dtype)
+    x_BTKH = x_BTKH.astype(jnp.float32)
+    largest_BTK = jnp.abs(x_BTKH).max(-1)
+    scale_BTK = jnp.where(largest_BTK > 0, largest_BTK / most, 1)
+    x_BTKH = x_BTKH / scale_BTK[..., None]
+    return (jnp.rint(x_BTKH) if dtype == jnp.int8 else x_BTKH).astype(dtype), scale_BTK
 
 
 def write_new(

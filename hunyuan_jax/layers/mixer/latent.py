@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
@@ -120,8 +121,19 @@ class LatentAttention(nnx.Module):
             self.latent_norm_L = params.param((L,), ("norm",), params.ones, params.Role.NORM)
 
     @staticmethod
-    def new_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> LatentCache:
-        """An empty cache."""
+    def new_cache(
+        cfg: ModelConfig, batch_size: int, num_slots: int, few_bits: str | None = None
+    ) -> LatentCache:
+        """An empty cache.
+
+        Raises:
+          ConfigError: other bits than its own are wanted.
+        """
+        if few_bits is not None:
+            raise ConfigError(
+                f"cache_dtype = {few_bits!r}: latent attention keeps four bits already; leave it "
+                "out."
+            )
         shape, latent = (cfg.num_groups, batch_size, num_slots), cfg.latent
         return LatentCache(
             jnp.zeros((*shape, latent.width // 2), jnp.uint8),

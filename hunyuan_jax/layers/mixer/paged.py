@@ -52,10 +52,23 @@ def write_pages(
     return old_PRS.at[group, page_Bn].set(pages_BnS, mode="drop")
 
 
-def gather_pages(x_PRS: jax.Array, group: jax.Array, table_BN: jax.Array) -> jax.Array:
-    """The rows [B, N * S, ...] of one group."""
-    pages_BNS = x_PRS[group, table_BN]
-    return pages_BNS.reshape(pages_BNS.shape[0], -1, *pages_BNS.shape[3:])
+def read_pages(
+    pages: tuple[jax.Array | None, ...], group: jax.Array, page: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [*page.shape, S, K, H] of pages of one group, in `dtype` if they are in few
+    bits.
+
+    Args:
+      pages: the arrays of `KeysValues`.
+    """
+    k_PRSKH, v_PRSKH, *scales = pages
+    values = k_PRSKH[group, page], v_PRSKH[group, page]
+    if scales[0] is None:
+        return values
+    return tuple(
+        (x.astype(jnp.float32) * scale[group, page][..., None]).astype(dtype)
+        for x, scale in zip(values, scales, strict=True)
+    )
 
 
 def attend_pages(
@@ -126,8 +139,7 @@ def attend_pages(
 
 def paged_attention(
     q_BTNH: jax.Array,
-    k_PRSKH: jax.Array,
-    v_PRSKH: jax.Array,
+    pages: tuple[jax.Array | None, ...],
     table_BN: jax.Array,
     group: jax.Array,
     length_B: jax.Array,
@@ -139,14 +151,17 @@ def paged_attention(
     would gather whole tables.
 
     Args:
+      pages: the arrays of `KeysValues`.
       options: of `kernel_options`.
     """
+    k_PRSKH, v_PRSKH, k_scale_PRSK, v_scale_PRSK = pages
     if q_BTNH.shape[1] <= MAX_TOKENS and options["device_kind"] != "cpu":
+        options |= {"k_scale_PnsK": k_scale_PRSK, "v_scale_PnsK": v_scale_PRSK}
         return decode_attention(
             q_BTNH, k_PRSKH, v_PRSKH, length_B, group=group, table_Bm=table_BN, **options
         )
 
     def read(page_B):
-        return k_PRSKH[group, page_B], v_PRSKH[group, page_B]
+        return read_pages(pages, group, page_B, q_BTNH.dtype)
 
     return attend_pages(q_BTNH, read, k_PRSKH.shape[2], table_BN, length_B)
