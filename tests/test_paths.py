@@ -74,6 +74,7 @@ INTERNAL = {
     "runlog/metrics.py",
     "train/loop.py: __init__",  # of the trainer; `run` reads the path
     "train/loop.py: _owned_together",
+    "train/start.py: keep_files",
     "weights/side_files.py",
     "weights/run.py: __init__",  # `open_model` reads the path
 }

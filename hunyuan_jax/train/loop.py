@@ -43,7 +43,7 @@ from hunyuan_jax.train.evaluate import evaluate
 from hunyuan_jax.train.objective import BuildObjective
 from hunyuan_jax.train.pretrain import Pretrain
 from hunyuan_jax.train.skipped_steps import SkippedSteps
-from hunyuan_jax.train.start import read_weights
+from hunyuan_jax.train.start import keep_files, read_weights
 from hunyuan_jax.train.state import (
     Program,
     TrainState,
@@ -57,7 +57,6 @@ from hunyuan_jax.train.state import (
     used_params,
     with_state_dtype,
 )
-from hunyuan_jax.weights import side_files
 
 
 def run(
@@ -186,7 +185,7 @@ class _Trainer:
             self._validation = self._stream.validation(self._config.train.eval_batches, self._rows)
             if hosts.is_first():
                 if not facts:
-                    side_files.keep(self._workdir, self._config)
+                    keep_files(self._workdir, self._config)
                 claim_workdir(self._workdir, self._config)
             self._log.open(
                 self._first_step,

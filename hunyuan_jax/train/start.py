@@ -1,19 +1,27 @@
-"""The weights that a run starts from (config.train.init_from): what a recipe takes from them, and
-the check that they are the run's model.
+"""The weights that a run starts from (config.train.init_from): what a recipe takes from them, the
+check that they are the run's model, and the files beside them that a run keeps.
 """
 
 import dataclasses
+import os
+import shutil
 from typing import Any
 
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import LoraConfig, ModelConfig, from_dict, to_dict
+from hunyuan_jax import hub
+from hunyuan_jax.config import Config, LoraConfig, ModelConfig, from_dict, to_dict
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
+from hunyuan_jax.weights import side_files
 from hunyuan_jax.weights.open import open_model
+from hunyuan_jax.weights.storage import Place
 
 _MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fine-tuning script
+
+_GENERATION = "generation_config.json"
 
 # Fields that a run may change.  All others decide what the weights mean.
 _FREE = {
@@ -133,3 +141,60 @@ def _free(cfg: ModelConfig) -> set[str]:
         for name, rope_type in (("rope_alpha", "alpha"), ("rope_factor", "linear"))
         if cfg.rope_type != rope_type
     }
+
+
+def keep_files(workdir: str | os.PathLike, config: Config) -> None:
+    """Copies the files of a new run's origins to its workdir, in place of what is there.
+
+    The tokenizer is that of config.data.tokenizer, all else that of config.train.init_from if it
+    has it.  Without a generation config there, one says its stop ids.
+
+    Raises:
+      ConfigError: one of the two cannot be read.
+    """
+    texts, tokenizer = {}, _tokenizer_files(config.data.tokenizer)
+    if config.train.init_from:
+        texts = _model_files(config.train.init_from, config.model)
+        is_bare = tokenizer.keys() == {"hy.tiktoken"}
+        texts = {
+            name: text
+            for name, text in texts.items()
+            if not side_files.TOKENIZER.fullmatch(name)
+            or (is_bare and name not in side_files.VOCABULARIES)
+        }
+    texts = tokenizer | texts
+    shutil.rmtree(os.path.join(workdir, side_files.FOLDER), ignore_errors=True)
+    target = side_files.place_of(workdir)
+    for name, text in texts.items():
+        target.write(name, [text])
+
+
+def _tokenizer_files(name: str) -> dict[str, bytes]:
+    if name == "byte":
+        return {}
+    path = user_path(name, "config.data.tokenizer", AnyPath)
+    path = hub.local_folder(path, hub.TOKENIZER_FILES)
+    folder, file = os.path.split(path)
+    place = Place(folder or ".")
+    if file not in place.sizes():
+        place, file = Place(path), ""
+    elif not file.endswith(".json"):
+        return {"hy.tiktoken": place.read(file)}
+    # config.json says how many ids there are.
+    texts = {
+        n: place.read(n)
+        for n in sorted(place.sizes())
+        if side_files.is_side_file(n) or n == "config.json"
+    }
+    return texts | ({"tokenizer.json": place.read(file)} if file else {})
+
+
+def _model_files(path: str, cfg: ModelConfig) -> dict[str, bytes]:
+    opened = open_model(path)
+    texts = {
+        name: opened.place.read(name) for name in opened.others if side_files.is_side_file(name)
+    }
+    if _GENERATION not in texts and opened.cfg.eos_token_ids and not cfg.eos_token_ids:
+        stop_ids = list(opened.cfg.eos_token_ids)
+        texts[_GENERATION] = b'{"eos_token_id": %s}\n' % str(stop_ids).encode()
+    return texts

@@ -66,7 +66,7 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
     place = model_place(path)
     if place.is_local and Path(place.path("checkpoints")).is_dir():
-        from hunyuan_jax.weights.run import Run
+        from hunyuan_jax.weights.run import Run  # with orbax, which takes a second to import
 
         return Run(place.path(), dtype)
     return (Converted if place.is_file(stream.ABOUT) else Official)(place, dtype)

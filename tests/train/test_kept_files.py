@@ -15,7 +15,7 @@ from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import CheckpointConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import load_tokenizer
-from hunyuan_jax.train import loop
+from hunyuan_jax.train import loop, start
 from hunyuan_jax.weights import hf_config, side_files, stream
 from hunyuan_jax.weights.open import export_model, open_model
 from support import goldens
@@ -100,9 +100,9 @@ def test_a_run_and_its_exports_are_whole_wherever_they_are(origin, tmp_path, mon
 def test_stop_ids_of_a_config_are_kept_where_the_run_states_none(origin, tmp_path):
     (origin / "generation_config.json").unlink()
     edit_json(origin / "config.json", eos_token_id=[5, 7])
-    side_files.keep(tmp_path / "run", config_of(origin, "byte"))
+    start.keep_files(tmp_path / "run", config_of(origin, "byte"))
     assert json.loads(kept(tmp_path / "run")["generation_config.json"]) == {"eos_token_id": [5, 7]}
-    side_files.keep(tmp_path / "run", config_of(origin, "byte", eos_token_ids=(3,)))
+    start.keep_files(tmp_path / "run", config_of(origin, "byte", eos_token_ids=(3,)))
     assert "generation_config.json" not in kept(tmp_path / "run")
 
 
@@ -114,7 +114,7 @@ def test_the_tokenizer_is_that_of_the_training(origin, tmp_path):
     edit_json(origin / "tokenizer.json", version="1.1")
     shutil.copyfile(origin / "tokenizer_config.json", other / "tokenizer_config.json")
     for tokenizer in (other, other / "tokenizer.json"):
-        side_files.keep(tmp_path / "run", config_of(origin, tokenizer))
+        start.keep_files(tmp_path / "run", config_of(origin, tokenizer))
         found = kept(tmp_path / "run")
         assert found["tokenizer.json"] == (other / "tokenizer.json").read_bytes()
         assert "chat_template.jinja" not in found and "modeling_hunyuan.py" in found
@@ -125,7 +125,7 @@ def test_the_tokenizer_is_that_of_the_training(origin, tmp_path):
 def test_a_ranks_file_alone_keeps_its_built_in_template(origin, tmp_path):
     (tmp_path / "my.tiktoken").write_bytes(b"YQ== 0\n")
     config = config_of(origin, tmp_path / "my.tiktoken")
-    side_files.keep(tmp_path / "run", config)
+    start.keep_files(tmp_path / "run", config)
     found = kept(tmp_path / "run")
     assert found["hy.tiktoken"] == b"YQ== 0\n" and "tokenizer.json" not in found
     assert found["chat_template.jinja"] == (origin / "chat_template.jinja").read_bytes()
@@ -154,11 +154,11 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(origin, tmp
 
 def test_bytes_and_nothing_to_start_from_keep_nothing(origin, tmp_path):
     config = config_of(origin, "byte")
-    side_files.keep(tmp_path / "run", config)
+    start.keep_files(tmp_path / "run", config)
     assert kept(tmp_path / "run").keys() == {
         "generation_config.json", "LICENSE", "modeling_hunyuan.py", "tokenization_hy.py"
     }  # fmt: skip
     assert side_files.tokenizer_of(config, side_files.place_of(tmp_path / "run")) == "byte"
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
-    side_files.keep(tmp_path / "run", config)
+    start.keep_files(tmp_path / "run", config)
     assert kept(tmp_path / "run") == {}
