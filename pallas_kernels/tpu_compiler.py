@@ -54,11 +54,15 @@ _LARGE_PROGRAM = {
 # The SparseCores gather weights and reduce-scatter gradients while the TensorCores compute.
 # "2d" is for a mesh axis that spans two dims of the torus; with queuing more than one transfer is
 # under way at a time.  tpu7x does all but the queuing by default.
+# The queue is first in, first out.  Were the SparseCores to look up rows too (the mixture's
+# tokens), which happens after attention, then no gather of weights that is needed later could
+# start before attention.
 _WEIGHTS_BY_SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
+    "xla_tpu_offload_gather_to_sparsecore": "false",
 }
 # Options of the train step by generation, tried with libtpu 0.0.50.1; docs/log.md and
 # docs/results/plan.md have the figures.

@@ -73,7 +73,8 @@ class Report:
       peak, without collectives.
     share_of_ideal: ideal_seconds / estimated_seconds, an upper bound.
     mfu: model_flops at the peak / estimated_seconds, an upper bound.
-    compute_seconds: as estimated_seconds, with the kernels at their static cycles.
+    compute_seconds: as estimated_seconds, with the kernels and lookups of rows at their static
+      cycles.
     exposed_seconds: in which compute waits for collectives.
     all_in_seconds: compute_seconds + exposed_seconds.
     all_in_share_of_ideal: ideal_seconds / all_in_seconds.
@@ -115,7 +116,7 @@ class Report:
     @property
     def all_in_mfu(self) -> float:
         """model_flops at the peak / all_in_seconds: of long rows, most FLOPs are attention's."""
-        return self.model_flops / self.peak_flops / self.all_in_seconds
+        return self.mfu * self.estimated_seconds / self.all_in_seconds
 
 
 def compile_step(config: Config, devices: list) -> CompiledStep:

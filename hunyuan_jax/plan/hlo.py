@@ -240,6 +240,14 @@ def kernels_of(module: Module, op: Op) -> list[Op]:
     ]
 
 
+def lookup_in(module: Module, op: Op) -> Op | None:
+    """Returns the lookup of rows that an op makes on the TensorCore, None for any other op."""
+    if op.opcode != "fusion" or "kind=kCustom" not in op.attributes or op.cycles is None:
+        return None
+    ops = module[op.called("calls")[0]]
+    return next((inner for inner in ops if inner.opcode == "gather"), None)
+
+
 def _numbered(regions: Iterable[str], cycles: Mapping[str, int]) -> dict[str, str]:
     """Names the regions 'KIND#NUMBER' by cost: 'KIND' for the costliest, then 'KIND 2', ..."""
     names, counts = {}, collections.Counter()

@@ -7,6 +7,7 @@ import re
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP = re.compile(r"  (?:ROOT )?%?[\w.\-]+ = ")
 _END = re.compile(r'\}(, execution_thread="\w+")?$')
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _UNKNOWN_CYCLES = 2**63 - 1
 
 
@@ -102,12 +103,19 @@ def split_tuple(shape: str) -> list[str]:
 def num_bytes(shape: str) -> int:
     """Returns the bytes of a shape or tuple of shapes, without padding by the layout."""
     bits = 0
-    for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+    for dtype, dims in _ARRAY.findall(shape):
         width = re.search(r"\d+", dtype)
-        bits += (int(width[0]) if width else 8) * math.prod(
-            int(dim) for dim in dims.split(",") if dim
-        )
+        bits += (int(width[0]) if width else 8) * _product(dims)
     return bits // 8
+
+
+def num_elements(shape: str) -> int:
+    """Returns the elements of a shape or tuple of shapes."""
+    return sum(_product(dims) for _, dims in _ARRAY.findall(shape))
+
+
+def _product(dims: str) -> int:
+    return math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
 def trip_count(module: Module, loop: Op) -> int | None:

@@ -1,12 +1,14 @@
-"""How fast the Pallas kernels are by the TPU compiler's static cycles, as shares of the peak.
+"""How fast Pallas kernels and row lookups are by the TPU compiler's static cycles.
 
-The compiler gives no cycles for a kernel inside a program.  These are of each kernel compiled
-alone at a52b's shapes (docs/results/kernels.md, which names the commands).
+The compiler gives no cycles for either inside a program.  These are of each kernel compiled alone
+at a52b's shapes (docs/results/kernels.md, which names the commands), and of `x[index]` alone.
 """
 
+import math
 import re
 from collections.abc import Callable
 
+from hunyuan_jax.plan import hlo_text
 from hunyuan_jax.plan.hlo_text import Op
 from pallas_kernels.chips import Chip
 
@@ -46,6 +48,19 @@ SHARES_OF_PEAK = {
     "v6e": _V6E,
     "tpu7x": _V6E,  # assumed: libtpu counts nothing for tpu7x
 }
+# Of a lookup on the TensorCore.  v5p: 50.5 cycles for a row of 12800 bytes, 35.3 for one of 8192,
+# 9.7 for a number; assumed for the others.
+_LOOKUP_BYTES_PER_CYCLE = 250
+_LOOKUP_CYCLES = 10
+
+
+def lookup_cycles(gather: Op) -> float:
+    """Returns the cycles of looking up rows of an array, on the TensorCore."""
+    total = hlo_text.num_bytes(gather.shape)
+    sizes = re.search(r"slice_sizes=\{([\d,]*)\}", gather.attributes)[1]
+    elements = math.prod(map(int, sizes.split(",")))
+    num_rows = hlo_text.num_elements(gather.shape) // elements
+    return max(num_rows * _LOOKUP_CYCLES, total / _LOOKUP_BYTES_PER_CYCLE)
 
 
 def stated_flops(kernel: Op) -> int:

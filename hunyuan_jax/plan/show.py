@@ -304,6 +304,7 @@ def _assumptions_table(report: Report) -> Table:
         ),
         ("products outside of kernels", "the compiler's cycles", "libtpu"),
         ("kernels", "static cycles at a52b's shapes", "docs/results/kernels.md"),
+        ("lookups of rows", "static cycles of x[index] alone", "plan/kernel_speed.py"),
         ("an axis carries", "one collective at a time", "plan/timeline.py"),
         ("left out", "memory traffic of transfers, stragglers, input", "plan/timeline.py"),
     ):

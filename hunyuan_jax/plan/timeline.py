@@ -1,10 +1,11 @@
 """Walks a compiled step's schedule with a clock for compute and one for the links of each axis.
 
-A model, not a measurement.  Compute advances by the compiler's cycles, and by the seconds that the
-caller gives for kernels.  A collective takes the links of its axes for as long as `Links` says,
-one collective an axis at a time, in the order of the schedule.  A synchronous one stops compute.
-An asynchronous one runs from its start to its done, and stops compute at its done only for what is
-left of it.  Every execution of a loop's body begins with idle links.
+A model, not a measurement.  Compute advances by the compiler's cycles, by those of kernel_speed.py
+for lookups of rows, and by the seconds that the caller gives for kernels.  A collective takes the
+links of its axes for as long as `Links` says, one collective an axis at a time, in the order of
+the schedule.  A synchronous one stops compute.  An asynchronous one runs from its start to its
+done, and stops compute at its done only for what is left of it.  Every execution of a loop's body
+begins with idle links.
 
 Left out: the transfers' own traffic to memory, starting them, stragglers, input.
 """
@@ -13,7 +14,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from hunyuan_jax.plan import hlo, hlo_text
+from hunyuan_jax.plan import hlo, hlo_text, kernel_speed
 from hunyuan_jax.plan.hlo import Exposure, Transfer
 from hunyuan_jax.plan.hlo_text import Module, Op
 from hunyuan_jax.plan.links import Links
@@ -121,8 +122,9 @@ def walk(
     """
 
     def seconds_of(op: Op) -> float:
-        kernels = hlo.kernels_of(module, op)
-        return (op.cycles or 0) / clock_hz + sum(map(kernel_seconds, kernels))
+        kernels, lookup = hlo.kernels_of(module, op), hlo.lookup_in(module, op)
+        cycles = op.cycles or (kernel_speed.lookup_cycles(lookup) if lookup else 0)
+        return cycles / clock_hz + sum(map(kernel_seconds, kernels))
 
     def execute(computation: str) -> Timeline:
         clocks, ops = _Clocks(), module[computation]

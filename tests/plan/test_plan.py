@@ -968,6 +968,10 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
     assert report["exposed_seconds"] == pytest.approx(
         sum(collective["exposed"] for collective in report["hlo"]["collectives"])
     )
+    assert report["all_in_mfu"] == pytest.approx(
+        report["mfu"] * report["estimated_seconds"] / report["all_in_seconds"]
+    )
+    assert 0 < report["all_in_mfu"] < report["mfu"] < 1
     assert report["slow_links_seconds"] >= report["all_in_seconds"]
     assert report["peak_bytes"] == stats["peak"]
     assert 0 < report["compile_seconds"] < 300

@@ -114,6 +114,22 @@ def test_kernels_run_at_their_share_of_the_peak():
     assert kernel_speed.seconds_on(v5p)(other) == pytest.approx(1.0)
 
 
+def test_lookups_of_rows_take_their_static_cycles():
+    fused = (
+        "%g (x: bf16[64,6400], i: s32[4096,1]) -> bf16[4096,6400] {\n"
+        "  %x = bf16[64,6400]{1,0} parameter(0)\n  %i = s32[4096,1]{1,0} parameter(1)\n"
+        "  ROOT %r = bf16[4096,6400]{1,0} gather(%x, %i), offset_dims={1}, slice_sizes={1,6400}\n"
+        "}\n\n"
+    )
+    lookup = "  %r.1 = bf16[4096,6400]{1,0} fusion(%x, %x), kind=kCustom, calls=%g"
+    unknown = ', backend_config={"estimated_cycles":"9223372036854775807"}'
+    assert walk(f"{lookup}\n", fused).compute == 4096 * 12800 / 250
+    # The compiler says so of what the SparseCore looks up.
+    assert walk(f"{lookup}{unknown}\n", fused).compute == 0
+    numbers = fused.replace("bf16[4096,6400]", "f32[4096]").replace("{1,6400}", "{1,1}")
+    assert walk(lookup.replace("[4096,6400]", "[4096]") + "\n", numbers).compute == 40960
+
+
 # --- links
 
 

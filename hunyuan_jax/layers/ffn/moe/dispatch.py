@@ -33,33 +33,31 @@ def by_capacity(
       experts: (x [e, sources * C, D], weight [e, sources * C] of the rows, count [e, sources] of
         valid rows at the start of each source's C rows) -> weighted outputs [e, sources * C, D].
     """
-    num_groups, _, D = x_gTD.shape
-    num_experts = assignment.count_E.shape[-1]
+    num_groups, T, D = x_gTD.shape
+    num_experts, k = assignment.count_E.shape[-1], assignment.expert_Tk.shape[-1]
+    rows_per_expert = num_groups * num_slots
+    group_g = jnp.arange(num_groups)[:, None, None]
     row_gTk = jnp.where(
         assignment.is_kept_Tk,
-        assignment.expert_Tk * num_slots + assignment.slot_Tk,
-        num_experts * num_slots,
+        (assignment.expert_Tk * num_groups + group_g) * num_slots + assignment.slot_Tk,
+        num_experts * rows_per_expert,
     )
-    choice_gR = jax.vmap(_choice_of_row, in_axes=(0, None))(row_gTk, num_experts * num_slots)
-    x_EgCD = jax.vmap(_pack)(x_gTD, row_gTk, choice_gR)
-    x_EgCD = x_EgCD.reshape(num_groups, num_experts, num_slots, D).swapaxes(0, 1)
+    row_Mk = row_gTk.reshape(num_groups * T, k)
+    choice_R = _choice_of_row(row_Mk, num_experts * rows_per_expert)
+    x_RD = _pack(x_gTD.reshape(num_groups * T, D), row_Mk, choice_R)
+    weight_R = _weight_of_row(assignment.weight_Tk.reshape(num_groups * T, k), row_Mk, choice_R)
 
     # Each shard sends the rows of an expert to the shard that has the expert, and gets them back
     # in the same order.
-    weight_gR = jax.vmap(_weight_of_row)(assignment.weight_Tk, row_gTk, choice_gR)
-    weight_EgC = weight_gR.reshape(num_groups, num_experts, num_slots).swapaxes(0, 1)
-    x_eRD = checkpoint_name(
-        _to_experts(x_EgCD.reshape(num_experts, num_groups * num_slots, D)), "dispatched"
+    x_eRD, weight_eR = (
+        checkpoint_name(
+            _to_experts(a_R.reshape(num_experts, rows_per_expert, *a_R.shape[1:])), "dispatched"
+        )
+        for a_R in (x_RD, weight_R)
     )
-    weight_eR = checkpoint_name(
-        _to_experts(weight_EgC.reshape(num_experts, num_groups * num_slots)), "dispatched"
-    )
-    count_es = _to_experts(assignment.count_E.T)
-    y_eRD = experts(x_eRD, weight_eR, count_es)
-    y_EgCD = _from_experts(y_eRD).reshape(num_experts, num_groups, num_slots, D)
-
-    y_gRD = y_EgCD.swapaxes(0, 1).reshape(num_groups, num_experts * num_slots, D)
-    return jax.vmap(_combine)(y_gRD, row_gTk, choice_gR)
+    y_eRD = experts(x_eRD, weight_eR, _to_experts(assignment.count_E.T))
+    y_RD = _from_experts(y_eRD).reshape(num_experts * rows_per_expert, D)
+    return _combine(y_RD, row_Mk, choice_R).reshape(num_groups, T, D)
 
 
 def dropless(
@@ -157,49 +155,41 @@ def _choice_of_row(row_Tk: jax.Array, num_rows: int) -> jax.Array:
     )
 
 
-def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
-    """Copies each token to its rows, [R, D]; empty rows are zero."""
-    return _gather(x_TD, choice_R // row_Tk.shape[1], row_Tk)
-
-
 def _weight_of_row(weight_Tk: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
     """Returns the combine weight of each row, float32 [R]; zero for empty rows."""
-    return _gather(weight_Tk.reshape(-1, 1), choice_R, row_Tk.reshape(-1, 1))[:, 0]
+    weight_R1 = _pack(weight_Tk.reshape(-1, 1), row_Tk.reshape(-1, 1), choice_R)
+    return jnp.where(choice_R < row_Tk.size, weight_R1[:, 0], 0.0)
 
 
-def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
-    """Sums the rows of each token, [T, D], in y's dtype."""
-    y_TkD = _gather(y_RD, row_Tk.reshape(-1), choice_R[:, None]).reshape(*row_Tk.shape, -1)
-    return _sum_of_few(y_TkD)
-
-
-def _sum_of_few(x_AmD: jax.Array) -> jax.Array:
-    """Sums over the middle dim.  A single entry is sliced: a TPU would copy it otherwise."""
-    return x_AmD[:, 0] if x_AmD.shape[1] == 1 else x_AmD.sum(1)
+# Each of the two is the other's transpose, so gradients are lookups too, and not scatters, which
+# are slow on TPUs.
 
 
 @jax.custom_vjp
-def _gather(x_AD: jax.Array, index_B: jax.Array, inverse_Am: jax.Array) -> jax.Array:
-    """Returns x[index] [B, D], zero where the index is out of range.
+def _pack(x_TD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """Copies each token to its rows, [R, D].
 
-    inverse_Am: for each row of x, the positions in index_B that read it, padded with len(B).  With
-    it the gradient is a gather too, and not a scatter, which is slow on TPUs.
+    An empty row gets some token, in the backward pass too.  Its combine weight is zero, and with
+    it all that the row adds to outputs and gradients; zeros would cost a pass over all rows.
     """
-    return x_AD.at[index_B].get(mode="fill", fill_value=0)
+    return x_TD.at[choice_R // row_Tk.shape[1]].get(mode="clip")
 
 
-def _gather_fwd(x_AD, index_B, inverse_Am):
-    return _gather(x_AD, index_B, inverse_Am), (index_B, inverse_Am)
+@jax.custom_vjp
+def _combine(y_RD: jax.Array, row_Tk: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """Sums the rows of each token, [T, D], in y's dtype."""
+    # Choices first: a TPU adds up whole arrays faster than the rows within one.
+    y_kTD = y_RD.at[row_Tk.T].get(mode="fill", fill_value=0)
+    return y_kTD[0] if len(y_kTD) == 1 else y_kTD.sum(0)  # a TPU would copy a sum of one
 
 
-def _gather_bwd(residuals, dy_BD):
-    index_B, inverse_Am = residuals
-    dx_AD = _sum_of_few(dy_BD.at[inverse_Am].get(mode="fill", fill_value=0))
-    return (
-        dx_AD,
-        np.zeros(index_B.shape, jax.dtypes.float0),
-        np.zeros(inverse_Am.shape, jax.dtypes.float0),
-    )
+def _transposed(fn: Callable) -> Callable:
+    def backward(index, dy):
+        no_gradients = (np.zeros(array.shape, jax.dtypes.float0) for array in index)
+        return fn(dy, *index), *no_gradients
+
+    return backward
 
 
-_gather.defvjp(_gather_fwd, _gather_bwd)
+_pack.defvjp(lambda x, *index: (_pack(x, *index), index), _transposed(_combine))
+_combine.defvjp(lambda y, *index: (_combine(y, *index), index), _transposed(_pack))

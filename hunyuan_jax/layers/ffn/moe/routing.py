@@ -175,9 +175,9 @@ def assign(
         a.reshape(k, T).T
         for a in (expert_n, jnp.where(is_kept_n, slot_n, 0), is_kept_n, is_recycled_n)
     )
-    weight_Tk = jnp.take_along_axis(choice.score_TE, expert_Tk, axis=-1)
+    weight_Tk = _take_expert(choice.score_TE[:, None], expert_Tk)
     if cfg.norm_topk_prob:
-        chosen_Tk = jnp.take_along_axis(choice.score_TE, choice.expert_Tk, axis=-1)
+        chosen_Tk = _take_expert(choice.score_TE[:, None], choice.expert_Tk)
         sum_T1 = chosen_Tk.sum(-1, keepdims=True)
         is_sigmoid = cfg.scoring == "sigmoid"
         weight_Tk = weight_Tk / (sum_T1 + _TINY if is_sigmoid else jnp.maximum(sum_T1, _EPSILON))
@@ -251,8 +251,13 @@ def _one_hot(expert_n: jax.Array, is_counted_n: jax.Array, num_experts: int) -> 
     )
 
 
-def _take_expert(values_nE: jax.Array, expert_n: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values_nE, expert_n[:, None], axis=1)[:, 0]
+def _take_expert(values_xE: jax.Array, expert_x: jax.Array) -> jax.Array:
+    """Returns values[..., expert] of each of the experts [...]; leading dims broadcast.
+
+    Selects and sums: a TPU looks numbers up one at a time, 23 times slower for 16 experts.
+    """
+    is_chosen_xE = expert_x[..., None] == jnp.arange(values_xE.shape[-1])
+    return jnp.where(is_chosen_xE, values_xE, 0).sum(-1)
 
 
 def _masked_mean(x_TX: jax.Array, is_valid_T: jax.Array) -> jax.Array:
@@ -269,11 +274,10 @@ def _recycle_once(
     Returns:
       (expert int32 [n], whether the choice got a slot bool [n]).
     """
-    num_experts = free_E.shape[0]
     # S = all (expert, slot) pairs.
     is_free_S = (jnp.arange(num_slots)[None, :] < free_E[:, None]).reshape(-1)
     order_S = jnp.argsort(jnp.where(is_free_S, jax.random.uniform(key, is_free_S.shape), 2.0))
-    shuffled_expert_S = (jnp.arange(num_experts * num_slots) // num_slots)[order_S]
+    shuffled_expert_S = order_S // num_slots
     rank_n = jnp.cumsum(is_over_n) - 1
     has_slot_n = is_over_n & (rank_n < free_E.sum())
     return shuffled_expert_S[jnp.where(has_slot_n, rank_n, 0)].astype(jnp.int32), has_slot_n
@@ -323,9 +327,8 @@ def _recycle_distinct(
         draw_n, got_n = _recycle_once(is_left_n, free_E, num_slots, shuffle_key)
         draw_nE = _one_hot(draw_n, got_n, num_experts)
         draw_kTE = draw_nE.reshape(-1, num_tokens, num_experts)
-        is_first_draw_n = _take_expert(
-            (jnp.cumsum(draw_kTE, axis=0) == 1).reshape(draw_nE.shape), draw_n
-        )
+        nth_draw_nE = jnp.cumsum(draw_kTE, axis=0).reshape(draw_nE.shape)
+        is_first_draw_n = _take_expert(nth_draw_nE, draw_n) == 1
         accept_n = got_n & is_first_draw_n & ~has_TE[token_n, draw_n]
         free_E = free_E - _one_hot(draw_n, accept_n, num_experts).sum(0)
         has_TE = has_TE.at[token_n, draw_n].max(accept_n)
