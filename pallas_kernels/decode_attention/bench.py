@@ -126,9 +126,9 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
         yield row
 
 
-def ours(device_kind, q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, *rest):
-    """decode_attention of the arguments that `cases.inputs` makes."""
-    k_scale_PnsK, v_scale_PnsK, group, table_Bm = rest
+def ours(device_kind, *args, **options):
+    """decode_attention of the arguments that `cases.inputs` makes, and its options."""
+    q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, k_scale_PnsK, v_scale_PnsK, group, table_Bm = args
     return api.decode_attention(
         q_BTNH,
         k_PnsKH,
@@ -140,6 +140,7 @@ def ours(device_kind, q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, *rest):
         k_scale_PnsK=k_scale_PnsK,
         v_scale_PnsK=v_scale_PnsK,
         device_kind=device_kind,
+        **options,
     )
 
 

@@ -13,6 +13,7 @@ from pallas_kernels import testing, tpu_compiler
 from pallas_kernels.decode_attention import (
     api,
     append,
+    bench,
     cases,
     reference,
     splits,
@@ -162,7 +163,7 @@ def test_api_serves_every_device_and_passes_all_on(name):
     case = cases.SMALL[name]
     args, _ = _inputs(case)
     expected_BTNH = reference.reference(*args, 0.3)
-    call = functools.partial(_call, scale=0.3)
+    call = functools.partial(bench.ours, scale=0.3)
     testing.assert_close(call("cpu", *args), expected_BTNH, case.dtype)
     testing.assert_close(call("cpu", *args, implementation="reference"), expected_BTNH, case.dtype)
     testing.assert_close(call("NVIDIA H200", *args, interpret=True), expected_BTNH, case.dtype)
@@ -195,7 +196,7 @@ def test_api_defaults_are_the_whole_cache_and_the_head_dims_root():
 )
 def test_the_device_chooses(device_kind, is_kernel):
     shapes = cases.SMALL["one"].shapes()
-    jaxpr = jax.make_jaxpr(functools.partial(_call, device_kind))(*shapes)
+    jaxpr = jax.make_jaxpr(functools.partial(bench.ours, device_kind))(*shapes)
     assert ("pallas_call" in str(jaxpr)) == is_kernel
 
 
@@ -246,7 +247,7 @@ def test_the_device_chooses(device_kind, is_kernel):
         ({"q_BTNH": "float16"}, "q is float16, must be bfloat16 or float32; cast"),
         (
             {"k_PnsKH": "float32"},
-            "cache is float32 and bfloat16, must be bfloat16 as q or int8; cast",
+            "cache is float32 and bfloat16, must be bfloat16 as q, int8 or float8_e4m3fn; cast",
         ),
         ({"length_B": (3,)}, r"length_B is int32\[3\], must be int32\[2\]"),
         ({"start_B": "float32"}, r"start_B is float32\[2\], must be int32\[2\]"),
@@ -301,23 +302,6 @@ def test_bad_arguments_are_explained(change, message):
         jax.eval_shape(functools.partial(api.decode_attention, group=0, **options), **kwargs)
 
 
-def _call(device_kind, *args, **options):
-    q_BTNH, k_PnsKH, v_PnsKH, length_B, start_B, k_scale_PnsK, v_scale_PnsK, group, table_Bm = args
-    return api.decode_attention(
-        q_BTNH,
-        k_PnsKH,
-        v_PnsKH,
-        length_B,
-        group=group,
-        table_Bm=table_Bm,
-        start_B=start_B,
-        k_scale_PnsK=k_scale_PnsK,
-        v_scale_PnsK=v_scale_PnsK,
-        device_kind=device_kind,
-        **options,
-    )
-
-
 _KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 
@@ -339,7 +323,7 @@ def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
     pytest.importorskip("libtpu")
     tpu_compiler.prepare()
     compiled = tpu_compiler.compile_for(
-        chip, functools.partial(_call, _KINDS[chip]), *cases.BENCH[name].shapes()
+        chip, functools.partial(bench.ours, _KINDS[chip]), *cases.BENCH[name].shapes()
     )
     assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
     assert (
@@ -354,7 +338,7 @@ def test_small_sizes_compile_for_a_tpu(name):
     pytest.importorskip("libtpu")
     tpu_compiler.prepare()
     tpu_compiler.compile_for(
-        "v5p", functools.partial(_call, "TPU v5"), *cases.SMALL[name].shapes()
+        "v5p", functools.partial(bench.ours, "TPU v5"), *cases.SMALL[name].shapes()
     )
 
 
@@ -366,7 +350,7 @@ def test_a_head_dim_of_128_is_not_copied_if_stored_slots_last():
 
     def call(q_BTNH, k_PnKHs, v_PnKHs, *rest):
         caches = (x_PnKHs.transpose(0, 1, 4, 2, 3) for x_PnKHs in (k_PnKHs, v_PnKHs))
-        return _call("TPU v5", q_BTNH, *caches, *rest)
+        return bench.ours("TPU v5", q_BTNH, *caches, *rest)
 
     stored = jax.ShapeDtypeStruct((P, n, K, H, s), "bfloat16")
     compiled = tpu_compiler.compile_for("v5p", call, q, stored, stored, *rest)
@@ -412,7 +396,7 @@ def test_the_most_scores_in_float32_fit():
     tpu_compiler.prepare()
     tpu_compiler.compile_for(
         "v5p",
-        functools.partial(_call, "TPU v5"),
+        functools.partial(bench.ours, "TPU v5"),
         *cases.BENCH["T=16"]._replace(dtype="float32").shapes(),
     )
 
@@ -422,7 +406,7 @@ def test_the_most_scores_in_float32_fit():
 def test_lowers_for_a_gpu(name):
     case = cases.BENCH.get(name) or cases.SMALL[name]
     assert "triton" in testing.lower_for_gpu(
-        functools.partial(_call, "NVIDIA H200"), *case.shapes()
+        functools.partial(bench.ours, "NVIDIA H200"), *case.shapes()
     )
 
 
