@@ -228,6 +228,8 @@ class Engine:
         return outputs
 
     def _take_in(self) -> list[Output]:
+        if not self._arrived and not self._aborted:
+            return []
         with self._lock:
             arrived, aborted = list(self._arrived), list(self._aborted)
             self._arrived.clear()
@@ -269,7 +271,7 @@ class Engine:
                     self._advance(waiting)
                 output = mail.popleft()
                 num_left -= output.finish_reason is not None
-                yield dataclasses.replace(output, id=place_of[output.id])
+                yield output._replace(id=place_of[output.id])
         finally:
             for request_id in ids:
                 self._mail.pop(request_id, None)

@@ -66,18 +66,18 @@ def adjusts(choice: Choice) -> bool:
 
 
 class Lines:
-    """The line of each row, [pools, rows, columns]; what does not change from step to step is
-    written once.
+    """The line of each row, int32 [pools, rows, columns]; what does not change from step to step
+    is written once.
     """
 
     def __init__(self, num_pools: int, num_rows: int, num_pages: int):
-        self._lines = np.zeros((num_pools, num_rows, width(num_pages)), np.int32)
+        self.of_pools = np.zeros((num_pools, num_rows, width(num_pages)), np.int32)
         self._written: dict[tuple[int, int], tuple[Choice, int, int]] = {}
 
-    def of(self, choice: Choice, row: int) -> np.ndarray:
-        """The line of a choice, whose row on the device is `row`.  To be copied."""
+    def write(self, choice: Choice, row: int) -> None:
+        """Brings the line of a choice up to date; `row` is the number of its row on the device."""
         where = (choice.pool, choice.row)
-        line = self._lines[where]
+        line = self.of_pools[where]
         owner, epoch, num_pages = self._written.get(where, (None, 0, 0))
         if owner is not choice or epoch != choice.epoch:
             line[:] = 0
@@ -86,11 +86,8 @@ class Lines:
             line[STOPS] = _NO_ID
             line[_FIRST_STOP : _FIRST_STOP + len(stops)] = stops
             num_pages = 0
-        if len(choice.pages) != num_pages:
-            first, last = FIRST_PAGE + num_pages, FIRST_PAGE + len(choice.pages)
-            line[first:last] = choice.pages[num_pages:]
+        line[FIRST_PAGE + num_pages : FIRST_PAGE + len(choice.pages)] = choice.pages[num_pages:]
         self._written[where] = (choice, choice.epoch, len(choice.pages))
-        return line
 
 
 def _fields(choice: Choice, row: int) -> Mapping[str, Any]:

@@ -99,8 +99,7 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What is new of one choice.
 
     tokens: new ids, a stop id included; logprobs: one for each of them, None unless asked;

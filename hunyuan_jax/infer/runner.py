@@ -5,11 +5,13 @@ where a batch of small experts is split over the cores, each pool is a lane with
 thread of its own.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,10 +31,18 @@ _MAX_DECODE_PROGRAMS = 8
 
 
 class _Call(NamedTuple):
-    """A call of a lane: what it returns, and the place of each chunk or row in its batch."""
+    """A call of a lane: what it returns, and the line of each chunk by its place in the plan."""
 
     results: Future
-    places: dict[int, int]
+    lines: dict[int, int]
+
+
+class _RowCall(NamedTuple):
+    """A call of a lane: what it returns, of which pools, and the number of lines of each."""
+
+    results: Future
+    pools: range
+    num_lines: int
 
 
 @dataclasses.dataclass
@@ -41,7 +51,7 @@ class Dispatched:
 
     plan: Plan
     chunk_calls: list[_Call]
-    row_calls: list[_Call]
+    row_calls: list[_RowCall]
 
 
 @dataclasses.dataclass
@@ -160,26 +170,31 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> Dispatched:
         """Starts the calls of a plan; comes back at once."""
+        for choice in plan.changed:
+            if choice.row >= 0:  # else it had to make room
+                lane = self.lanes[choice.pool // len(self.lanes[0].pools)]
+                self._lines.write(choice, self._row(lane, choice))
         dispatched = Dispatched(plan, [], [])
         for lane in self.lanes:
             chunks = [(i, c) for i, c in enumerate(plan.chunks) if c.choice.pool in lane.pools]
-            rows = [(i, c) for i, (c, _) in enumerate(plan.rows) if c.pool in lane.pools]
             if chunks:
                 dispatched.chunk_calls.append(self._call_chunks(lane, chunks))
-            if rows:
-                dispatched.row_calls.append(self._call_rows(lane, rows, plan))
+            if any(plan.rows[pool] for pool in lane.pools):
+                dispatched.row_calls.append(self._call_rows(lane, plan))
         return dispatched
 
     def _call_chunks(self, lane: Lane, chunks: list[tuple[int, Chunk]]) -> _Call:
         size = self._shapes.piece
-        num_needed = _most_in_a_pool(chunk.choice for _, chunk in chunks)
+        num_in_pool = collections.Counter(chunk.choice.pool for _, chunk in chunks)
+        num_needed = max(num_in_pool.values())
         num_pieces = next(num for num in self._shapes.num_pieces if num >= num_needed)
         chunks = sorted(chunks, key=lambda pair: pair[1].end)
-        places = self._places(lane, num_pieces, [(i, chunk.choice) for i, chunk in chunks])
+        free = {pool: itertools.count(i * num_pieces) for i, pool in enumerate(lane.pools)}
+        lines = {i: next(free[chunk.choice.pool]) for i, chunk in chunks}
         plan_BC = self._empty_plan(len(lane.pools) * num_pieces, 2 * size)
         for i, chunk in chunks:
-            line, tokens = plan_BC[places[i]], chunk.choice.tokens
-            line[: self._width] = self._line(lane, chunk.choice)
+            line, choice, tokens = plan_BC[lines[i]], chunk.choice, chunk.choice.tokens
+            line[: self._width] = self._lines.of_pools[choice.pool, choice.row]
             line[COLUMN["start"]], line[COLUMN["end"]] = chunk.start, chunk.end
             line[COLUMN["is_last"]] = chunk.is_last
             line[COLUMN["score_first"]] = _scored(chunk)[0]
@@ -187,21 +202,23 @@ class Runner:
             following = tokens[chunk.start + 1 : chunk.end + 1]
             line[self._width + size :][: len(following)] = following
             if chunk.is_last:
-                self._admit(lane, chunk.choice)
+                self._admit(lane, choice)
         program = self.program("chunk", num_pieces)
-        return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), places)
+        return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), lines)
 
-    def _call_rows(self, lane: Lane, rows: list[tuple[int, Choice]], plan: Plan) -> _Call:
-        num_needed = _most_in_a_pool(choice for _, choice in rows)
-        num_rows = next(size for size in self._buckets if size >= num_needed)
-        places = self._places(lane, num_rows, rows)
-        plan_BC = self._empty_plan(len(lane.pools) * num_rows, 0)
-        for i, choice in rows:
-            plan_BC[places[i]] = self._line(lane, choice)
+    def _call_rows(self, lane: Lane, plan: Plan) -> _RowCall:
+        num_needed = max(len(plan.rows[pool]) for pool in lane.pools)
+        num_lines = next(size for size in self._buckets if size >= num_needed)
+        plan_BC = self._empty_plan(len(lane.pools) * num_lines, 0)
+        for i, pool in enumerate(lane.pools):
+            rows = [choice.row for choice, _ in plan.rows[pool]]
+            lines = plan_BC[i * num_lines : i * num_lines + len(rows)]
+            np.take(self._lines.of_pools[pool], rows, axis=0, out=lines, mode="clip")
         plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
         plan_BC[:, COLUMN["ends_early"]] = plan.ends_early
-        program = self.program("decode", num_rows)
-        return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), places)
+        program = self.program("decode", num_lines)
+        results = lane.thread.submit(_call, program, self._params, lane, plan_BC)
+        return _RowCall(results, lane.pools, num_lines)
 
     def _admit(self, lane: Lane, choice: Choice) -> None:
         if not plan_array.adjusts(choice):
@@ -223,19 +240,6 @@ class Runner:
     def _row(self, lane: Lane, choice: Choice) -> int:
         return (choice.pool - lane.pools.start) * self._shapes.rows + choice.row
 
-    def _line(self, lane: Lane, choice: Choice) -> np.ndarray:
-        return self._lines.of(choice, self._row(lane, choice))
-
-    def _places(
-        self, lane: Lane, num_rows: int, choices: Iterable[tuple[int, Choice]]
-    ) -> dict[int, int]:
-        """Index in the plan -> line: num_rows lines for each pool, one after the other."""
-        num_in_pool, places = dict.fromkeys(lane.pools, 0), {}
-        for i, choice in choices:
-            places[i] = (choice.pool - lane.pools.start) * num_rows + num_in_pool[choice.pool]
-            num_in_pool[choice.pool] += 1
-        return places
-
     def _empty_plan(self, num_lines: int, num_more: int) -> np.ndarray:
         plan_BC = np.zeros((num_lines, self._width + num_more), np.int32)
         plan_BC[:, COLUMN["row"]] = self._num_rows
@@ -243,39 +247,32 @@ class Runner:
 
     # -- results --------------------------------------------------------------
 
-    def read(self, dispatched: Dispatched) -> tuple[list[Drawn], list[Drawn], float]:
-        """(what chunks, what rows have drawn, when the device was ready); waits for it."""
+    def read(self, dispatched: Dispatched) -> tuple[list[Drawn], list[list[Drawn]], float]:
+        """(what chunks, what the rows of each pool have drawn, when the device was ready); waits
+        for it.
+        """
         plan = dispatched.plan
-        of_chunks = [Drawn(())] * len(plan.chunks)
-        of_rows = [Drawn(())] * len(plan.rows)
-        found = [
-            (call.places, drawn, call.results.result())
-            for calls, drawn in (
-                (dispatched.chunk_calls, of_chunks),
-                (dispatched.row_calls, of_rows),
-            )
-            for call in calls
-        ]
-        jax.block_until_ready([results for *_, results in found])
+        of_chunks, of_rows = [Drawn(())] * len(plan.chunks), [[] for _ in plan.rows]
+        found = [call.results.result() for call in dispatched.chunk_calls]
+        found_rows = [call.results.result() for call in dispatched.row_calls]
+        jax.block_until_ready((found, found_rows))
         ready = time.perf_counter()
-        for places, drawn, results in found:
-            if drawn is of_chunks:
-                results, prompt = results
-                choices = [chunk.choice for chunk in plan.chunks]
-            else:
-                prompt, choices = None, [choice for choice, _ in plan.rows]
-            tokens_IB, num_made_B = np.asarray(results.tokens_IB), np.asarray(results.num_made_B)
-            for i, place in places.items():
-                sampling = choices[i].request.sampling
-                num = num_made_B[place]
-                logprobs = of_prompt = None
-                if sampling.logprobs is not None:
-                    where = (slice(num), place)
-                    logprobs = _entries(results.logprobs, where, sampling.logprobs)
-                if prompt is not None and sampling.prompt_logprobs is not None:
-                    where = (place, slice(*_scored(plan.chunks[i])))
-                    of_prompt = _entries(prompt, where, sampling.prompt_logprobs)
-                drawn[i] = Drawn(tokens_IB[:num, place].tolist(), logprobs, of_prompt)
+        for (_, lines), (results, prompt) in zip(dispatched.chunk_calls, found, strict=True):
+            tokens_BI = _tokens(results, 1)
+            for i, line in lines.items():
+                chunk, of_prompt = plan.chunks[i], None
+                num_top = chunk.choice.request.sampling.prompt_logprobs
+                if num_top is not None:
+                    of_prompt = _entries(prompt, (line, slice(*_scored(chunk))), num_top)
+                drawn = _drawn(results, tokens_BI, line, chunk.choice)
+                of_chunks[i] = drawn._replace(prompt_logprobs=of_prompt)
+        for (_, pools, num_lines), results in zip(dispatched.row_calls, found_rows, strict=True):
+            tokens_BI = _tokens(results, plan.num_steps)
+            for i, pool in enumerate(pools):
+                of_rows[pool] = [
+                    _drawn(results, tokens_BI, line, choice)
+                    for line, (choice, _) in enumerate(plan.rows[pool], i * num_lines)
+                ]
         return of_chunks, of_rows, ready
 
 
@@ -284,11 +281,20 @@ def _call(program: Callable, params: Any, lane: Lane, plan_BC: np.ndarray) -> An
     return results
 
 
-def _most_in_a_pool(choices: Iterable[Choice]) -> int:
-    num_in_pool: dict[int, int] = {}
-    for choice in choices:
-        num_in_pool[choice.pool] = num_in_pool.get(choice.pool, 0) + 1
-    return max(num_in_pool.values())
+def _tokens(results: programs.Results, num_steps: int) -> list[list[int]]:
+    """What each line has drawn in so many steps."""
+    num_made, tokens_BI = np.asarray(results.num_made_B), np.asarray(results.tokens_IB).T
+    rows = tokens_BI[:, :num_steps].tolist()
+    return [row[:num] for row, num in zip(rows, num_made.tolist(), strict=True)]
+
+
+def _drawn(
+    results: programs.Results, tokens_BI: list[list[int]], line: int, choice: Choice
+) -> Drawn:
+    tokens, num_top = tokens_BI[line], choice.request.sampling.logprobs
+    if num_top is None:
+        return Drawn(tokens)
+    return Drawn(tokens, _entries(results.logprobs, (slice(len(tokens)), line), num_top))
 
 
 def _scored(chunk: Chunk) -> tuple[int, int]:

@@ -36,8 +36,9 @@ class Choice:
     """One answer to a request in progress.
 
     tokens: prompt and answer; num_computed: of the tokens, those that the cache holds or that are
-    on their way; num_ahead: tokens that the device may have drawn and that have not come back;
-    epoch: counts the times that it started over, so that late results are known.
+    on their way; length: tokens, with those that the device may have drawn and that have not come
+    back; limit: tokens at which it ends; capacity: tokens that its pages hold; epoch: counts the
+    times that it started over, so that late results are known.
     """
 
     def __init__(self, request: Request, number: int, max_new: int):
@@ -46,10 +47,12 @@ class Choice:
         self.max_new = 0 if request.only_score else max_new
         self.tokens = list(request.tokens)
         self.num_prompt = len(self.tokens)
+        self.length, self.limit = self.num_prompt, self.num_prompt + self.max_new
+        self.stop_ids = frozenset(request.sampling.stop_ids)
         self.pool = self.row = -1
         self.pages: list[int] = []
         self.names: list[bytes] = []
-        self.num_computed = self.num_ahead = self.num_sent = self.epoch = 0
+        self.capacity = self.num_computed = self.num_sent = self.epoch = 0
         self.num_cached: int | None = None
         self.is_drawing = False
         self.is_finished = False
@@ -91,13 +94,18 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: chunks, then num_steps tokens of each row, fewer if one ends and ends_early."""
+    """One step: chunks, then num_steps tokens of each row, fewer if one ends and ends_early.
+
+    rows: of each pool, choices with their epochs; changed: choices that have got a row or pages
+    since the last plan.
+    """
 
     step: int
     chunks: list[Chunk]
-    rows: list[tuple[Choice, int]]
+    rows: list[list[tuple[Choice, int]]]
     num_steps: int
     ends_early: bool
+    changed: list[Choice]
 
 
 class Drawn(NamedTuple):
@@ -122,6 +130,9 @@ class Scheduler:
         self._is_invariant = is_invariant
         self._step = 0
         self._free_rows = [list(reversed(range(shapes.rows))) for _ in pools]
+        # Running choices whose prompt is not computed, and those of `Plan.changed`.
+        self._reading: dict[Choice, None] = {}
+        self._changed: list[Choice] = []
         # Names of pages that a running choice will have computed, by pool.
         self._promised: list[dict[bytes, Choice]] = [{} for _ in pools]
 
@@ -150,55 +161,60 @@ class Scheduler:
         """The next step, or None where nothing can be done before the last one has come back."""
         self._step += 1
         rows = self._drawing_rows()
-        chunks = self._chunks()
+        chunks = self._chunks() if self._reading or self.waiting else []
         num_steps = 1
         if not chunks:
-            num_steps = max((n for n in _halves(self.max_steps) if self._fit(rows, n)), default=1)
-        for choice in rows:
-            self._extend(choice, num_steps)
-            choice.num_ahead += num_steps
+            num_steps = next((n for n in _halves(self.max_steps) if self._grow(rows, n)), 1)
         if not chunks and not rows:
             return None
-        planned = [(choice, choice.epoch) for choice in rows]
-        return Plan(self._step, chunks, planned, num_steps, bool(self.waiting))
+        of_pools: list[list[tuple[Choice, int]]] = [[] for _ in self.pools]
+        for choice in rows:
+            choice.length += num_steps
+            of_pools[choice.pool].append((choice, choice.epoch))
+        changed, self._changed = self._changed, []
+        return Plan(self._step, chunks, of_pools, num_steps, bool(self.waiting), changed)
 
     def _drawing_rows(self) -> list[Choice]:
         """Choices with room for one more token; where there is none, the last one that came has to
         make room.
         """
-        rows, full = [], set()
-        for choice in list(self.running):
-            if not choice.is_drawing or choice.num_drawn + choice.num_ahead >= choice.max_new:
-                continue
-            if self._extend(choice, 1):
-                rows.append(choice)
-            else:
-                full.add(choice.pool)
-        for pool in full:
+        rows = [c for c in self.running if c.is_drawing and c.length < c.limit]
+        # The newest token is not in the cache.
+        full = [c for c in rows if c.length > c.capacity and not self._grow([c], 1)]
+        if not full:
+            return rows
+        without = set(full)
+        for pool in {choice.pool for choice in full}:
             if self.pools[pool].has_leaving:
                 continue  # room comes with the next results
             victim = next(c for c in reversed(self.running) if c.pool == pool)
             self._start_over(victim)
-            rows = [choice for choice in rows if choice is not victim]
-        return rows
+            without.add(victim)
+        return [choice for choice in rows if choice not in without]
 
-    def _fit(self, rows: list[Choice], num_steps: int) -> bool:
-        needed = collections.Counter()
+    def _grow(self, rows: list[Choice], num_steps: int) -> bool:
+        """Gives rows the pages for so many more tokens; False if there are not enough."""
+        size, missing, num_in_pool = self._shapes.page_size, [], [0] * len(self.pools)
         for choice in rows:
-            needed[choice.pool] += self._num_missing(choice, num_steps)
-        return all(self.pools[pool].num_available >= num for pool, num in needed.items())
+            length = choice.length - 1 + num_steps
+            if length > choice.capacity:
+                # The last token never gets into the cache.
+                num = -(-min(length, choice.limit - 1) // size) - len(choice.pages)
+                if num > 0:
+                    missing.append((choice, num))
+                    num_in_pool[choice.pool] += num
+        if any(
+            num > pages.num_available for num, pages in zip(num_in_pool, self.pools, strict=True)
+        ):
+            return False
+        for choice, num in missing:
+            self._add_pages(choice, self.pools[choice.pool].take(num))
+        return True
 
-    def _num_missing(self, choice: Choice, num_steps: int) -> int:
-        # The newest token is not in the cache, and the last one never gets there.
-        length = len(choice.tokens) + choice.num_ahead - 1 + num_steps
-        length = min(length, choice.num_prompt + choice.max_new - 1)
-        return max(0, -(-length // self._shapes.page_size) - len(choice.pages))
-
-    def _extend(self, choice: Choice, num_steps: int) -> bool:
-        num = self._num_missing(choice, num_steps)
-        pages = self.pools[choice.pool].take(num) if num else []
-        choice.pages += pages or []
-        return pages is not None
+    def _add_pages(self, choice: Choice, pages: list[int]) -> None:
+        choice.pages += pages
+        choice.capacity = len(choice.pages) * self._shapes.page_size
+        self._changed.append(choice)
 
     def _chunks(self) -> list[Chunk]:
         """Pieces of prompts, as many in each pool as a call takes without much padding."""
@@ -210,7 +226,9 @@ class Scheduler:
                 start, end = choice.num_computed, choice.num_computed + piece
                 choice.num_computed = end = min(end, choice.num_needed)
                 choice.is_drawing = is_last = end == choice.num_needed
-                choice.num_ahead += is_last
+                if is_last:
+                    choice.length += 1
+                    del self._reading[choice]
                 self.num_prompt_tokens += end - start
                 chunks.append(Chunk(choice, choice.epoch, start, end, is_last))
                 self._name_pages(choice, end)
@@ -224,7 +242,7 @@ class Scheduler:
         """
         num_free = sum(map(len, self._free_rows))
         prompts = itertools.chain(
-            (choice for choice in self.running if not choice.is_drawing),
+            self._reading,
             itertools.islice(self.waiting, num_free),
         )
         num_left = sum(
@@ -236,7 +254,7 @@ class Scheduler:
 
     def _prompts(self) -> Iterator[Choice]:
         """Running choices whose prompt is not computed, then waiting ones as they get a row."""
-        yield from [choice for choice in self.running if not choice.is_drawing]
+        yield from list(self._reading)
         while self.waiting:
             free = [pool for pool, rows in enumerate(self._free_rows) if rows]
             if not free or not self._admit(self.waiting[0], free):
@@ -251,7 +269,7 @@ class Scheduler:
         if choice.prompt_logprobs is not None:
             last = min(last, max(choice.request.score_from - 1, 0))
         usable = choice.names[: last // size]
-        num_running = collections.Counter(other.pool for other in self.running)
+        num_running = [self._shapes.rows - len(rows) for rows in self._free_rows]
         known = {pool: self.pools[pool].num_known(usable) for pool in free}
         pool = min(free, key=lambda pool: (num_running[pool], -known[pool]))
         num_known = known[pool]
@@ -266,13 +284,13 @@ class Scheduler:
         if num_left < num_running[pool]:
             return False
         choice.pool, choice.row = pool, self._free_rows[pool].pop()
-        choice.pages = pages.share(found) + pages.take(num_new)
+        self._add_pages(choice, pages.share(found) + pages.take(num_new))
         choice.num_computed = num_known * size
         self.num_looked_up += len(choice.tokens)
         self.num_found += choice.num_computed
         if choice.num_cached is None:
             choice.num_cached = choice.num_computed
-        self.running[choice] = None
+        self.running[choice] = self._reading[choice] = None
         for name in choice.names[num_known:]:
             self._promised[pool].setdefault(name, choice)
         return True
@@ -294,7 +312,10 @@ class Scheduler:
             pages.settle(self._step if step is None else step)
 
     def update(
-        self, plan: Plan, of_chunks: Sequence[Drawn], of_rows: Sequence[Drawn]
+        self,
+        plan: Plan,
+        of_chunks: Sequence[Drawn],
+        of_rows: Sequence[Sequence[Drawn]],
     ) -> list[Output]:
         """Takes what a plan has drawn; the news of each choice."""
         self.settle(plan.step)
@@ -306,35 +327,33 @@ class Scheduler:
             if choice.prompt_logprobs is not None and choice.num_sent == 0:
                 choice.prompt_logprobs += drawn.prompt_logprobs or ()
             if chunk.is_last:
-                choice.num_ahead -= 1
-                outputs += self._take(choice, drawn)
-        for (choice, epoch), drawn in zip(plan.rows, of_rows, strict=True):
-            if not choice.is_finished and choice.epoch == epoch:
-                choice.num_ahead -= plan.num_steps
-                outputs += self._take(choice, drawn)
-        return outputs
+                outputs.append(self._take(choice, drawn, 1))
+        for rows, of_pool in zip(plan.rows, of_rows, strict=True):
+            for (choice, epoch), drawn in zip(rows, of_pool, strict=True):
+                if not choice.is_finished and choice.epoch == epoch:
+                    outputs.append(self._take(choice, drawn, plan.num_steps))
+        return [output for output in outputs if output is not None]
 
-    def _take(self, choice: Choice, drawn: Drawn) -> list[Output]:
-        sampling, reason, num = choice.request.sampling, None, 0
-        for token in drawn.tokens[: choice.max_new - choice.num_drawn]:
-            choice.tokens.append(token)
-            num += 1
-            if token in sampling.stop_ids:
-                reason = "stop"
-                break
-        if reason is None and choice.num_drawn >= choice.max_new:
-            reason = "length"
+    def _take(self, choice: Choice, drawn: Drawn, num_steps: int) -> Output | None:
+        """Appends what one of num_steps steps has drawn; None if there is nothing to tell."""
+        tokens, logprobs, reason = drawn.tokens, drawn.logprobs, None
+        num_left = choice.limit - len(choice.tokens)
+        if len(tokens) >= num_left:
+            tokens, reason = tokens[:num_left], "length"
+        if not choice.stop_ids.isdisjoint(tokens):
+            end = next(i for i, token in enumerate(tokens) if token in choice.stop_ids) + 1
+            tokens, reason = tokens[:end], "stop"
+        # A choice that started over draws again what was sent before.
+        num_again = max(0, choice.num_sent - choice.num_drawn)
+        choice.tokens += tokens
+        choice.length += len(tokens) - num_steps
         if reason is not None:
             self._finish(choice)
-        # A choice that started over draws again what was sent before.
-        num_again = max(0, choice.num_sent - (choice.num_drawn - num))
-        if num <= num_again and reason is None:
-            return []
-        logprobs = None
-        if drawn.logprobs is not None:
-            logprobs = tuple(drawn.logprobs[num_again:num])
-        tokens = tuple(choice.tokens[len(choice.tokens) - num + num_again :])
-        return [self._output(choice, tokens, reason, logprobs)]
+        elif len(tokens) <= num_again:
+            return None
+        if logprobs is not None:
+            logprobs = tuple(logprobs[num_again : len(tokens)])
+        return self._output(choice, tuple(tokens[num_again:]), reason, logprobs)
 
     def _output(
         self,
@@ -363,7 +382,7 @@ class Scheduler:
             # The same calls draw the same tokens again.
             del choice.tokens[choice.num_prompt :]
         choice.epoch += 1
-        choice.num_computed = choice.num_ahead = 0
+        choice.num_computed, choice.length = 0, len(choice.tokens)
         choice.is_drawing = False
         if choice.prompt_logprobs is not None:
             choice.prompt_logprobs = choice.unscored()
@@ -381,8 +400,10 @@ class Scheduler:
             del promised[name]
         self.pools[choice.pool].release(choice.pages, self._step)
         self._free_rows[choice.pool].append(choice.row)
-        choice.pages = []
+        choice.pages, choice.capacity = [], 0
+        choice.row = -1
         del self.running[choice]
+        self._reading.pop(choice, None)
 
 
 def _halves(num: int) -> Iterator[int]:

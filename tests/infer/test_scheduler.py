@@ -65,8 +65,9 @@ class Device:
                 self.rows[choice.pool, choice.row] = row
                 drawn.append(self.draw(choice, row, pages))
             of_chunks.append(Drawn(drawn))
-        made = [[] for _ in plan.rows]
-        rows = [self.rows[choice.pool, choice.row] for choice, _ in plan.rows]
+        choices = [choice for rows in plan.rows for choice, _ in rows]
+        made = {choice: [] for choice in choices}
+        rows = [self.rows[choice.pool, choice.row] for choice in choices]
         was_done = [row["is_done"] for row in rows]
         for _ in range(plan.num_steps):
             ended = any(
@@ -74,10 +75,10 @@ class Device:
             )
             if plan.ends_early and ended:
                 break
-            for (choice, _), row, tokens in zip(plan.rows, rows, made, strict=True):
+            for choice, row in zip(choices, rows, strict=True):
                 if not row["is_done"]:
-                    tokens.append(self.draw(choice, row, choice.pages))
-        of_rows = [Drawn(tokens) for tokens in made]
+                    made[choice].append(self.draw(choice, row, choice.pages))
+        of_rows = [[Drawn(made[choice]) for choice, _ in rows] for rows in plan.rows]
         return of_chunks, of_rows
 
 
@@ -237,7 +238,7 @@ def test_running_prompts_and_rows_share_a_step():
     scheduler.add(request(range(20, 36)))
     plan = scheduler.plan()
     assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 4), (4, 8), (8, 12)]
-    assert len(plan.rows) == 1 and plan.num_steps == 1
+    assert len(plan.rows[0]) == 1 and plan.num_steps == 1
 
 
 @pytest.mark.parametrize(
