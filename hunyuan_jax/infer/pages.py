@@ -10,10 +10,16 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 
-def page_hashes(tokens: Sequence[int], page_size: int, salt: str) -> list[bytes]:
-    """The names of the pages that the tokens fill, each made of all tokens up to its end."""
+def page_hashes(
+    tokens: Sequence[int], page_size: int, salt: str, known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """The names of the pages that the tokens fill, each made of all tokens up to its end; `known`:
+    the first of them.
+    """
+    names = list(known)
     name = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    names, ids = [], array.array("i", tokens)
+    name = names[-1] if names else name
+    ids = array.array("i", tokens[len(names) * page_size :])
     for end in range(page_size, len(ids) + 1, page_size):
         page = ids[end - page_size : end].tobytes()
         name = hashlib.blake2b(name + page, digest_size=16).digest()

@@ -37,8 +37,9 @@ class Choice:
 
     tokens: prompt and answer; num_computed: of the tokens, those that the cache holds or that are
     on their way; length: tokens, with those that the device may have drawn and that have not come
-    back; limit: tokens at which it ends; capacity: tokens that its pages hold; epoch: counts the
-    times that it started over, so that late results are known.
+    back; limit: tokens at which it ends; capacity: tokens that its pages hold; num_again: tokens
+    that were sent and are to be drawn again; epoch: counts the times that it started over, so that
+    late results are known.
     """
 
     def __init__(self, request: Request, number: int, max_new: int):
@@ -52,7 +53,7 @@ class Choice:
         self.pool = self.row = -1
         self.pages: list[int] = []
         self.names: list[bytes] = []
-        self.capacity = self.num_computed = self.num_sent = self.epoch = 0
+        self.capacity = self.num_computed = self.num_sent = self.num_again = self.epoch = 0
         self.num_cached: int | None = None
         self.is_drawing = False
         self.is_finished = False
@@ -231,7 +232,7 @@ class Scheduler:
                     del self._reading[choice]
                 self.num_prompt_tokens += end - start
                 chunks.append(Chunk(choice, choice.epoch, start, end, is_last))
-                self._name_pages(choice, end)
+                self._name_pages(choice, start, end)
             if all(num_in_pool[pool] >= most for pool in range(len(self.pools))):
                 break
         return chunks
@@ -295,11 +296,11 @@ class Scheduler:
             self._promised[pool].setdefault(name, choice)
         return True
 
-    def _name_pages(self, choice: Choice, num_computed: int) -> None:
-        """Says what the full pages among the first num_computed tokens hold."""
+    def _name_pages(self, choice: Choice, start: int, end: int) -> None:
+        """Says what the pages hold that the tokens [start, end) have filled."""
         promised, pages = self._promised[choice.pool], self.pools[choice.pool]
-        num_full = num_computed // self._shapes.page_size
-        for page, name in zip(choice.pages[:num_full], choice.names, strict=False):
+        full = slice(start // self._shapes.page_size, end // self._shapes.page_size)
+        for page, name in zip(choice.pages[full], choice.names[full], strict=True):
             pages.name(page, name)
             if promised.get(name) is choice:
                 del promised[name]
@@ -343,17 +344,18 @@ class Scheduler:
         if not choice.stop_ids.isdisjoint(tokens):
             end = next(i for i, token in enumerate(tokens) if token in choice.stop_ids) + 1
             tokens, reason = tokens[:end], "stop"
-        # A choice that started over draws again what was sent before.
-        num_again = max(0, choice.num_sent - choice.num_drawn)
         choice.tokens += tokens
         choice.length += len(tokens) - num_steps
         if reason is not None:
             self._finish(choice)
-        elif len(tokens) <= num_again:
-            return None
         if logprobs is not None:
-            logprobs = tuple(logprobs[num_again : len(tokens)])
-        return self._output(choice, tuple(tokens[num_again:]), reason, logprobs)
+            logprobs = tuple(logprobs[: len(tokens)])
+        if choice.num_again:
+            num, choice.num_again = choice.num_again, max(0, choice.num_again - len(tokens))
+            tokens, logprobs = tokens[num:], logprobs and logprobs[num:]
+        if not tokens and reason is None:
+            return None
+        return self._output(choice, tuple(tokens), reason, logprobs)
 
     def _output(
         self,
@@ -363,13 +365,19 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...] | None = None,
     ) -> Output:
         prompt_logprobs = None
-        if choice.num_sent == 0 and choice.prompt_logprobs is not None and reason != "abort":
+        if choice.prompt_logprobs is not None and choice.num_sent == 0 and reason != "abort":
             prompt_logprobs = tuple(choice.prompt_logprobs)
         choice.num_sent += len(tokens)
         self.num_generated += len(tokens)
-        number = choice.number
-        cached = choice.num_cached or 0
-        return Output(choice.request.id, number, tokens, logprobs, prompt_logprobs, reason, cached)
+        return Output(
+            choice.request.id,
+            choice.number,
+            tokens,
+            logprobs,
+            prompt_logprobs,
+            reason,
+            choice.num_cached or 0,
+        )
 
     def _finish(self, choice: Choice) -> None:
         choice.is_finished = True
@@ -381,6 +389,7 @@ class Scheduler:
         if self._is_invariant:
             # The same calls draw the same tokens again.
             del choice.tokens[choice.num_prompt :]
+            choice.num_again = choice.num_sent
         choice.epoch += 1
         choice.num_computed, choice.length = 0, len(choice.tokens)
         choice.is_drawing = False
@@ -392,9 +401,9 @@ class Scheduler:
     def _leave(self, choice: Choice) -> None:
         if choice.is_drawing and not self._is_invariant:
             # Tokens that were drawn have other bits than those of a prompt, but are as good.
-            salt = choice.request.cache_salt
-            choice.names = page_hashes(choice.tokens, self._shapes.page_size, salt)
-            self._name_pages(choice, len(choice.tokens) - 1)
+            size, salt = self._shapes.page_size, choice.request.cache_salt
+            choice.names = page_hashes(choice.tokens, size, salt, choice.names)
+            self._name_pages(choice, choice.num_prompt, len(choice.tokens) - 1)
         promised = self._promised[choice.pool]
         for name in [name for name in choice.names if promised.get(name) is choice]:
             del promised[name]
