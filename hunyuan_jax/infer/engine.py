@@ -45,6 +45,10 @@ _NUM_PIECES = (1, 4, 16)
 # On a CPU a call of more than 4 pieces has at most so many operations, about half a second, so
 # that rows that draw meanwhile don't stand still.
 _CPU_CALL_FLOPS = 5e10
+# Programs that any request can be served with, and threads that compile others behind them: a CPU
+# has to serve meanwhile.
+_NUM_FIRST = 2
+_THREADS_BEHIND = 1
 # Of the memory of a device, or of the machine for CPU devices, the share that pages take at most.
 _MEMORY_SHARE = {"cpu": 0.05}
 _MEMORY_SHARE_OTHERWISE = 0.4
@@ -103,6 +107,7 @@ class Engine:
         self._numbers = itertools.count()
         self._clock = _Clock()
         self._compilations = _Compilations()
+        self._warming: list[Future] = []
         self._vocab_size = cfg.vocab_size
         self.scheduler.max_steps = 1
 
@@ -181,12 +186,31 @@ class Engine:
 
     # -- for one thread at a time ---------------------------------------------
 
-    def warm_up(self) -> None:
-        """Compiles every program, in threads; a compilation after it is counted."""
+    def warm_up(self, behind: bool = False) -> None:
+        """Compiles every program, in threads; a compilation after it is counted.
+
+        Args:
+          behind: come back as soon as there are programs that any request can be served with; the
+            others are compiled behind them (`is_warm`).
+        """
         shapes = self.runner.shapes()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda shape: self.runner.program(*shape), shapes))
-        self._compilations.start()
+        num = _NUM_FIRST if behind else len(shapes)
+        for program in self.runner.compile_ahead(shapes[:num], os.cpu_count()):
+            program.result()
+        self._warming = self.runner.compile_ahead(shapes[num:], _THREADS_BEHIND)
+        self._look_at_programs()
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing is left to be compiled behind.  Raises what a compilation has raised."""
+        return all(program.done() and program.result() for program in self._warming)
+
+    def _look_at_programs(self) -> None:
+        self.scheduler.num_pieces = self.runner.sizes("chunk")
+        self.scheduler.max_rows = self.runner.sizes("decode")[-1]
+        if self.is_warm:
+            self._warming = []
+            self._compilations.start()
 
     def replace_weights(self, params: dict[str, Any]) -> None:
         """Computes with other weights from now on, of the same shapes, dtypes and shardings;
@@ -204,7 +228,10 @@ class Engine:
     def step(self) -> list[Output]:
         """Starts the next step, then waits for the one before; what that one has brought."""
         begin = time.thread_time()
+        self._compilations.thread = threading.get_ident()
         self._clock.num_steps += 1
+        if self._warming:
+            self._look_at_programs()
         outputs = self._take_in()
         plan = self.scheduler.plan()
         if plan is not None:
@@ -224,6 +251,7 @@ class Engine:
                         del self._choices[output.id]
             if not self._choices:
                 self._clock.pause()
+        self._compilations.thread = None
         self._clock.host_seconds += time.thread_time() - begin
         return outputs
 
@@ -371,16 +399,19 @@ class _Clock:
 
 
 class _Compilations:
-    """Counts jax's compilations of this process from `start` on."""
+    """Counts jax's compilations inside steps from `start` on.
+
+    thread: the one that steps, or None.
+    """
 
     def __init__(self):
-        self.num = 0
+        self.num, self.thread = 0, None
 
     def start(self) -> None:
         counter = weakref.ref(self)
 
         def count(name: str, *_: Any, **__: Any) -> None:
             if name == "/jax/core/compile/backend_compile_duration" and counter() is not None:
-                counter().num += 1
+                counter().num += counter().thread == threading.get_ident()
 
         jax.monitoring.register_event_duration_secs_listener(count)

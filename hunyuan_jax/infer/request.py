@@ -3,7 +3,7 @@
 The engine (`infer/engine.py`) has one loop under `generate`, `chat`, scores and the server:
 
     engine = pretrained.new_engine(limits: Limits)
-    engine.warm_up()                    # compiles every program ahead, in threads
+    engine.warm_up(behind=False)        # compiles every program ahead, in threads
     engine.add(request)                 # raises QueueFull, ContextTooLong or ConfigError
     engine.step() -> list[Output]       # [] while nothing has come back
     engine.abort(id, choice=None)       # of all choices, or of one
@@ -124,7 +124,8 @@ class Stats:
     pages_cached: not in use, with contents that a prompt may share; prefix_queries and
     prefix_hits: prompt tokens that were looked up, and found; idle_share: of the time in which
     there was work, the share in which the device had none; steps: calls of `step`; host_seconds:
-    CPU time of the threads that called it; compilations: since `warm_up`.
+    CPU time of the threads that called it; compilations: inside steps, since all programs are
+    compiled.
     """
 
     running: int

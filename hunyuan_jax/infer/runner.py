@@ -9,9 +9,10 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,8 +27,6 @@ from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
-
-_MAX_DECODE_PROGRAMS = 8
 
 
 class _Call(NamedTuple):
@@ -114,9 +113,13 @@ class Runner:
             "chunk": functools.partial(programs.chunk, chunk_def, num_columns, shards),
             "admit": programs.admit,
         }
-        buckets = [1 << i for i in range(shapes.rows.bit_length()) if 1 << i < shapes.rows]
-        self._buckets = [*buckets, shapes.rows][-1 if is_invariant else -_MAX_DECODE_PROGRAMS :]
-        self._programs: dict[tuple, Future] = {}
+        buckets = [4**i for i in range(shapes.rows.bit_length()) if 4**i < shapes.rows]
+        self._sizes = {
+            "admit": (0,),
+            "chunk": shapes.num_pieces,
+            "decode": (*([] if is_invariant else buckets), shapes.rows),
+        }
+        self._programs: dict[tuple[str, int], Future] = {}
         self._lock = threading.Lock()
 
     def replace_weights(self, params: dict[str, Any]) -> None:
@@ -128,30 +131,56 @@ class Runner:
 
     # -- programs -------------------------------------------------------------
 
-    def shapes(self) -> list[tuple]:
-        """The names and sizes of all programs."""
-        return [
-            ("admit",),
-            *(("chunk", num) for num in self._shapes.num_pieces),
-            *(("decode", num_rows) for num_rows in self._buckets),
-        ]
+    def shapes(self) -> list[tuple[str, int]]:
+        """The names and sizes of all programs.  With the first two any request can be served, with
+        the third as many as there are rows.
+        """
+        decode = self._sizes["decode"]
+        first = [("chunk", self._sizes["chunk"][0]), ("decode", decode[0]), ("decode", decode[-1])]
+        shapes = [(name, num) for name, sizes in self._sizes.items() for num in sizes]
+        return list(dict.fromkeys([*first, *shapes]))
 
-    def program(self, *key: Any) -> Callable:
-        """A compiled program; compiles it if nobody has."""
+    def compile_ahead(
+        self, shapes: Sequence[tuple[str, int]], num_threads: int | None
+    ) -> list[Future]:
+        """Compiles programs in threads.  Calls don't use them before they are there."""
+        threads = ThreadPoolExecutor(num_threads)
         with self._lock:
-            is_new = key not in self._programs
+            new = [shape for shape in shapes if shape not in self._programs]
+            self._programs |= {shape: Future() for shape in new}
+            for shape in new:
+                threads.submit(self._fill, *shape)
+            threads.shutdown(wait=False)
+            return [self._programs[shape] for shape in shapes]
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Sizes of a program that are not being compiled: a call need not wait for them, or is the
+        first to need one.
+        """
+        found = ((num, self._programs.get((name, num))) for num in self._sizes[name])
+        return tuple(num for num, program in found if program is None or program.done())
+
+    def _program(self, name: str, num_needed: int = 0) -> tuple[Callable, int]:
+        """(the program for so many lines, the lines that it takes); compiles it if nobody has."""
+        sizes = [num for num in self.sizes(name) if num >= num_needed] or self._sizes[name][-1:]
+        shape = (name, sizes[0])
+        with self._lock:
+            is_new = shape not in self._programs
             if is_new:
-                self._programs[key] = Future()
+                self._programs[shape] = Future()
         if is_new:
-            try:
-                self._programs[key].set_result(self._compile(*key))
-            except BaseException as e:
-                self._programs.pop(key).set_exception(e)
-                raise
-        return self._programs[key].result()
+            self._fill(*shape)
+        return self._programs[shape].result(), sizes[0]
+
+    def _fill(self, name: str, num_lines: int) -> None:
+        try:
+            self._programs[name, num_lines].set_result(self.compile(name, num_lines))
+        except BaseException as e:
+            self._programs.pop((name, num_lines)).set_exception(e)
 
     @settings.stated()
-    def _compile(self, name: str, num_lines: int = 0) -> Callable:
+    def compile(self, name: str, num_lines: int) -> Callable:
+        """Traces and compiles a program for num_lines lines of each pool of a lane."""
         state = self.lanes[0].state
         shardings = jax.tree.map(lambda x: x.sharding, state)
         function = self._functions[name]
@@ -186,8 +215,7 @@ class Runner:
     def _call_chunks(self, lane: Lane, chunks: list[tuple[int, Chunk]]) -> _Call:
         size = self._shapes.piece
         num_in_pool = collections.Counter(chunk.choice.pool for _, chunk in chunks)
-        num_needed = max(num_in_pool.values())
-        num_pieces = next(num for num in self._shapes.num_pieces if num >= num_needed)
+        program, num_pieces = self._program("chunk", max(num_in_pool.values()))
         chunks = sorted(chunks, key=lambda pair: pair[1].end)
         free = {pool: itertools.count(i * num_pieces) for i, pool in enumerate(lane.pools)}
         lines = {i: next(free[chunk.choice.pool]) for i, chunk in chunks}
@@ -203,12 +231,11 @@ class Runner:
             line[self._width + size :][: len(following)] = following
             if chunk.is_last:
                 self._admit(lane, choice)
-        program = self.program("chunk", num_pieces)
         return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), lines)
 
     def _call_rows(self, lane: Lane, plan: Plan) -> _RowCall:
         num_needed = max(len(plan.rows[pool]) for pool in lane.pools)
-        num_lines = next(size for size in self._buckets if size >= num_needed)
+        program, num_lines = self._program("decode", num_needed)
         plan_BC = self._empty_plan(len(lane.pools) * num_lines, 0)
         for i, pool in enumerate(lane.pools):
             rows = [choice.row for choice, _ in plan.rows[pool]]
@@ -216,7 +243,6 @@ class Runner:
             np.take(self._lines.of_pools[pool], rows, axis=0, out=lines, mode="clip")
         plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
         plan_BC[:, COLUMN["ends_early"]] = plan.ends_early
-        program = self.program("decode", num_lines)
         results = lane.thread.submit(_call, program, self._params, lane, plan_BC)
         return _RowCall(results, lane.pools, num_lines)
 
@@ -230,7 +256,7 @@ class Runner:
         for token, bias in choice.request.sampling.logit_bias:
             bias_V[token] = bias
         seen = Seen(is_prompt_V, np.bincount(answer, minlength=V).astype(np.int32), bias_V)
-        program, row = self.program("admit"), np.int32(self._row(lane, choice))
+        (program, _), row = self._program("admit"), np.int32(self._row(lane, choice))
 
         def call():
             lane.state = program(lane.state, row, seen)

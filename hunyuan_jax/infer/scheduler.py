@@ -118,13 +118,17 @@ class Drawn(NamedTuple):
 
 
 class Scheduler:
-    """Plans steps over pools of pages and rows; a choice stays in one pool."""
+    """Plans steps over pools of pages and rows; a choice stays in one pool.
+
+    max_steps, num_pieces, max_rows: as in `Shapes`; the engine may lower them.
+    """
 
     def __init__(self, pools: Sequence[Pages], shapes: Shapes, is_invariant: bool = False):
         self.pools = list(pools)
         self.waiting: collections.deque[Choice] = collections.deque()
         self.running: dict[Choice, None] = {}
-        self.max_steps = shapes.max_steps
+        self.max_steps, self.num_pieces = shapes.max_steps, shapes.num_pieces
+        self.max_rows = shapes.rows
         self.num_preempted = self.num_prompt_tokens = self.num_generated = 0
         self.num_looked_up = self.num_found = 0
         self._shapes = shapes
@@ -251,13 +255,14 @@ class Scheduler:
             for choice in prompts
         )
         num_left = -(-num_left // len(self.pools))
-        return max(num for num in self._shapes.num_pieces if num == 1 or num < 2 * num_left)
+        return max(num for num in self.num_pieces if num == 1 or num < 2 * num_left)
 
     def _prompts(self) -> Iterator[Choice]:
         """Running choices whose prompt is not computed, then waiting ones as they get a row."""
         yield from list(self._reading)
+        least = self._shapes.rows - self.max_rows
         while self.waiting:
-            free = [pool for pool, rows in enumerate(self._free_rows) if rows]
+            free = [pool for pool, rows in enumerate(self._free_rows) if len(rows) > least]
             if not free or not self._admit(self.waiting[0], free):
                 return
             yield self.waiting.popleft()

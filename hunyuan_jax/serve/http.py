@@ -106,7 +106,7 @@ class Server:
         """Serves on a bound socket until SIGTERM, SIGINT or `stop`; returns the exit status.
 
         Args:
-          started: called when every program is compiled.
+          started: called when requests are taken.
         """
         loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -139,7 +139,7 @@ class Server:
     # --- how it starts and stops
 
     async def _announce(self, started: Callable[[], None]) -> None:
-        while not self._loop.is_ready:
+        while not self._loop.is_serving:
             await asyncio.sleep(0.02)
         started()
 
@@ -296,7 +296,9 @@ class Server:
         return web.json_response({"status": "ok"})
 
     async def _get_ready(self, request: web.Request) -> web.Response:
-        self._check_ready()
+        self._check_serving()
+        if not self._loop.is_ready:
+            raise Refused("some programs are still being compiled.", status=503, retry_after=5)
         return web.json_response({"status": "ready"})
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
@@ -320,12 +322,12 @@ class Server:
     async def _get_tokenizer_info(self, request: web.Request) -> web.Response:
         return web.json_response(openai.tokenizer_info(self._served))
 
-    def _check_ready(self) -> None:
+    def _check_serving(self) -> None:
         if self._loop.has_failed:
             raise Refused("the engine has failed; start the server again.", status=503)
         if self._is_draining:
             raise Refused("the server is stopping.", status=503, retry_after=10)
-        if not self._loop.is_ready:
+        if not self._loop.is_serving:
             raise Refused("the server is compiling its programs.", status=503, retry_after=5)
 
     # --- work
@@ -370,7 +372,7 @@ class Server:
     async def _answer(
         self, request: web.Request, make: Callable[[Served, Mapping[str, Any]], Job]
     ) -> web.StreamResponse:
-        self._check_ready()
+        self._check_serving()
         self._num_busy += 1
         begin = time.perf_counter()
         try:

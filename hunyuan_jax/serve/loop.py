@@ -31,8 +31,12 @@ class Engine(Protocol):
     def wait(self, seconds: float) -> bool:
         """Waits until there is work."""
 
-    def warm_up(self) -> None:
-        """Compiles every program."""
+    def warm_up(self, behind: bool) -> None:
+        """Compiles the programs, those that a request needs first."""
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every program is compiled."""
 
     def stats(self) -> Stats:
         """Figures."""
@@ -51,12 +55,13 @@ class EngineLoop:
 
     All methods but the thread's own are called on the event loop.
 
-    is_ready: every program is compiled; has_failed: the engine raised, and serves nobody any more.
+    is_serving: requests are taken; is_ready: every program is compiled too; has_failed: the engine
+    raised, and serves nobody any more.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[], None]):
         """`on_failure` is called on the event loop when the engine has raised."""
-        self.is_ready = self.has_failed = False
+        self.is_serving = self.is_ready = self.has_failed = False
         self._engine, self._on_failure = engine, on_failure
         self._loop = asyncio.get_running_loop()
         self._mail: dict[str, asyncio.Queue[Mail]] = {}
@@ -74,9 +79,9 @@ class EngineLoop:
         Compiling cannot be interrupted, and is not waited for.
         """
         self._is_closing.set()
-        if self.is_ready:
+        if self.is_serving:
             self._thread.join(_STEP_SECONDS)
-        return not self._thread.is_alive()
+        return not self._thread.is_alive() and self.is_ready
 
     def add(self, requests: Sequence[Request]) -> asyncio.Queue[Mail]:
         """Hands requests to the engine; returns the queue into which their outputs come.
@@ -122,9 +127,10 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            self._engine.warm_up()
-            self._tell(self._set_ready)
+            self._engine.warm_up(behind=True)
+            self.is_serving = True
             while not self._is_closing.is_set():
+                self.is_ready = self._engine.is_warm
                 if self._engine.wait(_IDLE_SECONDS):
                     outputs = self._engine.step()
                     if outputs:
@@ -142,9 +148,6 @@ class EngineLoop:
             if not self._is_closing.is_set():
                 raise
 
-    def _set_ready(self) -> None:
-        self.is_ready = True
-
     def _deliver(self, outputs: list[Output], now: float) -> None:
         by_queue: dict[int, tuple[asyncio.Queue[Mail], list[Output]]] = {}
         for output in outputs:
@@ -155,7 +158,7 @@ class EngineLoop:
             queue.put_nowait((found, now))
 
     def _fail(self) -> None:
-        self.has_failed, self.is_ready = True, False
+        self.has_failed, self.is_serving, self.is_ready = True, False, False
         for queue in {id(queue): queue for queue in self._mail.values()}.values():
             queue.put_nowait(EngineFailed())
         self._on_failure()

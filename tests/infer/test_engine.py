@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
 
 import jax
@@ -366,7 +367,9 @@ def test_tokens_and_logprobs_have_the_same_bits_in_any_company(invariant, alone,
         assert found[str(i), 0] == alone[case]
 
 
-def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(invariant, alone):
+def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(
+    invariant, alone, monkeypatch
+):
     for case, num in ((2, 6), (0, 3)):
         requests = [
             request(str(i), max_new_tokens=20, logprobs=4, **CASES[case]) for i in range(num)
@@ -377,8 +380,34 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(invariant
     assert stats.preemptions > 0 and stats.prefix_hits > 0
     assert stats.compilations == 0
     assert stats.steps > 0 and stats.host_seconds > 0
-    jax.jit(lambda x: x * 3.25)(jnp.ones(7)).block_until_ready()
-    assert invariant.stats().compilations > 0  # so they are seen
+    new = jax.jit(lambda x: x * 3.25)
+    new(jnp.ones(7))
+    assert invariant.stats().compilations == 0  # not the engine's
+    monkeypatch.setattr(invariant.scheduler, "plan", lambda: print(new(jnp.ones(8))))
+    invariant.step()
+    assert invariant.stats().compilations > 0
+
+
+def test_a_request_is_served_while_programs_are_compiled_behind(model, engine, monkeypatch):
+    """Pieces and rows beyond the sizes that are there, with the same tokens."""
+    behind = model.new_engine(LIMITS)
+    compile_, goes_on, calls = behind.runner.compile, threading.Event(), itertools.count()
+
+    def late(*shape):
+        if next(calls) >= 2:
+            goes_on.wait(60)
+        return compile_(*shape)
+
+    monkeypatch.setattr(behind.runner, "compile", late)
+    behind.warm_up(behind=True)
+    assert not behind.is_warm
+    requests = [request(str(i), TEXT[i:] + TEXT[:9]) for i in range(3)]
+    assert answers(behind, requests) == answers(engine, requests)
+    goes_on.set()
+    behind.warm_up()
+    assert behind.is_warm
+    assert answers(behind, requests[:1]) == answers(engine, requests[:1])
+    assert behind.stats().compilations == 0
 
 
 @pytest.mark.parametrize(("cache_dtype", "num_kib"), [(None, 80), ("int8", 42), ("fp8", 42)])

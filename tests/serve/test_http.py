@@ -307,7 +307,7 @@ def test_a_quiet_stream_says_that_it_lives(server):
 
 def test_it_is_ready_when_everything_is_compiled(server, engine, monkeypatch):
     goes_on, warm_up = threading.Event(), engine.warm_up
-    monkeypatch.setattr(engine, "warm_up", lambda: (goes_on.wait(60), warm_up()))
+    monkeypatch.setattr(engine, "warm_up", lambda behind: (goes_on.wait(60), warm_up()))
     with server(wait=False) as running:
         assert running.get("/health")[0] == 200
         for answer in (running.get("/ready"), running.post(PATHS[0], {"prompt": "a"})):
@@ -324,7 +324,7 @@ def test_it_is_ready_when_everything_is_compiled(server, engine, monkeypatch):
 
 def test_one_that_still_compiles_ends_at_once(server, engine, monkeypatch):
     goes_on = threading.Event()
-    monkeypatch.setattr(engine, "warm_up", lambda: goes_on.wait(60))
+    monkeypatch.setattr(engine, "warm_up", lambda behind: goes_on.wait(60))
     with server(wait=False) as running:
         assert running.get("/health")[0] == 200
         running.stop()
