@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
