@@ -1,10 +1,10 @@
-"""GRPO teaches sums to a small model that has seen too few of them.
+"""GRPO teaches a small model, which writes sums or evades them, to answer right.
 
     python benchmarks/rewards_of_sums.py FOLDER
 
-First a small model is trained on sums of two digits as text, so shortly that most of its answers
-are wrong; then GRPO rewards right answers.  Prints the reward by step.  The table is in
-docs/post_training.md.
+First a small model is trained on lines such as "3+4=7", three in ten, and "3+4=4+3"; then GRPO
+rewards right answers.  Prints the reward by step.  The table, and what happens to a model that
+does not know the sums, is in docs/results/post_training.md.
 """
 
 import json
@@ -21,6 +21,7 @@ MODEL = (
     "model.num_kv_heads=4",
     "model.head_dim=16",
     "model.moe.dispatch=dropless",
+    "model.dtype=float32",
 )
 REWARDS = '''
 """1 for the right sum."""
@@ -35,7 +36,9 @@ def main(folder: Path) -> None:
     """Writes the data, trains twice, prints the rewards."""
     folder.mkdir(parents=True, exist_ok=True)
     sums = [(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
-    _write(folder / "texts.jsonl", [{"text": prompt + answer} for prompt, answer in sums] * 20)
+    answers = [{"text": prompt + answer} for prompt, answer in sums]
+    evasions = [{"text": f"{a}+{b}={b}+{a}"} for a in range(10) for b in range(10)]
+    _write(folder / "texts.jsonl", 30 * answers + 70 * evasions)
     _write(folder / "prompts.jsonl", [{"prompt": p, "answer": answer} for p, answer in sums])
     (folder / "rewards.py").write_text(REWARDS)
     _train(
@@ -43,12 +46,12 @@ def main(folder: Path) -> None:
         folder / "base",
         *MODEL,
         f"data.source={folder / 'texts.jsonl'}",
-        "data.validation_fraction=0.05",
-        "train.num_steps=200",
-        "train.batch_size=16",
+        "data.validation_fraction=0.02",
+        "train.num_steps=500",
+        "train.batch_size=32",
         "train.seq_len=64",
-        "schedule.warmup_steps=10",
-        "schedule.peak_lr=3e-3",
+        "schedule.warmup_steps=20",
+        "schedule.peak_lr=4e-3",
     )
     _train(
         "grpo",
@@ -60,14 +63,13 @@ def main(folder: Path) -> None:
         "objective.grpo.num_generations=8",
         "train.seq_len=16",
         "train.batch_size=256",
-        "train.num_steps=200",
-        "schedule.peak_lr=2e-4",
+        "train.num_steps=150",
+        "schedule.peak_lr=3e-4",
     )
     rows = [json.loads(line) for line in (folder / "grpo/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]
     print("| steps | reward | groups without signal | entropy |\n|---|---|---|---|")
-    for first in range(0, len(rows), 10):
-        part = rows[first : first + 10]
+    for part in (rows[:1], *(rows[first : first + 10] for first in range(0, len(rows), 10))):
         names = ("reward", "frac_reward_zero_std", "entropy")
         means = (sum(row[name] for row in part) / len(part) for name in names)
         figures = " | ".join(f"{mean:.2f}" for mean in means)

@@ -5,7 +5,7 @@
     python -m hunyuan_jax chat --checkpoint=runs/dpo
 
 The model, its tokenizer and its chat template are those of FOLDER, usually the workdir of
-configs/sft.py.  docs/post_training.md has the formats of data, the losses, and figures.
+configs/sft.py.  docs/post_training.md has the formats of data and the losses.
 
 As in the Hunyuan-Large paper, section 4.2, the loss has a term of the chosen answers, and what is
 validated and exported is a moving average of the weights.  The paper leaves open how much of each.

@@ -6,7 +6,7 @@
     python -m hunyuan_jax chat --checkpoint=runs/grpo
 
 A row of the data has `prompt`, a text or messages, and the columns that the functions of
-rewards.py read.  docs/post_training.md has the settings, and figures.  The completions are drawn
+rewards.py read.  docs/post_training.md has the settings.  The completions are drawn
 by the weights that are trained, in the same process; the first of each batch are in
 WORKDIR/completions.jsonl and in the report.
 
@@ -14,7 +14,7 @@ For adapters instead of whole weights add --config.model.lora.rank=16
 --config.schedule.peak_lr=2e-5.
 
 Hardware: what the model needs for training, and the engine's cache beside it.
-Time: rollouts and steps in turn; docs/post_training.md has an example.
+Time: rollouts and steps in turn; docs/results/post_training.md has an example.
 Expected: the reward rises.
 """
 

@@ -5,7 +5,7 @@
     python -m hunyuan_jax chat --checkpoint=runs/sft
 
 The model, its tokenizer and its chat template are those of FOLDER: a model folder, a hub id or the
-workdir of a run.  docs/post_training.md has the formats of data, LoRA, and figures.
+workdir of a run.  docs/post_training.md has the formats of data and LoRA.
 
 Learning rates, epochs and dropout are those of the Hunyuan-Large paper, section 4.1.
 For adapters instead of whole weights add --config.model.lora.rank=16
@@ -13,7 +13,7 @@ For adapters instead of whole weights add --config.model.lora.rank=16
 
 Hardware: what the model needs; `python -m hunyuan_jax plan` takes the same options.
 Time: 3 passes over the data.
-Expected: the validation loss falls (docs/post_training.md has figures).
+Expected: the validation loss falls (docs/results/post_training.md).
 """
 
 from ml_collections import ConfigDict
