@@ -5,8 +5,9 @@
 FOLDER is a model for us, HF_FOLDER the same weights for transformers (the same folder where
 transformers knows the architecture).  PYTHON has lm-eval, torch and transformers; ours needs
 lm-eval too (extra `eval`).  Each side answers in a process of its own, one set of requests at a
-time, in turn; the first round, with compilation, is not timed.  Each round has texts of its own,
-so that none is known from the one before.  Log-likelihoods are compared too.
+time, in turn.  The time to load the model, and ours to compile all programs, is printed apart;
+the first round, in which both allocate, is not timed.  Each round has texts of its own, so that
+none is known from the one before.  Log-likelihoods are compared too.
 """
 
 import json
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).parents[1]
-ROUNDS, NUM_QUESTIONS, BATCH = 1, 3, 8
+ROUNDS, NUM_QUESTIONS, BATCH = 2, 3, 8
 
 
 def sets(turn: int) -> dict[str, tuple[str, list[tuple]]]:
@@ -54,6 +56,9 @@ def sets(turn: int) -> dict[str, tuple[str, list[tuple]]]:
 def main(folder: str, hf_folder: str, python: str = sys.executable) -> None:
     """Prints a markdown table."""
     workers = {"ours": start(sys.executable, "ours", folder), "hf": start(python, "hf", hf_folder)}
+    for side, worker in workers.items():
+        began = answer(worker)
+        print(f"{side} starts in {began['seconds']:.1f} s ({began['cpu']:.1f} CPU s)")
     print("| requests | hunyuan_jax, s (CPU s) | hf, s (CPU s) | ratio (of CPU) | difference |")
     print("|---|---|---|---|---|")
     totals = dict.fromkeys(workers, 0.0)
@@ -98,6 +103,11 @@ def ask(worker: subprocess.Popen, name: str, turn: int) -> dict:
     """The worker's answers to a set of a round, with their time."""
     worker.stdin.write(f"{turn} {name}\n")
     worker.stdin.flush()
+    return answer(worker)
+
+
+def answer(worker: subprocess.Popen) -> dict:
+    """The worker's next object."""
     for line in worker.stdout:
         if line.startswith("{"):
             return json.loads(line)
@@ -105,29 +115,37 @@ def ask(worker: subprocess.Popen, name: str, turn: int) -> dict:
 
 
 def work(side: str, folder: str) -> None:
-    """Answers the names of sets on standard input."""
+    """Answers the names of sets on standard input, after an object about its start."""
+    start_time = time.perf_counter()
     from lm_eval.api.instance import Instance
 
     if side == "ours":
         from hunyuan_jax.evals.harness import HarnessModel
 
         model = HarnessModel(folder, max_length=1024)
+        model.warm_up()
     else:
         import os
 
         import torch
         from lm_eval.models.huggingface import HFLM
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         model = HFLM(folder, device="cpu", dtype="float32", batch_size=BATCH, max_length=1024)
+    report(start_time, 0.0)
     for line in sys.stdin:
         turn, name = line.strip().split(" ", 1)
         kind, arguments = sets(int(turn))[name]
         requests = [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
         start_time, start_cpu = time.perf_counter(), cpu_seconds()
         answers = getattr(model, kind)(requests, disable_tqdm=True)
-        seconds, cpu = time.perf_counter() - start_time, cpu_seconds() - start_cpu
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "answers": answers}), flush=True)
+        report(start_time, start_cpu, answers=answers)
+
+
+def report(start_time: float, start_cpu: float, **more: Any) -> None:
+    """Prints what has passed since then."""
+    passed = {"seconds": time.perf_counter() - start_time, "cpu": cpu_seconds() - start_cpu}
+    print(json.dumps(passed | more), flush=True)
 
 
 def cpu_seconds() -> float:

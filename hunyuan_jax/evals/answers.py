@@ -139,6 +139,10 @@ class Answers:
         self._run(map(writing.request, order), writing)
         return [found[place] for place in range(len(prompts))]
 
+    def warm_up(self) -> None:
+        """Compiles every program; without it each is compiled when it is needed."""
+        self._engine.warm_up()
+
     def stats(self) -> Stats:
         """What the engine has done."""
         return self._engine.stats()

@@ -63,7 +63,7 @@ def evaluate(values) -> int:
     What cannot be scored is named in one line; the rest is scored, and the exit status is 2.
     """
     problems = _Problems()
-    names = _expanded(values, problems)
+    names, tasks = _expanded(values, problems)
     lengths = _numbers("lengths", values.lengths, 1, 2**31)
     depths = _numbers("depths", values.depths, 0, 100)
     if not names:
@@ -74,7 +74,7 @@ def evaluate(values) -> int:
     lm = _loaded(values)
     max_length = values.max_context or lm.model.config.max_position
     lengths = _fitting(lengths, max_length, problems, names)
-    runner = _Runner(values, lm, lengths, depths, texts, haystack)
+    runner = _Runner(values, lm, lengths, depths, texts, haystack, tasks)
     results: dict[str, Any] = {}
     for name in names:
         start = time.perf_counter()
@@ -115,11 +115,11 @@ class _Problems:
 class _Runner:
     """Runs one task after the other with a loaded model."""
 
-    def __init__(self, values, lm, lengths, depths, texts, haystack):
+    def __init__(self, values, lm, lengths, depths, texts, haystack, tasks):
         self._values, self._lm = values, lm
         self._lengths, self._depths = lengths, depths
         self._texts, self._haystack = texts, haystack
-        self._harness: Any = None
+        self._tasks = tasks
 
     @functools.cached_property
     def _answers(self) -> Any:
@@ -149,7 +149,7 @@ class _Runner:
             needles = long_context.NEEDLE if kind == NEEDLE else long_context.MULTI_NEEDLE
             with _progress(name, len(lengths) * len(depths) * values.samples) as on_done:
                 return long_context.run_needles(self._run(on_done), needles, lengths, depths)
-        return self._run_harness(name)
+        return self._tasks.run(name, self._harness_model, self._harness_settings)
 
     def _run(self, on_done: Callable[[int], None]) -> Any:
         from hunyuan_jax.evals import long_context
@@ -165,22 +165,27 @@ class _Runner:
             on_done=on_done,
         )
 
-    def _run_harness(self, name: str) -> dict[str, Any]:
+    @functools.cached_property
+    def _harness_model(self) -> Any:
         from hunyuan_jax.evals import answers, harness
 
-        if self._harness is None:
-            values = self._values
-            limits = answers.short_limits(self._lm, values.max_context)
-            model = harness.HarnessModel(
-                answers=answers.Answers(self._lm, limits), add_bos=values.add_bos
-            )
-            self._harness = harness.Tasks(_harness_settings(values)), model
-        tasks, model = self._harness
-        return tasks.run(name, model)
+        limits = answers.short_limits(self._lm, self._values.max_context)
+        return harness.HarnessModel(
+            answers=answers.Answers(self._lm, limits), add_bos=self._values.add_bos
+        )
+
+    @property
+    def _harness_settings(self) -> Any:
+        from hunyuan_jax.evals import harness
+
+        values = self._values
+        return harness.Settings(values.num_fewshot, values.limit, values.chat)
 
 
-def _expanded(values, problems: _Problems) -> list[str]:
-    """The tasks to run; the model is not needed to know them."""
+def _expanded(values, problems: _Problems) -> tuple[list[str], Any]:
+    """The tasks to run, and those of lm-eval (`harness.Tasks`) if one is asked that is not ours and
+    it is installed; the model is not needed to know them.
+    """
     from hunyuan_jax.evals import ruler
 
     own = [RULER, *(f"{RULER}/{task}" for task in ruler.TASKS), NEEDLE, MULTI_NEEDLE, PERPLEXITY]
@@ -190,7 +195,7 @@ def _expanded(values, problems: _Problems) -> list[str]:
     if others and importlib.util.find_spec("lm_eval") is not None:
         from hunyuan_jax.evals import harness
 
-        tasks = harness.Tasks(_harness_settings(values))
+        tasks = harness.Tasks(values.include)
         for line in tasks.problems:
             problems.add(line)
     found = []
@@ -202,7 +207,7 @@ def _expanded(values, problems: _Problems) -> list[str]:
             found += _others(name, own, tasks)
         except ConfigError as e:
             problems.add(str(e))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), tasks
 
 
 def _others(name: str, own: list[str], tasks: Any) -> list[str]:
@@ -215,12 +220,6 @@ def _others(name: str, own: list[str], tasks: Any) -> list[str]:
         f"task {name!r} does not exist here. {hint}Tasks of lm-eval need it: "
         "pip install -e '.[eval]'."
     )
-
-
-def _harness_settings(values) -> Any:
-    from hunyuan_jax.evals import harness
-
-    return harness.Settings(values.num_fewshot, values.limit, values.chat, values.include)
 
 
 def _numbers(name: str, text: str, least: int, most: int) -> list[int]:

@@ -85,6 +85,10 @@ class HarnessModel(TemplateLM):
         self.tokenizer = answers.lm.tokenizer
         self.failed: dict[tuple[str | None, int | None], str] = {}
 
+    def warm_up(self) -> None:
+        """Compiles every program, so that no answer waits for one."""
+        self._answers.warm_up()
+
     # -- what lm-eval asks about ----------------------------------------------
 
     @property
@@ -269,27 +273,28 @@ class Settings:
     """How tasks are run.
 
     num_fewshot: examples before each question, None takes the task's; limit: documents of each
-    task, the first ones, None takes all; is_chat: prompts are written with the chat template;
-    include: folder with tasks of the user, as .yaml.
+    task, the first ones, None takes all; is_chat: prompts are written with the chat template.
     """
 
     num_fewshot: int | None = None
     limit: int | None = None
     is_chat: bool = False
-    include: str | None = None
+
+
+_AS_THE_TASKS = Settings()
 
 
 class Tasks:
-    """The tasks that there are: those of lm-eval, and those of a folder of the user.
+    """The tasks that there are: those of lm-eval, and the .yaml of a folder of the user.  It takes
+    seconds to find them.
 
     problems: a line about each file of the user that is not YAML; its tasks are left out.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, include: str | None = None):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._settings = settings
-        self._manager = TaskManager(include_path=settings.include)
-        self.problems = _unreadable(settings.include) if settings.include else []
+        self._manager = TaskManager(include_path=include)
+        self.problems = _unreadable(include) if include else []
 
     def expand(self, name: str, others: Iterable[str] = ()) -> list[str]:
         """The tasks that a name or a pattern stands for, or the path of a .yaml.
@@ -313,14 +318,16 @@ class Tasks:
             raise ConfigError(unknown(name, [*others, *known]))
         return found
 
-    def run(self, name: str, model: HarnessModel) -> dict[str, Any]:
+    def run(
+        self, name: str, model: HarnessModel, settings: Settings = _AS_THE_TASKS
+    ) -> dict[str, Any]:
         """Metrics of a task or group: scores[task][metric], samples[task], and failed, lines about
         the documents that have no score.
 
         Raises:
           ConfigError: the task cannot be loaded, or lm-eval ends with an error.
         """
-        settings, failed = self._settings, []
+        failed: list[str] = []
         try:
             loaded = self._manager.load([name])
             samples = {}
