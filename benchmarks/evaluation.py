@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parents[1]
-ROUNDS, NUM_QUESTIONS, BATCH = 2, 3, 8
+ROUNDS, NUM_QUESTIONS, BATCH = 1, 3, 8
 
 
 def sets(turn: int) -> dict[str, tuple[str, list[tuple]]]:
