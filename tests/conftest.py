@@ -16,7 +16,13 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", "cpu")
 # Compiling is what the tests spend their time on.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    # A collective whose devices do not meet within this ends the process; the default of 40 s is
+    # short for eight devices on a machine that does other work.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+]
 if jax.version.__version_info__ < (0, 11):
     # The older emitters compile two to three times faster; jax 0.12 no longer has them.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

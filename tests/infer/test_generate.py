@@ -76,7 +76,7 @@ def test_the_same_tokens_on_a_mesh(config, model):
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
 
-def test_nothing_is_compiled_for_another_length_or_setting(model):
+def test_nothing_is_compiled_for_another_length_or_setting_or_fewer_rows(model):
     events = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: events.append(name)
@@ -100,6 +100,9 @@ def test_nothing_is_compiled_for_another_length_or_setting(model):
     # Six rows: so compilations are seen here.
     model.generate(np.ones((6, 3), np.int32), None, 3, **DRAWN)
     assert any(name.startswith("/jax/core/compile") for name in events)
+    events.clear()
+    model.generate(np.ones((3, 3), np.int32), None, 3, **DRAWN)
+    assert not [name for name in events if name.startswith("/jax/core/compile")]
 
 
 @pytest.mark.parametrize(
