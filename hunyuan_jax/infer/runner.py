@@ -160,16 +160,20 @@ class Runner:
         return tuple(num for num, program in found if program is None or program.done())
 
     def _program(self, name: str, num_needed: int = 0) -> tuple[Callable, int]:
-        """(the program for so many lines, the lines that it takes); compiles it if nobody has."""
+        """(the program for so many lines, the lines that it takes); compiles it if nobody has.
+
+        Rows that draw take a larger one that is there: it costs less than to compile another.
+        """
         sizes = [num for num in self.sizes(name) if num >= num_needed] or self._sizes[name][-1:]
-        shape = (name, sizes[0])
+        known = [num for num in sizes if name == "decode" and (name, num) in self._programs]
+        shape = (name, (known or sizes)[0])
         with self._lock:
             is_new = shape not in self._programs
             if is_new:
                 self._programs[shape] = Future()
         if is_new:
             self._fill(*shape)
-        return self._programs[shape].result(), sizes[0]
+        return self._programs[shape].result(), shape[1]
 
     def _fill(self, name: str, num_lines: int) -> None:
         try:
