@@ -183,8 +183,8 @@ class _Runner:
 
 
 def _expanded(values, problems: _Problems) -> tuple[list[str], Any]:
-    """The tasks to run, and those of lm-eval (`harness.Tasks`) if one is asked that is not ours and
-    it is installed; the model is not needed to know them.
+    """The tasks to run, and those of lm-eval (`harness.Tasks`) if one is asked for that is not
+    ours and lm-eval is installed; the model is not needed to know them.
     """
     from hunyuan_jax.evals import ruler
 
