@@ -254,7 +254,7 @@ def show_range(trial):
 def show_speed(folder):
     """Prints tokens a second."""
     prompt = list(range(1000, 1064))
-    for method in (None, "int8", "fp8", "int4", "easyquant"):
+    for method in (None, "int8", "int8+head", "fp8", "int4", "easyquant"):
         lm = hunyuan_jax.load(folder, dtype="float32", quantize=method)
         seconds = []
         for _ in range(3):

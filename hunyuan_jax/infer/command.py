@@ -37,9 +37,10 @@ MODEL = (
     flags.Option(
         "quantize",
         str,
-        "Hold projections and experts in few bits; none: in numbers.",
+        "Hold projections and experts in few bits, +head: embedding and head too; none: in "
+        "numbers.",
         default_meaning="as the checkpoint's",
-        choices=("int8", "int4", "fp8", "easyquant", "none"),
+        choices=("int8", "int4", "fp8", "easyquant", "int8+head", "fp8+head", "none"),
     ),
     flags.Option(
         "cache_dtype",

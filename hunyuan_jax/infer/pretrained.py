@@ -304,6 +304,7 @@ def from_pretrained(
       adapter: a folder with a LoRA adapter in PEFT's format, or its hub id; it is merged into the
         weights.
       quantize: "int8", "int4", "fp8" or "easyquant" holds projections and experts in few bits;
+        "int8+head" and "fp8+head" embedding and head too;
         "none" turns those of a quantised folder into numbers; None keeps the int8 and int4 of a
         folder, and turns its FP8 into numbers.
       cache_dtype: "int8" or "fp8" keeps keys and values in eight bits while generating; None in

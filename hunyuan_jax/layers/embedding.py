@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.parallel import island, rules, xla_workarounds
 from hunyuan_jax.params import declare as params
+from hunyuan_jax.quant.array import QuantArray, is_quantized, product
 
 TABLES = (("vocab", "embed"), ("odd_vocab", "wide_embed"))
 TOKENS, ROWS = ("batch", "seq"), ("batch", "seq", "embed")
@@ -58,7 +59,7 @@ def _new_table(cfg: ModelConfig, mesh: Mesh, key: jax.Array, role: params.Role) 
 
 
 def lookup(
-    w_VD: jax.Array, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]
+    w_VD: jax.Array | QuantArray, tokens_BT: jax.Array, dtype: str, logical: tuple[str, str]
 ) -> jax.Array:
     """The rows [B, T, D] of this shard's tokens from the table as stored.  Runs inside an island.
 
@@ -66,7 +67,11 @@ def lookup(
     a token's columns together: the table never is whole on a chip.
     """
     vocab, embed = logical
-    w_Vd = island.gather_stored(xla_workarounds.cast_where_used(w_VD, dtype), vocab, dim=0)
+    if is_quantized(w_VD):
+        w_Vd, scale_V = w_VD.values, w_VD.scale[:, 0]
+    else:
+        w_Vd, scale_V = xla_workarounds.cast_where_used(w_VD, dtype), None
+    w_Vd = island.gather_stored(w_Vd, vocab, dim=0)
     tokens_nT = island.gather_stored(
         tokens_BT, embed, dim=0
     )  # n: the sequences of all shards in question
@@ -75,7 +80,12 @@ def lookup(
         row_nT >= 0, row_nT, w_Vd.shape[0]
     )  # negative numbers would count from the end
     # In float32, so that the gradients of a frequent token are added up in float32.
-    x_nTd = w_Vd.astype(jnp.float32).at[row_nT].get(mode="fill", fill_value=0).astype(dtype)
+    if scale_V is None:
+        x_nTd = w_Vd.astype(jnp.float32).at[row_nT].get(mode="fill", fill_value=0)
+    else:
+        x_nTd = w_Vd.at[row_nT].get(mode="fill", fill_value=0).astype(jnp.float32)
+        x_nTd *= scale_V.at[row_nT].get(mode="fill", fill_value=0)[..., None]
+    x_nTd = x_nTd.astype(dtype)
     return island.reduce_sum(
         island.exchange_stored(x_nTd, embed, split_dim=0, concat_dim=2), "vocab"
     )
@@ -92,8 +102,14 @@ def logits(
 
     def fn(w_VD, hidden_BTD):
         hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        w_VD = island.gather_param(w_VD, logical, hidden_BTD.dtype)
-        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32)
+        if is_quantized(w_VD):
+            w_VD = island.gather_matrix(w_VD, logical, hidden_BTD.dtype, num_in=1)
+            logits_MV = product(hidden_MD.astype(jnp.float32), w_VD)
+        else:
+            w_VD = island.gather_param(w_VD, logical, hidden_BTD.dtype)
+            logits_MV = jnp.einsum(
+                "MD,VD->MV", hidden_MD, w_VD, preferred_element_type=jnp.float32
+            )
         return rounded(logits_MV, rounded_to).reshape(*hidden_BTD.shape[:2], -1)
 
     return island.island(fn, mesh, logical, (ROWS,), ("batch", "seq", "vocab"))(

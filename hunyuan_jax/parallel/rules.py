@@ -85,8 +85,11 @@ def quantized_specs(logical: Sequence[str], w: QuantArray) -> QuantArray:
     """The PartitionSpec of each array of a quantised parameter with these dims.
 
     Values lie as the parameter would.  Scales and outliers, which are few, are split over the
-    axes of the computation only: nothing is gathered for them.
+    axes of the computation only: nothing is gathered for them.  The layout of a single CPU device
+    has other dims, and is not split.
     """
+    if w.by_rows:
+        return jax.tree.map(lambda _: PartitionSpec(), w)
     spec = partition_spec(logical)
     scale = PartitionSpec(
         *(axes if size > 1 else None for axes, size in zip(spec, w.scale.shape, strict=True))

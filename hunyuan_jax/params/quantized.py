@@ -45,6 +45,8 @@ def assembled(
     is_out_first = by_rows or not is_transposed
     in_dims, out_dims = _split(dims, num_in if is_transposed else num_out)
     in_dims, out_dims = (in_dims, out_dims) if is_transposed else (out_dims, in_dims)
+    if by_rows:  # XLA:CPU does not vectorise a product with several dims of inputs
+        in_dims, out_dims = (num_in,), (num_out,)
     num_slices, sliced_dim = rules.num_slices(mesh, spec.dims, spec.num_stacked)
     slices_inputs = (sliced_dim < len(in_dims)) == is_transposed
     blocks = _in_blocks(first, in_dims, num_slices if slices_inputs else 1)
@@ -74,16 +76,15 @@ def assembled(
         by_rows=by_rows,
         slices_inputs=slices_inputs,
     )
-    specs = rules.quantized_specs(spec.dims, array)
+    if by_rows:
+        return jax.tree.map(jax.device_put, array)
 
     def put(x, spec):
         return jax.make_array_from_callback(
             x.shape, NamedSharding(mesh, spec), lambda index: x[index]
         )
 
-    if by_rows:
-        return jax.tree.map(jax.device_put, array)
-    return jax.tree.map(put, array, specs)
+    return jax.tree.map(put, array, rules.quantized_specs(spec.dims, array))
 
 
 def _check_kinds(name: str, matrices: Mapping[tuple[int, ...], Codes]) -> None:

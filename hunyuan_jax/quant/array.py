@@ -15,6 +15,9 @@ import jax.numpy as jnp
 # A CPU multiplies up to so many rows one by one: XLA:CPU converts the codes inside a product of a
 # matrix with one row, and before any other product (docs/quantization.md).
 _FEW_ROWS = 8
+# Entries of a piece of a matrix that a CPU makes numbers at a time for more rows, so that they
+# stay in cache; and pieces at most, each of which is compiled.
+_PIECE, _MAX_PIECES = 1 << 18, 16
 
 
 class Outliers(NamedTuple):
@@ -45,7 +48,7 @@ class QuantArray:
       of one scale each.  Dims of the outputs have a scale for each entry.
     outliers: or None.
     num_in, num_out: number of dims of the inputs and of the outputs.
-    by_rows: whether it is the layout of a single CPU device.
+    by_rows: whether it is the layout of a single CPU device, a matrix [*stack, O, I].
     slices_inputs: what the slices of the outliers divide.
     """
 
@@ -113,15 +116,16 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
     if w.by_rows and x_MI.shape[0] <= _FEW_ROWS:
         y_MO = jnp.concatenate([_row_product(x_MI[m : m + 1], w) for m in range(len(x_MI))])
         return y_MO if w.outliers is None else y_MO + _outlier_product(x_MI, w)
+    if w.by_rows and w.outliers is None:
+        size = -(-len(w.values) // min(_MAX_PIECES, -(-w.values.size // _PIECE)))
+        parts = (slice(i, i + size) for i in range(0, len(w.values), size))
+        return jnp.concatenate([_piece_product(x_MI, w[part]) for part in parts], axis=1)
     scale = w.scale if w.is_out_first else w.scale.T
     if w.outliers is not None or scale.shape[1] > 1:
         dense = dequantized(w, x_MI.dtype)
-        if w.by_rows:
-            dense = jax.lax.optimization_barrier(dense)
-        return x_MI @ (dense.T if w.is_out_first else dense)
+        dense = dense.T if w.is_out_first else dense
+        return x_MI @ (_made_for(x_MI, dense) if w.by_rows else dense)
     codes = w.values.astype(x_MI.dtype)
-    if w.by_rows:
-        codes = jax.lax.optimization_barrier(codes)
     return (x_MI @ (codes.T if w.is_out_first else codes)) * scale[:, 0].astype(x_MI.dtype)
 
 
@@ -143,6 +147,25 @@ def _row_product(x_1I, w):
         return (x_1I @ w.values.astype(x_1I.dtype).T) * w.scale[:, 0].astype(x_1I.dtype)
     dense = w.values.astype(x_1I.dtype) * _per_entry(w.scale, w.values.shape).astype(x_1I.dtype)
     return x_1I @ dense.T
+
+
+def _piece_product(x_MI, w):
+    """[M, O] of some outputs, without outliers, for XLA:CPU: the numbers are made before."""
+    if w.scale.shape[1] > 1:
+        return x_MI @ _made_for(x_MI, dequantized(w, x_MI.dtype).T)
+    codes_IO = _made_for(x_MI, w.values.T.astype(x_MI.dtype))
+    return (x_MI @ codes_IO) * w.scale[:, 0].astype(x_MI.dtype)
+
+
+def _made_for(x_MI, numbers_IO):
+    """The numbers, made when x is there and before they are multiplied.
+
+    XLA forgets the barrier of `_for_xla_cpu` before it schedules, and would make the numbers of
+    all layers first, in new memory.  So x decides a one that they are multiplied by.
+    """
+    first = x_MI[0, 0]
+    one = jnp.where(jnp.isnan(first), 1 + jnp.finfo(x_MI.dtype).eps, 1).astype(x_MI.dtype)
+    return jax.lax.optimization_barrier(numbers_IO * one)
 
 
 def _per_entry(scale, shape):

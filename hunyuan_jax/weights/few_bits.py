@@ -21,16 +21,20 @@ from hunyuan_jax.quant.codes import GROUP, METHODS, Codes, dequantized, quantize
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
 
-# What --quantize takes: a method, or the numbers of a quantised folder.
+# What --quantize takes: a method, one for embedding and head too, or the numbers of a quantised
+# folder.
 NUMBERS = "none"
-CHOICES = (*METHODS, NUMBERS)
+_HEAD = "+head"
+CHOICES = (*METHODS, f"int8{_HEAD}", f"fp8{_HEAD}", NUMBERS)
 
 
-def is_quantizable(entry: names.Entry) -> bool:
-    """Whether methods apply to a matrix: projections and experts.  Embedding and head stay, as
-    routers, norms and biases do.
+def is_quantizable(entry: names.Entry, with_head: bool = False) -> bool:
+    """Whether methods apply to a matrix: projections and experts, with_head embedding and head
+    too.  Routers, norms and biases stay.
     """
-    return entry.role in (Role.MATRIX, Role.EXPERT) and entry.is_transposed
+    if entry.role in (Role.MATRIX, Role.EXPERT) and entry.is_transposed:
+        return True
+    return with_head and (entry.role == Role.EMBEDDING or entry.path == "lm_head/w_VD")
 
 
 def group_of(cfg: ModelConfig) -> int:
@@ -45,7 +49,7 @@ def check_method(cfg: ModelConfig, method: str | None, option: str) -> None:
     """Raises ConfigError if there is no such method, or not for this model."""
     if method is not None and method not in CHOICES:
         raise ConfigError(f"{option} = {method!r}; use {', '.join(CHOICES)}.")
-    if method in METHODS and (cfg.spark.neuron_share or cfg.latent.width):
+    if method not in (None, NUMBERS) and (cfg.spark.neuron_share or cfg.latent.width):
         kind = "Spark" if cfg.spark.neuron_share else "latent attention"
         raise ConfigError(
             f"{option} = {method!r}: layers of {kind} are not quantised; leave it out."
@@ -76,9 +80,10 @@ def read(
         entries.setdefault(entry.path, []).append(entry)
 
     group = group_of(cfg)
+    with_head, method = (method or "").endswith(_HEAD), method and method.removesuffix(_HEAD)
 
     def few_bits(entry: names.Entry) -> Codes | None:
-        if method == NUMBERS or not is_quantizable(entry):
+        if method == NUMBERS or not is_quantizable(entry, with_head):
             return None
         stored = codes(entry)
         if method is None:

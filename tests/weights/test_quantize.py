@@ -10,8 +10,9 @@ import safetensors.numpy
 
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.quant import codes
-from hunyuan_jax.quant.array import is_quantized
+from hunyuan_jax.quant.array import dequantized, is_quantized
 from hunyuan_jax.weights import few_bits, names, quantize, quantized
 from hunyuan_jax.weights.open import export_model, open_model
 from support.folders import tensors_of, write_source
@@ -60,6 +61,20 @@ def test_a_folder_gives_what_the_method_makes(source, folders, method):
     ]
     assert sizes[1] < 0.45 * sizes[0]
     assert quantize.num_bytes(plain.cfg, method, 0.01) == pytest.approx(sizes[1], rel=0.5)
+
+
+def test_embedding_and_head_are_quantised_by_choice(source):
+    """With the same logits as with the numbers that their codes stand for, on a mesh too."""
+    model = from_pretrained(source, quantize="int8+head")
+    params = model.params | {}
+    for place, name in (("embed", "embedding_VD"), ("lm_head", "w_VD")):
+        if place in params:
+            assert params[place][name].values.dtype == np.int8
+            params[place] = {name: dequantized(params[place][name], np.float32)}
+    expected = Pretrained(model.config, params).logits(IDS)
+    assert_close(model.logits(IDS), expected, 1e-5)
+    on_mesh = from_pretrained(source, quantize="int8+head", mesh=mesh_of(expert=2, tensor=2))
+    assert_close(on_mesh.logits(IDS), expected, 1e-5)
 
 
 def test_the_model_computes_with_few_bits(source, folders):
