@@ -1,7 +1,8 @@
 """How fast Pallas kernels and row lookups are by the TPU compiler's static cycles.
 
 The compiler gives no cycles for either inside a program.  These are of each kernel compiled alone
-at a52b's shapes (docs/results/kernels.md, which names the commands), and of `x[index]` alone.
+at a52b's shapes (docs/results/kernels.md, which names the commands), attention also with heads of
+128, and of `x[index]` alone.
 """
 
 import math
@@ -21,8 +22,8 @@ _V5P = {
     "expert_gated_gradient": 0.913,
     "expert_input_gradient": 0.979,
     "expert_weight_gradient": 0.965,
-    "flash_attention_forward": 0.582,
-    "flash_attention_backward": 0.723,
+    "flash_attention_forward": {80: 0.582, 128: 0.795},
+    "flash_attention_backward": {80: 0.723, 128: 0.921},
 }
 _V6E = {
     "expert_gate_up": 0.960,
@@ -30,10 +31,11 @@ _V6E = {
     "expert_gated_gradient": 0.800,
     "expert_input_gradient": 0.901,
     "expert_weight_gradient": 0.827,
-    "flash_attention_forward": 0.202,
-    "flash_attention_backward": 0.308,
+    "flash_attention_forward": {80: 0.202, 128: 0.292},
+    "flash_attention_backward": {80: 0.308},
 }
-SHARES_OF_PEAK = {
+# Of attention by head dim.
+SHARES_OF_PEAK: dict[str, dict[str, float | dict[int, float]]] = {
     "v4": _V5P,  # assumed: not counted
     "v5e": {
         "expert_gate_up": 0.980,
@@ -41,8 +43,8 @@ SHARES_OF_PEAK = {
         "expert_gated_gradient": 0.915,
         "expert_input_gradient": 0.977,
         "expert_weight_gradient": 0.963,
-        "flash_attention_forward": 0.585,
-        "flash_attention_backward": 0.728,
+        "flash_attention_forward": {80: 0.585},
+        "flash_attention_backward": {80: 0.728},
     },
     "v5p": _V5P,
     "v6e": _V6E,
@@ -76,7 +78,17 @@ def name_of(kernel: Op) -> str:
     return re.sub(r"(\.\d+)+(\.\w+_)?$", "", kernel.name)
 
 
+def share_of_peak(chip: Chip, kernel: Op) -> float:
+    """Returns a kernel's share of the peak; that of attention at the nearest head dim, 1 for a
+    kernel that is not listed.
+    """
+    share = SHARES_OF_PEAK[chip.name].get(name_of(kernel), 1.0)
+    if isinstance(share, float):
+        return share
+    head_dim = int(re.search(r"(\d+),\d+\]", kernel.shape)[1])  # results are [..., H, T]
+    return share[min(share, key=lambda known: abs(known - head_dim))]
+
+
 def seconds_on(chip: Chip) -> Callable[[Op], float]:
-    """Returns a function from a kernel to its seconds; one that is not listed runs at the peak."""
-    shares = SHARES_OF_PEAK[chip.name]
-    return lambda kernel: stated_flops(kernel) / chip.peak_flops / shares.get(name_of(kernel), 1.0)
+    """Returns a function from a kernel to its seconds."""
+    return lambda kernel: stated_flops(kernel) / chip.peak_flops / share_of_peak(chip, kernel)

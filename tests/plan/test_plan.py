@@ -978,6 +978,17 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
     assert report["host_bytes"] > 2**26
 
 
+def test_the_recipe_states_the_time_of_the_results_page():
+    recipe = (paths.ROOT / "configs/a52b.py").read_text(encoding="utf-8")
+    page = (paths.ROOT / "docs/results/plan.md").read_text(encoding="utf-8")
+    (seconds,) = re.findall(r"all-in at 180 GB/s an axis \|.*\*\*([\d.]+) s,", page)
+    tokens_per_second = 256 * 4096 / float(seconds)
+    assert f"takes {seconds} s on v5p 4x8x8" in recipe
+    assert f"{tokens_per_second * 86400 / 1e9:.1f} billion tokens a day" in recipe
+    chip_hours = 7e12 / tokens_per_second * 256 / 3600
+    assert f"{chip_hours / 1e6:.2f} million chip-hours" in recipe
+
+
 @NEEDS_LIBTPU
 def test_what_the_compiler_and_the_rules_refuse(plan):
     with pytest.raises(ConfigError, match=r"v5p:3x3x3: the compiler refuses it.*nearest"):

@@ -112,6 +112,10 @@ def test_kernels_run_at_their_share_of_the_peak():
     assert kernel_speed.seconds_on(v5p)(kernel) == pytest.approx(1 / 0.973)
     other = dataclasses.replace(kernel, name="unlisted.1")
     assert kernel_speed.seconds_on(v5p)(other) == pytest.approx(1.0)
+    for head_dim, share in ((80, 0.582), (96, 0.582), (128, 0.795)):
+        shape = f"(bf16[1,8,10,{head_dim},4096]{{4,3,2,1,0}}, f32[1,8,10,1,4096]{{4,3,2,1,0}})"
+        attention = dataclasses.replace(kernel, name="flash_attention_forward.2", shape=shape)
+        assert kernel_speed.seconds_on(v5p)(attention) == pytest.approx(1 / share)
 
 
 def test_lookups_of_rows_take_their_static_cycles():
