@@ -80,3 +80,13 @@ def test_help_names_the_tasks_of_our_own():
     assert "RULER" in evaluate.about
     (tasks,) = (option for option in evaluate.options if option.name == "tasks")
     assert all(name in tasks.meaning for name in ("ruler", "multi_needle", "perplexity"))
+
+
+@pytest.mark.slow
+def test_a_model_over_several_devices_gives_the_same_figures(text, capsys):
+    def bits(*mesh):
+        assert run("--tasks=perplexity", f"--text={text}", "--json", *mesh) == 0
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return printed["tasks"]["perplexity"]["bits_per_byte"]
+
+    assert bits("--mesh=data:8") == pytest.approx(bits(), rel=1e-5)
