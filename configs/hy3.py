@@ -17,8 +17,8 @@ multi-token prediction as they are:
 
 With adapters only, add --config.model.lora.rank=8.  Hy-MT2-30B-A3B is `presets.hy_mt2_30b()`.
 
-Hardware: 256 TPU chips of the v5p class; experts are split 16 ways.
-Time and memory: docs/family.md has the TPU compiler's estimates with their command.
+Hardware: 256 TPU chips of the v5p class; experts are split 4 ways.
+Time and memory: docs/results/plan.md has the TPU compiler's estimates with their command.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
@@ -32,11 +32,12 @@ from hunyuan_jax import config, presets
 def get_config() -> ConfigDict:
     """The recipe."""
     model = presets.hy3()
-    moe = dataclasses.replace(model.moe, dispatch="drop", bias_rate=1e-3)
+    # 352 slots an expert and sequence instead of 342: whole tiles of a TPU.
+    moe = dataclasses.replace(model.moe, dispatch="drop", capacity_factor=1.03125, bias_rate=1e-3)
     return config.to_config_dict(
         config.Config(
             model=dataclasses.replace(model, moe=moe, mtp_loss_weight=0.1),
-            mesh=config.MeshConfig(data=-1, expert=16),
+            mesh=config.MeshConfig(data=-1, expert=4),
             data=config.DataConfig(source="corpus", tokenizer="tokenizer.json"),
             train=config.TrainConfig(
                 num_steps=100_000, batch_size=2048, seq_len=8192, grad_accum_steps=4
