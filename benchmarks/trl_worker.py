@@ -1,6 +1,6 @@
 """The first steps of TRL's trainers, for post_training.py: KIND FOLDER DATA STEPS.
 
-Prints one JSON object: loss and gradient norm of each step, and seconds from step to step.
+DATA of grpo is a folder with our batch of each step, i.npz.  Prints one JSON object: loss and gradient norm of each step, and seconds from step to step.
 """
 
 import json
@@ -8,10 +8,11 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 
 class Clock(transformers.TrainerCallback):
@@ -25,17 +26,41 @@ class Clock(transformers.TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+class Recorded(GRPOTrainer):
+    """Is given completions, advantages and log-probabilities instead of drawing them."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = np.load(f"{self.folder}/{self.state.global_step}.npz")
+        learned_BT = batch["loss_weights"] > 0
+        starts = learned_BT.argmax(1)
+        num_prompt, num_completion = starts.max() + 1, learned_BT.sum(1).max()
+        rows = {
+            "prompt_ids": np.zeros((len(starts), num_prompt), np.int64),
+            "prompt_mask": np.zeros((len(starts), num_prompt), np.int64),
+            "completion_ids": np.zeros((len(starts), num_completion), np.int64),
+            "completion_mask": np.zeros((len(starts), num_completion), np.int64),
+            "old_per_token_logps": np.zeros((len(starts), num_completion), np.float32),
+        }
+        for b, start in enumerate(starts):
+            rows["prompt_ids"][b, -start - 1 :] = batch["tokens"][b, : start + 1]
+            rows["prompt_mask"][b, -start - 1 :] = 1
+            count = learned_BT[b].sum()
+            rows["completion_ids"][b, :count] = batch["targets"][b, learned_BT[b]]
+            rows["completion_mask"][b, :count] = 1
+            rows["old_per_token_logps"][b, :count] = batch["rollout_logprobs"][b, learned_BT[b]]
+        found = {name: torch.from_numpy(value) for name, value in rows.items()}
+        found["advantages"] = torch.from_numpy(batch["advantages"])
+        found["num_items_in_batch"] = found["completion_mask"].sum()
+        return found
+
+
 def main(kind: str, folder: str, data: str, num_steps: int) -> None:
     """Trains and prints."""
-    with open(data, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     clock = Clock()
     common = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": len(rows),
         "max_steps": num_steps,
-        "max_length": 256,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.999,
@@ -48,17 +73,29 @@ def main(kind: str, folder: str, data: str, num_steps: int) -> None:
         "gradient_checkpointing": False,
         "save_strategy": "no",
     }
-    if kind == "sft":
-        trainer_of, config = SFTTrainer, SFTConfig(**common)
+    if kind == "grpo":
+        rows = [{"prompt": "not read"}] * 16
+        common |= {"per_device_train_batch_size": len(rows), "num_generations": 8}
+        config = GRPOConfig(loss_type="bnpo", delta=2.0, temperature=1.0, beta=0.0, **common)
+        trainer_of, more = Recorded, {"reward_funcs": lambda completions, **columns: []}
     else:
-        trainer_of, config = DPOTrainer, DPOConfig(loss_type=[kind], beta=0.1, **common)
+        with open(data, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        common |= {"per_device_train_batch_size": len(rows), "max_length": 256}
+        more = {}
+        if kind == "sft":
+            trainer_of, config = SFTTrainer, SFTConfig(**common)
+        else:
+            trainer_of, config = DPOTrainer, DPOConfig(loss_type=[kind], beta=0.1, **common)
     trainer = trainer_of(
-        model,
+        model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         callbacks=[clock],
+        **more,
     )
+    trainer.folder = data
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
     found = {
