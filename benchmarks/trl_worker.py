@@ -1,6 +1,7 @@
 """The first steps of TRL's trainers, for post_training.py: KIND FOLDER DATA STEPS.
 
-DATA of grpo is a folder with our batch of each step, i.npz.  Prints one JSON object: loss and gradient norm of each step, and seconds from step to step.
+DATA of grpo is a folder with our batch of each step, i.npz.  Prints one JSON object: loss and
+gradient norm of each step, and seconds from step to step.
 """
 
 import json
