@@ -20,7 +20,7 @@ import numpy as np
 
 _MOST = 7  # of a code's size; 8 would fit on one side only
 NUM_SIGMA = 3.0
-NUM_STEPS = 100
+NUM_STEPS = 50  # the range moves no more after them (docs/results/quantization.md)
 # Of the range at the beginning: the paper's 1e-3, for a range of 0.078 (its table 9).
 _RATE = 1 / 64
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-12
