@@ -22,3 +22,13 @@ def takes_counts(device_kind: str) -> bool:
     On a CPU they are not: nothing is skipped there, and the rows that are not in use are zero.
     """
     return device_kind != "cpu"
+
+
+def train_step_options(device_kind: str) -> dict[str, bool]:
+    """Compiler options of the train step.
+
+    By default XLA:CPU copies both moments of every parameter before it updates them in place.
+    Looking at what a loop or fusion really reads spares that: 24 instead of 42 ms of CPU time for
+    the update of 15 M parameters, with 19 instead of 116 MB beside them (jax 0.10.2).
+    """
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if device_kind == "cpu" else {}

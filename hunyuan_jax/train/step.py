@@ -17,8 +17,8 @@ from hunyuan_jax.model.balance import bias_metrics, moved_biases
 from hunyuan_jax.model.pattern import pattern
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
-from hunyuan_jax.parallel import hosts, rules
-from hunyuan_jax.parallel.mesh import first_device
+from hunyuan_jax.parallel import hosts, rules, xla_cpu
+from hunyuan_jax.parallel.mesh import device_kind, first_device
 from hunyuan_jax.params.declare import Weight, in_use
 from hunyuan_jax.params.tree import join, part_like, split
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics
@@ -134,7 +134,8 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
         in_shardings=(program.shardings, batch_shardings(program, program.objective.batch_spec)),
         out_shardings=(program.shardings, rules.sharding(program.mesh, ())),
         donate_argnums=0,
-        compiler_options=tpu_compiler.train_step_options(first_device(program.mesh)),
+        compiler_options=tpu_compiler.train_step_options(first_device(program.mesh))
+        | xla_cpu.train_step_options(device_kind(program.mesh)),
     )
 
 

@@ -1,5 +1,7 @@
 """What is chosen for the CPU's compiler."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,6 +23,25 @@ def test_only_cpus_take_no_counts():
     assert not xla_cpu.takes_counts("cpu")
     assert xla_cpu.takes_counts("TPU v5")
     assert xla_cpu.takes_counts("NVIDIA H100")
+
+
+def test_donated_moments_are_updated_without_a_copy():
+    """A step may be refused: every result is a choice between the new and the old."""
+
+    def update(param, m, v, grad):
+        new_m, new_v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad**2
+        new = param - new_m / (jnp.sqrt(new_v) + 1e-8), new_m, new_v
+        is_new = jnp.isfinite((grad**2).sum())
+        return jax.tree.map(lambda x, old: jnp.where(is_new, x, old), new, (param, m, v))
+
+    def num_copies(options):
+        step = jax.jit(update, donate_argnums=(0, 1, 2), compiler_options=options)
+        hlo = step.lower(*[jax.ShapeDtypeStruct((4, 1024), jnp.float32)] * 4).compile().as_text()
+        return len(re.findall(r"f32\[4,1024\]\S* copy\(", hlo))
+
+    assert num_copies({}) > 0  # else this version needs no option
+    assert num_copies(xla_cpu.train_step_options("cpu")) == 0
+    assert xla_cpu.train_step_options("TPU v5") == {}
 
 
 @pytest.mark.parametrize("is_single", [True, False])

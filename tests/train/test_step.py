@@ -18,6 +18,7 @@ from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import OptimizerConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim import guard
+from hunyuan_jax.parallel import xla_cpu
 from hunyuan_jax.quant.scaled import Scaled, is_scaled, load_params
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import (
@@ -161,6 +162,15 @@ def short_run(state_dtype):
         losses.append(float(metrics["loss"]))
     assert int(state.step) == 3
     return program, state, losses
+
+
+def test_the_step_is_compiled_with_the_options_of_its_device(monkeypatch):
+    monkeypatch.setattr(xla_cpu, "train_step_options", lambda kind: {f"not_known_on_{kind}": 1})
+    program = build_program(config_for(), mesh_of(*SIZES))
+    step = step_lib.make_train_step(program)
+    lowered = step.lower(abstract_state(program), step_lib.abstract_batch(program))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not_known_on_cpu"):
+        lowered.compile()
 
 
 def random_state(program):
