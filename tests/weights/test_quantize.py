@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hunyuan_jax import from_pretrained
+from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.quant import codes
@@ -75,6 +75,20 @@ def test_embedding_and_head_are_quantised_by_choice(source):
     assert_close(model.logits(IDS), expected, 1e-5)
     on_mesh = from_pretrained(source, quantize="int8+head", mesh=mesh_of(expert=2, tensor=2))
     assert_close(on_mesh.logits(IDS), expected, 1e-5)
+
+
+def test_every_tensor_of_hunyuan_large_at_reduced_width(tmp_path):
+    """64 layers of 16 experts: all projections and experts get codes, and nothing else does."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32}
+    source = write_source(tmp_path / "source", 1, num_hidden_layers=64, num_experts=16, **sizes)
+    quantize.quantize_model(source, tmp_path / "int4", "int4")
+    opened = open_model(tmp_path / "int4")
+    entries = names.entries(opened.cfg)
+    assert {entry.name for entry in entries} == {e.name for e in names.entries(presets.a52b())}
+    has_codes = [opened.codes(entry) is not None for entry in entries]
+    assert has_codes == [few_bits.is_quantizable(entry) for entry in entries]
+    # q and o of each layer, k and v of every other, and 16 + 1 experts of three.
+    assert sum(has_codes) == 64 * (2 + 1 + 17 * 3)
 
 
 def test_the_model_computes_with_few_bits(source, folders):
