@@ -18,6 +18,20 @@ def _sampling_option(name: str, kind: type, meaning: str) -> flags.Option:
     return flags.Option(name, kind, meaning, default_meaning=where)
 
 
+MESH = flags.Option(
+    "mesh",
+    str,
+    "Mesh axes to spread the model over, such as expert:2,tensor:4.",
+    default_meaning="one device",
+)
+QUANTIZE = flags.Option(
+    "quantize",
+    str,
+    "Hold projections and experts in few bits, +head: embedding and head too; none: in "
+    "numbers.",
+    default_meaning="as the checkpoint's",
+    choices=("int8", "int4", "fp8", "easyquant", "int8+head", "fp8+head", "none"),
+)
 MODEL = (
     flags.Option(
         "checkpoint", AnyPath, "Workdir of a run, model folder or hub id.", is_required=True
@@ -28,20 +42,8 @@ MODEL = (
         "byte, a folder, a file or a hub id.",
         default_meaning="the checkpoint's",
     ),
-    flags.Option(
-        "mesh",
-        str,
-        "Mesh axes to spread the model over, such as expert:2,tensor:4.",
-        default_meaning="one device",
-    ),
-    flags.Option(
-        "quantize",
-        str,
-        "Hold projections and experts in few bits, +head: embedding and head too; none: in "
-        "numbers.",
-        default_meaning="as the checkpoint's",
-        choices=("int8", "int4", "fp8", "easyquant", "int8+head", "fp8+head", "none"),
-    ),
+    MESH,
+    QUANTIZE,
     flags.Option(
         "cache_dtype",
         str,
@@ -179,10 +181,12 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _mesh(spec: str | None) -> Any:
-    """The mesh that --mesh names over all devices, or None."""
-    if spec is None:
-        return None
+def mesh_config(spec: str) -> MeshConfig:
+    """The mesh that --mesh names.
+
+    Raises:
+      ConfigError: not AXIS:SIZE,...
+    """
     names = list(MeshConfig().axis_sizes)
     pairs = [part.split(":") for part in spec.split(",")]
     for pair in pairs:
@@ -190,7 +194,15 @@ def _mesh(spec: str | None) -> Any:
             raise ConfigError(
                 f"--mesh={spec}: {':'.join(pair)!r} is not AXIS:SIZE; axes are {', '.join(names)}."
             )
+    sizes = {name: int(size) for name, size in pairs}
+    return MeshConfig(**dict.fromkeys(names, 1) | sizes)
+
+
+def _mesh(spec: str | None) -> Any:
+    """The mesh that --mesh names over all devices, or None."""
+    if spec is None:
+        return None
+    config = mesh_config(spec)
     from hunyuan_jax.parallel.mesh import make_mesh
 
-    sizes = {name: int(size) for name, size in pairs}
-    return make_mesh(MeshConfig(**dict.fromkeys(names, 1) | sizes))
+    return make_mesh(config)

@@ -65,16 +65,11 @@ class Engine:
         cfg, mesh = model.cfg, model.mesh
         self.limits = limits
         self.max_context = min(limits.max_context or cfg.max_position, cfg.max_position)
-        page_size, chunk_size = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
-        page_size, chunk_size = limits.page_size or page_size, limits.chunk_size or chunk_size
-        piece = -(-chunk_size // page_size) * page_size
-        num_shards = rules.num_shards(mesh, "batch")
         num_lanes = cpu_layout.num_slices(cfg, limits.max_rows) if mesh.size == 1 else 1
         num_lanes = num_lanes if cpu_layout.suits(cfg, mesh) else 1
-        num_pools = num_lanes * num_shards
-        rows = -(-limits.max_rows // num_pools)
-        num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
-        shapes = Shapes(page_size, piece, num_pieces, rows, _MAX_STEPS)
+        num_pools = num_lanes * rules.num_shards(mesh, "batch")
+        shapes = shapes_of(cfg, mesh, limits, num_pools)
+        page_size, rows = shapes.page_size, shapes.rows
         of_one = -(-self.max_context // page_size)
         affordable = _affordable_pages(cfg, mesh, page_size, limits.cache_dtype) // num_lanes
         num_pages = limits.num_pages or max(of_one, min(rows * of_one, affordable))
@@ -317,6 +312,15 @@ class Engine:
             for output in self.step():
                 if output.id in self._mail:
                     self._mail[output.id].append(output)
+
+
+def shapes_of(cfg: Any, mesh: Any, limits: Limits, num_pools: int) -> Shapes:
+    """What the calls of an engine take whose rows are divided over so many pools."""
+    page_size, chunk_size = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
+    page_size, chunk_size = limits.page_size or page_size, limits.chunk_size or chunk_size
+    piece = -(-chunk_size // page_size) * page_size
+    num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
+    return Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)
 
 
 def _check(request: Request, vocab_size: int) -> None:

@@ -4,6 +4,7 @@ Letters: L rows of the device, B rows of a call, T tokens of a chunk, I steps of
 a row, V vocabulary, K most likely tokens, C columns of a plan.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from hunyuan_jax.infer import plan_array, sampling
 from hunyuan_jax.infer.plan_array import COLUMN, FIRST_PAGE, FLOATS, STOPS, WITH_TOP
 from hunyuan_jax.infer.sampling import Logprobs, RowSettings, Seen
+from hunyuan_jax.infer.scheduler import Shapes
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import rules
@@ -44,6 +46,55 @@ class Results(NamedTuple):
     tokens_IB: jax.Array
     num_made_B: jax.Array
     logprobs: Logprobs
+
+
+class Sources(NamedTuple):
+    """What an engine's programs are compiled from; the devices of the mesh need not be there.
+
+    graph_defs: of the model in "chunk" and in "decode"; num_pages: of a pool; num_columns: pages
+    of a row.
+    """
+
+    graph_defs: dict[str, nnx.GraphDef]
+    cfg: Any
+    mesh: Any
+    shapes: Shapes
+    num_pages: int
+    num_columns: int
+    cache_dtype: str | None
+
+    def new_state(self) -> State:
+        """The state of one lane before its first call."""
+        num_pools = rules.num_shards(self.mesh, "batch")
+        rows, pages = num_pools * self.shapes.rows, num_pools * (self.num_pages + 1)
+        sizes = (rows, pages, self.shapes.page_size)
+        return new_state(self.cfg, *sizes, self.cache_dtype, self.mesh)
+
+    def lower(self, name: str, num_lines: int, params: Any, state: Any) -> jax.stages.Lowered:
+        """A program for num_lines lines of each pool.
+
+        Args:
+          name: "admit", "chunk" or "decode".
+          params, state: arrays, or their shapes with shardings.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        if name == "admit":
+            V = self.cfg.vocab_size
+            row = Seen(np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
+            jitted = jax.jit(admit, donate_argnums=0, out_shardings=shardings)
+            return jitted.lower(state, np.int32(0), row)
+        num_pools = rules.num_shards(self.mesh, "batch")
+        width, graph_def = plan_array.width(self.num_columns), self.graph_defs[name]
+        if name == "chunk":
+            width += 2 * self.shapes.piece
+            function = functools.partial(chunk, graph_def, self.num_columns, num_pools)
+        else:
+            function = functools.partial(
+                decode, graph_def, self.num_columns, self.shapes.max_steps
+            )
+        jitted = jax.jit(function, donate_argnums=1, out_shardings=(shardings, None))
+        plan_BC = np.zeros((num_pools * num_lines, width), np.int32)
+        return jitted.lower(params, state, plan_BC)
 
 
 def new_state(

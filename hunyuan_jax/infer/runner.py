@@ -7,7 +7,6 @@ thread of its own.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import threading
 import time
@@ -79,39 +78,25 @@ class Runner:
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
         self.replace_weights(params)
-        chunk_def = decode_def = graph_def
+        defs = {"chunk": graph_def, "decode": graph_def}
         if cpu_layout.suits(self._cfg, self._mesh):
             # The piece of an invariant call has it for itself.
-            chunk_def = cpu_layout.graph_def(self._cfg, self._mesh)
-            decode_def = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
+            defs["chunk"] = cpu_layout.graph_def(self._cfg, self._mesh)
+            defs["decode"] = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
         self._num_rows = shards * shapes.rows
         num_columns = -(-max_context // shapes.page_size)
         self._lines = plan_array.Lines(num_lanes * shards, shapes.rows, num_columns)
         self._width = plan_array.width(num_columns)
-        new_state = jax.jit(
-            functools.partial(
-                programs.new_state,
-                self._cfg,
-                self._num_rows,
-                shards * (num_pages + 1),
-                shapes.page_size,
-                cache_dtype,
-                self._mesh,
-            )
+        self._sources = programs.Sources(
+            defs, self._cfg, self._mesh, shapes, num_pages, num_columns, cache_dtype
         )
+        new_state = jax.jit(self._sources.new_state)
         self.lanes = [
             Lane(range(i * shards, (i + 1) * shards), new_state(), ThreadPoolExecutor(1))
             for i in range(num_lanes)
         ]
-        self._functions = {
-            "decode": functools.partial(
-                programs.decode, decode_def, num_columns, shapes.max_steps
-            ),
-            "chunk": functools.partial(programs.chunk, chunk_def, num_columns, shards),
-            "admit": programs.admit,
-        }
         buckets = [4**i for i in range(shapes.rows.bit_length()) if 4**i < shapes.rows]
         self._sizes = {
             "admit": (0,),
@@ -184,19 +169,7 @@ class Runner:
     @settings.stated()
     def compile(self, name: str, num_lines: int) -> Callable:
         """Traces and compiles a program for num_lines lines of each pool of a lane."""
-        state = self.lanes[0].state
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        function = self._functions[name]
-        if name == "admit":
-            V = self._cfg.vocab_size
-            row = Seen(np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
-            jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
-            return jitted.lower(state, np.int32(0), row).compile()
-        jitted = jax.jit(function, donate_argnums=1, out_shardings=(shardings, None))
-        width = self._width + (2 * self._shapes.piece if name == "chunk" else 0)
-        num_pools = len(self.lanes[0].pools)
-        plan_BC = np.zeros((num_pools * num_lines, width), np.int32)
-        return jitted.lower(self._params, state, plan_BC).compile()
+        return self._sources.lower(name, num_lines, self._params, self.lanes[0].state).compile()
 
     # -- calls ----------------------------------------------------------------
 

@@ -37,46 +37,27 @@ def assembled(
       ConfigError: matrices of different kinds.
     """
     mesh = spec.sharding.mesh
-    stack, dims = spec.shape[: spec.num_stacked], spec.shape[spec.num_stacked :]
     first = next(iter(matrices.values()))
     _check_kinds(name, matrices)
-    num_out, num_in = first.values.shape
-    by_rows = mesh.size == 1 and device_kind(mesh) == "cpu"
-    is_out_first = by_rows or not is_transposed
-    in_dims, out_dims = _split(dims, num_in if is_transposed else num_out)
-    in_dims, out_dims = (in_dims, out_dims) if is_transposed else (out_dims, in_dims)
-    if by_rows:  # XLA:CPU does not vectorise a product with several dims of inputs
-        in_dims, out_dims = (num_in,), (num_out,)
-    num_slices, sliced_dim = rules.num_slices(mesh, spec.dims, spec.num_stacked)
-    slices_inputs = (sliced_dim < len(in_dims)) == is_transposed
-    blocks = _in_blocks(first, in_dims, num_slices if slices_inputs else 1)
-    num_groups = math.prod(blocks)
-    ordered = (*out_dims, *in_dims) if is_out_first else (*in_dims, *out_dims)
-    scale_shape = (*out_dims, *blocks) if is_out_first else (*blocks, *out_dims)
-    is_packed = first.bits == 4 and device_kind(mesh) != "cpu"
-    dtype = np.dtype(ml_dtypes.int4) if is_packed else first.values.dtype
-    values = np.empty((*stack, *ordered), dtype)
-    scale = np.empty((*stack, *scale_shape), np.float32)
+    array = layout(spec, first, is_transposed=is_transposed)
+    stack = spec.shape[: spec.num_stacked]
+    values = np.empty(array.values.shape, array.values.dtype)
+    scale = np.empty(array.scale.shape, np.float32)
     for index, codes in matrices.items():
+        num_groups = scale[index].size // len(codes.values)
         of_groups = np.repeat(codes.scale, num_groups // codes.scale.shape[1], axis=1)
-        turned = (codes.values, of_groups) if is_out_first else (codes.values.T, of_groups.T)
-        values[index], scale[index] = (
-            x.reshape(shape) for x, shape in zip(turned, (ordered, scale_shape), strict=True)
-        )
+        turned = (codes.values, of_groups)
+        if not array.is_out_first:
+            turned = (codes.values.T, of_groups.T)
+        values[index] = turned[0].reshape(values[index].shape)
+        scale[index] = turned[1].reshape(scale[index].shape)
     outliers = None
     if first.position is not None:
+        num_slices, _ = rules.num_slices(mesh, spec.dims, spec.num_stacked)
+        slices_inputs = array.slices_inputs
         outliers = _outliers(matrices, stack, num_slices, slices_inputs=slices_inputs)
-    array = QuantArray(
-        values,
-        scale,
-        outliers,
-        num_in=len(in_dims),
-        num_out=len(out_dims),
-        is_out_first=is_out_first,
-        by_rows=by_rows,
-        slices_inputs=slices_inputs,
-    )
-    if by_rows:
+    array = array.replace(values=values, scale=scale, outliers=outliers)
+    if array.by_rows:
         return jax.tree.map(jax.device_put, array)
 
     def put(x, spec):
@@ -85,6 +66,47 @@ def assembled(
         )
 
     return jax.tree.map(put, array, rules.quantized_specs(spec.dims, array))
+
+
+def layout(spec: ParamSpec, codes: Codes, *, is_transposed: bool) -> QuantArray:
+    """A quantised parameter without its numbers and outliers: `ShapeDtypeStruct`s with shardings.
+
+    Args:
+      codes: one of its matrices, [O, I].
+    """
+    mesh = spec.sharding.mesh
+    stack, dims = spec.shape[: spec.num_stacked], spec.shape[spec.num_stacked :]
+    num_out, num_in = codes.values.shape
+    by_rows = mesh.size == 1 and device_kind(mesh) == "cpu"
+    is_out_first = by_rows or not is_transposed
+    in_dims, out_dims = _split(dims, num_in if is_transposed else num_out)
+    in_dims, out_dims = (in_dims, out_dims) if is_transposed else (out_dims, in_dims)
+    if by_rows:  # XLA:CPU does not vectorise a product with several dims of inputs
+        in_dims, out_dims = (num_in,), (num_out,)
+    num_slices, sliced_dim = rules.num_slices(mesh, spec.dims, spec.num_stacked)
+    slices_inputs = (sliced_dim < len(in_dims)) == is_transposed
+    blocks = _in_blocks(codes, in_dims, num_slices if slices_inputs else 1)
+    ordered = (*out_dims, *in_dims) if is_out_first else (*in_dims, *out_dims)
+    scale_shape = (*out_dims, *blocks) if is_out_first else (*blocks, *out_dims)
+    is_packed = codes.bits == 4 and device_kind(mesh) != "cpu"
+    dtype = np.dtype(ml_dtypes.int4) if is_packed else codes.values.dtype
+    array = QuantArray(
+        jax.ShapeDtypeStruct((*stack, *ordered), dtype),
+        jax.ShapeDtypeStruct((*stack, *scale_shape), np.float32),
+        None,
+        num_in=len(in_dims),
+        num_out=len(out_dims),
+        is_out_first=is_out_first,
+        by_rows=by_rows,
+        slices_inputs=slices_inputs,
+    )
+    if by_rows:
+        return array
+
+    def placed(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, array, rules.quantized_specs(spec.dims, array))
 
 
 def _check_kinds(name: str, matrices: Mapping[tuple[int, ...], Codes]) -> None:

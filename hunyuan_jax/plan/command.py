@@ -1,11 +1,27 @@
 """The command `plan`."""
 
+import dataclasses
 import json
 
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
+from hunyuan_jax.infer.command import MESH, QUANTIZE, mesh_config
 
+SERVING = (
+    dataclasses.replace(MESH, default_meaning="kv heads, then experts, then rows"),
+    dataclasses.replace(
+        QUANTIZE, default_meaning="none", choices=("int8", "int4", "fp8", "easyquant")
+    ),
+    flags.Option("max_rows", int, "Answers at the same time.", default_meaning="64", minimum=1),
+    flags.Option(
+        "max_context",
+        int,
+        "Tokens of a prompt and its answer.",
+        default_meaning="the model's positions",
+        minimum=2,
+    ),
+)
 _OPTIONS = (
     flags.Option(
         "topology",
@@ -41,14 +57,23 @@ _OPTIONS = (
     ),
     flags.Option("generation", str, "--fit: this TPU generation only."),
     flags.Option("html", LocalPath, "Also write a page with the timeline of the step."),
+    flags.Option(
+        "serve", bool, "Compile the server's programs instead: what fits, and bounds.", False
+    ),
+    *(dataclasses.replace(option, meaning=f"--serve: {option.meaning}") for option in SERVING),
 )
 
 
 @flags.command(flags.CONFIG, flags.JSON, *_OPTIONS)
 def plan(values) -> int:
-    """Compiles the train step for a TPU slice, on this machine: memory, estimated time and
-    collectives.
+    """Compiles the train step for a TPU slice, or a server's programs, on this machine: memory,
+    estimated time and collectives.
     """
+    if values.serve:
+        return _serve(values)
+    for option in SERVING:
+        if getattr(values, option.name) is not None:
+            raise ConfigError(f"--{option.name} acts with --serve only; add it or leave it out.")
     if values.search and values.fit:
         raise ConfigError("--search and --fit are two questions; ask one at a time.")
     for option, mode in (("compile_top", "search"), ("generation", "fit")):
@@ -94,4 +119,36 @@ def plan(values) -> int:
         print(json.dumps(show.trials_data(trials)))
     else:
         show.print_trials(trials, title)
+    return 0
+
+
+def _serve(values) -> int:
+    for option in ("search", "html", "batch_per_chip", "compile_top"):
+        if getattr(values, option):
+            raise ConfigError(f"--{option} is about training; leave it or --serve out.")
+    if (values.topology is None) != values.fit:
+        raise ConfigError("--serve needs --topology, such as --topology=v6e:4x8, or --fit.")
+    if values.fit and values.mesh is not None:
+        raise ConfigError("--fit chooses the mesh of each slice; leave --mesh out.")
+    from hunyuan_jax.infer.request import Limits
+    from hunyuan_jax.plan import serving, topology
+
+    mesh = None if values.mesh is None else mesh_config(values.mesh)
+    limits = Limits(max_rows=values.max_rows or 64, max_context=values.max_context)
+    model = values.config.model
+    if not values.fit:
+        found = [serving.report(model, values.topology, mesh, limits, values.quantize)]
+    else:
+        names = [values.generation] if values.generation else list(topology.SLICES)
+        if values.generation not in (None, *topology.SLICES):
+            raise ConfigError(
+                f"--generation={values.generation} is not one of {', '.join(topology.SLICES)}."
+            )
+        slices = (serving.smallest(model, name, limits, values.quantize) for name in names)
+        found = [report for report in slices if report is not None]
+    if values.json:
+        print(json.dumps([dataclasses.asdict(report) for report in found]))
+        return 0
+    for report in found:
+        serving.print_report(report)
     return 0

@@ -13,11 +13,11 @@ import numpy as np
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.params.abstract import ParamSpec
-from hunyuan_jax.params.quantized import assembled
+from hunyuan_jax.params.quantized import assembled, layout
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import in_order
-from hunyuan_jax.quant.codes import GROUP, METHODS, Codes, dequantized, quantize
+from hunyuan_jax.quant.codes import FP8, GROUP, METHODS, Codes, dequantized, quantize
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
 
@@ -112,6 +112,31 @@ def read(
             ours = names.to_ours(tensor(entry), entry, entry.our_shape)
             array[entry.index] = ours.astype(dtype, copy=False)
         return jax.make_array_from_callback(array.shape, spec.sharding, lambda i: array[i])
+
+    return jax.tree.map_with_path(one, specs)
+
+
+def abstract(cfg: ModelConfig, specs: dict[str, Any], method: str | None) -> dict[str, Any]:
+    """What `read` gives for a method or None, as shapes, dtypes and shardings.  EasyQuant's
+    outliers are left out.
+    """
+    first: dict[str, names.Entry] = {}
+    for entry in names.entries(cfg):
+        first.setdefault(entry.path, entry)
+    group = group_of(cfg)
+
+    def one(path: tuple, spec: ParamSpec) -> Any:
+        entry = first[path_of(path)]
+        if method is None or not is_quantizable(entry):
+            return spec.struct(official.dtype_of(entry, cfg.dtype))
+        num_out, num_in = entry.shape
+        num_groups = num_in // group if method == "int4" else 1
+        codes = Codes(
+            np.broadcast_to(np.zeros((), FP8 if method == "fp8" else np.int8), entry.shape),
+            np.broadcast_to(np.float32(0), (num_out, num_groups)),
+            4 if method in ("int4", "easyquant") else 8,
+        )
+        return layout(spec, codes, is_transposed=entry.is_transposed)
 
     return jax.tree.map_with_path(one, specs)
 
