@@ -1,0 +1,116 @@
+"""plan --serve: what a server's programs need and could reach; with libtpu, a real one."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from hunyuan_jax import cli, presets
+from hunyuan_jax.config import MeshConfig, MoeConfig
+from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.model.count import count
+from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.plan import serving, topology
+from hunyuan_jax.weights import few_bits
+from pallas_kernels.chips import CHIPS
+from support import paths
+from support.folders import random_params, small
+
+# ml_collections loads recipes in a way that newer Pythons deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+TINY = f"--config={paths.ROOT / 'configs/tiny.py'}"
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Runs the command in this process."""
+
+    def run(*options):
+        arguments = ["plan", TINY, "--serve", *options]
+        monkeypatch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
+        return cli.run(arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "sizes"), [(4, (1, 1, 4)), (16, (1, 2, 8)), (256, (2, 16, 8))]
+)
+def test_kv_heads_are_split_first_then_experts_then_rows(num_devices, sizes):
+    mesh = serving.mesh_of(presets.a52b(), num_devices)
+    assert (mesh.data, mesh.expert, mesh.tensor) == sizes
+
+
+@pytest.mark.parametrize("method", [None, "int8", "int4", "fp8"])
+def test_abstract_parameters_are_those_that_are_read(method):
+    cfg = small(num_layers=2, moe=MoeConfig(num_experts=2, top_k=1))
+    specs, params = abstract_model(cfg, single_device_mesh())[1], random_params(cfg)
+    read = few_bits.read(
+        cfg, specs, method or few_bits.NUMBERS, few_bits.of_params(params), lambda entry: None
+    )
+    abstract = few_bits.abstract(cfg, specs, method)
+    assert jax.tree.structure(read) == jax.tree.structure(abstract)
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(abstract), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def test_an_expert_that_no_token_chooses_is_not_read():
+    cfg = small(num_layers=2, moe=MoeConfig(num_experts=4, top_k=1), dtype="float32")
+    specs, counts = abstract_model(cfg, single_device_mesh())[1], count(cfg)
+    params = few_bits.abstract(cfg, specs, None)
+    table = 0 if cfg.tie_embeddings else counts.embedding
+    for batch, share in ((1, 1 / 4), (2, 7 / 16)):
+        read = counts.total - table - (1 - share) * counts.experts
+        cache = batch * serving.CONTEXT * counts.kv_bytes_per_token
+        assert serving.touched_bytes(cfg, specs, params, batch) == 4 * read + cache
+    quantized = few_bits.abstract(cfg, specs, "int8")
+    assert serving.touched_bytes(cfg, specs, quantized, 1) < serving.touched_bytes(
+        cfg, specs, params, 1
+    )
+
+
+def test_the_bound_is_that_of_the_memory_or_of_the_peak():
+    cfg, chip = presets.a52b(), CHIPS["v6e"]
+    assert serving.bound(cfg, chip, 16, 1, 10**9) == 16 * chip.hbm_bytes_per_s / 10**9
+    most = 16 * chip.peak_flops / (2 * count(cfg).active)
+    assert serving.bound(cfg, chip, 16, 64, 1) == pytest.approx(most)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--serve needs --topology"),
+        (("--topology=v5e:2x2", "--search"), "--search is about training"),
+        (("--fit", "--mesh=tensor:4"), "--fit chooses the mesh"),
+        (("--topology=v5e:2x2", "--mesh=four:4"), "is not AXIS:SIZE"),
+    ],
+)
+def test_what_the_command_refuses(plan, options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(*options)
+
+
+def test_options_of_serving_are_refused_without_it(monkeypatch):
+    arguments = ["plan", TINY, "--topology=v5e:2x2", "--max_rows=4"]
+    monkeypatch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
+    with pytest.raises(ConfigError, match="--max_rows acts with --serve only"):
+        cli.run(arguments)
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed: '.[tpu]'")
+def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys):
+    options = ("--topology=v5e:2x2", "--max_context=256", "--max_rows=8", "--mesh=expert:4")
+    assert plan(*options, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["mesh"] == {"expert": 4}
+    assert [program["name"] for program in found["programs"]] == ["decode", "chunk"]
+    assert 0 < found["weights"] < found["hbm"] and found["num_tokens"] > 256
+    assert plan(*options) == 0
+    assert "tokens of context fit" in capsys.readouterr().out
+
+
+def test_the_mesh_of_a_server_keeps_every_device():
+    assert serving.mesh_of(presets.tiny(), 4) == MeshConfig(data=1, expert=2, tensor=2)
