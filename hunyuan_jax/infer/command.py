@@ -27,8 +27,7 @@ MESH = flags.Option(
 QUANTIZE = flags.Option(
     "quantize",
     str,
-    "Hold projections and experts in few bits, +head: embedding and head too; none: in "
-    "numbers.",
+    "Hold projections and experts in few bits, +head: embedding and head too; none: in numbers.",
     default_meaning="as the checkpoint's",
     choices=("int8", "int4", "fp8", "easyquant", "int8+head", "fp8+head", "none"),
 )
