@@ -24,6 +24,8 @@ SHORT = {
     "quickstart": "NUM_STEPS = 2\nNUM_LAYERS = 2",
     "routing_by_hand": "NUM_TOKENS = 32\nNUM_EXPERTS = 4\nNUM_SEEDS = 1",
     "convert_and_chat": "FOLDER = None\nNUM_LAYERS = 2\nMAX_NEW_TOKENS = 4\nLORA_STEPS = 2",
+    "fine_tune": "FOLDER = None\nNUM_LAYERS = 2\nSFT_STEPS = 2\nSFT_RATE = 4e-3\nDPO_STEPS = 2\n"
+    "DPO_RATE = 1e-4",
     "plan_a_pod": 'COMPILE = False\nTOPOLOGY = "v5p:4x8x8"',
 }
 
