@@ -36,7 +36,12 @@ Time, estimated from the TPU compiler's schedule (docs/results/plan.md has comma
 micro-batch of 1.05 M tokens takes 4.30 s on v5p 4x8x8.  That is 21.1 billion tokens a day, and
 2.04 million chip-hours for the paper's 7 trillion tokens.
 Expected loss: not known.  Compiled for TPU, never run.
+
+The weight of the balance loss is ours, the paper gives none.  In small runs without one, 60 % of
+the tokens were recycled and two fifths of the experts died (docs/results/routing.md).
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -45,9 +50,11 @@ from hunyuan_jax import config, presets
 
 def get_config() -> ConfigDict:
     """The recipe."""
+    model = presets.a52b()
+    moe = dataclasses.replace(model.moe, aux_loss_weight=0.01)
     return config.to_config_dict(
         config.Config(
-            model=presets.a52b(),
+            model=dataclasses.replace(model, moe=moe),
             mesh=config.MeshConfig(data=-1, expert=16),
             data=config.DataConfig(source="corpus", tokenizer="hy.tiktoken"),
             train=config.TrainConfig(

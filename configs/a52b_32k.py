@@ -33,10 +33,11 @@ LONG = 2**14  # tokens from which on a document is long
 def get_config() -> ConfigDict:
     """The recipe."""
     model = presets.a52b()
+    # The capacity counts per 4096 tokens, as in pre-training.
+    moe = dataclasses.replace(model.moe, group_size=4096, aux_loss_weight=0.01)
     return config.to_config_dict(
         config.Config(
-            # The capacity counts per 4096 tokens, as in pre-training.
-            model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, group_size=4096)),
+            model=dataclasses.replace(model, moe=moe),
             mesh=config.MeshConfig(data=-1, context=4, expert=16),
             data=config.DataConfig(
                 sources=(
