@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from hunyuan_jax.layers.mixer.paged import write_pages
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.parallel import island, rules
+from hunyuan_jax.parallel.mesh import device_kind
+from pallas_kernels.decode_attention.append import append
 
 _DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
 # A cache in few bits, as its users name it -> (its dtype, the largest number in use).
@@ -117,18 +119,23 @@ def write_new(
     new_dims: tuple,
 ) -> tuple[jax.Array, ...]:
     """The arrays of an entry with new ones behind each row's tokens, by `write_rows` or, where the
-    sequence has a table, `write_pages`.
+    sequence has a table, by `append` or on a CPU `write_pages`.
 
     Args:
       old_dims, new_dims: the dims' logical names, of each array.
     """
-    where = (sequence.length_B,)
+    where, kind = (sequence.length_B,), device_kind(mesh)
     if sequence.table_BN is not None:
         where = (sequence.table_BN, sequence.length_B)
     write_one = write_rows if sequence.table_BN is None else write_pages
 
     def write(_, old, new, group, where):
-        return tuple(write_one(*pair, group, *where) for pair in zip(old, new, strict=True))
+        if sequence.table_BN is None or kind == "cpu":
+            return tuple(write_one(*pair, group, *where) for pair in zip(old, new, strict=True))
+        table_BN, length_B = where
+        table_BN = jnp.where(table_BN == 0, -1, table_BN)  # nobody's page is not written
+        places = {"table_Bm": table_BN, "slot_B": length_B}
+        return append(old, new, group=group, **places, device_kind=kind)
 
     # An island, so that each device writes its own rows: XLA would gather the cache to scatter
     # into it.
