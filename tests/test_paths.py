@@ -37,6 +37,7 @@ KINDS = (LocalPath, AnyPath)
 TEXT_OPTIONS = {
     "api_key",
     "beam_options",
+    "cache_dtype",
     "depths",
     "dtype",
     "generation",

@@ -57,12 +57,12 @@ class Pretrained:
         self._layout, self._texts = layout, texts or {}
         self.mesh = single_device_mesh() if mesh is None else mesh
         graph_def, specs = abstract_model(self.config, self.mesh)
-        self.params = jax.tree.map(
-            lambda leaf, spec: leaf if is_quantized(leaf) else jax.device_put(leaf, spec.sharding),
-            params,
-            specs,
-            is_leaf=is_quantized,
-        )
+
+        def placed(leaf, spec):
+            leaf = leaf if is_quantized(leaf) else jax.device_put(leaf, spec.sharding)
+            return abstract.row_major(leaf, spec)
+
+        self.params = jax.tree.map(placed, params, specs, is_leaf=is_quantized)
         self._graph_def = graph_def
         self._logits = jax.jit(lambda *args: _logits(graph_def, *args))
         self._loss = jax.jit(

@@ -25,6 +25,8 @@ from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
+from hunyuan_jax.params.abstract import row_major
+from hunyuan_jax.quant.array import is_quantized
 
 
 class _Call(NamedTuple):
@@ -108,10 +110,11 @@ class Runner:
 
     def replace_weights(self, params: dict[str, Any]) -> None:
         """Computes with these from the next call on."""
-        self._params = params
+        specs = abstract_model(self._cfg, self._mesh)[1]
         if cpu_layout.suits(self._cfg, self._mesh):
-            specs = abstract_model(self._cfg, self._mesh)[1]
             self._params = cpu_layout.unstacked(self._cfg, params, specs)
+        else:
+            self._params = jax.tree.map(row_major, params, specs, is_leaf=is_quantized)
 
     # -- programs -------------------------------------------------------------
 

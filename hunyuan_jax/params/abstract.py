@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from hunyuan_jax.parallel import rules
@@ -85,3 +86,22 @@ def structs(specs: dict[str, Any]) -> dict[str, Any]:
 def shardings(specs: dict[str, Any]) -> dict[str, Any]:
     """The tree of the parameters' shardings in storage."""
     return jax.tree.map(lambda spec: spec.sharding, specs)
+
+
+def row_major(leaf: Any, spec: ParamSpec) -> Any:
+    """The same, with an expert's matrices in memory row by row, as the kernels read them.
+
+    A TPU lays them out otherwise by itself where a device's share of a row is not whole tiles;
+    every call of a program then begins with a copy of all experts.
+
+    Args:
+      leaf: an array, a QuantArray of arrays, or their shapes with shardings.
+    """
+    if spec.role is not Role.EXPERT:
+        return leaf
+
+    def placed(x):
+        where = Format(Layout(tuple(range(len(x.shape)))), x.sharding)
+        return jax.device_put(x, where) if isinstance(x, jax.Array) else x.update(sharding=where)
+
+    return jax.tree.map(placed, leaf)

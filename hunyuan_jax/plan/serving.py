@@ -22,6 +22,7 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.params.abstract import row_major
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.plan import aot, hlo, hlo_text, topology
 from hunyuan_jax.quant.array import is_quantized
@@ -109,6 +110,7 @@ def report(
     graph_def, specs = abstract_model(cfg, mesh)
     params = few_bits.abstract(cfg, specs, quantize)
     weights = _device_bytes(params)
+    params = jax.tree.map(row_major, params, specs, is_leaf=is_quantized)
     num_pools = rules.num_shards(mesh, "batch")
     shapes = shapes_of(cfg, mesh, limits, num_pools)
     context = min(limits.max_context or cfg.max_position, cfg.max_position)

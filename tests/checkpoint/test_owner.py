@@ -13,9 +13,10 @@ from hunyuan_jax.errors import ConfigError
 from support import paths
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from hunyuan_jax.checkpoint.owner import owned
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with owned(sys.argv[1], print, boot=sys.argv[2] or None, lease=float(sys.argv[3])):
     print("owned", flush=True)
     time.sleep(300)
