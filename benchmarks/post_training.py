@@ -30,7 +30,7 @@ from hunyuan_jax.train import loop
 
 REPO = Path(__file__).parents[1]
 KINDS = ("sft", "sigmoid", "ipo", "grpo")
-NUM_COMPARED, NUM_TIMED = 5, 30
+NUM_COMPARED, NUM_TIMED, NUM_TOKENS = 5, 30, 512
 
 
 def main(trl_python: str, folder: str, kinds: Sequence[str]) -> None:
@@ -87,18 +87,21 @@ def write_examples(work: Path) -> None:
 def ours_of(kind: str, folder: str, data: Path, workdir: Path) -> dict:
     """Loss, grad_norm and seconds of each step of our run."""
     recipe = "sft" if kind == "sft" else "dpo"
+    stated = json.loads((Path(folder) / "config.json").read_text())
+    length = min(256, stated["max_position_embeddings"])
     fields = [
         f"train.init_from={folder}",
         f"data.source={data}",
         "data.validation_fraction=0.0",
-        "train.seq_len=256",
-        "train.batch_size=2",
+        f"train.seq_len={length}",
+        f"train.batch_size={NUM_TOKENS // length}",
         "train.num_epochs=0.0",
         f"train.num_steps={NUM_TIMED}",
         "schedule.peak_lr=1e-3",
         "schedule.min_lr=1e-3",
         "model.hidden_dropout=0.0",
         "model.attention_dropout=0.0",
+        "optimizer.expert_lr_ratio=1.0",
     ]
     if recipe == "dpo":
         fields += [
@@ -119,7 +122,7 @@ def ours_of(kind: str, folder: str, data: Path, workdir: Path) -> dict:
     return {
         "loss": [row["loss"] for row in rows],
         "grad_norm": [row["grad_norm"] for row in rows],
-        "seconds": [2 * 256 / row["tokens_per_second"] for row in rows[1:]],
+        "seconds": [NUM_TOKENS / row["tokens_per_second"] for row in rows[1:]],
     }
 
 

@@ -63,7 +63,10 @@ def figures(book):
 
 
 @pytest.mark.filterwarnings("ignore")  # jupyter's own
-@pytest.mark.parametrize("name", sorted(SHORT))
+@pytest.mark.parametrize(
+    "name",
+    [*sorted(SHORT.keys() - {"fine_tune"}), pytest.param("fine_tune", marks=pytest.mark.slow)],
+)
 def test_notebook_runs_shortened(name, monkeypatch, tmp_path):
     assert figures(run(name, monkeypatch, tmp_path, SHORT[name])) >= 1
 

@@ -43,7 +43,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["moe", "dense"])
+@pytest.mark.parametrize("name", ["moe", pytest.param("dense", marks=pytest.mark.slow)])
 def test_texts_of_different_lengths_are_continued_as_each_alone(name, request):
     lm = request.getfixturevalue(name)
     together = lm.generate(TEXTS, GREEDY)

@@ -35,7 +35,7 @@ def arguments(num_rows: int, length: int) -> tuple[jax.Array, jax.Array, jax.Arr
     )
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["latent", pytest.param("spark", marks=pytest.mark.slow)])
 def test_cache_continues_what_a_whole_pass_computes(kind):
     """In a prompt, in runs of several tokens, and token by token."""
     model = model_of(KINDS[kind], STD[kind])

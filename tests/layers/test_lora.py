@@ -361,7 +361,9 @@ def test_the_same_on_every_mesh(adapted):
         np.testing.assert_allclose(array, runs[1][2][path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("state_dtype", ["bfloat16", "fp8_lm"])
+@pytest.mark.parametrize(
+    "state_dtype", ["bfloat16", pytest.param("fp8_lm", marks=pytest.mark.slow)]
+)
 def test_what_is_frozen_is_kept_as_it_is_used(state_dtype):
     cfg = small(lora=LORA, dtype="bfloat16")
     program = build_program(config(cfg, state_dtype=state_dtype), single_device_mesh())

@@ -40,7 +40,7 @@ def test_copies_equal_the_originals():
         assert copy.read_bytes() == original.read_bytes(), copy
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)])
 def test_logits_loss_and_greedy_tokens(case):
     golden, model = read(case)
     ids_BS, mask_BS, _ = golden.inputs
