@@ -183,7 +183,7 @@ class _Runner:
 
 
 def _expanded(values, problems: _Problems) -> tuple[list[str], Any]:
-    """The tasks to run, and those of lm-eval (`harness.Tasks`) if one is asked for that is not
+    """The tasks to run, and those of lm-eval (`harness.Tasks`) if --tasks names one that is not
     ours and lm-eval is installed; the model is not needed to know them.
     """
     from hunyuan_jax.evals import ruler

@@ -51,6 +51,13 @@ MODEL = (
         choices=("int8", "fp8"),
     ),
 )
+MAX_CONTEXT = flags.Option(
+    "max_context",
+    int,
+    "Tokens of a prompt and its answer.",
+    default_meaning="the model's positions",
+    minimum=2,
+)
 _OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _SAMPLING = (
     _sampling_option("max_new_tokens", int, "Stop after this many tokens."),

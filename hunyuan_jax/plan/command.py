@@ -6,7 +6,7 @@ import json
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
-from hunyuan_jax.infer.command import MESH, QUANTIZE, mesh_config
+from hunyuan_jax.infer.command import MAX_CONTEXT, MESH, QUANTIZE, mesh_config
 
 SERVING = (
     dataclasses.replace(MESH, default_meaning="kv heads, then experts, then rows"),
@@ -14,13 +14,7 @@ SERVING = (
         QUANTIZE, default_meaning="none", choices=("int8", "int4", "fp8", "easyquant")
     ),
     flags.Option("max_rows", int, "Answers at the same time.", default_meaning="64", minimum=1),
-    flags.Option(
-        "max_context",
-        int,
-        "Tokens of a prompt and its answer.",
-        default_meaning="the model's positions",
-        minimum=2,
-    ),
+    MAX_CONTEXT,
 )
 _OPTIONS = (
     flags.Option(

@@ -10,7 +10,7 @@ import sys
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
-from hunyuan_jax.infer.command import MODEL, load_lm
+from hunyuan_jax.infer.command import MAX_CONTEXT, MODEL, load_lm
 
 
 @flags.command(
@@ -25,13 +25,7 @@ from hunyuan_jax.infer.command import MODEL, load_lm
         default_meaning="none",
     ),
     flags.Option("max_rows", int, "Answers that are computed at the same time.", 64, minimum=1),
-    flags.Option(
-        "max_context",
-        int,
-        "Tokens of a prompt and its answer.",
-        default_meaning="the model's positions",
-        minimum=2,
-    ),
+    MAX_CONTEXT,
     flags.Option("max_queue", int, "Answers that wait for their turn.", 1024, minimum=1),
     flags.Option(
         "invariant", bool, "An answer's bits do not depend on its neighbours; slower.", False
