@@ -34,7 +34,14 @@ from hunyuan_jax.config.parse import (
     unknown_key_message,
     weights_recipe,
 )
-from hunyuan_jax.config.post import DpoConfig, GrpoConfig, ObjectiveConfig, ObjectiveName
+from hunyuan_jax.config.post import (
+    DpoConfig,
+    GrpoConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    OnlineConfig,
+    RolloutConfig,
+)
 from hunyuan_jax.config.run import Config
 from hunyuan_jax.config.train import CheckpointConfig, TrainConfig
 
@@ -55,9 +62,11 @@ __all__ = [
     "MoeConfig",
     "ObjectiveConfig",
     "ObjectiveName",
+    "OnlineConfig",
     "OptimizerConfig",
     "PhaseConfig",
     "Remat",
+    "RolloutConfig",
     "RopeType",
     "ScheduleConfig",
     "ScheduleName",

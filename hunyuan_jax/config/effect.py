@@ -22,6 +22,7 @@ def without_effect(config: Config) -> list[str]:
 def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
     """(fields, why nothing reads them) for every rule that holds for `config`."""
     model, moe, schedule = config.model, config.model.moe, config.schedule
+    online = config.objective.dpo.online
     capacity = ("model.moe.capacity_factor", "model.moe.min_capacity")
     rules = [
         (
@@ -112,6 +113,19 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
                 f"config.objective.name = {config.objective.name!r}; it acts with {name!r}",
             )
             for name in ("dpo", "grpo")
+        ),
+        (
+            config.objective.name == "dpo" and not online.share,
+            tuple(n for n in field_names() if n.startswith("objective.dpo.online.")),
+            "config.objective.dpo.online.share = 0 draws no answers; set a share",
+        ),
+        (
+            config.objective.name == "dpo" and online.share > 0 and not online.endpoint,
+            tuple(
+                f"objective.dpo.online.{name}"
+                for name in ("endpoint_model", "criterion", "timeout", "retries")
+            ),
+            "config.objective.dpo.online.endpoint is empty; they are about its requests",
         ),
         (
             config.objective.name == "grpo",

@@ -4,11 +4,102 @@ import dataclasses
 from typing import Literal
 
 from hunyuan_jax.config.section import Section, require
+from hunyuan_jax.files import AnyPath
 
 ObjectiveName = Literal["pretrain", "sft", "dpo", "grpo"]
 PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 Reference = Literal["stored", "adapter_off"]
 BadReward = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig(Section):
+    """Completions that the model writes while it trains, and functions that judge them."""
+
+    rewards: tuple[str, ...] = ()
+    """Functions f(prompts, completions, **columns) -> floats, each as FILE.py:FUNCTION."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each of `rewards` in their sum; () = 1 each."""
+    num_generations: int = 8
+    """Completions of a prompt."""
+    max_new_tokens: int = 256
+    """Tokens of a completion, at most; a prompt has room for the others of train.seq_len."""
+    steps_per_rollout: int = 1
+    """Steps whose completions are drawn at once, by the weights before the first of them."""
+    length_penalty: float = 0.0
+    """Reward that the longest of a group's best completions loses; the shortest loses none."""
+    on_bad_reward: BadReward = "stop"
+    """If a judge fails or gives no finite number: stop, or skip the groups concerned."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        here = f"config.{self.section}"
+        require(
+            len(self.reward_weights) in (0, len(self.rewards)),
+            f"{here}.reward_weights = {self.reward_weights} must have one weight for each of the "
+            f"{len(self.rewards)} rewards, or none.",
+        )
+        require(
+            self.num_generations >= 2,
+            f"{here}.num_generations = {self.num_generations} must be at least 2: a completion "
+            "is compared with the others of its prompt.",
+        )
+        for name in ("max_new_tokens", "steps_per_rollout"):
+            value = getattr(self, name)
+            require(value >= 1, f"{here}.{name} = {value} must be at least 1.")
+        require(
+            self.length_penalty >= 0,
+            f"{here}.length_penalty = {self.length_penalty} must not be negative.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineConfig(RolloutConfig):
+    """Pairs of answers that the policy writes itself, the best and the worst by a judge: one of
+    `rewards`, `reward_model` and `endpoint`.
+    """
+
+    section = "objective.dpo.online"
+
+    share: float = 0.0
+    """Share of a batch's rows that hold such a pair; a row then holds one pair.  0 = none, 1 =
+    all."""
+    prompts: AnyPath = ""
+    """Files of rows with `prompt`, as data.source; "" = those of data.source."""
+    from_average: bool = False
+    """Draw the answers from the moving average of the weights (train.ema_decay)."""
+    reward_model: AnyPath = ""
+    """A model that says of each answer whether it is good: a folder, a hub id or a run."""
+    endpoint: str = ""
+    """URL of an OpenAI-compatible API that compares answers, such as http://localhost:8000/v1; its
+    key is read from the environment's OPENAI_API_KEY."""
+    endpoint_model: str = ""
+    """Model that the endpoint is to use; "" names none."""
+    criterion: str = "Prefer answers that are correct, helpful and concise."
+    """What the endpoint is told to judge by."""
+    timeout: float = 60.0
+    """Seconds that the endpoint has for an answer."""
+    retries: int = 3
+    """Times that the endpoint is asked again after a failure, after 1, 2, 4, ... seconds."""
+
+    def check(self) -> None:
+        """Raises ConfigError if the fields break a rule."""
+        super().check()
+        here = f"config.{self.section}"
+        require(0 <= self.share <= 1, f"{here}.share = {self.share} must be in [0, 1].")
+        given = [n for n in ("rewards", "reward_model", "endpoint") if getattr(self, n)]
+        require(
+            not self.share or len(given) == 1,
+            f"{here}.share = {self.share} needs one judge, and has {' and '.join(given) or 'none'}"
+            "; set one of rewards, reward_model and endpoint.",
+        )
+        require(
+            not self.endpoint or self.endpoint.startswith(("http://", "https://")),
+            f"{here}.endpoint = {self.endpoint!r} must be a URL, such as "
+            "http://localhost:8000/v1.",
+        )
+        require(self.timeout > 0, f"{here}.timeout = {self.timeout} must be positive.")
+        require(self.retries >= 0, f"{here}.retries = {self.retries} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +118,9 @@ class DpoConfig(Section):
     """Weight of the cross entropy of the chosen answers, per token."""
     reference: Reference = "stored"
     """Log-probabilities of the initial weights: computed once and stored beside the data, or in
-    every step with the LoRA adapters off."""
+    every step with the LoRA adapters off.  With online pairs the weights are kept instead."""
+    online: OnlineConfig = OnlineConfig()
+    """Pairs that the policy writes itself."""
 
     def check(self) -> None:
         """Raises ConfigError if the fields break a rule."""
@@ -49,21 +142,11 @@ class DpoConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoConfig(Section):
+class GrpoConfig(RolloutConfig):
     """Group relative policy optimisation (arXiv 2402.03300), `objective.name` grpo."""
 
     section = "objective.grpo"
 
-    rewards: tuple[str, ...] = ()
-    """Functions f(prompts, completions, **columns) -> floats, each as FILE.py:FUNCTION."""
-    reward_weights: tuple[float, ...] = ()
-    """Weight of each of `rewards` in their sum; () = 1 each."""
-    num_generations: int = 8
-    """Completions of a prompt; train.batch_size counts completions."""
-    max_new_tokens: int = 256
-    """Tokens of a completion, at most; a prompt has room for the others of train.seq_len."""
-    steps_per_rollout: int = 1
-    """Steps whose completions are drawn at once, by the weights before the first of them."""
     beta: float = 0.0
     """Weight of the divergence from the initial weights, by the K3 estimate; 0 = none."""
     clip_low: float = 0.2
@@ -74,27 +157,11 @@ class GrpoConfig(Section):
     """A ratio above it is cut off, whatever the advantage."""
     scale_rewards: bool = True
     """Divide a group's advantages by the standard deviation of its rewards."""
-    length_penalty: float = 0.0
-    """Reward that the longest of a group's best completions loses; the shortest loses none."""
-    on_bad_reward: BadReward = "stop"
-    """If a reward function fails or gives no finite number: stop, or skip the groups concerned."""
 
     def check(self) -> None:
         """Raises ConfigError if the fields break a rule."""
-        require(
-            len(self.reward_weights) in (0, len(self.rewards)),
-            f"config.objective.grpo.reward_weights = {self.reward_weights} must have one weight "
-            f"for each of the {len(self.rewards)} rewards, or none.",
-        )
-        require(
-            self.num_generations >= 2,
-            f"config.objective.grpo.num_generations = {self.num_generations} must be at least 2: "
-            "a completion is compared with the others of its prompt.",
-        )
-        for name in ("max_new_tokens", "steps_per_rollout"):
-            value = getattr(self, name)
-            require(value >= 1, f"config.objective.grpo.{name} = {value} must be at least 1.")
-        for name in ("beta", "clip_high", "length_penalty"):
+        super().check()
+        for name in ("beta", "clip_high"):
             value = getattr(self, name)
             require(value >= 0, f"config.objective.grpo.{name} = {value} must not be negative.")
         require(

@@ -60,16 +60,7 @@ class Config(Section):
             "bfloat16.",
         )
         if self.objective.name == "dpo":
-            require(
-                not self.model.is_moe or moe.dispatch == "dropless",
-                f"config.model.moe.dispatch = {moe.dispatch!r} routes a token by what shares its "
-                "batch, so policy and reference would differ from the start; take 'dropless'.",
-            )
-            require(
-                self.objective.dpo.reference == "stored" or self.model.lora.rank > 0,
-                "config.objective.dpo.reference = 'adapter_off' needs adapters; set "
-                "config.model.lora.rank, or take 'stored'.",
-            )
+            self._check_dpo()
         if self.objective.name == "grpo":
             self._check_grpo()
         planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
@@ -89,6 +80,36 @@ class Config(Section):
                 f"= {train.seq_len}, or be a multiple of it that divides the {tokens} tokens of a "
                 "batch (of a micro-batch, with grad_accum_steps).",
             )
+
+    def _check_dpo(self) -> None:
+        dpo, train, moe = self.objective.dpo, self.train, self.model.moe
+        require(
+            not self.model.is_moe or moe.dispatch == "dropless",
+            f"config.model.moe.dispatch = {moe.dispatch!r} routes a token by what shares its "
+            "batch, so policy and reference would differ from the start; take 'dropless'.",
+        )
+        require(
+            dpo.reference == "stored" or self.model.lora.rank > 0,
+            "config.objective.dpo.reference = 'adapter_off' needs adapters; set "
+            "config.model.lora.rank, or take 'stored'.",
+        )
+        online = dpo.online
+        num_rows = online.share * train.batch_size
+        require(
+            abs(num_rows - round(num_rows)) < 1e-6,
+            f"config.objective.dpo.online.share = {online.share} of config.train.batch_size = "
+            f"{train.batch_size} is {num_rows:g} rows; take a multiple of 1/{train.batch_size}.",
+        )
+        require(
+            not online.share or 2 * online.max_new_tokens <= train.seq_len,
+            f"config.objective.dpo.online.max_new_tokens = {online.max_new_tokens}: two answers "
+            f"leave no room for their prompts in config.train.seq_len = {train.seq_len}.",
+        )
+        require(
+            not online.from_average or train.ema_decay > 0,
+            "config.objective.dpo.online.from_average = True needs a moving average; set "
+            "config.train.ema_decay.",
+        )
 
     def _check_grpo(self) -> None:
         grpo, train, model = self.objective.grpo, self.train, self.model

@@ -54,9 +54,12 @@ def field_types(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
-    """Field name -> the string below the field in the source of `cls`."""
+    """Field name -> the string below the field in the source of `cls` or of a base."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
+    inherited = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        inherited |= meanings(base)
+    return inherited | {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)

@@ -144,6 +144,31 @@ def pack_rows(lengths: Sequence[int], seq_len: int, max_examples: int) -> list[l
     return rows
 
 
+def stack(rows: Sequence[Sequence[Example]], seq_len: int, pad_id: int) -> Batch:
+    """Returns the batch of rows of examples; each of their texts is a segment."""
+    shape = (len(rows), seq_len)
+    tokens, targets = (np.full(shape, pad_id, np.int32) for _ in range(2))
+    segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(2))
+    loss_weights = np.zeros(shape, np.float32)
+    for r, row in enumerate(rows):
+        start = 0
+        texts = [text for example in row for text in example.texts]
+        for segment, text in enumerate(texts, start=1):
+            here = (r, slice(start, start + len(text.ids) - 1))
+            tokens[here], targets[here] = text.ids[:-1], text.ids[1:]
+            segment_ids[here] = segment
+            positions[here] = np.arange(len(text.ids) - 1)
+            loss_weights[here] = text.is_learned[1:]
+            start = here[1].stop
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_weights": loss_weights,
+    }
+
+
 class PackedExamples:
     """The DataStream of examples."""
 
@@ -193,27 +218,7 @@ class PackedExamples:
 
     def stack(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """Returns the batch of these rows, each a list of examples."""
-        shape = (len(rows), self._train.seq_len)
-        tokens, targets = (np.full(shape, self._pad_id, np.int32) for _ in range(2))
-        segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(2))
-        loss_weights = np.zeros(shape, np.float32)
-        for r, row in enumerate(rows):
-            start = 0
-            texts = [text for example in row for text in example.texts]
-            for segment, text in enumerate(texts, start=1):
-                here = (r, slice(start, start + len(text.ids) - 1))
-                tokens[here], targets[here] = text.ids[:-1], text.ids[1:]
-                segment_ids[here] = segment
-                positions[here] = np.arange(len(text.ids) - 1)
-                loss_weights[here] = text.is_learned[1:]
-                start = here[1].stop
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "loss_weights": loss_weights,
-        }
+        return stack(rows, self._train.seq_len, self._pad_id)
 
     def rows_before(self, step: int) -> dict[str, int]:
         """Returns how many rows come before 0-based `step`."""

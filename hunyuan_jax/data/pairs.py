@@ -13,7 +13,7 @@ import numpy as np
 from hunyuan_jax.config import DataConfig, TrainConfig
 from hunyuan_jax.data import pack
 from hunyuan_jax.data.chats import answered, tools_of
-from hunyuan_jax.data.examples import Example, Examples, PackedExamples, Text
+from hunyuan_jax.data.examples import Example, Examples, PackedExamples, Text, stack
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.tokenizer import Tokenizer
 
@@ -70,8 +70,16 @@ class PackedPairs(PackedExamples):
     beside it where experts are shared.  So policy and reference are equal at first.
     """
 
-    def __init__(self, examples: Examples, data: DataConfig, train: TrainConfig, pad_id: int):
-        super().__init__(examples, data, train, pad_id, max_pairs(train.seq_len))
+    def __init__(
+        self,
+        examples: Examples,
+        data: DataConfig,
+        train: TrainConfig,
+        pad_id: int,
+        pairs_per_row: int,
+    ):
+        super().__init__(examples, data, train, pad_id, pairs_per_row)
+        self._pairs_per_row = pairs_per_row
         num_rows = len(self.training)
         order = [pack.shuffled(row, num_rows, train.seed, "rows") for row in range(num_rows)]
         self.training = self._whole_batches([self.training[row] for row in order])
@@ -111,13 +119,22 @@ class PackedPairs(PackedExamples):
 
     def stack(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """See `PackedExamples.stack`; the rows are some of `all_rows`, or empty."""
-        is_pair = np.zeros((len(rows), max_pairs(self._train.seq_len)), np.float32)
-        reference = np.zeros((len(rows), self._train.seq_len), np.float32)
+        batch = stack_pairs(rows, self._train.seq_len, self._pad_id, self._pairs_per_row)
         for r, row in enumerate(rows):
-            is_pair[r, : len(row)] = 1
             if row and self._reference:
-                reference[r] = self._reference[row[0].name]
-        return {**super().stack(rows), "is_pair": is_pair, "reference": reference}
+                batch["reference"][r] = self._reference[row[0].name]
+        return batch
+
+
+def stack_pairs(
+    rows: Sequence[Sequence[Example]], seq_len: int, pad_id: int, pairs_per_row: int
+) -> Batch:
+    """Returns the batch of rows of pairs, with a reference of zeros: see `PackedPairs`."""
+    is_pair = np.zeros((len(rows), pairs_per_row), np.float32)
+    for r, row in enumerate(rows):
+        is_pair[r, : len(row)] = 1
+    reference = np.zeros((len(rows), seq_len), np.float32)
+    return {**stack(rows, seq_len, pad_id), "is_pair": is_pair, "reference": reference}
 
 
 def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -92,9 +92,9 @@ class BatchIterator(Iterator[Batch]):
             )
         self._batches.set_state({"next_index": state["next_index"]})
 
-    def follow(self, params: Any) -> None:
-        """Shows the weights after the last step, which batches that are drawn from a model need;
-        these here are read.
+    def follow(self, state: Any) -> None:
+        """Shows the train state after the last step, which batches that a model writes need; these
+        here are read.
         """
 
     def close(self) -> None:

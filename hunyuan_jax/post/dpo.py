@@ -20,13 +20,14 @@ from flax import nnx
 from hunyuan_jax.config import Config, DpoConfig, LoraConfig, to_dict
 from hunyuan_jax.data import examples
 from hunyuan_jax.data.pairs import PackedPairs, max_pairs, pair_of
-from hunyuan_jax.data.stream import Batch, DataStream
+from hunyuan_jax.data.stream import Batch, BatchIterator, DataStream
 from hunyuan_jax.files import write_whole
 from hunyuan_jax.layers.loss import TokenFigures
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.parallel import hosts
 from hunyuan_jax.params.tree import part_like
+from hunyuan_jax.post.online import FIGURES, OnlinePairs
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 from hunyuan_jax.train.pretrain import Pretrain
@@ -47,16 +48,22 @@ class Dpo(Pretrain):
     def __init__(self, config: Config):
         super().__init__(config)
         self._stream: PackedPairs | None = None
+        self._online: OnlinePairs | None = None
+        self._has_online = config.objective.dpo.online.share > 0
+        self._pairs_per_row = 1 if self._has_online else max_pairs(config.train.seq_len)
 
     @property
     def batch_spec(self) -> BatchSpec:
-        """The fields of pre-training, and those of data/pairs.py."""
-        shape = (self.config.train.batch_size, max_pairs(self.config.train.seq_len))
-        dims = ("batch", "example_rows")
+        """The fields of pre-training, those of data/pairs.py, and with online pairs those of
+        post/online.py.
+        """
+        B = self.config.train.batch_size
+        per_row = Field((B,), "float32", ("batch",))
         return {
             **super().batch_spec,
-            "is_pair": Field(shape, "float32", dims),
+            "is_pair": Field((B, self._pairs_per_row), "float32", ("batch", "example_rows")),
             "reference": self._field("float32"),
+            **(dict.fromkeys(FIGURES, per_row) if self._has_online else {}),
         }
 
     @property
@@ -65,27 +72,44 @@ class Dpo(Pretrain):
         return self.batch_spec
 
     def open_stream(self, tokenizer: Tokenizer) -> DataStream:
-        """Reads the pairs of config.data."""
-        data, train = self.config.data, self.config.train
-        found = examples.read_examples(data, train.seq_len, lambda row: pair_of(row, tokenizer))
-        self._stream = PackedPairs(found, data, train, tokenizer.pad_id)
-        return self._stream
+        """Reads the pairs of config.data, and the prompts of online pairs."""
+        data, train, online = self.config.data, self.config.train, self.config.objective.dpo.online
+        num_online = round(online.share * train.batch_size)
+        if num_online < train.batch_size:
+            found = examples.read_examples(
+                data, train.seq_len, lambda row: pair_of(row, tokenizer)
+            )
+            train = dataclasses.replace(
+                train, batch_size=train.batch_size - num_online, grad_accum_steps=1
+            )
+            self._stream = PackedPairs(found, data, train, tokenizer.pad_id, self._pairs_per_row)
+        if not num_online:
+            return self._stream
+        self._online = OnlinePairs(self.config, self._stream, tokenizer)
+        return self._online
+
+    def batches(self, stream: DataStream, rows: np.ndarray) -> BatchIterator:
+        """Those of the stream, or with the pairs that the weights write."""
+        return self._online.batches if self._online else super().batches(stream, rows)
 
     def prepare(
         self, program: Program, workdir: str, initial_params: Callable[[], dict[str, Any]]
     ) -> None:
         """Gives the data the reference's log-probabilities: those of an earlier run with the same
-        weights and data, or computed and stored now.
+        weights and data, or computed and stored now.  Online pairs get those of each batch.
         """
-        if self.config.objective.dpo.reference != "stored":
-            return
-        paths = _places(self.config.data.source, workdir, f".reference-{self._key()}.npy")
-        found = _read_first(paths)
-        if found is None:
-            found = self._reference(program, initial_params())
-            if hosts.is_first():
-                _write_first(paths, found)
-        self._stream.set_reference(found)
+        is_stored = self.config.objective.dpo.reference == "stored"
+        if self._online:
+            reference = self._reference_of(program, initial_params()) if is_stored else None
+            self._online.start(program, workdir, reference)
+        elif is_stored:
+            paths = _places(self.config.data.source, workdir, f".reference-{self._key()}.npy")
+            found = _read_first(paths)
+            if found is None:
+                found = self._reference(program, initial_params())
+                if hosts.is_first():
+                    _write_first(paths, found)
+            self._stream.set_reference(found)
 
     def _key(self) -> str:
         """A hash of the weights and the data, and of what decides the last bits."""
@@ -98,14 +122,24 @@ class Dpo(Pretrain):
 
     def _reference(self, program: Program, params: dict[str, Any]) -> np.ndarray:
         """Returns the log-probabilities of all rows, float32 [R, T]."""
-        outputs = make_outputs_step(program, lambda model, batch: self._log_probs(model, batch)[0])
-        kept, to_devices = feed(program)
+        reference_of, kept = self._reference_of(program, params), feed(program)[0]
         rows, size = self._stream.all_rows, self.config.train.batch_size
-        found = []
-        for first in range(0, len(rows), size):
-            batch = self._stream.stack([rows[first + row] for row in kept])
-            found.append(np.asarray(outputs(params, to_devices(batch))[0]))
-        return np.concatenate(found)
+        return np.concatenate(
+            [
+                reference_of(self._stream.stack([rows[first + row] for row in kept]))
+                for first in range(0, len(rows), size)
+            ]
+        )
+
+    def _reference_of(
+        self, program: Program, params: dict[str, Any]
+    ) -> Callable[[Batch], np.ndarray]:
+        """Returns batch, of which this process has its part -> log-probabilities of the whole
+        batch's targets, float32 [B, T].
+        """
+        outputs = make_outputs_step(program, lambda model, batch: self._log_probs(model, batch)[0])
+        to_devices = feed(program)[1]
+        return lambda batch: np.asarray(outputs(params, to_devices(batch))[0])
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the numbers of pairs and of learned tokens: of all answers, and of those chosen
@@ -119,6 +153,8 @@ class Dpo(Pretrain):
             "chosen": weights_B2[:, 0].sum(),
             "rejected": weights_B2[:, 1].sum(),
         }
+        if self._has_online:
+            found["online"] = batch["is_online"].sum()
         return {name: jnp.maximum(total, 1.0) for name, total in found.items()}
 
     def loss(
@@ -139,6 +175,9 @@ class Dpo(Pretrain):
         means["entropy"] = (figures.entropy * batch["loss_weights"]).sum() / (
             totals["chosen"] + totals["rejected"]
         )
+        if self._has_online:
+            for name in FIGURES[1:]:
+                means[f"online/{name}"] = batch[name].sum() / totals["online"]
         return loss, LossMetrics(jax.lax.stop_gradient(means), router)
 
     def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -174,7 +213,9 @@ class Dpo(Pretrain):
         is_pair = np.zeros(shape, np.float32)
         is_pair[:, 0] = 1
         reference = np.zeros(batch["tokens"].shape, np.float32)
-        return {**batch, "is_pair": is_pair, "reference": reference}
+        figures = {name: np.ones(len(is_pair), np.float32) for name in FIGURES}
+        batch |= {"is_pair": is_pair, "reference": reference}
+        return batch | figures if self._has_online else batch
 
     def _log_probs(
         self, model: Transformer, batch: dict[str, jax.Array], key: jax.Array | None = None

@@ -6,7 +6,7 @@ group it is.  Rollouts are made by `post/rollout.py`, with the weights that are 
 Letters: B completions of a batch, one a row; T tokens; R reward functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hunyuan_jax.config import Config, GrpoConfig
-from hunyuan_jax.data.prompts import Prompts
+from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch, BatchIterator
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.post.rewards import Reward
-from hunyuan_jax.post.rollout import Rollouts
+from hunyuan_jax.post.rewards import Reward, advantages, rewards_of, total_rewards
+from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 from hunyuan_jax.train.pretrain import Pretrain
@@ -44,8 +44,8 @@ class Grpo(Pretrain):
                 "config.objective.grpo.rewards is empty; name the functions that judge "
                 "completions, each as FILE.py:FUNCTION."
             )
-        self._rewards = [Reward(place) for place in config.objective.grpo.rewards]
-        self._rollouts: Rollouts | None = None
+        option = f"config.{config.objective.grpo.section}.rewards"
+        self._rewards = [Reward(place, option) for place in config.objective.grpo.rewards]
 
     @property
     def batch_spec(self) -> BatchSpec:
@@ -72,19 +72,18 @@ class Grpo(Pretrain):
         """The fields of training; nothing is validated."""
         return self.batch_spec
 
-    def open_stream(self, tokenizer: Tokenizer) -> "PromptStream":
+    def open_stream(self, tokenizer: Tokenizer) -> PromptStream:
         """Reads the prompts of config.data."""
-        if jax.process_count() > 1:
-            raise ConfigError(
-                "config.objective.name = 'grpo' runs in one process so far; this run has several."
-            )
         train, grpo = self.config.train, self.config.objective.grpo
         max_tokens = train.seq_len + 1 - grpo.max_new_tokens
         prompts = Prompts(self.config.data, train.seed, max_tokens, tokenizer)
-        self._rollouts = Rollouts(self.config, prompts, tokenizer, self._rewards)
-        return PromptStream(self.config, prompts)
+        size = grpo.num_generations
+        stream = PromptStream(prompts, train.batch_size // size, size)
+        self._pad_id = tokenizer.pad_id
+        self._rollouts = Rollouts(self.config, grpo, stream, tokenizer, self._batch)
+        return stream
 
-    def batches(self, stream: "PromptStream", rows: np.ndarray) -> BatchIterator:
+    def batches(self, stream: PromptStream, rows: np.ndarray) -> BatchIterator:
         """Rollouts of the weights that the loop shows it."""
         return self._rollouts
 
@@ -92,14 +91,41 @@ class Grpo(Pretrain):
         self, program: Program, workdir: str, initial_params: Callable[[], dict[str, Any]]
     ) -> None:
         """Gives the rollouts a model to roll out, and the reference if the loss asks for one."""
-        reference = None
+        self._reference = None
         if self.config.objective.grpo.beta:
             params, outputs = initial_params(), make_outputs_step(program, _log_probs)
 
             def reference(batch):
                 return np.asarray(outputs(params, place_batch(program, batch))[0])
 
-        self._rollouts.start(program, workdir, reference)
+            self._reference = reference
+        self._rollouts.start(program, workdir)
+
+    def _batch(
+        self, step: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+    ) -> Batch:
+        """Rewards the completions of a step: see `rollout.MakeBatch`."""
+        cfg, rollouts, T = self.config.objective.grpo, self._rollouts, self.config.train.seq_len
+        rows = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+        texts_PG = [[rollouts.text(c) for c in group] for group in groups]
+        rewards_BR = rewards_of(self._rewards, cfg, prompts, texts_PG)
+        lengths_B = np.array([len(completion.ids) for _, completion in rows])
+        reward_B = total_rewards(cfg, rewards_BR, lengths_B)
+        advantages_B, is_counted_B, std_B = advantages(cfg, reward_B)
+        batch = {
+            **_rows(rows, T, self._pad_id),
+            "advantages": advantages_B,
+            "is_counted": is_counted_B,
+            "is_cut": np.array([completion.is_cut for _, completion in rows], np.float32),
+            "reward": np.nan_to_num(reward_B),
+            "reward_std": std_B,
+            "rewards": np.nan_to_num(rewards_BR),
+        }
+        if self._reference:
+            batch["reference_logprobs"] = np.zeros((len(rows), T), np.float32)
+            batch["reference_logprobs"] = self._reference(batch)
+        rollouts.keep(step, prompts[0], texts_PG[0], reward_B[: cfg.num_generations])
+        return batch
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the numbers of tokens that teach something, of all tokens of completions, and of
@@ -172,46 +198,6 @@ class Grpo(Pretrain):
         return batch
 
 
-class PromptStream:
-    """What the loop asks of the prompts as its data; `Rollouts` makes batches of them."""
-
-    def __init__(self, config: Config, prompts: Prompts):
-        self._config, self._prompts = config, prompts
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Completions of all prompts."""
-        return len(self._prompts.all) * self._config.objective.grpo.num_generations
-
-    def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """Nothing is held out: the rewards of training are of completions never seen before."""
-        return []
-
-    def rows_before(self, step: int) -> dict[str, int]:
-        """Returns how many completions come before 0-based `step`."""
-        return {"completions": step * self._config.train.batch_size}
-
-    def identity(self) -> dict[str, Any]:
-        """That of the prompts."""
-        return self._prompts.identity()
-
-    def describe(self, step: int) -> dict[str, Any]:
-        """Returns the prompts of 0-based `step`: see `DataStream.describe`."""
-        grpo = self._config.objective.grpo
-        count = self._config.train.batch_size // grpo.num_generations
-        names = [self._prompts.prompt(step * count + i).name for i in range(count)]
-        rows = [
-            {"source": "prompts", "documents": [{"name": name}]}
-            for name in names
-            for _ in range(grpo.num_generations)
-        ]
-        return {"rows": rows}
-
-    def __str__(self) -> str:
-        """The line of the log."""
-        return str(self._prompts)
-
-
 def policy_loss(cfg: GrpoConfig, ratio_BT: jax.Array, advantage_BT: jax.Array) -> jax.Array:
     """Returns the clipped loss of each token, float32 [B, T].
 
@@ -237,3 +223,26 @@ def _log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
     """Log-probabilities of the targets, float32 [B, T]."""
     output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     return -model.token_losses(output.hidden_BTD, batch["targets"])
+
+
+def _rows(rows: Sequence[tuple[Prompt, Completion]], T: int, pad_id: int) -> Batch:
+    """One completion a row: the fields of pre-training, and rollout_logprobs."""
+    B = len(rows)
+    tokens, targets = (np.full((B, T), pad_id, np.int32) for _ in range(2))
+    segment_ids, positions = (np.zeros((B, T), np.int32) for _ in range(2))
+    loss_weights, rollout_logprobs = (np.zeros((B, T), np.float32) for _ in range(2))
+    for b, (prompt, completion) in enumerate(rows):
+        text = [*prompt.ids, *completion.ids]
+        n, start = len(text) - 1, len(prompt.ids) - 1
+        tokens[b, :n], targets[b, :n] = text[:-1], text[1:]
+        segment_ids[b, :n], positions[b, :n] = 1, np.arange(n)
+        loss_weights[b, start:n] = 1
+        rollout_logprobs[b, start:n] = completion.logprobs
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_weights": loss_weights,
+        "rollout_logprobs": rollout_logprobs,
+    }

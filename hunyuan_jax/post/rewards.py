@@ -6,16 +6,17 @@ Letters: P prompts, G completions of each, B = P G completions in the order of t
 import importlib.util
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hunyuan_jax.config import GrpoConfig
+from hunyuan_jax.config import GrpoConfig, RolloutConfig
+from hunyuan_jax.data.prompts import Prompt
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath, user_path
 
-_OPTION = "config.objective.grpo.rewards"
 # As in TRL: a group whose rewards hardly differ does not get huge advantages.
 _EPSILON = 1e-4
 
@@ -31,27 +32,30 @@ class Reward:
     fields of the data, each a list with a value for each completion.
     """
 
-    def __init__(self, place: str):
+    def __init__(self, place: str, option: str):
         """Loads FILE.py:FUNCTION.
+
+        Args:
+          option: the config's field that names it, for errors.
 
         Raises:
           ConfigError: no such file or function, or the file cannot be imported.
         """
         path, _, name = place.rpartition(":")
-        path = user_path(path, _OPTION, LocalPath)
+        path = user_path(path, option, LocalPath)
         spec = importlib.util.spec_from_file_location("rewards", path) if path else None
         if spec is None or not name:
-            raise ConfigError(f"{_OPTION} names {place!r}; it must be FILE.py:FUNCTION.")
+            raise ConfigError(f"{option} names {place!r}; it must be FILE.py:FUNCTION.")
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # the user's code
             raise ConfigError(
-                f"{_OPTION}: {path} cannot be imported: {type(error).__name__}: {error}."
+                f"{option}: {path} cannot be imported: {type(error).__name__}: {error}."
             ) from error
         function = getattr(module, name, None)
         if not callable(function):
-            raise ConfigError(f"{_OPTION}: {path} has no function {name!r}.")
+            raise ConfigError(f"{option}: {path} has no function {name!r}.")
         self.name, self._place, self._function = name, place, function
 
     def __call__(
@@ -90,43 +94,54 @@ class Reward:
 
 def rewards_of(
     functions: Sequence[Reward],
-    on_bad: str,
-    report: Callable[[str], None],
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-    rows: Sequence[str],
+    cfg: RolloutConfig,
+    prompts: Sequence[Prompt],
+    texts_PG: Sequence[Sequence[str]],
 ) -> np.ndarray:
     """float32 [B, R]: a column for each function, NaN where it failed.
 
     Args:
-      on_bad: config.objective.grpo.on_bad_reward.
-      report: prints a line.
+      texts_PG: the completions of each prompt.
 
     Raises:
-      ConfigError: a function failed and on_bad is "stop".
+      ConfigError: a function failed and on_bad_reward is "stop".
     """
-    found = np.full((len(completions), len(functions)), np.nan, np.float32)
+    asked = [prompt for prompt, texts in zip(prompts, texts_PG, strict=True) for _ in texts]
+    texts = [text for texts in texts_PG for text in texts]
+    columns = {name: [p.columns.get(name) for p in asked] for name in prompts[0].columns}
+    rows = [prompt.name for prompt in asked]
+    found = np.full((len(texts), len(functions)), np.nan, np.float32)
     for r, function in enumerate(functions):
         fault = None
         try:
-            found[:, r] = function(prompts, completions, columns, rows)
+            found[:, r] = function([p.prompt for p in asked], texts, columns, rows)
         except BadReward as error:
             fault = str(error)
         bad = np.flatnonzero(np.isnan(found[:, r]))
         if fault is None and bad.size:
             fault = (
-                f"{function.name} gave no finite number for {bad.size} of {len(completions)} "
+                f"{function.name} gave no finite number for {bad.size} of {len(texts)} "
                 f"completions, the first of {rows[bad[0]]}."
             )
-        if fault and on_bad == "stop":
-            raise ConfigError(f"{_OPTION}: {fault}")
         if fault:
-            report(f"{_OPTION}: {fault} Their groups are left out.")
+            bad_reward(cfg, "rewards", fault)
     return found
 
 
-def total_rewards(cfg: GrpoConfig, rewards_BR: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+def bad_reward(cfg: RolloutConfig, field: str, fault: str) -> None:
+    """Stops the run or says that groups are left out, as `on_bad_reward` says.
+
+    Args:
+      field: of the config, that names the judge.
+      fault: a sentence.
+    """
+    line = f"config.{cfg.section}.{field}: {fault}"
+    if cfg.on_bad_reward == "stop":
+        raise ConfigError(line)
+    print(f"{line} Their groups are left out.", file=sys.stderr, flush=True)
+
+
+def total_rewards(cfg: RolloutConfig, rewards_BR: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
     """The weighted sum of the functions' rewards, float32 [B], less the penalty of length.
 
     The penalty acts among the completions of a group that share its highest reward: the longest

@@ -4,7 +4,7 @@ The engine holds the arrays of the train state, or for adapters and other dtypes
 dtype of the model; a step replaces them and forgets the cached prompts.  It draws one completion
 alike whatever else it draws, so a run that continues draws what it would have drawn.
 
-Letters: B completions of a batch, T tokens of a row.
+Letters: G completions of a group.
 """
 
 import hashlib
@@ -12,14 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hunyuan_jax.config import Config
+from hunyuan_jax.config import Config, RolloutConfig
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits, Request
@@ -27,16 +28,24 @@ from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
-from hunyuan_jax.post.rewards import Reward, advantages, rewards_of, total_rewards
 from hunyuan_jax.quant.scaled import is_scaled, load_params
 from hunyuan_jax.runlog import metrics
 from hunyuan_jax.tokenizer import Tokenizer
-from hunyuan_jax.train.state import Program
+from hunyuan_jax.train.state import Program, TrainState, used_params
 
 _MAX_ROWS = 64  # that the engine computes at the same time
 
-# A completion: its ids, log-probabilities of these, whether it was cut at max_new_tokens.
-Completion = tuple[list[int], list[float], bool]
+
+class Completion(NamedTuple):
+    """ids: the last is a stop token, unless it was cut at max_new_tokens; logprobs: of each id."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    is_cut: bool
+
+
+# (0-based step, its prompts, the completions of each) -> the batch of that step.
+MakeBatch = Callable[[int, Sequence[Prompt], Sequence[Sequence[Completion]]], Batch]
 
 
 class Rollouts:
@@ -49,23 +58,31 @@ class Rollouts:
     def __init__(
         self,
         config: Config,
-        prompts: Prompts,
+        cfg: RolloutConfig,
+        prompts: "PromptStream",
         tokenizer: Tokenizer,
-        rewards: Sequence[Reward],
+        make_batch: MakeBatch,
+        *,
+        of_average: bool = False,
     ):
-        self._config, self._cfg = config, config.objective.grpo
-        self._prompts, self._tokenizer, self._rewards = prompts, tokenizer, rewards
+        """of_average: whether the moving average of the weights writes.
+
+        Raises:
+          ConfigError: the run has several processes.
+        """
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"config.{cfg.section}: completions are written in one process so far; this run "
+                f"has {jax.process_count()}."
+            )
+        self._config, self._cfg, self._prompts = config, cfg, prompts
+        self._tokenizer, self._make_batch, self._of_average = tokenizer, make_batch, of_average
         self._next_step = 0
         self._unused: list[list[list[Completion]]] = []  # of each step, of each prompt
 
-    def start(
-        self, program: Program, workdir: str, reference: Callable[[Batch], np.ndarray] | None
-    ) -> None:
-        """Takes the model whose weights `follow` shows.
-
-        reference: returns the log-probabilities of a batch's targets, float32 [B, T].
-        """
-        self._program, self._reference = program, reference
+    def start(self, program: Program, workdir: str) -> None:
+        """Takes the model whose weights `follow` shows."""
+        self._program = program
         self._samples = Path(workdir, metrics.COMPLETIONS)
         self._rollout_engine: Engine | None = None
         cfg, _ = lora.merge(program.config.model, {})
@@ -83,9 +100,9 @@ class Rollouts:
 
     # --- BatchIterator
 
-    def follow(self, params: dict[str, Any]) -> None:
-        """Shows the weights of the train state after the last step."""
-        self._params = params
+    def follow(self, state: TrainState) -> None:
+        """Shows the train state after the last step."""
+        self._params = used_params(state) if self._of_average else state.params
 
     def __iter__(self) -> "Rollouts":
         return self
@@ -94,8 +111,7 @@ class Rollouts:
         if not self._unused:
             self._unused = self._roll_out()
         groups = self._unused.pop(0)
-        prompts = self._prompts_of(self._next_step)
-        batch = self._batch(prompts, groups)
+        batch = self._make_batch(self._next_step, self._prompts.of_step(self._next_step), groups)
         self._next_step += 1
         return batch
 
@@ -107,7 +123,7 @@ class Rollouts:
         """Continues where `get_state` was called."""
         self._next_step = state["next_index"]
         self._unused = [
-            [[tuple(completion) for completion in group] for group in groups]
+            [[Completion(*completion) for completion in group] for group in groups]
             for groups in state["unused"]
         ]
 
@@ -116,15 +132,11 @@ class Rollouts:
 
     # --- Rolling out
 
-    def _prompts_of(self, step: int) -> list[Prompt]:
-        count = self._config.train.batch_size // self._cfg.num_generations
-        return [self._prompts.prompt(step * count + i) for i in range(count)]
-
     def _roll_out(self) -> list[list[list[Completion]]]:
         """Completions for steps_per_rollout steps from the next one on."""
         steps = range(self._next_step, self._next_step + self._cfg.steps_per_rollout)
-        prompts = [(step, p) for step in steps for p in self._prompts_of(step)]
-        stop_ids = {*self._tokenizer.stop_ids, *self._plain.eos_token_ids}
+        prompts = [(step, p) for step in steps for p in self._prompts.of_step(step)]
+        stop_ids = self._stop_ids()
         requests = [
             Request(
                 "",
@@ -151,7 +163,7 @@ class Rollouts:
             logprobs[place][choice] += [entry.logprob for entry in output.logprobs or ()]
             is_cut[place][choice] |= output.finish_reason == "length"
         groups = [
-            list(zip(*fields, strict=True)) for fields in zip(ids, logprobs, is_cut, strict=True)
+            list(map(Completion, *fields)) for fields in zip(ids, logprobs, is_cut, strict=True)
         ]
         per_step = len(groups) // len(steps)
         return [groups[i * per_step : (i + 1) * per_step] for i in range(len(steps))]
@@ -163,7 +175,7 @@ class Rollouts:
         if self._rollout_engine is None:
             model = Pretrained(self._plain, params, mesh=self._program.mesh)
             limits = Limits(
-                max_rows=min(_MAX_ROWS, self._config.train.batch_size),
+                max_rows=min(_MAX_ROWS, self._prompts.num_prompts * self._cfg.num_generations),
                 max_context=self._config.train.seq_len + 1,
                 max_queue=sys.maxsize,
                 invariant=True,
@@ -183,49 +195,17 @@ class Rollouts:
             for leaf, spec in zip(leaves, jax.tree.leaves(self._specs), strict=True)
         )
 
-    # --- Batches
+    # --- For those who make batches
 
-    def _batch(self, prompts: Sequence[Prompt], groups: list[list[Completion]]) -> Batch:
-        size, T = self._cfg.num_generations, self._config.train.seq_len
-        rows = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
-        texts = [self._text(ids) for _, (ids, _, _) in rows]
-        lengths_B = np.array([len(ids) for _, (ids, _, _) in rows])
-        names = [prompt.name for prompt, _ in rows]
-        columns = {name: [p.columns.get(name) for p, _ in rows] for name in prompts[0].columns}
-        rewards_BR = rewards_of(
-            self._rewards,
-            self._cfg.on_bad_reward,
-            lambda line: print(line, file=sys.stderr, flush=True),
-            [prompt.prompt for prompt, _ in rows],
-            texts,
-            columns,
-            names,
-        )
-        reward_B = total_rewards(self._cfg, rewards_BR, lengths_B)
-        advantages_B, is_counted_B, std_B = advantages(self._cfg, reward_B)
-        batch = {
-            **_rows(rows, T, self._tokenizer.pad_id),
-            "advantages": advantages_B,
-            "is_counted": is_counted_B,
-            "is_cut": np.array([is_cut for _, (_, _, is_cut) in rows], np.float32),
-            "reward": np.nan_to_num(reward_B),
-            "reward_std": std_B,
-            "rewards": np.nan_to_num(rewards_BR),
-        }
-        if self._reference:
-            batch["reference_logprobs"] = np.zeros((len(rows), T), np.float32)
-            batch["reference_logprobs"] = self._reference(batch)
-        self._keep(prompts[0], texts[:size], reward_B[:size])
-        return batch
+    def text(self, completion: Completion) -> str:
+        """What a completion says, without its stop token."""
+        ids = completion.ids
+        return self._tokenizer.decode(ids[:-1] if ids[-1] in self._stop_ids() else ids)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        ends = ids and ids[-1] in {*self._tokenizer.stop_ids, *self._plain.eos_token_ids}
-        return self._tokenizer.decode(ids[:-1] if ends else ids)
-
-    def _keep(self, prompt: Prompt, texts: Sequence[str], reward_G: np.ndarray) -> None:
-        """Appends a group to the file of samples."""
+    def keep(self, step: int, prompt: Prompt, texts: Sequence[str], reward_G: np.ndarray) -> None:
+        """Appends a group of 0-based `step` to the file of samples."""
         row = {
-            "step": self._next_step + 1,
+            "step": step + 1,
             "prompt": prompt.prompt,
             "completions": list(texts),
             "rewards": [None if np.isnan(r) else round(float(r), 4) for r in reward_G],
@@ -233,28 +213,54 @@ class Rollouts:
         with self._samples.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def _stop_ids(self) -> set[int]:
+        return {*self._tokenizer.stop_ids, *self._plain.eos_token_ids}
 
-def _rows(rows: Sequence[tuple[Prompt, Completion]], T: int, pad_id: int) -> Batch:
-    """One completion a row: the fields of pre-training, and rollout_logprobs."""
-    B = len(rows)
-    tokens, targets = (np.full((B, T), pad_id, np.int32) for _ in range(2))
-    segment_ids, positions = (np.zeros((B, T), np.int32) for _ in range(2))
-    loss_weights, rollout_logprobs = (np.zeros((B, T), np.float32) for _ in range(2))
-    for b, (prompt, (ids, logprobs, _)) in enumerate(rows):
-        text = [*prompt.ids, *ids]
-        n, start = len(text) - 1, len(prompt.ids) - 1
-        tokens[b, :n], targets[b, :n] = text[:-1], text[1:]
-        segment_ids[b, :n], positions[b, :n] = 1, np.arange(n)
-        loss_weights[b, start:n] = 1
-        rollout_logprobs[b, start:n] = logprobs
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "loss_weights": loss_weights,
-        "rollout_logprobs": rollout_logprobs,
-    }
+
+class PromptStream:
+    """The prompts of each step, as the loop asks of its data (`data.stream.DataStream`); batches
+    of them are made by `Rollouts`.
+    """
+
+    def __init__(self, prompts: Prompts, num_prompts: int, rows_per_prompt: int):
+        """num_prompts: of a step; rows_per_prompt: of a batch."""
+        self._prompts, self._per_prompt = prompts, rows_per_prompt
+        self.num_prompts = num_prompts
+
+    def of_step(self, step: int) -> list[Prompt]:
+        """The prompts of 0-based `step`."""
+        first = step * self.num_prompts
+        return [self._prompts.prompt(first + i) for i in range(self.num_prompts)]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all prompts."""
+        return len(self._prompts.all) * self._per_prompt
+
+    def validation(self, num_batches: int, rows: np.ndarray | None = None) -> list[Batch]:
+        """Nothing is held out: what is written in training was never seen before."""
+        return []
+
+    def rows_before(self, step: int) -> dict[str, int]:
+        """Returns how many rows come before 0-based `step`."""
+        return {"completions": step * self.num_prompts * self._per_prompt}
+
+    def identity(self) -> dict[str, Any]:
+        """That of the prompts."""
+        return self._prompts.identity()
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """Returns the prompts of 0-based `step`: see `DataStream.describe`."""
+        rows = [
+            {"source": "prompts", "documents": [{"name": prompt.name}]}
+            for prompt in self.of_step(step)
+            for _ in range(self._per_prompt)
+        ]
+        return {"rows": rows}
+
+    def __str__(self) -> str:
+        """The line of the log."""
+        return str(self._prompts)
 
 
 def _seed(run_seed: int, step: int, place: int) -> int:

@@ -405,7 +405,7 @@ class _Trainer:
     def _update(self, step: int) -> dict[str, jax.Array]:
         """Dispatches the train step on the next batch; returns its metrics."""
         with self._log.time("data"), self._watchdog.doing("waiting for a batch"):
-            self._batches.follow(self._state.params)
+            self._batches.follow(self._state)
             batch = next(self._batches)
         is_first = step == self._first_step + 1
         doing = "compiling its first step" if is_first else "in a step"

@@ -4,6 +4,7 @@ check that they are the run's model, and the files beside them that a run keeps.
 
 import dataclasses
 import os
+import runpy
 import shutil
 from typing import Any
 
@@ -20,6 +21,8 @@ from hunyuan_jax.weights.open import open_model
 from hunyuan_jax.weights.storage import Place
 
 _MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fine-tuning script
+
+_RECIPE = ".py"
 
 _GENERATION = "generation_config.json"
 
@@ -52,7 +55,8 @@ def complete(recipe: dict[str, Any]) -> dict[str, Any]:
     model, the tokenizer, and a seq_len of at most 4096 that the model can hold.
 
     Args:
-      recipe: nested dict of a `config.weights_recipe`, with the command line's overrides.
+      recipe: nested dict of a `config.weights_recipe`, with the command line's overrides.  Its
+        train.init_from may be another recipe, such as configs/a52b.py: `plan` needs no weights.
 
     Raises:
       ConfigError: no train.init_from, no model there, or an override that would give its weights
@@ -62,18 +66,31 @@ def complete(recipe: dict[str, Any]) -> dict[str, Any]:
     if not path:
         raise ConfigError(
             "config.train.init_from is empty, and this recipe takes its model from there; set it "
-            "to a model folder, its hub id, or the workdir of a run."
+            "to a model folder, its hub id, or the workdir of a run (plan takes a recipe too)."
         )
-    opened = open_model(path)
-    model = _filled(recipe["model"], to_dict(opened.cfg))
-    require_same_model(path, opened.cfg, from_dict(ModelConfig, model, "model."))
+    cfg, tokenizer = _of_recipe(path) if path.endswith(_RECIPE) else _of_weights(path)
+    model = _filled(recipe["model"], to_dict(cfg))
+    require_same_model(path, cfg, from_dict(ModelConfig, model, "model."))
     seq_len = min(_MAX_SEQ_LEN, model["max_position"])
     return {
         **recipe,
         "model": model,
-        "data": _filled(recipe["data"], {"tokenizer": opened.tokenizer_folder}),
+        "data": _filled(recipe["data"], {"tokenizer": tokenizer}),
         "train": _filled(recipe["train"], {"seq_len": seq_len}),
     }
+
+
+def _of_weights(path: str) -> tuple[ModelConfig, str]:
+    opened = open_model(path)
+    return opened.cfg, opened.tokenizer_folder
+
+
+def _of_recipe(path: str) -> tuple[ModelConfig, str]:
+    """Model and tokenizer of another recipe, which has no weights: to plan with."""
+    if not os.path.isfile(path):
+        raise ConfigError(f"config.train.init_from = {path!r}: no such file.")
+    values = runpy.run_path(path)["get_config"]().to_dict()
+    return from_dict(ModelConfig, values["model"], "model."), values["data"]["tokenizer"]
 
 
 def _filled(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +120,11 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
       ConfigError: the folder does not exist, or its model differs from `cfg`; the message names
         the first field that differs.
     """
+    if path.endswith(_RECIPE):
+        raise ConfigError(
+            f"config.train.init_from = {path!r} is a recipe, which has no weights; set it to a "
+            "model folder, its hub id, or the workdir of a run."
+        )
     opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
     require_same_model(path, opened.cfg, cfg)
     # A layer of multi-token prediction that one of the two lacks is drawn, or left out.

@@ -67,6 +67,13 @@ def with_values(config=BASE, **changes):
     )
 
 
+def online(**changes):
+    """A run whose pairs are written by the policy."""
+    changes = {"share": 0.5, "endpoint": "http://localhost", "max_new_tokens": 9, **changes}
+    fields = {f"objective__dpo__online__{name}": value for name, value in changes.items()}
+    return {"objective__name": "dpo", "model__moe__dispatch": "dropless", **fields}
+
+
 def test_a_mixture_survives_recipe_and_json():
     config = with_values(**mixture())
     assert from_config_dict(to_config_dict(config)) == config
@@ -489,6 +496,34 @@ BROKEN = [
         },
         "reference = 'adapter_off' needs adapters",
     ),
+    *(
+        ({f"objective__dpo__online__{name}": value}, f"config.objective.dpo.online.{message}")
+        for name, value, message in (
+            ("share", 1.5, "share = 1.5 must be in [0, 1]"),
+            ("share", 0.5, "share = 0.5 needs one judge, and has none; set one of rewards"),
+            ("endpoint", "localhost", "endpoint = 'localhost' must be a URL, such as http://"),
+            ("timeout", 0.0, "timeout = 0.0 must be positive"),
+            ("retries", -1, "retries = -1 must not be negative"),
+            ("num_generations", 1, "num_generations = 1 must be at least 2"),
+            ("length_penalty", -0.5, "length_penalty = -0.5 must not be negative"),
+        )
+    ),
+    (
+        {
+            "objective__dpo__online__share": 1.0,
+            "objective__dpo__online__endpoint": "http://localhost",
+            "objective__dpo__online__reward_model": "runs/judge",
+        },
+        "needs one judge, and has reward_model and endpoint",
+    ),
+    *(
+        ({**online(**changes)}, f"config.objective.dpo.online.{message}")
+        for changes, message in (
+            ({"share": 0.3}, "share = 0.3 of config.train.batch_size = 8 is 2.4 rows; take a"),
+            ({"max_new_tokens": 2048}, "max_new_tokens = 2048: two answers leave no room"),
+            ({"from_average": True}, "from_average = True needs a moving average; set"),
+        )
+    ),
     (
         {"objective__grpo__reward_weights": (1.0,)},
         "reward_weights = (1.0,) must have one weight for each of the 0 rewards",
@@ -791,6 +826,16 @@ def test_every_field_has_a_type_that_is_checked():
 def test_schedule_names_are_all_accepted():
     for name in typing.get_args(config_lib.ScheduleName):
         assert from_dict(ScheduleConfig, {"name": name}).name == name
+
+
+def test_settings_of_answers_that_nobody_writes_or_compares_are_named():
+    def idle(**changes):
+        lines = without_effect(with_values(**online(retries=5, **changes)))
+        return {line.split()[0].removeprefix("config.objective.dpo.online.") for line in lines}
+
+    assert idle(share=0.0, endpoint="") == {"max_new_tokens", "retries"}
+    assert idle(endpoint="", reward_model="runs/judge") == {"retries"}
+    assert idle() == set()
 
 
 # Nothing heavy before it is needed

@@ -152,7 +152,7 @@ def stream_of(config, rows_of_one=False):
     kept = [examples.Example(str(i), (text(), text())) for i in range(12)]
     found = examples.Examples(kept, 0, ("", 0), None)
     data = dataclasses.replace(config.data, validation_fraction=0.0)
-    stream = pairs.PackedPairs(found, data, config.train, 0)
+    stream = pairs.PackedPairs(found, data, config.train, 0, pairs.max_pairs(LENGTH))
     rows = [row for row in stream.training if row]
     return stream, [[pair] for row in rows for pair in row] if rows_of_one else rows
 

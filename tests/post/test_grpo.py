@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hunyuan_jax.config import GrpoConfig
+from hunyuan_jax.data.prompts import Prompt
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.post import grpo, rewards
 from hunyuan_jax.post.build import build_objective
@@ -140,22 +141,22 @@ def test_a_run_that_is_stopped_within_a_rollout_continues_bit_equal(finished, tm
     ],
 )
 def test_a_reward_that_fails_stops_or_leaves_its_groups_out(files, capsys, name, line):
-    function = rewards.Reward(f"{files / 'rewards.py'}:{name}")
-    rows = [f"prompts.jsonl:{1 + i // 4}" for i in range(8)]
-    call = ([""] * 8, ["text"] * 8, {}, rows)
-    with pytest.raises(ConfigError, match=line):
-        rewards.rewards_of([function], "stop", print, *call)
-    found = rewards.rewards_of([function], "skip", print, *call)
-    assert "Their groups are left out." in capsys.readouterr().out
-    cfg = GrpoConfig(num_generations=4)
+    function = rewards.Reward(f"{files / 'rewards.py'}:{name}", "config.rewards")
+    asked = [Prompt(f"prompts.jsonl:{i}", (1,), "", {}) for i in (1, 2)]
+    texts = [["text"] * 4] * 2
+    cfg = GrpoConfig(num_generations=4, on_bad_reward="skip")
+    with pytest.raises(ConfigError, match=rf"config\.objective\.grpo\.rewards: .*{line}"):
+        rewards.rewards_of([function], GrpoConfig(num_generations=4), asked, texts)
+    found = rewards.rewards_of([function], cfg, asked, texts)
+    assert "Their groups are left out." in capsys.readouterr().err
     _, is_counted_B, _ = rewards.advantages(cfg, rewards.total_rewards(cfg, found, np.ones(8)))
     assert not is_counted_B.any()  # the other group's rewards are equal
 
 
 @pytest.mark.parametrize("place", ["rewards", "nowhere.py:f", "{}:missing", "{}"])
 def test_a_function_that_is_not_there_is_refused(files, place):
-    with pytest.raises(ConfigError, match=r"config\.objective\.grpo\.rewards"):
-        rewards.Reward(place.format(files / "rewards.py"))
+    with pytest.raises(ConfigError, match=r"config\.rewards"):
+        rewards.Reward(place.format(files / "rewards.py"), "config.rewards")
 
 
 def test_advantages_are_those_of_numpy():

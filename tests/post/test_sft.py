@@ -26,8 +26,9 @@ from hunyuan_jax.infer.text import load
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import loop, step
+from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import build_program, init_state
-from support import recipes, runs
+from support import paths, recipes, runs
 from support.models import assert_close, fast_jit
 
 FOLDER = recipes.FOLDER
@@ -163,6 +164,18 @@ def test_the_data_of_a_run_may_not_change(finished, tmp_path):
     data = dataclasses.replace(config.data, source=str(tmp_path / "more.jsonl"))
     with pytest.raises(ConfigError, match=r"the text of config\.data has changed"):
         run(dataclasses.replace(config, data=data), workdir)
+
+
+def test_a_recipe_takes_its_model_from_another_recipe_to_be_planned():
+    preset = str(paths.ROOT / "configs/a52b.py")
+    config = recipes.config_of("sft", "chats.jsonl", train__init_from=preset)
+    assert config.model.hidden_size == 6400 and config.model.moe.aux_loss_weight == 0.01
+    assert config.model.hidden_dropout == 0.2 and config.train.seq_len == 4096
+    assert config.data.tokenizer == "hy.tiktoken"
+    with pytest.raises(ConfigError, match=r"a52b\.py' is a recipe, which has no weights; set"):
+        read_weights(preset, config.model, single_device_mesh())
+    with pytest.raises(ConfigError, match=r"init_from = 'none\.py': no such file"):
+        recipes.config_of("sft", "chats.jsonl", train__init_from="none.py")
 
 
 # --- The loss
