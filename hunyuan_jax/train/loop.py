@@ -398,8 +398,6 @@ class _Trainer:
         if is_saving:
             self._save(step, validation_loss)
         self._watchdog.finished(step)
-        if step == self._first_step + 1:
-            malloc.trim()  # returns what compiling used
         return is_stopping
 
     def _update(self, step: int) -> dict[str, jax.Array]:
@@ -410,7 +408,12 @@ class _Trainer:
         is_first = step == self._first_step + 1
         doing = "compiling its first step" if is_first else "in a step"
         with self._log.running(step), self._watchdog.doing(doing):
-            self._state, metrics = self._train_step(self._state, self._to_devices(batch))
+            batch = self._to_devices(batch)
+            if is_first:
+                # Before it runs, so that it does not run beside the memory that compiling used.
+                self._train_step = self._train_step.lower(self._state, batch).compile()
+                malloc.trim()
+            self._state, metrics = self._train_step(self._state, batch)
         return metrics
 
     def _is_validated(self, step: int) -> bool:
@@ -440,6 +443,7 @@ class _Trainer:
                 map(self._to_devices, self._validation),
                 lambda: self._looks_for_stop(signals),
             )
+        malloc.trim()  # returns what compiling the first validation used
         if found is None:
             self._log.print(f"step {step}: validation was stopped by a signal.")
             return None

@@ -128,6 +128,7 @@ LONG = SMALL | {
 # Kills its own process, as kill -9 does, so many seconds after the n-th call of a function.
 KILLER = """
 import itertools, os, runpy, signal, sys, threading
+from types import SimpleNamespace as Namespace
 from hunyuan_jax.checkpoint.store import Store
 from hunyuan_jax.data.loader import PackedRows
 from hunyuan_jax.train import step
@@ -144,7 +145,12 @@ def armed(function):
 
 if place == "in a step":
     make = step.make_train_step
-    step.make_train_step = lambda program: armed(make(program))
+    def make_armed(program):
+        lower = make(program).lower
+        return Namespace(
+            lower=lambda *args: Namespace(compile=lambda: armed(lower(*args).compile()))
+        )
+    step.make_train_step = make_armed
 elif place == "in the data worker":
     PackedRows.batch = armed(PackedRows.batch)
 elif place == "in the save":
