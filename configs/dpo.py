@@ -9,7 +9,7 @@ configs/sft.py.  docs/post_training.md has the formats of data and the losses.
 
 As in the Hunyuan-Large paper, section 4.2, the loss has a term of the chosen answers, and what is
 validated and exported is a moving average of the weights.  The paper leaves open how much of each.
-The paper's answers of the model itself, judged best and worst, are
+To train on the model's own answers too, as the paper does, set
 --config.objective.dpo.online.share=0.5 and a judge (docs/post_training.md).
 For adapters instead of whole weights add --config.model.lora.rank=16
 --config.schedule.peak_lr=2e-5.

@@ -11,6 +11,7 @@ Remat = Literal["none", "dots", "full"]
 RopeType = Literal["default", "plain", "alpha", "linear"]
 Dtype = Literal["float32", "bfloat16"]
 Scoring = Literal["softmax", "sigmoid"]
+BaseBits = Literal["none", "int8", "int4", "fp8"]
 
 MLP_TARGETS = ("gate", "up", "down")
 EXPERT_TARGETS = ("expert_gate", "expert_up", "expert_down")
@@ -126,6 +127,9 @@ class LoraConfig(Section):
     targets: tuple[str, ...] = ("q", "k", "v", "o")
     """Projections with an adapter: q k v o; gate up down (dense layer or shared expert);
     expert_gate expert_up expert_down (routed experts)."""
+    quantize: BaseBits = "none"
+    """Holds the frozen projections and experts in few bits (QLoRA), which a layer turns into
+    numbers when it is run: int4 (a scale for 128 inputs), int8 or fp8."""
 
     def check(self) -> None:
         """Raises ConfigError if the fields break a rule."""
@@ -134,6 +138,11 @@ class LoraConfig(Section):
             f"config.model.lora.rank = {self.rank} must not be negative; 0 trains all parameters.",
         )
         require(self.alpha > 0, f"config.model.lora.alpha = {self.alpha} must be positive.")
+        require(
+            self.rank > 0 or self.quantize == "none",
+            f"config.model.lora.quantize = {self.quantize!r} holds frozen weights in few bits, "
+            "and without adapters all are trained; set config.model.lora.rank.",
+        )
         targets = set(self.targets)
         require(
             0 < len(self.targets) == len(targets) and targets <= set(LORA_TARGETS),

@@ -59,6 +59,7 @@ class Config(Section):
             "vanish in the 16 bits of config.optimizer.state_dtype = 'fp8_lm'; take float32 or "
             "bfloat16.",
         )
+        self._check_few_bits()
         if self.objective.name == "dpo":
             self._check_dpo()
         if self.objective.name == "grpo":
@@ -80,6 +81,20 @@ class Config(Section):
                 f"= {train.seq_len}, or be a multiple of it that divides the {tokens} tokens of a "
                 "batch (of a micro-batch, with grad_accum_steps).",
             )
+
+    def _check_few_bits(self) -> None:
+        method, model = self.model.lora.quantize, self.model
+        require(
+            method == "none" or bool(self.train.init_from),
+            f"config.model.lora.quantize = {method!r} needs trained weights; set "
+            "config.train.init_from.",
+        )
+        require(
+            method == "none" or model.remat != "none",
+            "config.model.remat = 'none' keeps the numbers of all layers for the backward pass, "
+            f"so config.model.lora.quantize = {method!r} would save nothing; take 'dots' or "
+            "'full'.",
+        )
 
     def _check_dpo(self) -> None:
         dpo, train, moe = self.objective.dpo, self.train, self.model.moe

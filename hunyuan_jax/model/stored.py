@@ -11,6 +11,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params.abstract import structs
 from hunyuan_jax.params.tree import join, split
+from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.scaled import Scaled, is_scaled, store_params
 
 
@@ -20,7 +21,7 @@ def stored_params(
     """Returns the parameters as a train state holds them.
 
     Trained parameters are master weights in `state_dtype`.  Parameters that are not trained have
-    the dtype in which the model computes with them.
+    the dtype in which the model computes with them, or are QuantArrays and stay so.
 
     Args:
       params: nested dict of arrays.
@@ -33,7 +34,10 @@ def stored_params(
     )
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
     frozen = jax.tree.map(
-        lambda a, spec: a.astype(spec.dtype_in_use(compute_dtype)), frozen, frozen_specs
+        lambda a, spec: a if is_quantized(a) else a.astype(spec.dtype_in_use(compute_dtype)),
+        frozen,
+        frozen_specs,
+        is_leaf=is_quantized,
     )
     return join(frozen, store_params(trained, trained_specs, state_dtype))
 

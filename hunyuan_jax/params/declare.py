@@ -5,8 +5,10 @@ The role says what a parameter is for.  Optimizer groups, the dtype in which it 
 parameters can be quantised and which are adapters follow from it, never from a name.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from flax import nnx
 
 from hunyuan_jax.parallel import xla_workarounds
 from hunyuan_jax.params.roles import Role
+from hunyuan_jax.quant.array import QuantArray, dequantized
 from hunyuan_jax.quant.scaled import Scaled, dequantize, is_scaled
 
 
@@ -89,12 +92,34 @@ class Weight(NamedTuple):
         return _with_gradient_at(xla_workarounds.fusion_barrier(w), self.tap)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class FewBits:
+    """A frozen parameter in few bits, and the dtype in which it is used."""
+
+    codes: QuantArray
+    dtype: str
+
+    def __getitem__(self, index: Any) -> Self:
+        """Itself for `...`, as a flax Variable asks."""
+        assert index is Ellipsis
+        return self
+
+    def use(self, group: jax.Array | None = None) -> jax.Array:
+        """The parameter as numbers; `group` as for `Weight.use`."""
+        w = xla_workarounds.cast_inside_loop(
+            dequantized(self.codes, jnp.float32), jnp.dtype(self.dtype), group
+        )
+        return xla_workarounds.fusion_barrier(w)
+
+
 def in_use(tree: Any, group: jax.Array | None = None) -> Any:
-    """`tree` with every Weight replaced by its array; `group` as for `Weight.use`."""
+    """`tree` with every Weight and FewBits replaced by its array; `group` as for `Weight.use`."""
+    kinds = (Weight, FewBits)
     return jax.tree.map(
-        lambda leaf: leaf.use(group) if isinstance(leaf, Weight) else leaf,
+        lambda leaf: leaf.use(group) if isinstance(leaf, kinds) else leaf,
         tree,
-        is_leaf=lambda x: isinstance(x, Weight),
+        is_leaf=lambda x: isinstance(x, kinds),
     )
 
 

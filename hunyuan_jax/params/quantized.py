@@ -22,6 +22,7 @@ def assembled(
     matrices: Mapping[tuple[int, ...], Codes],
     *,
     is_transposed: bool,
+    is_frozen: bool = False,
 ) -> QuantArray:
     """A quantised parameter, laid out as its spec says.
 
@@ -32,6 +33,7 @@ def assembled(
       spec: of the parameter.
       matrices: [O, I] by their index in the stack, each taken once and then dropped.
       is_transposed: whether the parameter has its inputs first.
+      is_frozen: whether it lies as the parameter would everywhere, for training beside it.
 
     Raises:
       ConfigError: matrices of different kinds.
@@ -39,7 +41,7 @@ def assembled(
     mesh = spec.sharding.mesh
     first = next(iter(matrices.values()))
     _check_kinds(name, matrices)
-    array = layout(spec, first, is_transposed=is_transposed)
+    array = layout(spec, first, is_transposed=is_transposed, is_frozen=is_frozen)
     stack = spec.shape[: spec.num_stacked]
     values = np.empty(array.values.shape, array.values.dtype)
     scale = np.empty(array.scale.shape, np.float32)
@@ -68,7 +70,9 @@ def assembled(
     return jax.tree.map(put, array, rules.quantized_specs(spec.dims, array))
 
 
-def layout(spec: ParamSpec, codes: Codes, *, is_transposed: bool) -> QuantArray:
+def layout(
+    spec: ParamSpec, codes: Codes, *, is_transposed: bool, is_frozen: bool = False
+) -> QuantArray:
     """A quantised parameter without its numbers and outliers: `ShapeDtypeStruct`s with shardings.
 
     Args:
@@ -77,7 +81,7 @@ def layout(spec: ParamSpec, codes: Codes, *, is_transposed: bool) -> QuantArray:
     mesh = spec.sharding.mesh
     stack, dims = spec.shape[: spec.num_stacked], spec.shape[spec.num_stacked :]
     num_out, num_in = codes.values.shape
-    by_rows = mesh.size == 1 and device_kind(mesh) == "cpu"
+    by_rows = mesh.size == 1 and device_kind(mesh) == "cpu" and not is_frozen
     is_out_first = by_rows or not is_transposed
     in_dims, out_dims = _split(dims, num_in if is_transposed else num_out)
     in_dims, out_dims = (in_dims, out_dims) if is_transposed else (out_dims, in_dims)

@@ -115,6 +115,8 @@ class Dpo(Pretrain):
         """A hash of the weights and the data, and of what decides the last bits."""
         init_from = self.config.train.init_from
         weights = open_model(init_from).fingerprint if init_from else self.config.train.seed
+        quantize = self.config.model.lora.quantize
+        weights = weights if quantize == "none" else [weights, quantize]
         model = to_dict(dataclasses.replace(self.config.model, lora=LoraConfig()))
         num_micro_batches = self.config.train.grad_accum_steps
         text = json.dumps([weights, model, num_micro_batches, self._stream.layout()])

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hunyuan_jax.config import StateDtype
+from hunyuan_jax.quant.array import dequantized, is_quantized
 
 _MAX_EXPONENT = 126  # 2**126 and its inverse are both normal float32 numbers
 
@@ -94,16 +95,19 @@ def store_params(
 def load_params(
     params: dict[str, Any], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Dequantizes what `store_params` made Scaled to `dtype`; other arrays are unchanged.
+    """Dequantizes what `store_params` made Scaled, and QuantArrays, to `dtype`; other arrays are
+    unchanged.
 
     The model casts its matrices to its own dtype anyway.  Passing that dtype here saves the
     float32 copy, and gradients have that dtype too.
     """
-    return jax.tree.map(
-        lambda leaf: dequantize(leaf, dtype) if is_scaled(leaf) else leaf,
-        params,
-        is_leaf=is_scaled,
-    )
+
+    def dense(leaf):
+        if is_scaled(leaf):
+            return dequantize(leaf, dtype)
+        return dequantized(leaf, dtype) if is_quantized(leaf) else leaf
+
+    return jax.tree.map(dense, params, is_leaf=lambda x: is_scaled(x) or is_quantized(x))
 
 
 def is_scaled(leaf: Any) -> bool:

@@ -50,6 +50,7 @@ from hunyuan_jax.train.state import (
     abstract_state,
     build_program,
     convert,
+    describe_base,
     from_items,
     init_state,
     not_finite,
@@ -194,6 +195,8 @@ class _Trainer:
                 _work(self._program),
             )
         self._log.print(f"data: {self._stream}")
+        if self._config.model.lora.quantize != "none":
+            self._log.print(describe_base(self._program, self._state.params))
         for line in without_effect(self._config):
             self._log.print(line)
         for line in self._changes(facts) if facts else ():

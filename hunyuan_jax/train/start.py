@@ -16,7 +16,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
-from hunyuan_jax.weights import side_files
+from hunyuan_jax.weights import few_bits, side_files
 from hunyuan_jax.weights.open import open_model
 from hunyuan_jax.weights.storage import Place
 
@@ -108,7 +108,8 @@ def _filled(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """Returns the parameters of a model on the mesh, a nested dict of arrays.
 
-    They are float32 like a run's master weights, or have the dtype of `cfg` if LoRA freezes them.
+    They are float32 like a run's master weights, or have the dtype of `cfg` if LoRA freezes them;
+    with lora.quantize projections and experts are QuantArrays.
 
     Args:
       path: a model folder or its hub id, a converted checkpoint, or a workdir, whose newest
@@ -130,7 +131,14 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     # A layer of multi-token prediction that one of the two lacks is drawn, or left out.
     stored = {"num_mtp_layers": opened.cfg.num_mtp_layers, "mtp_loss_weight": 0.0}
     plain = dataclasses.replace(cfg, lora=LoraConfig(), **stored)
-    params = opened.read(abstract.shardings(abstract_model(plain, mesh)[1]))
+    specs = abstract_model(plain, mesh)[1]
+    if cfg.lora.quantize != few_bits.NUMBERS:
+        few_bits.check_method(plain, cfg.lora.quantize, "config.model.lora.quantize")
+        params = few_bits.read(
+            plain, specs, cfg.lora.quantize, opened.tensor, opened.codes, is_frozen=True
+        )
+    else:
+        params = opened.read(abstract.shardings(specs))
     unused = () if cfg.num_mtp_layers else ("mtp", "mtp_groups")
     return {name: tree for name, tree in params.items() if name not in unused}
 

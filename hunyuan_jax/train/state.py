@@ -1,6 +1,7 @@
 """The train state: arrays only, every leaf sharded by the rules table."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import join, part_like, path_of, split
 from hunyuan_jax.train.objective import BuildObjective, Objective
 from hunyuan_jax.train.pretrain import Pretrain
+from hunyuan_jax.weights import few_bits
 
 
 class TrainState(NamedTuple):
@@ -96,6 +98,10 @@ def build_program(
         return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
     shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, specs))
+    base = few_bits.with_base(config.model, specs, shardings.params)
+    shardings = shardings._replace(
+        params=jax.tree.map(lambda leaf: getattr(leaf, "sharding", leaf), base)
+    )
     taps = jax.tree.map(lambda spec: spec.struct(spec.dtype_in_use(config.model.dtype)), trained)
     objective = build_objective(config)
     return Program(config, mesh, graph_def, specs, tx, schedule, objective, shardings, taps)
@@ -148,6 +154,21 @@ def not_finite(params: dict[str, Any]) -> list[str]:
         for (path, _), ok in zip(leaves, jax.device_get(found), strict=True)
         if not ok
     ]
+
+
+def describe_base(program: Program, params: dict[str, Any]) -> str:
+    """A line about the memory of adapters and of the base they are trained beside."""
+    cfg = program.config.model
+    adapters, base = split(params, program.specs)
+    held, added = (sum(a.nbytes for a in jax.tree.leaves(t)) for t in (base, adapters))
+    dense = sum(
+        math.prod(spec.shape) * jnp.dtype(spec.dtype_in_use(cfg.dtype)).itemsize
+        for spec in jax.tree.leaves(split(program.specs, program.specs)[1])
+    )
+    return (
+        f"base in {cfg.lora.quantize}: {held / 2**20:,.1f} MiB held, {dense / 2**20:,.1f} MiB as "
+        f"numbers in {cfg.dtype}; adapters {added / 2**20:,.1f} MiB."
+    )
 
 
 def abstract_state(program: Program) -> TrainState:
@@ -228,6 +249,5 @@ def _new_state(
 
 
 def _state_shapes(config: Config, tx: Optimizer, specs: dict[str, Any]) -> TrainState:
-    return jax.eval_shape(
-        lambda params: _new_state(config, tx, specs, params), abstract.structs(specs)
-    )
+    params = few_bits.with_base(config.model, specs, abstract.structs(specs))
+    return jax.eval_shape(lambda params: _new_state(config, tx, specs, params), params)

@@ -19,8 +19,9 @@ from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.optim import guard as guard_lib
 from hunyuan_jax.parallel import hosts, rules, xla_cpu
 from hunyuan_jax.parallel.mesh import device_kind, first_device
-from hunyuan_jax.params.declare import Weight, in_use
+from hunyuan_jax.params.declare import FewBits, Weight, in_use
 from hunyuan_jax.params.tree import join, part_like, split
+from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics
 from hunyuan_jax.train.state import Program, TrainState, abstract_model
 from pallas_kernels import tpu_compiler
@@ -219,11 +220,16 @@ def _weights(program: Program, params: dict, taps: dict) -> dict:
     """Returns the parameters in the form that the model takes.
 
     The weights of the layers are converted layer by layer, the others at once.  Frozen weights
-    need no conversion.
+    are converted if they are held in few bits only.
     """
     trained, frozen = split(params, program.specs)
     weights = join(frozen, jax.tree.map(lambda tap, stored: Weight(stored, tap), taps, trained))
     stacks = program.config.model.stacks
+    weights = jax.tree.map(
+        lambda leaf: FewBits(leaf, program.config.model.dtype) if is_quantized(leaf) else leaf,
+        weights,
+        is_leaf=is_quantized,
+    )
     return {name: tree if name in stacks else in_use(tree) for name, tree in weights.items()}
 
 

@@ -17,6 +17,7 @@ from hunyuan_jax.params.quantized import assembled, layout
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import in_order
+from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.codes import FP8, GROUP, METHODS, Codes, dequantized, quantize
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
@@ -62,6 +63,8 @@ def read(
     method: str | None,
     tensor: Callable[[names.Entry], np.ndarray],
     codes: Callable[[names.Entry], Codes | None],
+    *,
+    is_frozen: bool = False,
 ) -> dict[str, Any]:
     """The parameters of a model, quantised ones as QuantArrays, on the devices of `specs`.
 
@@ -71,6 +74,7 @@ def read(
       method: one of CHOICES; None keeps integer codes of a folder, and dequantises FP8.
       tensor: an official tensor as numbers.
       codes: its codes in the folder, or None.
+      is_frozen: as for `params.quantized.assembled`.
 
     Raises:
       ConfigError: entries that are not finite, matrices of one parameter in different kinds.
@@ -99,7 +103,8 @@ def read(
         made = {entry.index: value for entry, value in in_order(few_bits, found)}
         missing = [index for index, value in made.items() if value is None]
         if not missing:
-            return assembled(path_of(path), spec, made, is_transposed=found[0].is_transposed)
+            turned = found[0].is_transposed
+            return assembled(path_of(path), spec, made, is_transposed=turned, is_frozen=is_frozen)
         if len(missing) < len(made):
             raise ConfigError(
                 f"{path_of(path)} is quantised in part: of its {len(made)} matrices "
@@ -116,9 +121,11 @@ def read(
     return jax.tree.map_with_path(one, specs)
 
 
-def abstract(cfg: ModelConfig, specs: dict[str, Any], method: str | None) -> dict[str, Any]:
-    """What `read` gives for a method or None, as shapes, dtypes and shardings.  EasyQuant's
-    outliers are left out.
+def abstract(
+    cfg: ModelConfig, specs: dict[str, Any], method: str | None, *, is_frozen: bool = False
+) -> dict[str, Any]:
+    """What `read` gives for a method or None, as shapes, dtypes and shardings; adapters too.
+    EasyQuant's outliers are left out.
     """
     first: dict[str, names.Entry] = {}
     for entry in names.entries(cfg):
@@ -126,6 +133,8 @@ def abstract(cfg: ModelConfig, specs: dict[str, Any], method: str | None) -> dic
     group = group_of(cfg)
 
     def one(path: tuple, spec: ParamSpec) -> Any:
+        if spec.role is Role.ADAPTER:
+            return spec.struct()
         entry = first[path_of(path)]
         if method is None or not is_quantizable(entry):
             return spec.struct(official.dtype_of(entry, cfg.dtype))
@@ -136,9 +145,21 @@ def abstract(cfg: ModelConfig, specs: dict[str, Any], method: str | None) -> dic
             np.broadcast_to(np.float32(0), (num_out, num_groups)),
             4 if method in ("int4", "easyquant") else 8,
         )
-        return layout(spec, codes, is_transposed=entry.is_transposed)
+        return layout(spec, codes, is_transposed=entry.is_transposed, is_frozen=is_frozen)
 
     return jax.tree.map_with_path(one, specs)
+
+
+def with_base(cfg: ModelConfig, specs: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of a run's parameters with what config.model.lora.quantize holds in few bits as
+    QuantArrays of `ShapeDtypeStruct`s with shardings.
+    """
+    if cfg.lora.quantize == NUMBERS:
+        return tree
+    base = abstract(cfg, specs, cfg.lora.quantize, is_frozen=True)
+    return jax.tree.map(
+        lambda held, leaf: held if is_quantized(held) else leaf, base, tree, is_leaf=is_quantized
+    )
 
 
 def _is_of(codes: Codes, method: str) -> bool:

@@ -22,7 +22,7 @@ from hunyuan_jax.params.abstract import ParamSpec
 from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.params.tree import split
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
-from hunyuan_jax.weights import names, side_files
+from hunyuan_jax.weights import few_bits, names, side_files
 from hunyuan_jax.weights.folder import with_stop_ids
 
 
@@ -93,7 +93,8 @@ class Run:
 
     def _target(self, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         # Not the state_dtype of config.json, which may already name the next one.
-        return abstract_stored_params(cfg, mesh, self._facts["state_dtype"])
+        target = abstract_stored_params(cfg, mesh, self._facts["state_dtype"])
+        return few_bits.with_base(cfg, abstract_model(cfg, mesh)[1], target)
 
     def _restore(self, target: dict[str, Any]) -> dict[str, Any]:
         with self._store() as store:

@@ -496,6 +496,20 @@ BROKEN = [
         },
         "reference = 'adapter_off' needs adapters",
     ),
+    ({"model__lora__quantize": "int4"}, "without adapters all are trained; set config.model.lora"),
+    (
+        {"model__lora__quantize": "int4", "model__lora__rank": 2},
+        "config.model.lora.quantize = 'int4' needs trained weights; set config.train.init_from",
+    ),
+    (
+        {
+            "model__lora__quantize": "int4",
+            "model__lora__rank": 2,
+            "model__remat": "none",
+            "train__init_from": "runs/tiny",
+        },
+        "config.model.remat = 'none' keeps the numbers of all layers for the backward pass",
+    ),
     *(
         ({f"objective__dpo__online__{name}": value}, f"config.objective.dpo.online.{message}")
         for name, value, message in (
