@@ -50,6 +50,20 @@ MODEL = (
         default_meaning="the model's",
         choices=("int8", "fp8"),
     ),
+    flags.Option(
+        "speculate",
+        str,
+        "Who drafts tokens that the model verifies: mtp, ngram or a small model's folder.",
+        default_meaning="nobody",
+    ),
+    flags.Option(
+        "speculate_tokens",
+        int,
+        "Tokens of a draft.",
+        default_meaning="1 for mtp, else 4",
+        minimum=1,
+        maximum=8,
+    ),
 )
 MAX_CONTEXT = flags.Option(
     "max_context",
@@ -83,14 +97,18 @@ def generate(values) -> int:
     start, num_tokens = time.perf_counter(), 0
     with _values_are_settings():
         sampling = _sampling(values)
-        pieces = load_lm(values).stream(values.prompt, sampling)
+        lm = load_lm(values)
+        pieces = lm.stream(values.prompt, sampling)
         print(values.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
             num_tokens += 1
     print()
+    seconds, stats = time.perf_counter() - start, lm.model.engine.stats()
+    drafts = f"; {stats.accepted_tokens} of {stats.draft_tokens} drafted tokens accepted"
     print(
-        f"({num_tokens} tokens in {time.perf_counter() - start:.1f} s with loading and compiling)",
+        f"({num_tokens} tokens in {seconds:.1f} s with loading and compiling"
+        f"{drafts * (values.speculate is not None)})",
         file=sys.stderr,
     )
     return 0
@@ -176,6 +194,8 @@ def load_lm(values) -> Any:
         mesh=_mesh(values.mesh),
         quantize=values.quantize,
         cache_dtype=values.cache_dtype,
+        speculate=values.speculate,
+        speculate_tokens=values.speculate_tokens,
     )
     seconds = time.perf_counter() - start
     _note(f"loaded in {seconds:.1f} s; the first answer waits for the compiler")

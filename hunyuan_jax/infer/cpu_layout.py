@@ -66,8 +66,6 @@ def unstacked(cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]) -> 
     """
     stacks: dict[str, dict[str, Any]] = {}
     for at in locations(cfg):
-        if at.name == "mtp_groups":  # does not generate
-            continue
         layers, place = stacks.setdefault(at.name, {}), f"layer_{at.place}"
         stacked, layer_specs = tree[at.name][place], specs[at.name][place]
         layers[f"layer_{len(layers)}"] = _of_group(stacked, layer_specs, at.group)

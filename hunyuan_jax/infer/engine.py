@@ -28,6 +28,7 @@ from hunyuan_jax.infer.request import (
 )
 from hunyuan_jax.infer.runner import Runner
 from hunyuan_jax.infer.scheduler import Choice, Plan, Scheduler, Shapes
+from hunyuan_jax.infer.speculate import Off, Proposer
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import rules
@@ -60,7 +61,15 @@ class Engine:
     scheduler, runner: who plans steps, and who runs them.
     """
 
-    def __init__(self, graph_def: nnx.GraphDef, params: dict[str, Any], limits: Limits):
+    def __init__(
+        self,
+        graph_def: nnx.GraphDef,
+        params: dict[str, Any],
+        limits: Limits,
+        proposer: Proposer | None = None,
+    ):
+        """`proposer`: of drafts; None drafts nothing."""
+        proposer = proposer or Off()
         model = nnx.merge(graph_def, params)
         cfg, mesh = model.cfg, model.mesh
         self.limits = limits
@@ -69,9 +78,15 @@ class Engine:
         num_lanes = num_lanes if cpu_layout.suits(cfg, mesh) else 1
         num_pools = num_lanes * rules.num_shards(mesh, "batch")
         shapes = shapes_of(cfg, mesh, limits, num_pools)
+        shapes = shapes._replace(step_tokens=1 + proposer.num_tokens)
         page_size, rows = shapes.page_size, shapes.rows
+        if proposer.num_tokens + 2 >= page_size:
+            raise ConfigError(
+                f"speculate_tokens = {proposer.num_tokens} must be at most page_size - 3 = "
+                f"{page_size - 3}; use fewer."
+            )
         of_one = -(-self.max_context // page_size)
-        affordable = _affordable_pages(cfg, mesh, page_size, limits.cache_dtype) // num_lanes
+        affordable = _affordable_pages(cfg, mesh, page_size, limits, proposer) // num_lanes
         num_pages = limits.num_pages or max(of_one, min(rows * of_one, affordable))
         if num_pages < of_one:
             raise ConfigError(
@@ -89,6 +104,7 @@ class Engine:
             self.max_context,
             limits.invariant,
             limits.cache_dtype,
+            proposer,
         )
         self._lock = threading.Condition()
         self._step_lock = threading.Lock()
@@ -103,7 +119,7 @@ class Engine:
         self._clock = _Clock()
         self._compilations = _Compilations()
         self._warming: list[Future] = []
-        self._vocab_size = cfg.vocab_size
+        self._vocab_size, self._num_drafts = cfg.vocab_size, proposer.num_tokens
         self.scheduler.max_steps = 1
 
     # -- for any thread -------------------------------------------------------
@@ -173,6 +189,9 @@ class Engine:
             generated_tokens=scheduler.num_generated,
             prefix_queries=scheduler.num_looked_up,
             prefix_hits=scheduler.num_found,
+            drafts=scheduler.num_verified,
+            draft_tokens=scheduler.num_verified * self._num_drafts,
+            accepted_tokens=scheduler.num_accepted,
             idle_share=self._clock.idle_share,
             steps=self._clock.num_steps,
             host_seconds=self._clock.host_seconds,
@@ -354,9 +373,14 @@ def _num_pieces(cfg: Any, mesh: Any, piece: int) -> tuple[int, ...]:
     return tuple(num for num in _NUM_PIECES if num <= max(4, most))
 
 
-def _affordable_pages(cfg: Any, mesh: Any, page_size: int, cache_dtype: str | None) -> int:
+def _affordable_pages(
+    cfg: Any, mesh: Any, page_size: int, limits: Limits, proposer: Proposer
+) -> int:
     """Pages of each pool that a share of the memory holds."""
-    entries = jax.eval_shape(lambda: empty_cache(cfg, 1, page_size, cache_dtype)).entries
+    size = (1, page_size, limits.cache_dtype)
+    entries = jax.eval_shape(
+        lambda: (empty_cache(cfg, *size).entries, proposer.new_entries(*size))
+    )
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
     num_shards = rules.num_shards(mesh, "batch")
     # The pages of a pool are spread over the devices that hold one batch shard.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import cpu_layout
+from hunyuan_jax.infer import speculate as proposers
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling, checked_ids
@@ -47,12 +49,13 @@ class Pretrained:
         layout: write.Layout | None = None,
         mesh: Mesh | None = None,
         texts: dict[str, bytes] | None = None,
-        cache_dtype: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ):
         """layout: in which it is saved; None is a new one with the files `texts`, by name;
-        cache_dtype: of `Limits`, for engines that name none.
+        defaults: fields of `Limits`, for engines that leave them out.
         """
-        self._cache_dtype = cache_dtype
+        self._defaults = dict(defaults or {})
+        self._drafts: dict[str, Pretrained] = {}
         self.config = dropless(config)
         self._layout, self._texts = layout, texts or {}
         self.mesh = single_device_mesh() if mesh is None else mesh
@@ -244,10 +247,34 @@ class Pretrained:
         return self.new_engine(Limits())
 
     def new_engine(self, limits: Limits) -> Engine:
-        """An engine of its own, with a cache and programs within these limits."""
-        cache_dtype = limits.cache_dtype or self._cache_dtype
-        limits = dataclasses.replace(limits, cache_dtype=cache_dtype)
-        return Engine(self._graph_def, self.params, limits)
+        """An engine of its own, with a cache and programs within these limits.
+
+        Raises:
+          ConfigError: limits that the model cannot keep.
+        """
+        own = {name: getattr(limits, name) or value for name, value in self._defaults.items()}
+        limits = dataclasses.replace(limits, **own)
+        return Engine(self._graph_def, self.params, limits, self._proposer(limits))
+
+    def _proposer(self, limits: Limits) -> proposers.Proposer:
+        if limits.speculate in (None, *proposers.NUM_DRAFTS):
+            return proposers.without_model(limits, self.config)
+        path = limits.speculate
+        if path not in self._drafts:
+            self._drafts[path] = from_pretrained(path, self.config.dtype, self.mesh)
+        draft = self._drafts[path]
+        if draft.config.vocab_size != self.config.vocab_size:
+            raise ConfigError(
+                f"speculate = {path}: its vocabulary has {draft.config.vocab_size} tokens, the "
+                f"model's {self.config.vocab_size}; they must be the same."
+            )
+        graph_def, params = draft._graph_def, draft.params
+        if cpu_layout.suits(draft.config, draft.mesh):
+            graph_def = cpu_layout.graph_def(draft.config, draft.mesh)
+            specs = abstract_model(draft.config, draft.mesh)[1]
+            params = cpu_layout.unstacked(draft.config, params, specs)
+        num = proposers.num_drafts(limits)
+        return proposers.Draft(graph_def, params, draft.config, num)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes a model folder with the official names; one that was loaded unchanged comes out
@@ -289,6 +316,8 @@ def from_pretrained(
     adapter: str | os.PathLike | None = None,
     quantize: str | None = None,
     cache_dtype: str | None = None,
+    speculate: str | None = None,
+    speculate_tokens: int | None = None,
 ) -> Pretrained:
     """Loads a model folder with the official names, a checkpoint of `convert_torch.py import`, or
     the newest one of a training run.
@@ -309,11 +338,14 @@ def from_pretrained(
         folder, and turns its FP8 into numbers.
       cache_dtype: "int8" or "fp8" keeps keys and values in eight bits while generating; None in
         the model's dtype.
+      speculate: "mtp", "ngram" or the folder of a small model with the same vocabulary drafts
+        tokens that the model verifies while generating; speculate_tokens: of a draft.
 
     Raises:
       ConfigError: not such a folder, or tensors that do not fit its config.json.
     """
-    return load(open_model(path, dtype), mesh, adapter, quantize, cache_dtype)
+    limits = {"speculate": speculate, "speculate_tokens": speculate_tokens}
+    return load(open_model(path, dtype), mesh, adapter, quantize, cache_dtype, **limits)
 
 
 @settings.stated()
@@ -323,11 +355,17 @@ def load(
     adapter: str | os.PathLike | None = None,
     quantize: str | None = None,
     cache_dtype: str | None = None,
+    **limits: Any,
 ) -> Pretrained:
-    """As `from_pretrained`, of a model that is open already."""
+    """As `from_pretrained`, of a model that is open already; limits: further fields of `Limits`
+    for engines that leave them out.
+    """
     few_bits.check_method(opened.cfg, quantize, "quantize")
-    Limits(cache_dtype=cache_dtype)  # refused before the weights are read
-    made = functools.partial(Pretrained, opened.cfg, cache_dtype=cache_dtype)
+    defaults = {"cache_dtype": cache_dtype} | limits
+    checked = Limits(**defaults)  # refused before the weights are read
+    if checked.speculate in proposers.NUM_DRAFTS:
+        proposers.without_model(checked, opened.cfg)
+    made = functools.partial(Pretrained, opened.cfg, defaults=defaults)
     mesh = single_device_mesh() if mesh is None else mesh
     specs = abstract_model(opened.cfg, mesh)[1]
     texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}

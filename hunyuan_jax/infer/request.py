@@ -26,6 +26,8 @@ from hunyuan_jax.infer.settings import Sampling
 FinishReason = Literal["stop", "length", "abort"]
 # What keys and values may be held in, beside the model's own dtype.
 CACHE_DTYPES = ("int8", "fp8")
+# Tokens of a draft, at most.
+MAX_DRAFTS = 8
 
 
 class QueueFull(RuntimeError):
@@ -60,10 +62,25 @@ class Limits:
     invariant: bool = False
     """Whether a request's tokens and logprobs are bit-equal whatever its neighbours."""
 
+    speculate: str | None = None
+    """Who drafts tokens that the model verifies: mtp, ngram or the folder of a small model."""
+    speculate_tokens: int | None = None
+    """Tokens of a draft, 1 to 8; None takes 1 for mtp, else 4."""
+
     def __post_init__(self) -> None:
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             choices = ", ".join(CACHE_DTYPES)
             raise ConfigError(f"cache_dtype = {self.cache_dtype!r}; use {choices}.")
+        num = self.speculate_tokens
+        if num is not None and not (self.speculate and 1 <= num <= MAX_DRAFTS):
+            raise ConfigError(
+                f"speculate_tokens = {num} must be 1 to {MAX_DRAFTS}, and needs speculate."
+            )
+        if self.speculate and self.invariant:
+            raise ConfigError(
+                f"speculate = {self.speculate!r} with invariant: how many tokens a step reads "
+                "changes the last bits; leave one out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +139,11 @@ class Stats:
     """Counts since the engine was built; running, waiting and pages are those of now.
 
     pages_cached: not in use, with contents that a prompt may share; prefix_queries and
-    prefix_hits: prompt tokens that were looked up, and found; idle_share: of the time in which
-    there was work, the share in which the device had none; steps: calls of `step`; host_seconds:
-    CPU time of the threads that called it; compilations: inside steps, since all programs are
-    compiled.
+    prefix_hits: prompt tokens that were looked up, and found; drafts: steps of rows that verified
+    one, draft_tokens and accepted_tokens: their tokens, and those that were drawn; idle_share: of
+    the time in which there was work, the share in which the device had none; steps: calls of
+    `step`; host_seconds: CPU time of the threads that called it; compilations: inside steps, since
+    all programs are compiled.
     """
 
     running: int
@@ -138,6 +156,9 @@ class Stats:
     generated_tokens: int
     prefix_queries: int
     prefix_hits: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
     idle_share: float
     steps: int
     host_seconds: float

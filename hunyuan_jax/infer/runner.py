@@ -23,6 +23,7 @@ from hunyuan_jax.infer.plan_array import COLUMN
 from hunyuan_jax.infer.request import TokenLogprobs
 from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
+from hunyuan_jax.infer.speculate import Proposer
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
 from hunyuan_jax.params.abstract import row_major
@@ -76,9 +77,11 @@ class Runner:
         max_context: int,
         is_invariant: bool,
         cache_dtype: str | None,
+        proposer: Proposer,
     ):
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
+        self._proposer = proposer
         self.replace_weights(params)
         defs = {"chunk": graph_def, "decode": graph_def}
         if cpu_layout.suits(self._cfg, self._mesh):
@@ -92,7 +95,7 @@ class Runner:
         self._lines = plan_array.Lines(num_lanes * shards, shapes.rows, num_columns)
         self._width = plan_array.width(num_columns)
         self._sources = programs.Sources(
-            defs, self._cfg, self._mesh, shapes, num_pages, num_columns, cache_dtype
+            defs, self._cfg, self._mesh, shapes, num_pages, num_columns, cache_dtype, proposer
         )
         new_state = jax.jit(self._sources.new_state)
         self.lanes = [
@@ -112,9 +115,10 @@ class Runner:
         """Computes with these from the next call on."""
         specs = abstract_model(self._cfg, self._mesh)[1]
         if cpu_layout.suits(self._cfg, self._mesh):
-            self._params = cpu_layout.unstacked(self._cfg, params, specs)
+            params = cpu_layout.unstacked(self._cfg, params, specs)
         else:
-            self._params = jax.tree.map(row_major, params, specs, is_leaf=is_quantized)
+            params = jax.tree.map(row_major, params, specs, is_leaf=is_quantized)
+        self._params = (params, self._proposer.params)
 
     # -- programs -------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class Runner:
         program, num_lines = self._program("decode", num_needed)
         plan_BC = self._empty_plan(len(lane.pools) * num_lines, 0)
         for i, pool in enumerate(lane.pools):
-            rows = [choice.row for choice, _ in plan.rows[pool]]
+            rows = [row.choice.row for row in plan.rows[pool]]
             lines = plan_BC[i * num_lines : i * num_lines + len(rows)]
             np.take(self._lines.of_pools[pool], rows, axis=0, out=lines, mode="clip")
         plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
@@ -226,7 +230,7 @@ class Runner:
         return _RowCall(results, lane.pools, num_lines)
 
     def _admit(self, lane: Lane, choice: Choice) -> None:
-        if not plan_array.adjusts(choice):
+        if not (plan_array.adjusts(choice) or self._proposer.keeps_tokens):
             return
         V = self._cfg.vocab_size
         answer = np.asarray(choice.tokens[choice.num_prompt :], np.int64)
@@ -235,10 +239,12 @@ class Runner:
         for token, bias in choice.request.sampling.logit_bias:
             bias_V[token] = bias
         seen = Seen(is_prompt_V, np.bincount(answer, minlength=V).astype(np.int32), bias_V)
+        tokens_S = np.zeros(lane.state.memory.tokens_LS.shape[1], np.int32)
+        tokens_S[: len(choice.tokens)] = choice.tokens[: len(tokens_S)]
         (program, _), row = self._program("admit"), np.int32(self._row(lane, choice))
 
         def call():
-            lane.state = program(lane.state, row, seen)
+            lane.state = program(lane.state, row, seen, tokens_S)
 
         lane.thread.submit(call)
 
@@ -269,14 +275,15 @@ class Runner:
                 num_top = chunk.choice.request.sampling.prompt_logprobs
                 if num_top is not None:
                     of_prompt = _entries(prompt, (line, slice(*_scored(chunk))), num_top)
-                drawn = _drawn(results, tokens_BI, line, chunk.choice)
+                drawn = _drawn(results, tokens_BI[line], line, chunk.choice)
                 of_chunks[i] = drawn._replace(prompt_logprobs=of_prompt)
         for (_, pools, num_lines), results in zip(dispatched.row_calls, found_rows, strict=True):
-            tokens_BI = _tokens(results, plan.num_steps)
+            width = 1 + self._proposer.num_tokens
+            tokens_BI = _tokens(results, plan.num_steps * width)
             for i, pool in enumerate(pools):
                 of_rows[pool] = [
-                    _drawn(results, tokens_BI, line, choice)
-                    for line, (choice, _) in enumerate(plan.rows[pool], i * num_lines)
+                    _drawn(results, tokens_BI[line], line, row.choice, width)
+                    for line, row in enumerate(plan.rows[pool], i * num_lines)
                 ]
         return of_chunks, of_rows, ready
 
@@ -286,20 +293,22 @@ def _call(program: Callable, params: Any, lane: Lane, plan_BC: np.ndarray) -> An
     return results
 
 
-def _tokens(results: programs.Results, num_steps: int) -> list[list[int]]:
-    """What each line has drawn in so many steps."""
-    num_made, tokens_BI = np.asarray(results.num_made_B), np.asarray(results.tokens_IB).T
-    rows = tokens_BI[:, :num_steps].tolist()
-    return [row[:num] for row, num in zip(rows, num_made.tolist(), strict=True)]
+def _tokens(results: programs.Results, most: int) -> list[list[int]]:
+    """The first of each line's tokens, as in `Results`."""
+    return np.asarray(results.tokens_IB).T[:, :most].tolist()
 
 
 def _drawn(
-    results: programs.Results, tokens_BI: list[list[int]], line: int, choice: Choice
+    results: programs.Results, tokens_I: list[int], line: int, choice: Choice, width: int = 1
 ) -> Drawn:
-    tokens, num_top = tokens_BI[line], choice.request.sampling.logprobs
-    if num_top is None:
-        return Drawn(tokens)
-    return Drawn(tokens, _entries(results.logprobs, (slice(len(tokens)), line), num_top))
+    """width: tokens of a step."""
+    places = [i for i, token in enumerate(tokens_I) if token >= 0]
+    tokens, num_top = [tokens_I[i] for i in places], choice.request.sampling.logprobs
+    logprobs = None
+    if num_top is not None:
+        logprobs = _entries(results.logprobs, (places, line), num_top)
+    num_steps = sum(token >= 0 for token in tokens_I[::width])
+    return Drawn(tokens, logprobs, num_steps=num_steps)
 
 
 def _scored(chunk: Chunk) -> tuple[int, int]:

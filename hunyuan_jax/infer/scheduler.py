@@ -22,7 +22,7 @@ class Shapes(NamedTuple):
 
     page_size: tokens of a page; piece: tokens of a piece of a prompt, whole pages; num_pieces: how
     many pieces of one pool a call may have, in ascending order from 1; rows: of each pool that
-    draw; max_steps: tokens that a row draws in one call.
+    draw; max_steps: steps of one call, in each of which a row draws 1 to step_tokens tokens.
     """
 
     page_size: int
@@ -30,6 +30,7 @@ class Shapes(NamedTuple):
     num_pieces: tuple[int, ...]
     rows: int
     max_steps: int
+    step_tokens: int = 1
 
 
 class Choice:
@@ -93,28 +94,39 @@ class Chunk:
     is_last: bool
 
 
+class Row(NamedTuple):
+    """A choice that draws at most so many tokens."""
+
+    choice: Choice
+    epoch: int
+    most: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: chunks, then num_steps tokens of each row, fewer if one ends and ends_early.
+    """One call: chunks, then num_steps steps of each row, fewer if one ends and ends_early.
 
-    rows: of each pool, choices with their epochs; changed: choices that have got a row or pages
-    since the last plan.
+    rows: of each pool; changed: choices that have got a row or pages since the last plan.
     """
 
     step: int
     chunks: list[Chunk]
-    rows: list[list[tuple[Choice, int]]]
+    rows: list[list[Row]]
     num_steps: int
     ends_early: bool
     changed: list[Choice]
 
 
 class Drawn(NamedTuple):
-    """What came back of a chunk or a row: tokens, and logprobs as far as asked."""
+    """What came back of a chunk or a row: tokens, and logprobs as far as asked.
+
+    num_steps: in which they were drawn.
+    """
 
     tokens: Sequence[int]
     logprobs: Sequence[TokenLogprobs] | None = None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    num_steps: int = 0
 
 
 class Scheduler:
@@ -131,6 +143,8 @@ class Scheduler:
         self.max_rows = shapes.rows
         self.num_preempted = self.num_prompt_tokens = self.num_generated = 0
         self.num_looked_up = self.num_found = 0
+        # Steps that verified drafts, and drafts that were drawn.
+        self.num_verified = self.num_accepted = 0
         self._shapes = shapes
         self._is_invariant = is_invariant
         self._step = 0
@@ -167,15 +181,15 @@ class Scheduler:
         self._step += 1
         rows = self._drawing_rows()
         chunks = self._chunks() if self._reading or self.waiting else []
-        num_steps = 1
-        if not chunks:
-            num_steps = next((n for n in _halves(self.max_steps) if self._grow(rows, n)), 1)
+        width, wanted = self._shapes.step_tokens, (1,) if chunks else _halves(self.max_steps)
+        num_steps = next((n for n in wanted if self._grow(rows, n * width)), 1)
         if not chunks and not rows:
             return None
-        of_pools: list[list[tuple[Choice, int]]] = [[] for _ in self.pools]
+        of_pools: list[list[Row]] = [[] for _ in self.pools]
         for choice in rows:
-            choice.length += num_steps
-            of_pools[choice.pool].append((choice, choice.epoch))
+            most = min(num_steps * width, choice.capacity + 1 - choice.length)
+            choice.length += most
+            of_pools[choice.pool].append(Row(choice, choice.epoch, most))
         changed, self._changed = self._changed, []
         return Plan(self._step, chunks, of_pools, num_steps, bool(self.waiting), changed)
 
@@ -335,13 +349,16 @@ class Scheduler:
             if chunk.is_last:
                 outputs.append(self._take(choice, drawn, 1))
         for rows, of_pool in zip(plan.rows, of_rows, strict=True):
-            for (choice, epoch), drawn in zip(rows, of_pool, strict=True):
+            for (choice, epoch, most), drawn in zip(rows, of_pool, strict=True):
                 if not choice.is_finished and choice.epoch == epoch:
-                    outputs.append(self._take(choice, drawn, plan.num_steps))
+                    if self._shapes.step_tokens > 1:
+                        self.num_verified += drawn.num_steps
+                        self.num_accepted += len(drawn.tokens) - drawn.num_steps
+                    outputs.append(self._take(choice, drawn, most))
         return [output for output in outputs if output is not None]
 
-    def _take(self, choice: Choice, drawn: Drawn, num_steps: int) -> Output | None:
-        """Appends what one of num_steps steps has drawn; None if there is nothing to tell."""
+    def _take(self, choice: Choice, drawn: Drawn, most: int) -> Output | None:
+        """Appends what was drawn of `most` tokens; None if there is nothing to tell."""
         tokens, logprobs, reason = drawn.tokens, drawn.logprobs, None
         num_left = choice.limit - len(choice.tokens)
         if len(tokens) >= num_left:
@@ -350,7 +367,7 @@ class Scheduler:
             end = next(i for i, token in enumerate(tokens) if token in choice.stop_ids) + 1
             tokens, reason = tokens[:end], "stop"
         choice.tokens += tokens
-        choice.length += len(tokens) - num_steps
+        choice.length += len(tokens) - most
         if reason is not None:
             self._finish(choice)
         if logprobs is not None:

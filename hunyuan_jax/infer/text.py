@@ -276,11 +276,14 @@ def load(
     tokenizer: str | None = None,
     quantize: str | None = None,
     cache_dtype: str | None = None,
+    speculate: str | None = None,
+    speculate_tokens: int | None = None,
 ) -> LM:
     """Loads a model with its tokenizer and the sampling settings that its folder recommends.
 
     Args:
-      path, dtype, mesh, adapter, quantize, cache_dtype: as for `from_pretrained`.
+      path, dtype, mesh, adapter, quantize, cache_dtype, speculate, speculate_tokens: as for
+        `from_pretrained`.
       tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
         the model folder.
 
@@ -295,7 +298,8 @@ def load(
             "pass the one it was trained with."
         )
     recommended = read_sampling(opened.place)
-    model = pretrained.load(opened, mesh, adapter, quantize, cache_dtype)
+    limits = {"speculate": speculate, "speculate_tokens": speculate_tokens}
+    model = pretrained.load(opened, mesh, adapter, quantize, cache_dtype, **limits)
     return LM(model, vocabulary, recommended)
 
 

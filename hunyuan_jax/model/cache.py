@@ -33,17 +33,25 @@ class Cache(NamedTuple):
 
 
 def empty_cache(
-    cfg: ModelConfig, batch_size: int, num_slots: int, few_bits: CacheDtype | None = None
+    cfg: ModelConfig,
+    batch_size: int,
+    num_slots: int,
+    few_bits: CacheDtype | None = None,
+    *,
+    of_mtp: bool = False,
 ) -> Cache:
     """A cache for num_slots tokens a row, in the model's compute dtype; in pages, also in few
     bits.
+
+    Args:
+      of_mtp: that of the layer of multi-token prediction, in place of all others.
     """
     entries = {
         f"{prefix_of(name)}layer_{place}": spec.mixer.new_cache(
             stack, batch_size, num_slots, few_bits
         )
         for name, stack in cfg.stacks.items()
-        if name != "mtp_groups"
+        if (name == "mtp_groups") == of_mtp
         for place, spec in enumerate(pattern(stack))
         if spec.shares_kv_with is None
     }

@@ -54,7 +54,7 @@ class Transformer(nnx.Module):
         if cfg.num_mtp_layers:
             mtp_key, layer_key = jax.random.split(jax.random.fold_in(key, 3))
             self.mtp = Mtp(cfg, mesh, mtp_key)
-            self.mtp_groups = Stack(cfg.stacks["mtp_groups"], mesh, layer_key)
+            self.mtp_groups = stack(cfg.stacks["mtp_groups"], mesh, layer_key)
         self.final_norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = embedding.Head(cfg, mesh, head_key)
@@ -111,23 +111,24 @@ class Transformer(nnx.Module):
         """Appends T tokens to every row of a cache; each row must have room for them.
 
         Where rows need different numbers of tokens, extend all by the most, then
-        `cache.rollback`.  In pages, T is 1 or whole pages, at the beginning of one.
+        `cache.rollback`.  In pages, T is less than a page, or whole pages from the beginning of
+        one on.
         """
-        length_B = cache.length_B + tokens_BT.shape[1]
-        positions_BT = (cache.length_B - cache.start_B)[:, None] + jnp.arange(tokens_BT.shape[1])
-        sequence = Sequence(
-            rope.cos_sin(positions_BT, self.cfg),
-            jnp.ones_like(tokens_BT),
-            cache.start_B,
-            cache.length_B,
-            cache.table_BN,
-        )
+        sequence = self._behind(cache, tokens_BT)[1]
         hidden_BTD, entries, stats = self._run(tokens_BT, sequence, cache.entries)
+        length_B = cache.length_B + tokens_BT.shape[1]
         return Output(hidden_BTD, cache._replace(entries=entries, length_B=length_B), stats)
 
     def decode(self, token_B: jax.Array, cache: Cache) -> Output:
         """Appends one token to every row of a cache; the output has T = 1."""
         return self.extend(token_B[:, None], cache)
+
+    def _behind(self, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Sequence]:
+        """(positions [B, T] of tokens behind those of a cache, their sequence)."""
+        positions_BT = (cache.length_B - cache.start_B)[:, None] + jnp.arange(tokens_BT.shape[1])
+        angles = rope.cos_sin(positions_BT, self.cfg)
+        where = (cache.start_B, cache.length_B, cache.table_BN)
+        return positions_BT, Sequence(angles, jnp.ones_like(tokens_BT), *where)
 
     def _run(
         self,
@@ -184,6 +185,21 @@ class Transformer(nnx.Module):
             key = jax.random.fold_in(key, self.cfg.num_layers + 1)
         x_BTD, _, stats = self.mtp_groups(x_BTD, sequence, None, key, is_training)
         return Output(self.mtp.final_norm(x_BTD), None, stats)
+
+    def extend_mtp(self, hidden_BTD: jax.Array, next_BT: jax.Array, cache: Cache) -> Output:
+        """As `predict_next`, behind the tokens of a cache of that layer.
+
+        Args:
+          hidden_BTD: output of `extend` at the same slots; of further tokens, that of this.
+        """
+        positions_BT, sequence = self._behind(cache, next_BT)
+        x_BTD = self.mtp.join(self.embed(next_BT, self.cfg.dtype), hidden_BTD, positions_BT)
+        own = entries_of(cache.entries, "mtp_groups")
+        x_BTD, own, stats = self.mtp_groups(x_BTD, sequence, own, None, False)
+        entries = {prefix_of("mtp_groups") + place: entry for place, entry in own.items()}
+        length_B = cache.length_B + next_BT.shape[1]
+        cache = cache._replace(entries=entries, length_B=length_B)
+        return Output(self.mtp.final_norm(x_BTD), cache, stats)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]: for generation; a training loss comes from `token_losses`."""

@@ -240,7 +240,7 @@ def _compile(sources: Sources, name: str, num_lines: int, params: Any, state: An
     start = time.perf_counter()
     try:
         with tpu_compiler.without_cache():
-            compiled = sources.lower(name, num_lines, params, state).compile()
+            compiled = sources.lower(name, num_lines, (params, None), state).compile()
     except jax.errors.JaxRuntimeError as e:
         overflow = aot.parse_overflow(str(e))
         if overflow is None:

@@ -78,6 +78,19 @@ class Metrics:
                 "Prompt tokens found in the cache.",
                 stats.prefix_hits,
             ),
+            ("spec_decode_num_drafts_total", "counter", "Drafts verified.", stats.drafts),
+            (
+                "spec_decode_num_draft_tokens_total",
+                "counter",
+                "Tokens of drafts.",
+                stats.draft_tokens,
+            ),
+            (
+                "spec_decode_num_accepted_tokens_total",
+                "counter",
+                "Tokens of drafts that were drawn.",
+                stats.accepted_tokens,
+            ),
         ):
             lines += self._head(f"vllm:{name}", kind, meaning)
             lines.append(f"vllm:{name}{{{self._label}}} {value}")

@@ -6,6 +6,7 @@ Letters: P CLA groups, R pages, S slots of a page, B rows, N pages of a row, T n
 heads, G queries of a kv head, H head dim, Q = G * T.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention.api import MAX_TOKENS, decode_attention
 
 _MASKED = -1e30  # swallows any score in float32
-# Up to so many rows are written one after the other: XLA:CPU makes a loop of a scatter, which
+# Up to so many tokens are written one after the other: XLA:CPU makes a loop of a scatter, which
 # takes 200 us more for a token of four layers.
-_FEW_ROWS = 16
+_FEW_TOKENS = 16
 # Rows that share a loop over their pages.
 _ROWS_OF_LOOP = 4
 
@@ -31,20 +32,22 @@ def write_pages(
 ) -> jax.Array:
     """old_PRS with new_BT behind the length_B tokens of each row, in one group.
 
-    Both arrays may have further dims, the same ones.  T is 1, or a multiple of S, and then every
-    length too.
+    Both arrays may have further dims, the same ones.  T is less than S, or a multiple of it, and
+    then every length too.  Tokens beyond the table go to page 0, or nowhere.
     """
     (B, T), S = new_BT.shape[:2], old_PRS.shape[2]
     new_BT = new_BT.astype(old_PRS.dtype)
-    if T == 1:
-        page_B1 = jnp.take_along_axis(table_BN, (length_B // S)[:, None], 1, mode="clip")
-        if B <= _FEW_ROWS:
+    if T == 1 or T < S:
+        slot_BT = length_B[:, None] + jnp.arange(T)
+        page_BT = jnp.take_along_axis(table_BN, slot_BT // S, 1, mode="fill", fill_value=0)
+        if B * T <= _FEW_TOKENS:
             rest = (0,) * (old_PRS.ndim - 3)
-            for row in range(B):
-                start = (group, page_B1[row, 0], length_B[row] % S, *rest)
-                old_PRS = jax.lax.dynamic_update_slice(old_PRS, new_BT[None, row : row + 1], start)
+            for row, token in itertools.product(range(B), range(T)):
+                start = (group, page_BT[row, token], slot_BT[row, token] % S, *rest)
+                new = new_BT[None, row : row + 1, token : token + 1]
+                old_PRS = jax.lax.dynamic_update_slice(old_PRS, new, start)
             return old_PRS
-        return old_PRS.at[group, page_B1[:, 0], length_B % S].set(new_BT[:, 0])
+        return old_PRS.at[group, page_BT, slot_BT % S].set(new_BT)
     # Beyond the table lies padding: an index that is out of bounds writes nothing.
     place_Bn = (length_B // S)[:, None] + jnp.arange(T // S)
     page_Bn = jnp.take_along_axis(table_BN, place_Bn, 1, mode="fill")
