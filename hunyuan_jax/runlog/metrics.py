@@ -28,14 +28,9 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / FILE
-        kept = [
-            json.dumps(_finite(row), allow_nan=False) + "\n"
-            for row in read_objects(path)
-            if isinstance(row.get("step"), int) and row["step"] <= first_step
-        ]
-        new = path.with_suffix(".new")
-        new.write_text("".join(kept), encoding="utf-8")
-        new.replace(path)  # whole or not at all, if the process is killed here
+        _drop_later_rows(path, first_step)
+        if (completions := path.with_name(COMPLETIONS)).is_file():
+            _drop_later_rows(completions, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
             str(Path(workdir) / "tensorboard"), purge_step=first_step + 1
@@ -62,6 +57,17 @@ class MetricsWriter:
         self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _drop_later_rows(path: Path, last_step: int) -> None:
+    kept = [
+        json.dumps(_finite(row), allow_nan=False) + "\n"
+        for row in read_objects(path)
+        if isinstance(row.get("step"), int) and row["step"] <= last_step
+    ]
+    new = path.with_suffix(".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(path)  # whole or not at all, if the process is killed here
 
 
 def _finite(value: Any) -> Any:

@@ -2,21 +2,26 @@
 continue.
 """
 
+import dataclasses
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from hunyuan_jax.config import GrpoConfig
+from hunyuan_jax.checkpoint.store import finished_steps
+from hunyuan_jax.config import GrpoConfig, flat_fields, to_dict
 from hunyuan_jax.data.prompts import Prompt
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.post import grpo, rewards
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.report import page
 from hunyuan_jax.train import loop
-from support import recipes, runs
+from support import paths, processes, recipes, runs
 
 FUNCTIONS = """
 def vowels(prompts, completions, wanted, **columns):
@@ -35,6 +40,15 @@ def too_few(completions, **columns):
 
 def not_a_number(completions, **columns):
     return [float("nan"), *[1.0] * (len(completions) - 1)]
+"""
+
+
+# Before `processes.KILLER`: as `runs.on_one_device`.
+ON_ONE_DEVICE = """
+from hunyuan_jax.parallel import mesh
+from hunyuan_jax.train import loop
+
+loop.make_mesh = lambda _: mesh.single_device_mesh()
 """
 
 
@@ -116,20 +130,68 @@ def test_the_report_shows_rewards_and_completions(finished, tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_run_that_is_stopped_within_a_rollout_continues_bit_equal(finished, tmp_path):
+def test_a_run_that_is_killed_within_a_rollout_continues_bit_equal(finished, tmp_path):
+    """The checkpoint of step 1 holds the answers of step 2."""
     workdir, config = finished
-    original = loop.Log.step
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every=1)
+    )
+    fields = {name: value for name, value in flat_fields(to_dict(config)) if value != ()}
+    command = [sys.executable, "-c", ON_ONE_DEVICE + processes.KILLER, "in a rollout", "2", "0.05"]
+    command += [f"--config={paths.ROOT / 'configs/tiny.py'}", f"--workdir={tmp_path}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    killed = subprocess.run(command, cwd=paths.ROOT, env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(finished_steps(tmp_path / "checkpoints")) & {1, 2}
+    assert run(config, tmp_path) == 0
+    assert runs.losses(tmp_path) == runs.losses(workdir)
+    lines = (tmp_path / "completions.jsonl").read_text()
+    assert lines == (workdir / "completions.jsonl").read_text()
 
-    def stop_at_one(self, step, metrics):
-        original(self, step, metrics)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Log, "step", stop_at_one)
-        assert run(config, tmp_path / "parts") == 0
-    assert run(config, tmp_path / "parts") == 0
-    assert runs.losses(tmp_path / "parts") == runs.losses(workdir)
+GRPO = {
+    "objective.name": "grpo",
+    "objective.grpo.num_generations": 4,
+    "objective.grpo.max_new_tokens": 8,
+    "objective.grpo.steps_per_rollout": 2,
+    "objective.grpo.beta": 0.05,
+    "model.moe.dispatch": "dropless",
+    "model.attention_dropout": 0.0,
+    "model.hidden_dropout": 0.0,
+    "train.seq_len": 24,
+    "train.num_steps": 40,
+    "checkpoint.every": 3,
+}
+# (first and last call, longest delay) of a kill.
+PLACES = {
+    "in a step": ((2, 12), 0.05),
+    "in a rollout": ((2, 6), 0.3),
+    "in the save": ((1, 3), 0.15),
+    "in the checksums": ((1, 3), 0.03),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_kill_9_at_random_moments(files, tmp_path):
+    fields = GRPO | {"objective.grpo.rewards": f"('{files / 'rewards.py'}:vowels',)"}
+    prompts = files / "prompts.jsonl"
+    fields |= {"data.max_bad_fraction": 0.5}
+    processes.run(prompts, tmp_path / "whole", **fields)
+    rng, killed = random.Random(0), []
+    for place in [*PLACES] * 2:
+        (first, last), delay = PLACES[place]
+        when = (str(rng.randint(first, last)), str(rng.uniform(0, delay)))
+        script = ("-c", processes.KILLER, place, *when)
+        process = processes.start(prompts, tmp_path / "run", script, **fields)
+        status, error = processes.finished(process)
+        assert status in (0, -signal.SIGKILL), error
+        killed += [place] * (status != 0)
+    processes.run(prompts, tmp_path / "run", **fields)
+    assert processes.losses(tmp_path / "run") == processes.losses(tmp_path / "whole")
+    print(f"\n| kill -9 of a run by rewards | {len(killed)} | {', '.join(killed)} |")
+    assert len(killed) >= 6
 
 
 @pytest.mark.parametrize(

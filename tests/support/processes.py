@@ -131,6 +131,7 @@ import itertools, os, runpy, signal, sys, threading
 from types import SimpleNamespace as Namespace
 from hunyuan_jax.checkpoint.store import Store
 from hunyuan_jax.data.loader import PackedRows
+from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.train import step
 
 place, n, delay = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
@@ -153,6 +154,8 @@ if place == "in a step":
     step.make_train_step = make_armed
 elif place == "in the data worker":
     PackedRows.batch = armed(PackedRows.batch)
+elif place == "in a rollout":
+    Engine.run = armed(Engine.run)
 elif place == "in the save":
     Store._write = armed(Store._write)
 elif place == "in the checksums":
