@@ -34,6 +34,8 @@ FREE_FIELDS = {
     "data.source",
     "data.text_field",
     "data.tokenizer",
+    "objective.distill.teacher",  # compared by its weights (post/distill.py)
+    "objective.distill.inherit_from",
 }
 # Fields that may change when a run is continued, which then says so: they act on the numbers from
 # there on.  Those of config.schedule and train.num_steps are told by the learning rate.

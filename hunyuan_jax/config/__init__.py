@@ -7,6 +7,7 @@ answered before anything slow is loaded.
 """
 
 from hunyuan_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from hunyuan_jax.config.distill import DistillConfig
 from hunyuan_jax.config.effect import without_effect
 from hunyuan_jax.config.mesh import MeshConfig
 from hunyuan_jax.config.model import (
@@ -52,6 +53,7 @@ __all__ = [
     "ContextAttention",
     "DataConfig",
     "Dispatch",
+    "DistillConfig",
     "DpoConfig",
     "Dtype",
     "GrpoConfig",

@@ -112,7 +112,13 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
                 tuple(n for n in field_names() if n.startswith(f"objective.{name}.")),
                 f"config.objective.name = {config.objective.name!r}; it acts with {name!r}",
             )
-            for name in ("dpo", "grpo")
+            for name in ("dpo", "grpo", "distill")
+        ),
+        (
+            config.objective.name == "distill" and bool(config.train.init_from),
+            tuple(f"objective.distill.{name}" for name in ("inherit", "inherit_from", "groups")),
+            "config.train.init_from names the student's first weights; leave it empty to cut them "
+            "out of a larger model",
         ),
         (
             config.objective.name == "dpo" and not online.share,
@@ -126,6 +132,11 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
                 for name in ("endpoint_model", "criterion", "timeout", "retries")
             ),
             "config.objective.dpo.online.endpoint is empty; they are about its requests",
+        ),
+        (
+            config.objective.name == "distill" and config.objective.distill.inherit == "none",
+            ("objective.distill.inherit_from", "objective.distill.groups"),
+            "config.objective.distill.inherit = 'none' draws random weights; take 'magnitude'",
         ),
         (
             config.objective.name == "grpo",

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from hunyuan_jax.config.distill import DistillConfig
 from hunyuan_jax.config.section import Section, require
 from hunyuan_jax.files import AnyPath
 
-ObjectiveName = Literal["pretrain", "sft", "dpo", "grpo"]
+ObjectiveName = Literal["pretrain", "sft", "dpo", "grpo", "distill"]
 PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 Reference = Literal["stored", "adapter_off"]
 BadReward = Literal["stop", "skip"]
@@ -182,9 +183,11 @@ class ObjectiveConfig(Section):
     section = "objective"
 
     name: ObjectiveName = "pretrain"
-    """pretrain: cross entropy of the next token; sft: of what the assistant says in chats; dpo:
-    preferences between two answers; grpo: rewards of answers that it writes itself."""
+    """pretrain: the next token; sft: what the assistant says in chats; dpo: preferences between
+    two answers; grpo: rewards of answers that it writes itself; distill: what a teacher says."""
     dpo: DpoConfig = DpoConfig()
     """Settings of dpo."""
     grpo: GrpoConfig = GrpoConfig()
     """Settings of grpo."""
+    distill: DistillConfig = DistillConfig()
+    """Settings of distill."""

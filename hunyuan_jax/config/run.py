@@ -64,6 +64,12 @@ class Config(Section):
             self._check_dpo()
         if self.objective.name == "grpo":
             self._check_grpo()
+        if self.objective.name == "distill":
+            require(
+                self.objective.distill.top_k <= self.model.vocab_size,
+                f"config.objective.distill.top_k = {self.objective.distill.top_k} is above "
+                f"config.model.vocab_size = {self.model.vocab_size}; 0 compares all tokens.",
+            )
         planned, name = self.schedule.num_steps or train.num_steps, "train.num_steps"
         if self.schedule.num_steps:
             name = "schedule.num_steps"

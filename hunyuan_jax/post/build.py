@@ -23,4 +23,8 @@ def build_objective(config: Config) -> Objective:
             from hunyuan_jax.post.grpo import Grpo
 
             return Grpo(config)
+        case "distill":
+            from hunyuan_jax.post.distill import Distill
+
+            return Distill(config)
     raise AssertionError(config.objective.name)

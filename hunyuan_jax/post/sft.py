@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from hunyuan_jax.config import Config
 from hunyuan_jax.data import chats, examples
 from hunyuan_jax.data.stream import DataStream
 from hunyuan_jax.model.transformer import Transformer
@@ -31,11 +32,7 @@ class Sft(Pretrain):
 
     def open_stream(self, tokenizer: Tokenizer) -> DataStream:
         """Reads the chats of config.data."""
-        data, train = self.config.data, self.config.train
-        found = examples.read_examples(
-            data, train.seq_len, lambda row: chats.chat_of(row, tokenizer)
-        )
-        return examples.PackedExamples(found, data, train, tokenizer.pad_id, train.seq_len)
+        return open_chats(self.config, tokenizer)
 
     def loss(
         self, model: Transformer, batch: dict[str, jax.Array], totals: Totals, key: jax.Array
@@ -70,3 +67,10 @@ class Sft(Pretrain):
             "validation_loss": sums["nats"] / sums["targets"],
             "validation_token_accuracy": sums["right"] / sums["targets"],
         }
+
+
+def open_chats(config: Config, tokenizer: Tokenizer) -> DataStream:
+    """Reads the chats of config.data, packed into rows, with weights on what is learned."""
+    data, train = config.data, config.train
+    found = examples.read_examples(data, train.seq_len, lambda row: chats.chat_of(row, tokenizer))
+    return examples.PackedExamples(found, data, train, tokenizer.pad_id, train.seq_len)

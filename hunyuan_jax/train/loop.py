@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,7 +28,7 @@ from hunyuan_jax.checkpoint.store import (
     require_same_run,
 )
 from hunyuan_jax.config import Config, ScheduleConfig, from_dict, to_dict, without_effect
-from hunyuan_jax.data.stream import BatchIterator, DataStream
+from hunyuan_jax.data.stream import Batch, BatchIterator, DataStream
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import user_path
 from hunyuan_jax.model.count import count
@@ -166,12 +167,15 @@ class _Trainer:
         Raises:
           ConfigError: the checkpoint is of another run or text, or all checkpoints are damaged.
         """
+        objective = self._program.objective
         with self._watchdog.doing("preparing its data"):
-            self._program.objective.prepare(
+            objective.prepare(
                 self._program,
                 os.fspath(self._workdir),
                 lambda: self._initial_state().params,
             )
+            with hosts.fail_together():
+                self._constants = objective.read_constants(self._program.mesh)
         with self._watchdog.doing("restoring a checkpoint"):
             restored = self._restored()
         if restored is None:
@@ -238,13 +242,13 @@ class _Trainer:
         return step, convert(self._program, state), facts
 
     def _initial_state(self) -> TrainState:
-        config, weights = self._config, None
+        config = self._config
         with self._watchdog.doing("making its first state"):
+            if not config.train.init_from:
+                weights = self._program.objective.initial_weights(self._program.mesh)
+                return init_state(self._program, weights)
             with hosts.fail_together():
-                if config.train.init_from:
-                    weights = read_weights(
-                        config.train.init_from, config.model, self._program.mesh
-                    )
+                weights = read_weights(config.train.init_from, config.model, self._program.mesh)
             return init_state(self._program, weights)
 
     def _require_finite(self, is_restored: bool) -> None:
@@ -362,7 +366,9 @@ class _Trainer:
     def _next_commands(self) -> str:
         """What to type after a finished run."""
         folder = shlex.quote(os.fspath(self._workdir))
-        if self._config.objective.name != "pretrain":
+        objective = self._config.objective
+        is_of_text = objective.name == "distill" and objective.distill.rows == "text"
+        if objective.name != "pretrain" and not is_of_text:
             return (
                 f"done; it answers:     python -m hunyuan_jax chat --checkpoint={folder}\n"
                 f"      its curves:      python -m hunyuan_jax report --workdir={folder}\n"
@@ -411,13 +417,17 @@ class _Trainer:
         is_first = step == self._first_step + 1
         doing = "compiling its first step" if is_first else "in a step"
         with self._log.running(step), self._watchdog.doing(doing):
-            batch = self._to_devices(batch)
+            batch = self._placed(batch)
             if is_first:
                 # Before it runs, so that it does not run beside the memory that compiling used.
                 self._train_step = self._train_step.lower(self._state, batch).compile()
                 malloc.trim()
             self._state, metrics = self._train_step(self._state, batch)
         return metrics
+
+    def _placed(self, batch: Batch) -> dict[str, Any]:
+        """Returns a batch as the steps take it."""
+        return self._to_devices(batch) | self._constants
 
     def _is_validated(self, step: int) -> bool:
         train = self._config.train
@@ -443,7 +453,7 @@ class _Trainer:
                 self._program.objective,
                 self._eval_step,
                 used_params(self._state),
-                map(self._to_devices, self._validation),
+                map(self._placed, self._validation),
                 lambda: self._looks_for_stop(signals),
             )
         malloc.trim()  # returns what compiling the first validation used

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config
 from hunyuan_jax.data.stream import Batch, BatchIterator, DataStream
@@ -84,6 +85,19 @@ class Objective(Protocol):
         Every process calls it once, after `open_stream` and before training, also in a run that is
         resumed.  `initial_params` makes these weights, as in `TrainState.params`.
         """
+
+    def initial_weights(self, mesh: Mesh) -> dict[str, Any]:
+        """Returns the parameters that a run without train.init_from starts with, in place of
+        random ones: a nested dict of arrays on the mesh, {} for none.
+        """
+
+    def constants(self, mesh: Mesh) -> dict[str, Any]:
+        """Returns what a batch on the mesh has beside its fields, whole in every micro-batch, such
+        as a teacher's parameters: shapes and shardings by name, {} for none.
+        """
+
+    def read_constants(self, mesh: Mesh) -> dict[str, Any]:
+        """Returns the arrays of `constants`."""
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns what losses and metrics are divided by: float32 scalars above 0, by name.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hunyuan_jax.config import Config
 from hunyuan_jax.data import loader
@@ -53,6 +54,18 @@ class Pretrain:
 
     def prepare(self, program: Any, workdir: str, initial_params: Callable[[], Any]) -> None:
         """Needs nothing."""
+
+    def initial_weights(self, mesh: Mesh) -> dict[str, Any]:
+        """None but random ones."""
+        return {}
+
+    def constants(self, mesh: Mesh) -> dict[str, Any]:
+        """Needs none."""
+        return {}
+
+    def read_constants(self, mesh: Mesh) -> dict[str, Any]:
+        """Needs none."""
+        return {}
 
     def totals(self, batch: dict[str, jax.Array]) -> Totals:
         """Returns the number of targets, at least 1."""

@@ -17,7 +17,7 @@ from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import few_bits, side_files
-from hunyuan_jax.weights.open import open_model
+from hunyuan_jax.weights.open import Model, open_model
 from hunyuan_jax.weights.storage import Place
 
 _MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fine-tuning script
@@ -25,6 +25,8 @@ _MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fin
 _RECIPE = ".py"
 
 _GENERATION = "generation_config.json"
+_INIT_FROM = "config.train.init_from"
+_TEACHER = "config.objective.distill.teacher"
 
 # Fields that a run may change.  All others decide what the weights mean.
 _FREE = {
@@ -51,26 +53,32 @@ _FREE_MOE = {
 
 
 def complete(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recipe with what is None filled in from the weights of its train.init_from: the
-    model, the tokenizer, and a seq_len of at most 4096 that the model can hold.
+    """Returns a recipe with what is None filled in from the weights of its train.init_from, or of
+    the larger model that a student inherits from: the model, the tokenizer, and a seq_len of at
+    most 4096 that the model can hold.
 
     Args:
       recipe: nested dict of a `config.weights_recipe`, with the command line's overrides.  Its
         train.init_from may be another recipe, such as configs/a52b.py: `plan` needs no weights.
 
     Raises:
-      ConfigError: no train.init_from, no model there, or an override that would give its weights
+      ConfigError: no such weights, no model there, or an override that would give its weights
         another meaning.
     """
-    path = recipe["train"]["init_from"]
+    path, name = recipe["train"]["init_from"], _INIT_FROM
+    is_cut = not path and recipe["objective"]["name"] == "distill"  # out of a larger model
+    if is_cut:
+        distill = recipe["objective"]["distill"]
+        path, name = distill["inherit_from"] or distill["teacher"], _TEACHER
     if not path:
         raise ConfigError(
-            "config.train.init_from is empty, and this recipe takes its model from there; set it "
-            "to a model folder, its hub id, or the workdir of a run (plan takes a recipe too)."
+            f"{name} is empty, and this recipe takes its model from there; set it to a model "
+            "folder, its hub id, or the workdir of a run (plan takes a recipe too)."
         )
-    cfg, tokenizer = _of_recipe(path) if path.endswith(_RECIPE) else _of_weights(path)
+    cfg, tokenizer = model_at(path, name)
     model = _filled(recipe["model"], to_dict(cfg))
-    require_same_model(path, cfg, from_dict(ModelConfig, model, "model."))
+    if not is_cut:
+        require_same_model(path, cfg, from_dict(ModelConfig, model, "model."))
     seq_len = min(_MAX_SEQ_LEN, model["max_position"])
     return {
         **recipe,
@@ -80,17 +88,35 @@ def complete(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_weights(path: str) -> tuple[ModelConfig, str]:
-    opened = open_model(path)
-    return opened.cfg, opened.tokenizer_folder
+def model_at(path: str, name: str = _INIT_FROM) -> tuple[ModelConfig, str]:
+    """Model and tokenizer of weights, or of another recipe, which has none: to plan with.
 
+    name: of the field that has the path.
 
-def _of_recipe(path: str) -> tuple[ModelConfig, str]:
-    """Model and tokenizer of another recipe, which has no weights: to plan with."""
+    Raises:
+      ConfigError: there is neither.
+    """
+    if not path.endswith(_RECIPE):
+        opened = open_model(path)
+        return opened.cfg, opened.tokenizer_folder
     if not os.path.isfile(path):
-        raise ConfigError(f"config.train.init_from = {path!r}: no such file.")
+        raise ConfigError(f"{name} = {path!r}: no such file.")
     values = runpy.run_path(path)["get_config"]().to_dict()
     return from_dict(ModelConfig, values["model"], "model."), values["data"]["tokenizer"]
+
+
+def weights_at(path: str, dtype: str, name: str = _INIT_FROM) -> Model:
+    """Opens a model whose weights are to be read in a dtype; `name` as for `model_at`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if path.endswith(_RECIPE):
+        raise ConfigError(
+            f"{name} = {path!r} is a recipe, which has no weights; set it to a model folder, its "
+            "hub id, or the workdir of a run."
+        )
+    return open_model(path, dtype)
 
 
 def _filled(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -121,12 +147,7 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
       ConfigError: the folder does not exist, or its model differs from `cfg`; the message names
         the first field that differs.
     """
-    if path.endswith(_RECIPE):
-        raise ConfigError(
-            f"config.train.init_from = {path!r} is a recipe, which has no weights; set it to a "
-            "model folder, its hub id, or the workdir of a run."
-        )
-    opened = open_model(path, cfg.dtype if cfg.lora.rank else "float32")
+    opened = weights_at(path, cfg.dtype if cfg.lora.rank else "float32")
     require_same_model(path, opened.cfg, cfg)
     # A layer of multi-token prediction that one of the two lacks is drawn, or left out.
     stored = {"num_mtp_layers": opened.cfg.num_mtp_layers, "mtp_loss_weight": 0.0}
@@ -143,8 +164,11 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     return {name: tree for name, tree in params.items() if name not in unused}
 
 
-def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises ConfigError at the first field that gives the weights of `path` another meaning.
+def require_same_model(
+    path: str, theirs: ModelConfig, ours: ModelConfig, name: str = _INIT_FROM
+) -> None:
+    """Raises ConfigError at the first field that gives the weights of `path`, which the field
+    `name` has, another meaning.
 
     rope_alpha may be raised, as the long-context stages do: the model learns the slower rotation.
     """
@@ -157,7 +181,7 @@ def require_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> Non
             is_raised = field.name == "rope_alpha" and here > there
             if field.name not in free and field.name != "moe" and here != there and not is_raised:
                 raise ConfigError(
-                    f"config.train.init_from = {path!r} holds a model with {prefix}{field.name} = "
+                    f"{name} = {path!r} holds a model with {prefix}{field.name} = "
                     f"{there!r}; config.model.{prefix}"
                     f"{field.name} is {here!r}. Set it to {there!r}"
                     f"{' or more' if field.name == 'rope_alpha' else ''}, or start from other "

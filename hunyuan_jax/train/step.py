@@ -58,18 +58,29 @@ def _whole_rows(dims: tuple[str, ...]) -> tuple[str, ...]:
     return tuple("row" if dim == "seq" else dim for dim in dims)
 
 
-def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes, dtypes and shardings of a training batch."""
+def _input_shardings(program: Program, spec: BatchSpec) -> dict[str, Any]:
+    """As `batch_shardings`, with the objective's constants."""
+    constants = program.objective.constants(program.mesh)
+    return batch_shardings(program, spec) | jax.tree.map(lambda a: a.sharding, constants)
+
+
+def abstract_batch(program: Program) -> dict[str, Any]:
+    """Returns the shapes, dtypes and shardings of a training batch and the objective's
+    constants.
+    """
     spec = program.objective.batch_spec
     return {
         name: jax.ShapeDtypeStruct(spec[name].shape, spec[name].dtype, sharding=sharding)
         for name, sharding in batch_shardings(program, spec).items()
-    }
+    } | program.objective.constants(program.mesh)
 
 
 def place_batch(program: Program, batch: Mapping[str, np.ndarray]) -> Batch:
-    """Puts a training batch on the mesh; this process has the whole batch."""
-    return jax.device_put(dict(batch), batch_shardings(program, program.objective.batch_spec))
+    """Puts a training batch on the mesh, with the objective's constants; this process has the
+    whole batch.
+    """
+    placed = jax.device_put(dict(batch), batch_shardings(program, program.objective.batch_spec))
+    return placed | program.objective.read_constants(program.mesh)
 
 
 def feed(program: Program) -> tuple[np.ndarray, Callable[[Mapping[str, np.ndarray]], Batch]]:
@@ -132,7 +143,7 @@ def make_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Tra
 
     return jax.jit(
         step,
-        in_shardings=(program.shardings, batch_shardings(program, program.objective.batch_spec)),
+        in_shardings=(program.shardings, _input_shardings(program, program.objective.batch_spec)),
         out_shardings=(program.shardings, rules.sharding(program.mesh, ())),
         donate_argnums=0,
         compiler_options=tpu_compiler.train_step_options(first_device(program.mesh))
@@ -174,13 +185,16 @@ def gradients(
     if num_micro_batches == 1:
         return micro_batch_gradients(batch, key)
 
+    constants = _constants(objective.batch_spec, batch)
+
     def add(totals, xs):
         index, micro_batch = xs
-        new = micro_batch_gradients(micro_batch, jax.random.fold_in(key, index))
+        new = micro_batch_gradients(micro_batch | constants, jax.random.fold_in(key, index))
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), totals, new), None
 
     micro_batches = _micro_batches(program, objective.batch_spec, batch)
-    zeros = _zeros_like(micro_batch_gradients, jax.tree.map(lambda a: a[0], micro_batches), key)
+    first = jax.tree.map(lambda a: a[0], micro_batches) | constants
+    zeros = _zeros_like(micro_batch_gradients, first, key)
     (grads, loss, metrics), _ = jax.lax.scan(
         add, zeros, (jnp.arange(num_micro_batches), micro_batches)
     )
@@ -192,19 +206,24 @@ def gradients(
 
 
 def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
-    """Splits each field into n micro-batches, [n, B / n, ...].
+    """Splits each field of a batch into n micro-batches, [n, B / n, ...].
 
     Micro-batch i takes examples i, i + n, ..., so that every chip splits its own examples.
     """
     num_micro_batches = program.config.train.grad_accum_steps
     split = {
-        name: a.reshape(-1, num_micro_batches, *a.shape[1:]).swapaxes(0, 1)
-        for name, a in batch.items()
+        name: batch[name].reshape(-1, num_micro_batches, *batch[name].shape[1:]).swapaxes(0, 1)
+        for name in spec
     }
     return {
         name: rules.constrain(a, program.mesh, ("layers", *_whole_rows(spec[name].dims)))
         for name, a in split.items()
     }
+
+
+def _constants(spec: BatchSpec, batch: Batch) -> dict[str, Any]:
+    """The objective's constants, which a batch has beside the fields of `spec`."""
+    return {name: batch[name] for name in batch.keys() - spec.keys()}
 
 
 def _zeros_like(fn: Callable, *args: Any) -> Any:
@@ -280,11 +299,14 @@ def make_eval_step(program: Program) -> Callable[[dict, Batch], dict[str, jax.Ar
         model: Transformer = nnx.merge(graph_def, _weights(program, params, _taps(program)))
         micro_batches = _micro_batches(program, spec, batch)
 
-        def add(totals, micro_batch):
-            return jax.tree.map(jnp.add, totals, objective.evaluate(model, micro_batch)), None
+        constants = _constants(spec, batch)
 
-        first = jax.tree.map(lambda a: a[0], micro_batches)
+        def add(totals, micro_batch):
+            new = objective.evaluate(model, micro_batch | constants)
+            return jax.tree.map(jnp.add, totals, new), None
+
+        first = jax.tree.map(lambda a: a[0], micro_batches) | constants
         zeros = _zeros_like(functools.partial(objective.evaluate, model), first)
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
-    return jax.jit(step, in_shardings=(program.shardings.params, batch_shardings(program, spec)))
+    return jax.jit(step, in_shardings=(program.shardings.params, _input_shardings(program, spec)))

@@ -167,7 +167,7 @@ def test_a_section_must_be_a_mapping():
             "objective.name",
             "pretraining",
             "config.objective.name = 'pretraining' is not one of 'pretrain', 'sft', 'dpo', "
-            "'grpo'.",
+            "'grpo', 'distill'.",
         ),
         (
             "model.dtype",
@@ -566,6 +566,16 @@ BROKEN = [
             "model__hidden_dropout": 0.1,
         },
         "config.model.hidden_dropout = 0.1: with dropout the trained policy is not the one",
+    ),
+    ({"objective__distill__weight": 1.5}, "objective.distill.weight = 1.5 must be in [0, 1]"),
+    ({"objective__distill__temperature": 0.0}, "distill.temperature = 0.0 must be positive"),
+    ({"objective__distill__top_k": -1}, "distill.top_k = -1 must not be negative"),
+    ({"objective__distill__hidden_weight": -1.0}, "hidden_weight = -1.0 must not be negative"),
+    ({"objective__distill__affinity_weight": -1.0}, "affinity_weight = -1.0 must not be neg"),
+    ({"objective__distill__groups": (1, 0)}, "groups = (1, 0) must name groups from 0 on in asc"),
+    (
+        {"objective__name": "distill", "objective__distill__top_k": 1000},
+        "config.objective.distill.top_k = 1000 is above config.model.vocab_size = 320",
     ),
     ({"train__num_epochs": -0.5}, "config.train.num_epochs = -0.5 must not be negative; 0 leaves"),
     (

@@ -64,6 +64,12 @@ class Preferences:
         }
         self.eval_spec = self.batch_spec
 
+    def constants(self, mesh):
+        return {}
+
+    def read_constants(self, mesh):
+        return {}
+
     def totals(self, batch):
         return {"pairs": jnp.float32(batch["reference"].shape[0])}
 

@@ -1,0 +1,119 @@
+"""A draft of a fifth of the tiny model's parameters: trained alone, and by inheritance and
+distillation in half of the steps.
+
+    python benchmarks/distillation.py FOLDER
+
+FOLDER/teacher is a run of configs/tiny.py, trained first unless it is there.  All drafts have the
+same shape, text, batches and schedule over their own steps.  Prints the validation loss of each,
+and how often its greedy tokens are the teacher's: on held-out text, and on what the teacher itself
+writes after it, where a draft of four tokens is accepted up to the first that is not.  A run that
+was stopped continues.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from hunyuan_jax import from_pretrained
+from hunyuan_jax.config import from_dict
+from hunyuan_jax.config.run import Config
+from hunyuan_jax.tokenizer import load_tokenizer
+from hunyuan_jax.train.pretrain import Pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_STEPS, NUM_TEACHER_STEPS = 400, 500
+DRAFT = ("model.num_layers=2", "model.moe.num_experts=4")
+NUM_PROMPTS, PROMPT, ANSWER, NUM_DRAFTED = 32, 64, 64, 4
+DISTILLED = "objective.name=distill"
+
+
+def main(folder: Path) -> None:
+    """Trains what is missing, and prints a markdown table."""
+    teacher = folder / "teacher"
+    train(teacher, NUM_TEACHER_STEPS)
+    learns = (DISTILLED, f"objective.distill.teacher={teacher}")
+    half = NUM_STEPS // 2
+    drafts = {
+        "alone": (NUM_STEPS, ()),
+        "alone, half of the steps": (half, ()),
+        "inherited": (half, (*learns, "objective.distill.weight=0.")),
+        "distilled": (half, (*learns, "objective.distill.inherit=none")),
+        "inherited, distilled": (half, learns),
+    }
+    text, answers = prompts(teacher)
+    print(
+        "| draft | parameters | steps | validation loss | agreement on text | on the teacher's "
+        f"own | of {NUM_DRAFTED} drafted |\n|---|---|---|---|---|---|---|"
+    )
+    row("the teacher", teacher, NUM_TEACHER_STEPS, text, answers)
+    for place, (name, (num_steps, fields)) in enumerate(drafts.items()):
+        workdir = folder / f"draft_{place}"
+        train(workdir, num_steps, *DRAFT, *fields)
+        row(name, workdir, num_steps, text, answers)
+
+
+def train(workdir: Path, num_steps: int, *fields: str) -> None:
+    """Runs configs/tiny.py with these fields; ends the process if it fails."""
+    fields = (
+        f"train.num_steps={num_steps}",
+        "train.eval_every=100",
+        "checkpoint.every=100",
+        *fields,
+    )
+    subprocess.run(
+        [
+            *(sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"),
+            *(f"--config.{field}" for field in fields),
+        ],
+        cwd=ROOT,
+        check=True,
+        stdout=sys.stderr,
+    )
+
+
+def prompts(teacher: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(held-out tokens [n, T], the teacher's greedy answers [n, ANSWER] to the first of them)."""
+    config = from_dict(Config, json.loads((teacher / "config.json").read_text()))
+    stream = Pretrain(config).open_stream(load_tokenizer(config.data.tokenizer))
+    batches = stream.validation(NUM_PROMPTS // config.train.batch_size)
+    text = np.concatenate([batch["tokens"] for batch in batches])[:, : PROMPT + ANSWER]
+    model = from_pretrained(teacher)
+    written = model.generate(text[:, :PROMPT], max_new_tokens=ANSWER, eos_token_id=[])
+    return text, written[:, PROMPT:]
+
+
+def row(name: str, workdir: Path, num_steps: int, text: np.ndarray, answers: np.ndarray) -> None:
+    """Prints the figures of one run."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    loss = [line["validation_loss"] for line in rows if "validation_loss" in line][-1]
+    model, teacher = from_pretrained(workdir), from_pretrained(workdir.parent / "teacher")
+    on_text = (greedy(model, text) == greedy(teacher, text)).mean()
+    written = np.concatenate([text[:, :PROMPT], answers], axis=1)
+    agrees = greedy(model, written)[:, PROMPT - 1 : -1] == answers
+    runs = np.stack(
+        [agrees[:, i : i + NUM_DRAFTED] for i in range(ANSWER - NUM_DRAFTED + 1)], axis=1
+    )
+    accepted = np.cumprod(runs, axis=-1).sum(-1).mean()
+    size = sum(array.size for array in leaves(model.params))
+    print(
+        f"| {name} | {size:,} | {num_steps} | {loss:.4f} | {on_text:.1%} | {agrees.mean():.1%} | "
+        f"{accepted:.2f} |",
+        flush=True,
+    )
+
+
+def greedy(model, tokens: np.ndarray) -> np.ndarray:
+    """The most probable token after each."""
+    return np.asarray(model.logits(tokens)).argmax(-1)
+
+
+def leaves(tree: dict) -> list:
+    """The arrays of a nested dict."""
+    return [a for v in tree.values() for a in (leaves(v) if isinstance(v, dict) else [v])]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
