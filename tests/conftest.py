@@ -1,5 +1,5 @@
 """Every test sees eight CPU devices and strict dtype promotion; a program compiled once is shared
-by all workers of a run.
+by all workers of a run, and by the runs that follow.
 """
 
 import collections
@@ -19,6 +19,8 @@ jax.config.update("jax_platforms", "cpu")
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    # A program's code is not split among threads: every core has a worker of pytest already.
+    "--xla_cpu_parallel_codegen_split_count=1",
     # A collective whose devices do not meet within this ends the process; the default of 40 s is
     # short for eight devices on a machine that does other work.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
@@ -45,10 +47,18 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="hunyuan_jax_tests_")
+        folder = programs_folder(config)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def programs_folder(config):
+    """Where compiled programs are kept: in pytest's cache, so that the next run has them too."""
+    if hasattr(config, "cache"):
+        return str(config.cache.mkdir(f"jax-{jax.__version__}"))
+    folder = tempfile.mkdtemp(prefix="hunyuan_jax_tests_")  # `-p no:cacheprovider`
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return folder
 
 
 def pytest_collection_modifyitems(config, items):

@@ -23,6 +23,10 @@ from pallas_kernels import tpu_compiler
 # The second bandwidth at which `plan` gives a step: 150 instead of 180 GB/s an axis of v5p.
 SLOW_LINKS = 150 / 180
 
+# How far the all-in seconds of three published steps were from what was published, at most
+# (docs/results/calibration.md).
+ALL_IN_ERROR = 0.15
+
 _GIB = 2**30
 
 

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from hunyuan_jax.plan.aot import Report
+from hunyuan_jax.plan.aot import ALL_IN_ERROR, Report
 from hunyuan_jax.plan.timeline import COMPUTE, Event, Loop
 
 _WIDTH, _LANE, _LEFT = 1400, 34, 90  # pixels
@@ -41,7 +41,7 @@ def write(report: Report, path: str) -> Path:
         ("ideal: 6 x active parameters x tokens at the peak", report.ideal_seconds),
         ("compute", report.compute_seconds),
         ("exposed collectives", report.exposed_seconds),
-        ("all-in", report.all_in_seconds),
+        (f"all-in, ± {ALL_IN_ERROR:.0%}", report.all_in_seconds),
     )
     body = [
         f"<h1>{html.escape(title)}</h1>",

@@ -184,7 +184,7 @@ def _time_table(report: Report) -> Table:
     for name, seconds in (
         ("compute, with kernels at their static cycles", report.compute_seconds),
         ("exposed collectives", report.exposed_seconds),
-        ("all-in", report.all_in_seconds),
+        (f"all-in, +- {aot.ALL_IN_ERROR:.0%}", report.all_in_seconds),
         (f"all-in with {aot.SLOW_LINKS:.0%} of the links' bandwidth", report.slow_links_seconds),
     ):
         table.add_row(name, "", "", f"{1e3 * seconds:,.1f}")
@@ -297,6 +297,11 @@ def _assumptions_table(report: Report) -> Table:
     for name, value, source in (
         ("clock", f"{chip.clock_hz / 1e9:.2f} GHz", "pallas_kernels/chips.py"),
         ("peak, bfloat16", f"{chip.peak_flops / 1e12:.0f} TFLOP/s", "the vendor's data sheet"),
+        (
+            "all-in",
+            f"within {aot.ALL_IN_ERROR:.0%} of three published steps",
+            "docs/results/calibration.md",
+        ),
         (
             "a link, one way",
             f"{links.LINK_BYTES_PER_S[chip.name] / 1e9:.0f} GB/s",

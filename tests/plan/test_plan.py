@@ -989,6 +989,13 @@ def test_the_recipe_states_the_time_of_the_results_page():
     assert f"{chip_hours / 1e6:.2f} million chip-hours" in recipe
 
 
+def test_the_error_of_the_all_in_time_is_that_of_the_published_steps():
+    page = (paths.ROOT / "docs/results/calibration.md").read_text(encoding="utf-8")
+    errors = [int(percent) for percent in re.findall(r"\| ([+-]\d+) % \|$", page, re.MULTILINE)]
+    assert len(errors) == 3
+    assert max(map(abs, errors)) == round(100 * aot.ALL_IN_ERROR)
+
+
 @NEEDS_LIBTPU
 def test_what_the_compiler_and_the_rules_refuse(plan):
     with pytest.raises(ConfigError, match=r"v5p:3x3x3: the compiler refuses it.*nearest"):
