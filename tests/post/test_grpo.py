@@ -3,25 +3,24 @@ continue.
 """
 
 import dataclasses
+import itertools
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from hunyuan_jax.checkpoint.store import finished_steps
-from hunyuan_jax.config import GrpoConfig, flat_fields, to_dict
+from hunyuan_jax.config import GrpoConfig
 from hunyuan_jax.data.prompts import Prompt
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.post import grpo, rewards
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.report import page
 from hunyuan_jax.train import loop
-from support import paths, processes, recipes, runs
+from support import processes, recipes, runs
 
 FUNCTIONS = """
 def vowels(prompts, completions, wanted, **columns):
@@ -40,15 +39,6 @@ def too_few(completions, **columns):
 
 def not_a_number(completions, **columns):
     return [float("nan"), *[1.0] * (len(completions) - 1)]
-"""
-
-
-# Before `processes.KILLER`: as `runs.on_one_device`.
-ON_ONE_DEVICE = """
-from hunyuan_jax.parallel import mesh
-from hunyuan_jax.train import loop
-
-loop.make_mesh = lambda _: mesh.single_device_mesh()
 """
 
 
@@ -130,20 +120,27 @@ def test_the_report_shows_rewards_and_completions(finished, tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_run_that_is_killed_within_a_rollout_continues_bit_equal(finished, tmp_path):
+def test_a_run_that_breaks_off_within_a_rollout_continues_bit_equal(finished, tmp_path):
     """The checkpoint of step 1 holds the answers of step 2."""
     workdir, config = finished
     config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every=1)
+        config, checkpoint=dataclasses.replace(config.checkpoint, every=1, keep=9)
     )
-    fields = {name: value for name, value in flat_fields(to_dict(config)) if value != ()}
-    command = [sys.executable, "-c", ON_ONE_DEVICE + processes.KILLER, "in a rollout", "2", "0.05"]
-    command += [f"--config={paths.ROOT / 'configs/tiny.py'}", f"--workdir={tmp_path}"]
-    command += [f"--config.{name}={value}" for name, value in fields.items()]
-    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    killed = subprocess.run(command, cwd=paths.ROOT, env=env, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert set(finished_steps(tmp_path / "checkpoints")) & {1, 2}
+    rewarded, calls = rewards.Reward.__call__, itertools.count(1)
+
+    def break_off(self, *call):
+        if next(calls) == 3 * len(config.objective.grpo.rewards):
+            raise KeyboardInterrupt
+        return rewarded(self, *call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards.Reward, "__call__", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path)
+    found = set(finished_steps(tmp_path / "checkpoints"))
+    assert {1} <= found <= {1, 2}, found
+    for later in found - {1}:
+        shutil.rmtree(tmp_path / "checkpoints" / str(later))
     assert run(config, tmp_path) == 0
     assert runs.losses(tmp_path) == runs.losses(workdir)
     lines = (tmp_path / "completions.jsonl").read_text()
