@@ -226,9 +226,11 @@ class Engine:
             self._warming = []
             self._compilations.start()
 
-    def replace_weights(self, params: dict[str, Any]) -> None:
+    def replace_weights(self, params: dict[str, Any] | None) -> None:
         """Computes with other weights from now on, of the same shapes, dtypes and shardings;
         prompts that are cached are forgotten.  Only while no request is unfinished.
+
+        None lets go of the weights, so that their memory is free until others come.
         """
         if self.has_work:
             raise RuntimeError("weights are replaced between requests; finish or abort them first")

@@ -111,10 +111,12 @@ class Runner:
         self._programs: dict[tuple[str, int], Future] = {}
         self._lock = threading.Lock()
 
-    def replace_weights(self, params: dict[str, Any]) -> None:
-        """Computes with these from the next call on."""
+    def replace_weights(self, params: dict[str, Any] | None) -> None:
+        """Computes with these from the next call on; None holds none."""
         specs = abstract_model(self._cfg, self._mesh)[1]
-        if cpu_layout.suits(self._cfg, self._mesh):
+        if params is None:
+            pass
+        elif cpu_layout.suits(self._cfg, self._mesh):
             params = cpu_layout.unstacked(self._cfg, params, specs)
         else:
             params = jax.tree.map(row_major, params, specs, is_leaf=is_quantized)

@@ -157,11 +157,13 @@ class Rollouts:
         ids = [[[] for _ in range(request.n)] for request in requests]
         logprobs = [[[] for _ in range(request.n)] for request in requests]
         is_cut = [[False] * request.n for request in requests]
-        for output in self._engine().run(requests):
+        engine = self._engine()
+        for output in engine.run(requests):
             place, choice = int(output.id), output.choice
             ids[place][choice] += output.tokens
             logprobs[place][choice] += [entry.logprob for entry in output.logprobs or ()]
             is_cut[place][choice] |= output.finish_reason == "length"
+        engine.replace_weights(None)  # the step needs the memory, and donates the state
         groups = [
             list(map(Completion, *fields)) for fields in zip(ids, logprobs, is_cut, strict=True)
         ]
