@@ -53,7 +53,7 @@ class Mtp(nnx.Module):
         weights, logical = params.declared(self)
 
         def fn(weights, both_BTX):
-            w_XD = island.gather_param(weights["w_XD"], logical["w_XD"], both_BTX.dtype)
-            return linear(both_BTX, w_XD)
+            w = weights["w_XD"], logical["w_XD"], both_BTX.dtype
+            return linear(both_BTX, island.gather_matrix(*w, num_in=1))
 
         return island.island(fn, self.mesh, logical, (_ROWS,), _ROWS)(weights, both_BTX)

@@ -82,8 +82,9 @@ def gather_param(w: jax.Array | QuantArray, logical: Sequence[str], dtype: Any) 
 def gather_matrix(
     w: jax.Array | QuantArray, logical: Sequence[str], dtype: Any, num_in: int
 ) -> jax.Array | QuantArray:
-    """As `gather_param`, with the first num_in dims made one and the others another: [in, out];
-    "embed" is one of the two.  A quantised parameter stays quantised, for `layers.linear`.
+    """As `gather_param`, with the first num_in dims made one and the others another: [in, out].
+    If a dim is "embed", it is one of the two.  A quantised parameter stays quantised, for
+    `layers.linear`.
 
     Gathered as a matrix, because a TPU pads the last two dims of [6400, 80, 80] to tiles, to 1.6
     times the size.
@@ -94,6 +95,8 @@ def gather_matrix(
     for dim, name in enumerate(logical):
         w = w if _is_rows(name) else gather_stored(w, name, dim)
     w = w.reshape(math.prod(w.shape[:num_in]), -1)
+    if "embed" not in logical:
+        return w
     return gather_stored(w, "embed", 0 if logical[0] == "embed" else 1)
 
 

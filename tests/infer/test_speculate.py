@@ -13,6 +13,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.quant.array import is_quantized
 from support import goldens
 from support.folders import random_params, small
 from support.models import fast_jit
@@ -140,6 +141,16 @@ def test_greedy_tokens_of_hy3_are_the_recorded_ones(kind, num):
     tokens_BT = model.generate(*prompt, max_new_tokens=24, eos_token_id=())
     np.testing.assert_array_equal(tokens_BT, golden["gen_tokens"])
     assert model.engine.stats().drafts > 0
+
+
+@pytest.mark.slow  # 20 CPU seconds: the experts' programs
+def test_a_quantised_hy3_drafts_with_its_quantised_layer():
+    folder, found = goldens.load("hy3_hub_bf16").folder, []
+    for speculate in (None, "mtp"):
+        model = from_pretrained(folder, "float32", quantize="int8", speculate=speculate)
+        assert is_quantized(model.params["mtp"]["w_XD"])
+        found.append(model.generate([list(range(3, 20))], max_new_tokens=16, eos_token_id=()))
+    np.testing.assert_array_equal(*found)
 
 
 def test_what_cannot_be_speculated_is_refused(model):
