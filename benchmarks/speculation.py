@@ -1,6 +1,7 @@
 """Measures speculative decoding: how many drafted tokens are accepted, and what that gains.
 
-    python benchmarks/speculation.py FOLDER ngram:4 mtp:1 SMALL_FOLDER:4 [file=PROMPTS] [new=128]
+    python benchmarks/speculation.py FOLDER ngram:4 mtp:1 SMALL_FOLDER:4 [file=PROMPTS] [new=128] \
+        [rounds=3]
 
 PROMPTS is a text file of prompts, with lines of "----" between them; without it, the prompts ask
 for a small edit of a piece of code, by the chat template where the folder has one.  All are drawn
@@ -16,7 +17,6 @@ from pathlib import Path
 import hunyuan_jax
 from hunyuan_jax.infer.request import Limits, Request
 
-ROUNDS = 3
 CODE = '''class Account:
     """A bank account."""
 
@@ -56,7 +56,7 @@ def main(folder: str, *words: str) -> None:
             engines[word] = lm.model.new_engine(limits)
     found = {(name, batch): [] for batch in (1, len(prompts)) for name in engines}
     tokens = {}
-    for turn in range(ROUNDS + 1):
+    for turn in range(int(options.get("rounds", 3)) + 1):
         for (name, batch), results in found.items():
             *figures, answer = _measure(engines[name], lm, prompts, batch, num_new, str(turn))
             tokens.setdefault((name, batch), answer)
