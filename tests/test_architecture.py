@@ -18,7 +18,7 @@ LAYERS = [
     ["pallas_kernels"],
     ["errors", "files", "hub", "progress", "malloc", "startup"],
     ["config", "presets", "flags"],
-    ["quant"],
+    ["quant", "gguf"],
     ["parallel"],
     ["params"],
     ["layers", "model"],
@@ -44,6 +44,7 @@ NO_KERNELS = {
     "presets",
     "parallel",
     "quant",
+    "gguf",
     "params",
 }
 NO_MODEL = {"tokenizer", "chat", "data", "optim", "runlog", "checkpoint"}

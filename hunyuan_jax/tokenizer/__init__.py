@@ -2,12 +2,15 @@
 
 import codecs
 import pathlib
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax import hub
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath, local_copy, user_path
+from hunyuan_jax.gguf.container import read_header
+from hunyuan_jax.gguf.vocabulary import folder_files
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
@@ -112,8 +115,9 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
 
     A folder has tokenizer.json or hy.tiktoken, and maybe a chat template (`files.read_settings`).
     A file is a tokenizer.json, whose folder is read too, or a ranks file alone: chats then use
-    Hunyuan-Large's built-in template.  The files of a hub id (`hub.hub_id`) or of an fsspec URL,
-    such as gs://BUCKET/FOLDER, are copied; else the network is not used.
+    Hunyuan-Large's built-in template.  A GGUF file has both in its metadata.  The files of a hub
+    id (`hub.hub_id`) or of an fsspec URL, such as gs://BUCKET/FOLDER, are copied; else the network
+    is not used.
 
     Raises:
       ConfigError: the path has no tokenizer, or a damaged one.
@@ -121,6 +125,8 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
     if name_or_path == "byte":
         return ByteTokenizer()
     path = user_path(name_or_path, "the tokenizer", AnyPath)
+    if path.endswith(".gguf"):
+        return _load_gguf(path)
     path = hub.local_folder(path, hub.TOKENIZER_FILES)
     if "://" not in path:
         return _load(pathlib.Path(path))
@@ -130,6 +136,17 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
             return _load(copy / file)
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(copy), folder)) from error
+
+
+def _load_gguf(path: str) -> Tokenizer:
+    texts = folder_files(path, read_header(path).fields)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            pathlib.Path(folder, name).write_bytes(text)
+        try:
+            return _load(pathlib.Path(folder))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(folder, path)) from error
 
 
 def _load(path: pathlib.Path) -> Tokenizer:

@@ -5,6 +5,7 @@ import os
 from hunyuan_jax import hub
 from hunyuan_jax.files import AnyPath, json_object, user_path
 from hunyuan_jax.weights import folder as official
+from hunyuan_jax.weights.gguf_file import SUFFIX, GgufFile
 from hunyuan_jax.weights.storage import Place
 
 # What an import and an export take along beside the weights.
@@ -14,14 +15,16 @@ _TEXTS = (*hub.TOKENIZER_FILES, "*.py", "*.txt", "LICENSE*", "License*", "NOTICE
 def model_place(path: str | os.PathLike) -> Place:
     """The place of a model, whose files are fetched first if `path` is a hub id (`hub.hub_id`).
 
-    Only one kind of weights is fetched, safetensors if there are any, and none of a model that
-    cannot be loaded.
+    A path that ends in .gguf is a file.  Of a folder only one kind of weights is fetched,
+    safetensors if there are any, and none of a model that cannot be loaded.
 
     Raises:
       ConfigError: what `hub.fetch`, `require_loadable` and `Place` refuse.
     """
     path = user_path(path, "the folder", AnyPath)
     wanted = hub.hub_id(path)
+    if path.endswith(SUFFIX):
+        return GgufFile(path if wanted is None else _fetched_file(wanted))
     if wanted is None:
         return Place(path)
     place = Place(hub.fetch(wanted, _TEXTS))
@@ -39,6 +42,11 @@ def model_place(path: str | os.PathLike) -> Place:
         if any(name.endswith(f".{suffix}") for name in place.sizes()):
             break
     return place
+
+
+def _fetched_file(wanted: hub.HubId) -> str:
+    folder, _, file = wanted.folder.rpartition("/")
+    return os.path.join(hub.fetch(wanted._replace(folder=folder), [file]), file)
 
 
 def _listed_files(place: Place, index: str) -> list[str]:
