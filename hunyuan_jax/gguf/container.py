@@ -176,7 +176,8 @@ def header(fields: dict[str, Any], tensors: list[tuple[str, str, tuple[int, ...]
     Each tensor then begins at a multiple of 32 bytes: after each, `padding` follows.
 
     Args:
-      fields: by name: str, bool, int (uint32, int32 if negative), float (float32), or a list.
+      fields: by name: str, bool, int (uint32, int32 if negative), float (float32), or a list of
+        them (integers are int32 there).
       tensors: (name, kind, shape with rows first) in order.
     """
     parts = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
@@ -206,6 +207,7 @@ def _text(text: str) -> bytes:
 def _field(value: Any) -> bytes:
     if isinstance(value, list):
         kind = _kind_of(value[0]) if value else _STRING
+        kind = 5 if kind == 4 else kind  # as llama.cpp wants its one list of integers
         if kind == _STRING:
             items = b"".join(map(_text, value))
         else:

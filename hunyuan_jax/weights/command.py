@@ -3,10 +3,13 @@
 import sys
 
 from hunyuan_jax import flags
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath
 
-_SOURCE = flags.Option("source", AnyPath, "Official model folder or hub id.", is_required=True)
-_OUTPUT = flags.Option("output", AnyPath, "Folder to write.", is_required=True)
+_SOURCE = flags.Option(
+    "source", AnyPath, "Official model folder, GGUF file or hub id.", is_required=True
+)
+_OUTPUT = flags.Option("output", AnyPath, "Folder or file to write.", is_required=True)
 _CHECKPOINT = flags.Option(
     "checkpoint", AnyPath, "Converted checkpoint, or workdir of a run.", is_required=True
 )
@@ -42,9 +45,26 @@ def import_(values) -> int:
         "adapter_model.safetensors.",
         False,
     ),
+    flags.Option(
+        "gguf",
+        str,
+        "Write one GGUF file for llama.cpp, with matrices in this type.",
+        default_meaning="a folder",
+        choices=("f32", "f16", "bf16", "q8_0", "q4_0"),
+    ),
 )
 def export(values) -> int:
-    """Writes a model as an official folder (names, dtypes and shards), adapters merged."""
+    """Writes a model as an official folder (names, dtypes and shards) or as a GGUF file, adapters
+    merged.
+    """
+    if values.adapter and values.gguf:
+        raise ConfigError("--adapter and --gguf are two formats; give one of them.")
+    if values.gguf:
+        from hunyuan_jax.weights.gguf_export import export_gguf
+
+        num_bytes = export_gguf(values.checkpoint, values.output, values.gguf)
+        print(f"{values.output}: complete, {num_bytes / 1e9:.3f} GB.")
+        return 0
     if values.adapter:
         from hunyuan_jax.weights import peft
         from hunyuan_jax.weights.run import Run

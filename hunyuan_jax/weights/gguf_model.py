@@ -245,7 +245,7 @@ def architecture_of(cfg: ModelConfig) -> str:
 
 
 def fields_of(cfg: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The metadata of a model, but for its tokenizer; inverse of `config_of`."""
+    """The metadata of a model, but for its tokenizer's lists; inverse of `config_of`."""
     dim = cfg.head_dim
     alpha = cfg.rope_alpha if cfg.rope_type == "alpha" else 1.0
     fields = {
@@ -270,4 +270,8 @@ def fields_of(cfg: ModelConfig, architecture: str) -> dict[str, Any]:
             "expert_shared_count": 1,
             "expert_shared_feed_forward_length": cfg.intermediate_size,
         }
-    return {f"{architecture}.{name}": value for name, value in fields.items()}
+    ids = {"bos": cfg.bos_token_id, "padding": cfg.pad_token_id}
+    ids |= dict(zip(("eos", "eot", "eom"), cfg.eos_token_ids, strict=False))
+    return {f"{architecture}.{name}": value for name, value in fields.items()} | {
+        f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i >= 0
+    }
