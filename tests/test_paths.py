@@ -41,6 +41,7 @@ TEXT_OPTIONS = {
     "depths",
     "dtype",
     "generation",
+    "gguf",
     "host",
     "lengths",
     "mesh",

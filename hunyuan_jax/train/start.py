@@ -17,6 +17,8 @@ from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.params import abstract
 from hunyuan_jax.weights import few_bits, side_files
+from hunyuan_jax.weights.gguf_file import SUFFIX
+from hunyuan_jax.weights.hub import model_place
 from hunyuan_jax.weights.open import Model, open_model
 from hunyuan_jax.weights.storage import Place
 
@@ -227,11 +229,12 @@ def _tokenizer_files(name: str) -> dict[str, bytes]:
     if name == "byte":
         return {}
     path = user_path(name, "config.data.tokenizer", AnyPath)
-    path = hub.local_folder(path, hub.TOKENIZER_FILES)
+    if not path.endswith(SUFFIX):
+        path = hub.local_folder(path, hub.TOKENIZER_FILES)
     folder, file = os.path.split(path)
     place = Place(folder or ".")
-    if file not in place.sizes():
-        place, file = Place(path), ""
+    if path.endswith(SUFFIX) or file not in place.sizes():
+        place, file = model_place(path), ""
     elif not file.endswith(".json"):
         return {"hy.tiktoken": place.read(file)}
     # config.json says how many ids there are.

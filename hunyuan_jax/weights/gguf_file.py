@@ -6,6 +6,7 @@ So every reader of folders reads GGUF files.  Memory is that of the rows that ar
 """
 
 import bisect
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -61,10 +62,9 @@ class GgufFile(Place):
         ends = np.cumsum([len(head), *(part.shape[0] * part.row_bytes for part in parts)])
         self._parts, self._head, self._ends = parts, head, ends.tolist()
         self._files = {"config.json": write.as_json(hf_config.to_hf(cfg))}
-        try:
+        # Of another kind of tokenizer `load_tokenizer` says so; the weights can be used without.
+        with contextlib.suppress(ConfigError):
             self._files |= vocabulary.folder_files(self.url, found.fields)
-        except ConfigError:  # `load_tokenizer` says why; the weights can be used with another
-            pass
 
     def is_file(self, name: str) -> bool:
         """See `Place.is_file`."""

@@ -17,6 +17,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import loop, start
 from hunyuan_jax.weights import hf_config, side_files, stream
+from hunyuan_jax.weights.gguf_export import export_gguf
 from hunyuan_jax.weights.open import export_model, open_model
 from support import goldens
 from support.runs import on_one_device, write_corpus
@@ -95,6 +96,20 @@ def test_a_run_and_its_exports_are_whole_wherever_they_are(origin, tmp_path, mon
         assert {file: (folder / file).read_bytes() for file in whole} == expected, name
         assert open_model(folder).cfg.eos_token_ids == (5, 7)
     assert json.loads((tmp_path / "exported/config.json").read_text())["eos_token_id"] == [5, 7]
+
+
+def test_a_gguf_file_is_an_origin_like_a_folder(tmp_path):
+    folder, file = goldens.folder_of("dense_alpha_tied"), tmp_path / "origin.gguf"
+    export_gguf(folder, file, "f32")
+    config = config_of(folder, file)
+    start.keep_files(tmp_path / "run", config)
+    found = kept(tmp_path / "run")
+    train = dataclasses.replace(config.train, init_from=str(file))
+    start.keep_files(tmp_path / "run", dataclasses.replace(config, train=train))
+    assert found["tokenizer.json"] == kept(tmp_path / "run")["tokenizer.json"]
+    ours, theirs = load_tokenizer(tmp_path / "run/model_files"), load_tokenizer(folder)
+    assert ours.encode("Hello 12") == theirs.encode("Hello 12")
+    assert ours.chat_template == theirs.chat_template
 
 
 def test_stop_ids_of_a_config_are_kept_where_the_run_states_none(origin, tmp_path):
