@@ -354,7 +354,7 @@ def _piece(folder: OfficialFolder, entry: names.Entry, cfg: ModelConfig) -> Piec
     packed = quantized.main_names(folder.scheme, entry.name)
     for name in (*packed, *outer):
         if stored := tensors.get(name):
-            return Piece(stored, 0, quantized.shape_of(name, stored.shape))
+            return Piece(stored, 0, quantized.shape_of(folder.scheme, name, stored.shape))
     expert = _EXPERT.fullmatch(entry.name)
     if not expert:
         return None

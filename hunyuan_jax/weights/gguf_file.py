@@ -14,6 +14,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.gguf import blocks, container, vocabulary
 from hunyuan_jax.weights import gguf_model, hf_config, names, write
 from hunyuan_jax.weights.storage import Place
@@ -53,7 +54,7 @@ class GgufFile(Place):
         Raises:
           ConfigError: as `container.read_header` and `gguf_model.config_of`.
         """
-        super().__init__(path)
+        super().__init__(user_path(path, "the model", AnyPath))
         found = container.read_header(self.url)
         cfg = gguf_model.config_of(self.url, found)
         parts = _parts(found, gguf_model.tensors_of(cfg), cfg)

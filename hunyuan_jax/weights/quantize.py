@@ -58,11 +58,11 @@ def quantize_model(
         )
     group = few_bits.group_of(model.cfg)
     entries = [e for e in names.entries(model.cfg) if few_bits.is_quantizable(e)]
-    if method in ("int4", "easyquant") and any(entry.shape[1] % 8 for entry in entries):
-        odd = next(entry for entry in entries if entry.shape[1] % 8)
+    size = {"int4": 8, "easyquant": 8, "int8": 4}.get(method, 1)
+    if odd := [entry for entry in entries if entry.shape[1] % size]:
         raise ConfigError(
-            f"{odd.name} has {odd.shape[1]} inputs; four-bit codes are packed by eight. Use "
-            "--method=int8 or fp8."
+            f"{odd[0].name} has {odd[0].shape[1]} inputs; codes of --method={method} are packed "
+            f"by {size}. Use --method=fp8."
         )
     texts = _texts(model)
     config = json.loads(texts["config.json"]) | {
@@ -155,10 +155,10 @@ def _file(
 
 def _tensors(stem: str, codes: Codes) -> dict[str, np.ndarray]:
     scale = {f"{stem}weight_scale": codes.scale}
-    if codes.bits == 8:
+    if codes.values.dtype != np.int8:
         return {f"{stem}weight": codes.values} | scale
     made = {
-        f"{stem}weight_packed": quantized.packed(codes.values),
+        f"{stem}weight_packed": quantized.packed(codes.values, codes.bits),
         f"{stem}weight_shape": np.array(codes.values.shape, np.int64),
     }
     if codes.position is not None:
@@ -184,7 +184,8 @@ def _about(cfg: ModelConfig, method: str, group: int) -> dict[str, Any]:
         "actorder": None,
         "observer": "minmax",
     }
-    form = {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}[method]
+    # Unpacked int8 means activations in int8 too.
+    form = "float-quantized" if method == "fp8" else "pack-quantized"
     ignored = [
         entry.name.removesuffix(".weight")
         for entry in names.entries(cfg)

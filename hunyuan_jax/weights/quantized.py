@@ -38,14 +38,13 @@ _INTEGERS = {
 _OF_METHOD = {"gptq": ("GPTQ or AWQ",), "packed": ("compressed-tensors",)}
 _OF_METHOD["easyquant"] = _OF_METHOD["packed"]
 _FP8_BLOCK = (128, 128)  # of transformers' FP8, where config.json does not say
-_NIBBLES = np.arange(0, 32, 4, dtype=np.uint32)
 
 
 class Scheme(NamedTuple):
     """How a folder's weights are quantised.
 
-    method: "" (not, or FP8 that config.json does not mention), "fp8", "int8", "packed" (int4),
-    "easyquant" or "gptq"; block: (rows, columns) of an entry of a two-dimensional FP8 scale;
+    method: "" (not, or FP8 that config.json does not mention), "fp8", "int8", "packed" (int4 or
+    int8 in int32), "easyquant" or "gptq"; bits: of a packed code; block: (rows, columns) of an entry of a two-dimensional FP8 scale;
     group: inputs of a scale, None where config.json does not say; zero_offset: what is added to
     GPTQ's stored zeros.
     """
@@ -54,6 +53,7 @@ class Scheme(NamedTuple):
     block: tuple[int, int] = _FP8_BLOCK
     group: int | None = None
     zero_offset: int = 1
+    bits: int = 4
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -132,26 +132,22 @@ def _compressed_scheme(where: str, about: dict[str, Any]) -> Scheme:
             "the model that it was made from."
         )
     kind, bits, strategy, size, is_symmetric = kinds[0]
-    method, strategies = {
-        ("float", 8): ("fp8", "tensor channel"),
-        ("int", 8): ("int8", "tensor channel"),
-        ("int", 4): ("packed", "channel group"),
-    }.get((kind, bits), ("", ""))
-    found = method if strategy in strategies.split() else ""
     form = about.get("format")
-    formats = {
-        "fp8": ("float-quantized", "naive-quantized"),
-        "int8": ("int-quantized", "naive-quantized"),
-        "packed": ("pack-quantized",),
-    }
-    if not found or not is_symmetric or form not in formats[found]:
+    is_packed = form == "pack-quantized"
+    found, strategies, formats = {
+        ("float", 8): ("fp8", "tensor channel", ("float-quantized", "naive-quantized")),
+        ("int", 8): ("int8", "tensor channel", ("int-quantized", "naive-quantized")),
+    }.get((kind, bits), ("", "", ()))
+    if is_packed and kind == "int" and bits in (4, 8):
+        found, strategies, formats = "packed", "channel group", (form,)
+    if strategy not in strategies.split() or not is_symmetric or form not in formats:
         raise ConfigError(
             f"{where}: weights of type {kind!r}, num_bits {bits!r}, strategy {strategy!r}, "
             f"symmetric {is_symmetric!r} in format {form!r} are not implemented; FP8 and int8 by "
-            "tensor or channel and packed int4 by channel or group, symmetric, are read. Load the "
-            "model that it was made from."
+            "tensor or channel and packed int4 and int8 by channel or group, symmetric, are read. "
+            "Load the model that it was made from."
         )
-    return Scheme(found, group=size)
+    return Scheme(found, group=size, bits=bits)
 
 
 def _fp8_block(where: str, about: dict[str, Any]) -> tuple[int, int]:
@@ -234,12 +230,12 @@ def parts(scheme: Scheme, main: str, dtype: np.dtype, names: Collection[str]) ->
     return {}
 
 
-def shape_of(main: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_of(scheme: Scheme, main: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape [O, I] of a weight from that of its main tensor; that itself if not packed."""
     if len(shape) == 2 and main.endswith(".qweight"):
         return shape[1], shape[0] * 8
     if len(shape) == 2 and main.endswith(".weight_packed"):
-        return shape[0], shape[1] * 8
+        return shape[0], shape[1] * (32 // scheme.bits)
     return shape
 
 
@@ -269,8 +265,9 @@ def codes_of(
             return None
         return Codes(np.ascontiguousarray((codes_IO - 8).astype(np.int8).T), scale_GO.T, 4)
     main_array = arrays["main"]
+    bits = scheme.bits if main.endswith(".weight_packed") else 8
     if main.endswith(".weight_packed"):
-        values_OI = (unpacked(main_array, axis=1) - 8).astype(np.int8)
+        values_OI = (unpacked(main_array, 1, bits) - 2 ** (bits - 1)).astype(np.int8)
     else:
         values_OI = main_array
     if values_OI.ndim != 2:
@@ -294,7 +291,6 @@ def codes_of(
             f"{where}: {names['scale']} {scale.shape} has groups of {num_in // scale_OG.shape[1]} "
             f"inputs; config.json says group_size = {scheme.group}."
         )
-    bits = 4 if main.endswith(".weight_packed") else 8
     if scheme.method != "easyquant":
         return Codes(values_OI, scale_OG, bits)
     position, value = arrays["position"], arrays["value"]
@@ -384,16 +380,21 @@ def _checked_scale(where: str, name: str, scale: np.ndarray) -> np.ndarray:
     return scale
 
 
-def unpacked(packed: np.ndarray, axis: int) -> np.ndarray:
-    """Codes 0 to 15, int32, eight of each int32 along `axis`, lowest bits first."""
-    shifts = _NIBBLES if axis == 1 else _NIBBLES[:, None]
-    nibbles = (np.expand_dims(packed.view(np.uint32), axis + 1) >> shifts) & 15
+def unpacked(packed: np.ndarray, axis: int, bits: int = 4) -> np.ndarray:
+    """Codes from 0 on, int32, as many of each int32 along `axis` as fit, lowest bits first."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    shifts = shifts if axis == 1 else shifts[:, None]
+    codes = (np.expand_dims(packed.view(np.uint32), axis + 1) >> shifts) & (2**bits - 1)
     shape = (packed.shape[0], -1) if axis == 1 else (-1, packed.shape[1])
-    return nibbles.astype(np.int32).reshape(shape)
+    return codes.astype(np.int32).reshape(shape)
 
 
-def packed(values_OI: np.ndarray) -> np.ndarray:
-    """int32 [O, I / 8] of codes -8 to 7, as compressed-tensors packs them; I divides by 8."""
+def packed(values_OI: np.ndarray, bits: int = 4) -> np.ndarray:
+    """int32 of codes int8 of 4 or 8 bits, as compressed-tensors packs them; I divides by as many
+    as fit.
+    """
+    if bits == 8:
+        return (values_OI.view(np.uint8) ^ 128).view(np.int32)
     nibbles = (values_OI + 8).astype(np.uint8).reshape(len(values_OI), -1, 2)
     return (nibbles[..., 0] | nibbles[..., 1] << 4).view(np.uint32).view(np.int32)
 

@@ -330,7 +330,31 @@ def test_a_scheme_of_compressed_tensors_that_is_not_read(folders, tmp_path, chan
         from_pretrained(tmp_path / "int8")
 
 
+def test_int8_of_others_with_activations_in_int8(folders, tmp_path):
+    """Not packed, as compressed-tensors stores W8A8; we keep its activations as numbers."""
+    shutil.copytree(folders / "int8", tmp_path / "int8")
+    opened, tensors = open_model(folders / "int8"), {}
+    for entry in names.entries(opened.cfg):
+        tensors[entry.name] = opened.tensor(entry)
+        if (found := opened.codes(entry)) is not None:
+            tensors |= {entry.name: found.values, f"{entry.name}_scale": found.scale}
+    write_tensors(tmp_path / "int8", tensors)
+    about = json.loads((tmp_path / "int8/config.json").read_text())["quantization_config"]
+    about["config_groups"]["group_0"]["input_activations"] = {
+        "num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
+    }  # fmt: skip
+    edit_config(tmp_path / "int8", quantization_config=about | {"format": "int-quantized"})
+    expected = numbers(folders / "int8")
+    for name, tensor in numbers(tmp_path / "int8").items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
 def test_packing_is_that_of_compressed_tensors():
+    values = np.array([[-128, -1, 0, 127]], np.int8)
+    assert quantized.packed(values, 8)[0, 0] == np.uint32(0xFF807F00).view(np.int32)
+    np.testing.assert_array_equal(
+        quantized.unpacked(quantized.packed(values, 8), 1, 8) - 128, values
+    )
     values = np.array([[-8, -7, 0, 7, 1, 2, 3, -1]], np.int8)
     assert quantized.packed(values)[0, 0] == np.uint32(0x7BA9F810).view(np.int32)
     np.testing.assert_array_equal(quantized.unpacked(quantized.packed(values), 1) - 8, values)
