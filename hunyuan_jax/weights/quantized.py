@@ -44,9 +44,9 @@ class Scheme(NamedTuple):
     """How a folder's weights are quantised.
 
     method: "" (not, or FP8 that config.json does not mention), "fp8", "int8", "packed" (int4 or
-    int8 in int32), "easyquant" or "gptq"; bits: of a packed code; block: (rows, columns) of an entry of a two-dimensional FP8 scale;
-    group: inputs of a scale, None where config.json does not say; zero_offset: what is added to
-    GPTQ's stored zeros.
+    int8 in int32), "easyquant" or "gptq"; bits: of a packed code; block: (rows, columns) of an
+    entry of a two-dimensional FP8 scale; group: inputs of a scale, None where config.json does not
+    say; zero_offset: what is added to GPTQ's stored zeros.
     """
 
     method: str = ""
