@@ -31,7 +31,7 @@ from hunyuan_jax.infer.scheduler import Choice, Plan, Scheduler, Shapes
 from hunyuan_jax.infer.speculate import Off, Proposer
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import context, rules
 from hunyuan_jax.parallel.mesh import device_kind
 
 # Tokens that one call may draw of a row, and how long a call should last, so that a reader sees
@@ -339,6 +339,9 @@ def shapes_of(cfg: Any, mesh: Any, limits: Limits, num_pools: int) -> Shapes:
     """What the calls of an engine take whose rows are divided over so many pools."""
     page_size, chunk_size = _CPU_SIZES if device_kind(mesh) == "cpu" else _SIZES
     page_size, chunk_size = limits.page_size or page_size, limits.chunk_size or chunk_size
+    if (num_chips := context.num_chips(mesh)) > 1:
+        page_size *= num_chips
+        chunk_size = page_size  # so that a chip computes the tokens that it keeps
     piece = -(-chunk_size // page_size) * page_size
     num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
     return Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)

@@ -19,7 +19,7 @@ from hunyuan_jax.infer.scheduler import Shapes
 from hunyuan_jax.infer.speculate import Memory, Off, Proposer, Step
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.parallel import rules
+from hunyuan_jax.parallel import context, rules
 
 # Tokens of a chunk whose logits exist at a time, for their log-probabilities.
 _SCORED = 32
@@ -375,9 +375,10 @@ def chunk(
     zeros_B = jnp.zeros(B, jnp.int32)
     cache = Cache(state.entries, zeros_B, lines.start, lines.table(num_pages))
     output = model.extend(tokens_BT, cache)
+    hidden_BTD = context.from_chips(output.hidden_BTD, model.mesh, "embed")
     is_last_B = lines.is_last > 0
     last_B11 = jnp.maximum(lines.end - lines.start - 1, 0)[:, None, None]
-    hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
     logits_BV = model.logits(hidden_B1D)[:, 0]
     token_B, logprobs, is_done_B = _draw(logits_BV, lines, lines.num_drawn, is_last_B, state.seen)
     # Rows that draw nothing are written to the last row, which is nobody's.
@@ -406,7 +407,7 @@ def chunk(
     )
     prompt = jax.lax.cond(
         (lines.prompt_logprobs > 0).any(),
-        lambda: _prompt_logprobs(model, lines, output.hidden_BTD, following_BT, num_pools),
+        lambda: _prompt_logprobs(model, lines, hidden_BTD, following_BT, num_pools),
         lambda: _no_logprobs(tokens_BT.shape, V),
     )
     drawn_B = jnp.where(is_last_B, token_B, -1)
@@ -420,7 +421,7 @@ def _prompt_logprobs(model, lines, hidden_BTD, following_BT, num_pools):
     Letters: s pools, n groups of t tokens.  A group in which nothing is asked is skipped.
     """
     B, T, V = *hidden_BTD.shape[:2], model.cfg.vocab_size
-    size = int(np.gcd(T, _SCORED))
+    size = int(np.gcd(T, max(_SCORED, 2 * context.num_chips(model.mesh))))
     is_asked_BT = (lines.prompt_logprobs > 0)[:, None] & (
         jnp.arange(T) >= lines.score_first[:, None]
     )
@@ -433,7 +434,7 @@ def _prompt_logprobs(model, lines, hidden_BTD, following_BT, num_pools):
         hidden_stD, following_st, is_asked, wants_top = args
 
         def found():
-            logits_stV = model.logits(hidden_stD)
+            logits_stV = model.logits(context.to_chips(hidden_stD, model.mesh, "embed"))
             flat = sampling.logprobs(
                 logits_stV.reshape(-1, V), following_st.reshape(-1), wants_top
             )

@@ -163,11 +163,10 @@ class Runner:
         shape = (name, (known or sizes)[0])
         with self._lock:
             is_new = shape not in self._programs
-            if is_new:
-                self._programs[shape] = Future()
+            program = self._programs.setdefault(shape, Future())
         if is_new:
             self._fill(*shape)
-        return self._programs[shape].result(), shape[1]
+        return program.result(), shape[1]
 
     def _fill(self, name: str, num_lines: int) -> None:
         try:

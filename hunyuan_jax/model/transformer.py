@@ -112,8 +112,9 @@ class Transformer(nnx.Module):
 
         Where rows need different numbers of tokens, extend all by the most, then
         `cache.rollback`.  In pages, T is less than a page, or whole pages from the beginning of
-        one on.
+        one on; a single token or one page where rows are on several chips.
         """
+        tokens_BT = context.to_chips(tokens_BT, self.mesh)
         sequence = self._behind(cache, tokens_BT)[1]
         hidden_BTD, entries, stats = self._run(tokens_BT, sequence, cache.entries)
         length_B = cache.length_B + tokens_BT.shape[1]
@@ -126,6 +127,7 @@ class Transformer(nnx.Module):
     def _behind(self, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Sequence]:
         """(positions [B, T] of tokens behind those of a cache, their sequence)."""
         positions_BT = (cache.length_B - cache.start_B)[:, None] + jnp.arange(tokens_BT.shape[1])
+        positions_BT = context.to_chips(positions_BT, self.mesh)
         angles = rope.cos_sin(positions_BT, self.cfg)
         where = (cache.start_B, cache.length_B, cache.table_BN)
         return positions_BT, Sequence(angles, jnp.ones_like(tokens_BT), *where)
@@ -138,8 +140,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         is_training: bool = False,
     ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
-        if entries is not None:
-            context.refuse(self.mesh, "generation, whose cache is on one chip,")
+        if entries is not None and sequence.table_BN is None:
+            context.refuse(self.mesh, "a contiguous cache")
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
         stats, new_entries = {}, {}

@@ -25,17 +25,20 @@ def num_chips(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape[AXIS]
 
 
-def to_chips(x_BT: jax.Array, mesh: Mesh) -> jax.Array:
-    """Returns an array [B, T] in the order of the chips, split over them.
+def to_chips(x_BT: jax.Array, mesh: Mesh, *rest: str) -> jax.Array:
+    """Returns an array [B, T, ...] in the order of the chips, split over them; a single token is
+    whole on each.
+
+    rest: logical names of further dims.
 
     Raises:
       ConfigError: T does not divide into the chunks.
     """
     C = num_chips(mesh)
-    if C == 1:
+    if C == 1 or x_BT.shape[1] == 1:
         return x_BT
     check_length(x_BT.shape[1], C)
-    return rules.constrain(chip_order(x_BT, C), mesh, ("batch", "seq"))
+    return rules.constrain(chip_order(x_BT, C), mesh, ("batch", "seq", *rest))
 
 
 def from_chips(x_BT: jax.Array, mesh: Mesh, *rest: str) -> jax.Array:
@@ -45,7 +48,7 @@ def from_chips(x_BT: jax.Array, mesh: Mesh, *rest: str) -> jax.Array:
     rest: logical names of further dims.
     """
     C = num_chips(mesh)
-    if C == 1:
+    if C == 1 or x_BT.shape[1] == 1:
         return x_BT
     return row_order(rules.constrain(x_BT, mesh, ("batch", "row", *rest)), C)
 

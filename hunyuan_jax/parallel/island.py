@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from hunyuan_jax.parallel import xla_workarounds
-from hunyuan_jax.parallel.rules import RULES, partition_spec, quantized_specs, stored_spec
+from hunyuan_jax.parallel.rules import (
+    RULES,
+    is_single_token,
+    partition_spec,
+    quantized_specs,
+    stored_spec,
+    whole_rows,
+)
 from hunyuan_jax.quant.array import QuantArray, dequantized, is_quantized
 
 _LANES = 128  # a TPU stores arrays in tiles of 8 x 128 elements
@@ -24,7 +31,8 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
       mesh: over which it runs.
       stored: logical names of the parameters, a tree of tuples; the shards that fn sees are those
         in storage, see `gather_param`.
-      in_logical: the same for each of the activations, a tuple of trees.
+      in_logical: the same for each of the activations, a tuple of trees.  Where rows have a
+        single token, it is whole on every chip.
       out_logical: of the results.
     """
 
@@ -33,7 +41,11 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
 
     def call(parameters, *activations):
         of_parameters = jax.tree.map(_stored_specs, stored, parameters, is_leaf=_is_names)
-        in_specs = (of_parameters, *specs(in_logical, partition_spec))
+        is_single = jax.tree.map(is_single_token, in_logical, activations, is_leaf=_is_names)
+        to_spec = partition_spec
+        if any(jax.tree.leaves(is_single)):
+            to_spec = lambda names: partition_spec(whole_rows(names))  # noqa: E731
+        in_specs = (of_parameters, *specs(in_logical, to_spec))
         if mesh.size == 1:
             in_specs = jax.tree.map(
                 functools.partial(_naming_all_axes, mesh), in_specs, is_leaf=_is_spec
@@ -44,7 +56,7 @@ def island(fn: Callable, mesh: Mesh, stored: Any, in_logical: Any, out_logical: 
             fn,
             mesh=mesh,
             in_specs=in_specs,
-            out_specs=specs(out_logical, partition_spec),
+            out_specs=specs(out_logical, to_spec),
             check_vma=False,
         )(parameters, *activations)
 

@@ -37,6 +37,7 @@ RULES: dict[str, Axes] = {
     "batch": Axes(("replica", "data", "expert")),
     "seq": Axes(("context",)),  # the tokens of a row, as activations
     "row": Axes(),  # the same, whole on every chip
+    "slots": Axes(("context",)),  # of a cache: each chip has some of every page's
     "context": Axes(("context",)),  # of what every chip along that axis has a copy of its own
     "routing_groups": Axes(("replica", "data", "expert", "context")),
     "example_rows": Axes(),  # of one example of a batch, such as the two answers of a pair
@@ -155,8 +156,24 @@ def first_that_divides(
 
 
 def constrain(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
-    """Constrains an activation to the sharding of its logical dims."""
+    """Constrains an activation to the sharding of its logical dims; a single token is whole on
+    every chip.
+    """
+    if is_single_token(logical, x):
+        logical = whole_rows(logical)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical)))
+
+
+def is_single_token(logical: Sequence[str], x: jax.Array | None) -> bool:
+    """Whether x has the tokens of rows and there is one in each, as in decoding.  It cannot be
+    split over the chips of a row: each of them computes it.
+    """
+    return "seq" in logical and x is not None and x.shape[logical.index("seq")] == 1
+
+
+def whole_rows(logical: Sequence[str]) -> tuple[str, ...]:
+    """The names of dims whose rows are whole on every chip along `context`."""
+    return tuple("row" if name == "seq" else name for name in logical)
 
 
 def _compute_axes(logical: Sequence[str]) -> list[tuple[str, ...]]:

@@ -44,18 +44,13 @@ def batch_shardings(program: Program, spec: BatchSpec) -> dict[str, jax.sharding
     return {
         field_name: rules.sharding(
             program.mesh,
-            _whole_rows(field.dims),
+            # Ids are small.  A process reads whole rows; the model gives each chip its tokens.
+            rules.whole_rows(field.dims),
             (field.shape[0] // num_micro_batches, *field.shape[1:]),
             name,
         )
         for field_name, field in spec.items()
     }
-
-
-def _whole_rows(dims: tuple[str, ...]) -> tuple[str, ...]:
-    # Of ids, which are small.  A process then reads whole rows; the model gives each chip its
-    # tokens.
-    return tuple("row" if dim == "seq" else dim for dim in dims)
 
 
 def _input_shardings(program: Program, spec: BatchSpec) -> dict[str, Any]:
@@ -216,7 +211,7 @@ def _micro_batches(program: Program, spec: BatchSpec, batch: Batch) -> Batch:
         for name in spec
     }
     return {
-        name: rules.constrain(a, program.mesh, ("layers", *_whole_rows(spec[name].dims)))
+        name: rules.constrain(a, program.mesh, ("layers", *rules.whole_rows(spec[name].dims)))
         for name, a in split.items()
     }
 

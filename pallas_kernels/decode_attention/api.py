@@ -57,9 +57,10 @@ def decode_attention(
     k_scale_PnsK: jax.Array | None = None,
     v_scale_PnsK: jax.Array | None = None,
     scale: float | None = None,
+    with_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
     interpret: Any = False,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends with the last T tokens of each sequence to its cache, which includes them.
 
     Slot i of row b is slot i % s of page table_Bm[b, i // s]; without a table the cache is
@@ -87,12 +88,14 @@ def decode_attention(
       start_B: int32 first slots that hold a token, for a cache padded on the left; None for 0.
       k_scale_PnsK, v_scale_PnsK: float32 factors of an int8 or float8 cache.
       scale: factor of the scores; None for H ** -0.5.
+      with_lse: whether to return the log-sum-exp of the scaled scores too, by which results over
+        parts of a cache are merged; -inf where no slot is seen.
       implementation: None, a name ("pallas_tpu", "pallas_triton", "xla", "reference") or a list of
         names in order of preference.
       interpret: passed to pallas_call; runs a kernel on the CPU.
 
     Returns:
-      [B, T, N, H] in q's dtype.
+      [B, T, N, H] in q's dtype, or (that, float32 [B, T, N]) with `with_lse`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or that no named implementation can
@@ -110,7 +113,7 @@ def decode_attention(
         k_PnsKH.shape[2],
         None if table_Bm is None else table_Bm.shape,
     )
-    return chosen.run(
+    out_BTNH, lse_BTN = chosen.run(
         device_kind,
         interpret,
         q_BTNH,
@@ -124,6 +127,7 @@ def decode_attention(
         table_Bm,
         q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
     )
+    return (out_BTNH, lse_BTN) if with_lse else out_BTNH
 
 
 def _check(

@@ -39,8 +39,8 @@ def reference(
     group: jax.Array | int,
     table_Bm: jax.Array | None,
     scale: float,
-) -> jax.Array:
-    """As `api.decode_attention`, float32 throughout."""
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.decode_attention` with its log-sum-exp, float32 throughout."""
     k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
         None if x_Pns is None else rows(x_Pns, group, table_Bm)
         for x_Pns in (k_PnsKH, v_PnsKH, k_scale_PnsK, v_scale_PnsK)
@@ -59,11 +59,9 @@ def reference(
     p_BTKGS = jnp.where(
         seen_BTKGS.any(-1, keepdims=True), p_BTKGS, 0
     )  # 0 / 0 where nothing is seen
-    return (
-        jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH, precision="highest")
-        .reshape(B, T, N, H)
-        .astype(q_BTNH.dtype)
-    )
+    out_BTKGH = jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH, precision="highest")
+    lse_BTKG = jax.nn.logsumexp(score_BTKGS, axis=-1, where=seen_BTKGS)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTKG.reshape(B, T, N)
 
 
 def xla(
@@ -77,7 +75,7 @@ def xla(
     group: jax.Array | int,
     table_Bm: jax.Array | None,
     scale: float,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """As `reference`, with products in q's dtype and a float32 softmax.
 
     The scales of an int8 cache multiply scores and probabilities.
@@ -101,7 +99,8 @@ def xla(
     if k_scale_BSK is not None:
         score_BKGTS *= k_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
     score_BKGTS = jnp.where(seen_B11TS, score_BKGTS, -1e30)
-    p_BKGTS = jnp.where(seen_B11TS, jnp.exp(score_BKGTS - score_BKGTS.max(-1, keepdims=True)), 0)
+    max_BKGT1 = score_BKGTS.max(-1, keepdims=True)
+    p_BKGTS = jnp.where(seen_B11TS, jnp.exp(score_BKGTS - max_BKGT1), 0)
     sum_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
     if v_scale_BSK is not None:
         p_BKGTS = jnp.where(
@@ -116,4 +115,8 @@ def xla(
         preferred_element_type=jnp.float32,
     )
     out_BKGTH = acc_BKGTH / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    out_BTNH, lse_BTN1 = (
+        x_BKGTx.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+        for x_BKGTx in (out_BKGTH, max_BKGT1 + jnp.log(sum_BKGT1))
+    )
+    return out_BTNH.astype(q_BTNH.dtype), lse_BTN1[..., 0]

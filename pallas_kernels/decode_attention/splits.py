@@ -3,6 +3,8 @@
 Shape letters: dims.md; i splits, R = G * T: the query rows of one kv head, row g * T + t.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -43,15 +45,22 @@ def blocks_of_split(
     return first + split * blocks_each, jnp.minimum(first + (split + 1) * blocks_each, end)
 
 
-def merge(acc_iBKRH: jax.Array, max_iBKR: jax.Array, sum_iBKR: jax.Array) -> jax.Array:
-    """Returns softmax(scores) @ v over all splits, float32 [B, K, R, H]; 0 if no slot is seen.
+def merge(
+    acc_iBKRH: jax.Array, max_iBKR: jax.Array, sum_iBKR: jax.Array, num_tokens: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (softmax(scores) @ v over all splits, [B, T, N, H] in `dtype`; the log-sum-exp of
+    the scores, float32 [B, T, N]); 0 and -inf if no slot is seen.
 
     Args:
       acc_iBKRH: sum over a split's slots of 2^(score - max) v, float32; scores are to base 2.
       max_iBKR: largest score of the split, NO_SCORE if the row sees none of its slots.
       sum_iBKR: sum over a split's slots of 2^(score - max).
     """
-    weight_iBKR = jnp.exp2(max_iBKR - max_iBKR.max(0))
+    max_BKR = max_iBKR.max(0)
+    weight_iBKR = jnp.exp2(max_iBKR - max_BKR)
     sum_BKR = (weight_iBKR * sum_iBKR).sum(0)
     acc_BKRH = (weight_iBKR[..., None] * acc_iBKRH).sum(0)
-    return acc_BKRH / jnp.where(sum_BKR > 0, sum_BKR, 1)[..., None]
+    out_BKRH = acc_BKRH / jnp.where(sum_BKR > 0, sum_BKR, 1)[..., None]
+    lse_BKR = jnp.log(sum_BKR) + max_BKR / LOG2_E
+    lse_BTN = heads_of_rows(lse_BKR[..., None], num_tokens)[..., 0]
+    return heads_of_rows(out_BKRH, num_tokens).astype(dtype), lse_BTN

@@ -290,8 +290,8 @@ def run(
     *,
     cfg: Config,
     interpret: Any = False,
-) -> jax.Array:
-    """As `api.decode_attention`."""
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.decode_attention` with its log-sum-exp."""
     (B, T), (page_slots, K) = q_BTNH.shape[:2], k_PnsKH.shape[2:4]
     q_BKRH = splits.rows_of_heads(q_BTNH, K)
     num_rows = q_BKRH.shape[2]
@@ -331,9 +331,7 @@ def run(
         jnp.where(has_block_iB[..., None, None, None], x_iBKRx[:, :, :, :num_rows], nothing)
         for x_iBKRx, nothing in zip(state_iBKRx, (0.0, splits.NO_SCORE, 0.0), strict=True)
     )
-    return splits.heads_of_rows(
-        splits.merge(acc_iBKRH, max_iBKR1[..., 0], sum_iBKR1[..., 0]), T
-    ).astype(q_BTNH.dtype)
+    return splits.merge(acc_iBKRH, max_iBKR1[..., 0], sum_iBKR1[..., 0], T, q_BTNH.dtype)
 
 
 def call(

@@ -162,8 +162,8 @@ def run(
     *,
     cfg: Config,
     interpret: Any = False,
-) -> jax.Array:
-    """As `api.decode_attention`."""
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.decode_attention` with its log-sum-exp."""
     (B, T, _, H), (P, n, page_slots, K) = q_BTNH.shape, k_PnsKH.shape[:4]
     q_BKRH = splits.rows_of_heads(q_BTNH, K)
     R = q_BKRH.shape[2]
@@ -229,6 +229,4 @@ def run(
         v_PnsKH,
         *scales,
     )
-    return splits.heads_of_rows(splits.merge(acc_iBKRH, max_iBKR, sum_iBKR), T).astype(
-        q_BTNH.dtype
-    )
+    return splits.merge(acc_iBKRH, max_iBKR, sum_iBKR, T, q_BTNH.dtype)

@@ -40,7 +40,13 @@ def _inputs(case, lengths=LENGTHS, starts=STARTS):
     seed = testing.fresh_seed()
     print(f"seed {seed}")  # pytest shows it when a test fails
     args = cases.inputs(case, seed, lengths, starts)
-    return args, _reference(*args, case.H**-0.5)
+    return args, _comparable(_reference(*args, case.H**-0.5))
+
+
+def _comparable(found):
+    """(out, log-sum-exp) with a number in the place of -inf."""
+    out_BTNH, lse_BTN = jax.block_until_ready(found)
+    return out_BTNH, jnp.maximum(lse_BTN, -100)
 
 
 def _rows(x_ns, table_Bm):
@@ -53,7 +59,7 @@ def _rows(x_ns, table_Bm):
 @pytest.mark.parametrize("name", ["draft", "int8", "pages", "pages int8"])
 def test_reference_is_what_loops_compute(name):
     case = cases.SMALL[name]
-    args, out_BTNH = _inputs(case)
+    args, (out_BTNH, lse_BTN) = _inputs(case)
     group, table_Bm = args[7:]
     q_BTNH = np.asarray(args[0].astype(jnp.float32))
     k_BSKH, v_BSKH, k_scale_BSK, v_scale_BSK = (
@@ -62,7 +68,7 @@ def test_reference_is_what_loops_compute(name):
     )
     if case.is_int8:
         k_BSKH, v_BSKH = k_BSKH * k_scale_BSK[..., None], v_BSKH * v_scale_BSK[..., None]
-    expected_BTNH = np.zeros(q_BTNH.shape)
+    expected_BTNH, expected_BTN = np.zeros(q_BTNH.shape), np.full(q_BTNH.shape[:3], -100.0)
     for b, t, n in np.ndindex(*q_BTNH.shape[:3]):
         seen = slice(STARTS[b], LENGTHS[b] - case.T + t + 1)
         if LENGTHS[b]:
@@ -71,14 +77,15 @@ def test_reference_is_what_loops_compute(name):
             )
             p_S = np.exp(k_SH @ q_BTNH[b, t, n] * case.H**-0.5)
             expected_BTNH[b, t, n] = p_S @ v_SH / p_S.sum()
-    testing.assert_close(out_BTNH, expected_BTNH, case.dtype)
+            expected_BTN[b, t, n] = np.log(p_S.sum())
+    testing.assert_close((out_BTNH, lse_BTN), (expected_BTNH, expected_BTN), case.dtype)
 
 
 @pytest.mark.parametrize("name", cases.SMALL)
 def test_xla_is_the_reference(name):
     case = cases.SMALL[name]
-    args, expected_BTNH = _inputs(case)
-    testing.assert_close(_xla(*args, case.H**-0.5), expected_BTNH, case.dtype)
+    args, expected = _inputs(case)
+    testing.assert_close(_comparable(_xla(*args, case.H**-0.5)), expected, case.dtype)
 
 
 # The interpreter is slow: not all cases with all configs.
@@ -97,13 +104,13 @@ def test_xla_is_the_reference(name):
 )
 def test_tpu_is_the_reference_without_races(name, config_name):
     case = cases.SMALL[name]
-    args, expected_BTNH = _inputs(case)
+    args, expected = _inputs(case)
     with testing.interpreted_tpu() as interpret:
-        out_BTNH = jax.block_until_ready(
+        found = _comparable(
             tpu.run(*args, case.H**-0.5, cfg=TPU_CONFIGS[config_name], interpret=interpret)
         )
-    testing.assert_close(out_BTNH, expected_BTNH, case.dtype)
-    assert not out_BTNH[0].any()
+    testing.assert_close(found, expected, case.dtype)
+    assert not found[0][0].any()
 
 
 @pytest.mark.parametrize(
@@ -117,10 +124,10 @@ def test_tpu_is_the_reference_without_races(name, config_name):
 def test_triton_is_the_reference(name, num_splits):
     case = cases.SMALL[name]
     (cfg,) = (cfg for cfg in TRITON_CONFIGS if cfg.num_splits == num_splits)
-    args, expected_BTNH = _inputs(case)
-    out_BTNH = triton.run(*args, case.H**-0.5, cfg=cfg, interpret=True)
-    testing.assert_close(out_BTNH, expected_BTNH, case.dtype)
-    assert not out_BTNH[0].any()
+    args, expected = _inputs(case)
+    found = _comparable(triton.run(*args, case.H**-0.5, cfg=cfg, interpret=True))
+    testing.assert_close(found, expected, case.dtype)
+    assert not found[0][0].any()
 
 
 def test_any_lengths_and_starts():
@@ -128,18 +135,15 @@ def test_any_lengths_and_starts():
     rng = np.random.default_rng()
     lengths = rng.integers(case.T, case.S + 1, case.B)
     print(f"lengths {lengths}")
-    args, expected_BTNH = _inputs(case, lengths, rng.integers(0, lengths - case.T + 1))
-    testing.assert_close(_xla(*args, case.H**-0.5), expected_BTNH, "float32")
-    testing.assert_close(
-        triton.run(*args, case.H**-0.5, cfg=TRITON_CONFIGS[1], interpret=True),
-        expected_BTNH,
-        "float32",
-    )
+    args, expected = _inputs(case, lengths, rng.integers(0, lengths - case.T + 1))
+    testing.assert_close(_comparable(_xla(*args, case.H**-0.5)), expected, "float32")
+    found = triton.run(*args, case.H**-0.5, cfg=TRITON_CONFIGS[1], interpret=True)
+    testing.assert_close(_comparable(found), expected, "float32")
     with testing.interpreted_tpu() as interpret:
-        out_BTNH = jax.block_until_ready(
+        found = _comparable(
             tpu.run(*args, case.H**-0.5, cfg=TPU_CONFIGS["2 splits"], interpret=interpret)
         )
-    testing.assert_close(out_BTNH, expected_BTNH, "float32")
+    testing.assert_close(found, expected, "float32")
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
@@ -162,22 +166,22 @@ def test_splits_share_all_visible_blocks(num_splits):
 def test_api_serves_every_device_and_passes_all_on(name):
     case = cases.SMALL[name]
     args, _ = _inputs(case)
-    expected_BTNH = reference.reference(*args, 0.3)
-    call = functools.partial(bench.ours, scale=0.3)
-    testing.assert_close(call("cpu", *args), expected_BTNH, case.dtype)
-    testing.assert_close(call("cpu", *args, implementation="reference"), expected_BTNH, case.dtype)
-    testing.assert_close(call("NVIDIA H200", *args, interpret=True), expected_BTNH, case.dtype)
+    expected = _comparable(reference.reference(*args, 0.3))
+    call = functools.partial(bench.ours, scale=0.3, with_lse=True)
+    for kind, options in (
+        ("cpu", {}),
+        ("cpu", {"implementation": "reference"}),
+        ("NVIDIA H200", {"interpret": True}),
+    ):
+        testing.assert_close(_comparable(call(kind, *args, **options)), expected, case.dtype)
     with testing.interpreted_tpu() as interpret:
-        testing.assert_close(
-            jax.block_until_ready(call("TPU v5", *args, interpret=interpret)),
-            expected_BTNH,
-            case.dtype,
-        )
+        found = _comparable(call("TPU v5", *args, interpret=interpret))
+    testing.assert_close(found, expected, case.dtype)
 
 
 def test_api_defaults_are_the_whole_cache_and_the_head_dims_root():
     case = cases.SMALL["int8"]
-    args, expected_BTNH = _inputs(case, starts=[0] * case.B)
+    args, (expected_BTNH, _) = _inputs(case, starts=[0] * case.B)
     out_BTNH = api.decode_attention(
         *args[:4], group=0, device_kind="cpu", k_scale_PnsK=args[5], v_scale_PnsK=args[6]
     )

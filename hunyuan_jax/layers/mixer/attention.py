@@ -21,7 +21,7 @@ from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import lora, rope
 from hunyuan_jax.layers.kernels import kernel_options
 from hunyuan_jax.layers.linear import linear
-from hunyuan_jax.layers.mixer import context_facts, kv_cache, paged, ring
+from hunyuan_jax.layers.mixer import context_facts, context_pages, kv_cache, paged, ring
 from hunyuan_jax.layers.mixer.kv_cache import CacheDtype, KeysValues
 from hunyuan_jax.layers.mixer.spark_attention import spark_attention
 from hunyuan_jax.layers.norm import rms_normalize
@@ -41,7 +41,7 @@ _SEEN = {
     "all_to_all": ("batch", "row", "context_kv_heads", "head_dim"),
 }
 _SEQUENCE = Sequence(
-    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "seq")
+    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "row")
 )
 
 
@@ -90,14 +90,12 @@ class Attention(nnx.Module):
         lora.declare(self, cfg, jax.random.fold_in(key, 4))
 
     def keys_values(
-        self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array]
+        self, y_BTD: jax.Array, cos_sin_BTh: tuple[jax.Array, jax.Array], form: str
     ) -> tuple[jax.Array, jax.Array]:
         """The group's keys, rotated and normalised (without scale unless the norm comes first),
-        and its values: two [B, T, K, H], or as `_SEEN` has them if a row is on several chips.
-        Producer only.
+        and its values: two [B, T, K, H], or with a form as `_SEEN` has them.  Producer only.
         """
         weights, logical = params.declared(self)
-        form = self._form(y_BTD)
 
         def fn(weights, y_BTD, cos_sin_BTh):
             new = keys_values(weights, y_BTD, cos_sin_BTh, cfg=self.cfg, logical=logical)
@@ -134,7 +132,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """(attention's output [B, T, D], the cache with the tokens' keys and values)."""
         if self.is_producer:
-            new, entry = self.keys_values(y_BTD, sequence.cos_sin_BTh), cache.entry
+            form = "" if sequence.table_BN is not None else self._form(y_BTD)
+            new, entry = self.keys_values(y_BTD, sequence.cos_sin_BTh, form), cache.entry
             if entry is not None:
                 entry = entry.append(cache.group, new, sequence, self.mesh)
             seen = new
@@ -161,7 +160,6 @@ class Attention(nnx.Module):
 
         def fn(weights, y_BTD, pages, group, sequence):
             q_BTNH = queries(weights, y_BTD, sequence.cos_sin_BTh, cfg=self.cfg, logical=logical)
-            length_B = sequence.length_B + y_BTD.shape[1]
             if top_k := self.cfg.spark.attention_top_k:
                 rows = (
                     x_BNSKH.reshape(len(x_BNSKH), -1, *x_BNSKH.shape[3:])
@@ -169,9 +167,8 @@ class Attention(nnx.Module):
                 )
                 out_BTNH = spark_attention(q_BTNH, *rows, sequence, top_k)
             else:
-                out_BTNH = paged.paged_attention(
-                    q_BTNH, pages, sequence.table_BN, group, length_B, **options
-                )
+                where = (sequence.table_BN, group, sequence.length_B)
+                out_BTNH = context_pages.attend(q_BTNH, pages, *where, **options)
             return project_out(weights, out_BTNH, cfg=self.cfg, logical=logical)
 
         in_logical = (_ROWS, kv_cache.DIMS, (), _SEQUENCE)

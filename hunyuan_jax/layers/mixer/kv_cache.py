@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hunyuan_jax.layers.mixer import context_pages
 from hunyuan_jax.layers.mixer.paged import write_pages
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import device_kind
 from pallas_kernels.decode_attention.append import append
 
-_DIMS = ("layers", "batch", "seq", "kv_heads", "head_dim")
+_DIMS = ("layers", "batch", "slots", "kv_heads", "head_dim")
+_NEW_DIMS = ("batch", "seq", "kv_heads", "head_dim")
 # A cache in few bits, as its users name it -> (its dtype, the largest number in use).
 CacheDtype = Literal["int8", "fp8"]
 _FEW_BITS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
@@ -57,14 +59,14 @@ class KeysValues(NamedTuple):
             )
 
         if self.k_scale_PBSK is None:
-            old, dims = self[:2], DIMS[:2]
+            old, dims, new_dims = self[:2], DIMS[:2], (_NEW_DIMS,) * 2
         else:
             old, dims = tuple(self), tuple(DIMS)
+            new_dims = (*(_NEW_DIMS,) * 2, *(_NEW_DIMS[:-1],) * 2)
             (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = (
                 _in_few_bits(x_BTKH, self.k_PBSKH.dtype) for x_BTKH in new
             )
             new = (k_BTKH, v_BTKH, k_scale_BTK, v_scale_BTK)
-        new_dims = tuple(names[1:] for names in dims)
         return type(self)(*write_new(old, new, group, sequence, mesh, dims, new_dims))
 
     def view(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,6 +132,8 @@ def write_new(
     write_one = write_rows if sequence.table_BN is None else write_pages
 
     def write(_, old, new, group, where):
+        if sequence.table_BN is not None:
+            where = context_pages.written_here(*where, new[0].shape[1], old[0].shape[2])
         if sequence.table_BN is None or kind == "cpu":
             return tuple(write_one(*pair, group, *where) for pair in zip(old, new, strict=True))
         table_BN, length_B = where

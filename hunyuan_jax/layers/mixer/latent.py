@@ -39,9 +39,9 @@ from pallas_kernels.flash_attention import head_seeds
 
 _ROWS, _ANGLES = ("batch", "seq", "embed"), ("batch", "seq", "head_dim")
 _SEQUENCE = Sequence(
-    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "seq")
+    (_ANGLES, _ANGLES), ("batch", "seq"), ("batch",), ("batch",), ("batch", "row")
 )
-_CACHE, _NEW = ("layers", "batch", "seq", "latent"), ("batch", "seq", "latent")
+_CACHE, _NEW = ("layers", "batch", "slots", "latent"), ("batch", "seq", "latent")
 _LARGEST = 7  # of a 4-bit integer, symmetric around 0
 
 
@@ -275,9 +275,9 @@ def absorbed_pages(w, q_BTNH, q_BTNR, pages, sequence, scale) -> jax.Array:
         return k_BS1Z, _joined(latent_BSL, jnp.zeros_like(rotary_BSR))[:, :, None]
 
     q_BTNL = jnp.einsum("BTNH,LNH->BTNL", q_BTNH, w["w_key_LNH"])
-    length_B = sequence.length_B + q_BTNH.shape[1]
-    mean_BTNZ = attend_pages(
-        _joined(q_BTNL, q_BTNR), read, packed_PRSl.shape[2], sequence.table_BN, length_B, scale
+    end_BT = sequence.length_B[:, None] + 1 + jnp.arange(q_BTNH.shape[1])
+    mean_BTNZ, _ = attend_pages(
+        _joined(q_BTNL, q_BTNR), read, packed_PRSl.shape[2], sequence.table_BN, end_BT, scale
     )
     return jnp.einsum("BTNL,LNH->BTNH", mean_BTNZ[..., : q_BTNL.shape[-1]], w["w_value_LNH"])
 

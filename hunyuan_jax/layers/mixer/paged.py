@@ -79,11 +79,11 @@ def attend_pages(
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     page_size: int,
     table_BN: jax.Array,
-    length_B: jax.Array,
+    end_BT: jax.Array,
     scale: float | None = None,
-) -> jax.Array:
-    """Attention of the last T tokens of each row to its pages, which include them; [B, T, N, H] in
-    q's dtype, softmax in float32.
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of T tokens of each row to its pages: ([B, T, N, H] in q's dtype, the log-sum-exp
+    of the scores [B, T, N], -inf where nothing is seen), softmax in float32.
 
     Neighbouring rows share a loop over pages, which ends with the longest of them: rows of similar
     lengths should be neighbours.  A page beyond a row's end changes none of its bits: it
@@ -91,22 +91,22 @@ def attend_pages(
 
     Args:
       read: gives keys and values [B, S, K, H] of the pages page_B, one a row.
-      length_B: int32, the new tokens included.
+      end_BT: int32; a token sees the slots before it.
       scale: factor of the scores; None for H ** -0.5.
     """
     B, T, N, H = q_BTNH.shape
-    S = page_size
+    S, length_B = page_size, end_BT.max(1)
     if B > _ROWS_OF_LOOP and B % _ROWS_OF_LOOP == 0:
         parts = zip(
-            *(jnp.split(x, B // _ROWS_OF_LOOP) for x in (q_BTNH, table_BN, length_B)), strict=True
+            *(jnp.split(x, B // _ROWS_OF_LOOP) for x in (q_BTNH, table_BN, end_BT)), strict=True
         )
-        outs = [attend_pages(q, read, S, table, length, scale) for q, table, length in parts]
-        return jnp.concatenate(outs)
+        found = [attend_pages(q, read, S, table, end, scale) for q, table, end in parts]
+        return tuple(jnp.concatenate(x) for x in zip(*found, strict=True))
     K = jax.eval_shape(read, table_BN[:, 0])[0].shape[2]
     precision = "highest" if q_BTNH.dtype == jnp.float32 else None
     scale = H**-0.5 if scale is None else scale
     q_BKQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    end_BQ = jnp.tile(length_B[:, None] - T + 1 + jnp.arange(T), (1, N // K))
+    end_BQ = jnp.tile(end_BT, (1, N // K))
 
     def product(spec, a, b):
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -134,10 +134,14 @@ def attend_pages(
     zeros_BKQ = jnp.zeros(q_BKQH.shape[:3], jnp.float32)
     carry = (zeros_BKQ + _MASKED, zeros_BKQ, jnp.zeros(q_BKQH.shape, jnp.float32))
     num_pages = jnp.minimum(-(-length_B.max() // S), table_BN.shape[1])
-    _, sum_BKQ, acc_BKQH = jax.lax.fori_loop(0, num_pages, one_page, carry)
+    max_BKQ, sum_BKQ, acc_BKQH = jax.lax.fori_loop(0, num_pages, one_page, carry)
     out_BKQH = acc_BKQH / jnp.where(sum_BKQ > 0, sum_BKQ, 1)[..., None]
-    out_BKGTH = out_BKQH.reshape(B, K, N // K, T, H)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    lse_BKQ1 = (max_BKQ + jnp.log(sum_BKQ))[..., None]
+    out_BTNH, lse_BTN1 = (
+        x_BKQx.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+        for x_BKQx in (out_BKQH, lse_BKQ1)
+    )
+    return out_BTNH.astype(q_BTNH.dtype), lse_BTN1[..., 0]
 
 
 def paged_attention(
@@ -145,26 +149,27 @@ def paged_attention(
     pages: tuple[jax.Array | None, ...],
     table_BN: jax.Array,
     group: jax.Array,
-    length_B: jax.Array,
+    end_BT: jax.Array,
     **options: Any,
-) -> jax.Array:
-    """Attention of the last T tokens of each row to the pages of one group; as `attend_pages`.
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of T tokens of each row to the pages of one group; as `attend_pages`.
 
     A few tokens run through the kernel of `decode_attention`, but on a CPU: there, its XLA version
     would gather whole tables.
 
     Args:
       pages: the arrays of `KeysValues`.
+      end_BT: int32, of `attend_pages`; each of a few tokens sees one slot more than the one before
+        it.
       options: of `kernel_options`.
     """
     k_PRSKH, v_PRSKH, k_scale_PRSK, v_scale_PRSK = pages
     if q_BTNH.shape[1] <= MAX_TOKENS and options["device_kind"] != "cpu":
         options |= {"k_scale_PnsK": k_scale_PRSK, "v_scale_PnsK": v_scale_PRSK}
-        return decode_attention(
-            q_BTNH, k_PRSKH, v_PRSKH, length_B, group=group, table_Bm=table_BN, **options
-        )
+        options |= {"table_Bm": table_BN, "with_lse": True}
+        return decode_attention(q_BTNH, k_PRSKH, v_PRSKH, end_BT[:, -1], group=group, **options)
 
     def read(page_B):
         return read_pages(pages, group, page_B, q_BTNH.dtype)
 
-    return attend_pages(q_BTNH, read, k_PRSKH.shape[2], table_BN, length_B)
+    return attend_pages(q_BTNH, read, k_PRSKH.shape[2], table_BN, end_BT)

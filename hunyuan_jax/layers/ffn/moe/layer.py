@@ -222,6 +222,9 @@ def route_and_serve(
       lora_cfg: settings of the adapters.
     """
     B, T, D = x_BTD.shape
+    num_chips = island.num_shards("seq")
+    if num_chips > 1 and T > 1 and cfg.dispatch == "dropless" and not cfg.group_size:
+        group_size = T // 2  # a chunk: without a capacity the groups change no token
     _check_groups_of_chips(T, group_size)
     if B * T % group_size:
         shards = island.num_shards("batch")
@@ -278,7 +281,7 @@ def _check_groups_of_chips(num_tokens: int, group_size: int) -> None:
 def _group_numbers(num_rows: int, num_tokens: int, group_size: int) -> jax.Array:
     """Returns the numbers that this shard's routing groups have in the whole batch, int32 [g]."""
     num_chips = island.num_shards("seq")
-    if num_chips == 1:  # a group may be several rows
+    if num_chips == 1 or num_tokens == 1:  # a group may be several rows
         num_groups = num_rows * num_tokens // group_size
         return island.shard_index("batch") * num_groups + jnp.arange(num_groups)
     per_row = num_tokens // group_size
