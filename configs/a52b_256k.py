@@ -5,18 +5,12 @@ It starts from the weights of configs/a52b_32k.py, and spreads each sequence ove
     python train.py --config=configs/a52b_256k.py --workdir=/mnt/shared/a52b_256k \
         --config.train.init_from=/mnt/shared/a52b_32k --config.data.tokenizer=hy.tiktoken
 
-The hosts are started as for configs/a52b.py.  `corpus` is a folder of token shards
-(`python -m hunyuan_jax tokenize`).  A quarter of the rows comes from its documents of 128K tokens
-and more, the rest from all shorter ones, packed (Hunyuan-Large report, arXiv 2411.02265, section
-on long context: 25 % long text, 75 % normal, RoPE base 1e9, about 10 B tokens).  The report gives
-no learning rate; this one is that of the end of configs/a52b.py.
-
-Before paying for a slice, see what the compiler says:
+Long documents are those of 128K tokens and more; the rest is said in configs/a52b_32k.py.
 
     python -m hunyuan_jax plan --config=configs/a52b_256k.py --topology=v5p:8x8x8
 
 Hardware: 512 TPU chips of the v5p class.
-Time and memory: docs/long_context.md has the TPU compiler's estimates.
+Time and memory: docs/results/long_context.md has the TPU compiler's estimates.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
@@ -26,29 +20,18 @@ from ml_collections import ConfigDict
 
 from hunyuan_jax import config, presets
 
-LENGTH = 2**18
-LONG = 2**17  # tokens from which on a document is long
-
 
 def get_config() -> ConfigDict:
     """The recipe."""
     model = presets.a52b()
-    # The capacity counts per 4096 tokens, as in pre-training.
     moe = dataclasses.replace(model.moe, group_size=4096, aux_loss_weight=0.01)
     return config.to_config_dict(
         config.Config(
             model=dataclasses.replace(model, moe=moe),
             mesh=config.MeshConfig(data=-1, context=32, expert=16),
-            data=config.DataConfig(
-                sources=(
-                    config.SourceConfig("long", "corpus", min_tokens=LONG),
-                    config.SourceConfig("normal", "corpus", max_tokens=LONG - 1),
-                ),
-                phases=(config.PhaseConfig("all", (0.25, 0.75)),),
-                tokenizer="hy.tiktoken",
-            ),
+            data=config.quarter_long("corpus", long_from=2**17, tokenizer="hy.tiktoken"),
             train=config.TrainConfig(
-                num_steps=2400, batch_size=16, seq_len=LENGTH, init_from="runs/a52b_32k"
+                num_steps=2400, batch_size=16, seq_len=2**18, init_from="runs/a52b_32k"
             ),
             schedule=config.ScheduleConfig(
                 name="cosine_with_min_lr", peak_lr=3e-5, min_lr=3e-6, warmup_steps=100

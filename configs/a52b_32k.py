@@ -16,7 +16,7 @@ Before paying for a slice, see what the compiler says:
     python -m hunyuan_jax plan --config=configs/a52b_32k.py --topology=v5p:8x8x8
 
 Hardware: 512 TPU chips of the v5p class.
-Time and memory: docs/long_context.md has the TPU compiler's estimates.
+Time and memory: `plan` has the TPU compiler's estimates.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
@@ -25,9 +25,6 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from hunyuan_jax import config, presets
-
-LENGTH = 2**15
-LONG = 2**14  # tokens from which on a document is long
 
 
 def get_config() -> ConfigDict:
@@ -39,16 +36,9 @@ def get_config() -> ConfigDict:
         config.Config(
             model=dataclasses.replace(model, moe=moe),
             mesh=config.MeshConfig(data=-1, context=4, expert=16),
-            data=config.DataConfig(
-                sources=(
-                    config.SourceConfig("long", "corpus", min_tokens=LONG),
-                    config.SourceConfig("normal", "corpus", max_tokens=LONG - 1),
-                ),
-                phases=(config.PhaseConfig("all", (0.25, 0.75)),),
-                tokenizer="hy.tiktoken",
-            ),
+            data=config.quarter_long("corpus", long_from=2**14, tokenizer="hy.tiktoken"),
             train=config.TrainConfig(
-                num_steps=2400, batch_size=128, seq_len=LENGTH, init_from="runs/a52b"
+                num_steps=2400, batch_size=128, seq_len=2**15, init_from="runs/a52b"
             ),
             schedule=config.ScheduleConfig(
                 name="cosine_with_min_lr", peak_lr=3e-5, min_lr=3e-6, warmup_steps=100

@@ -6,7 +6,7 @@ each function receives the smallest piece it needs.  Imports no jax, so that a m
 answered before anything slow is loaded.
 """
 
-from hunyuan_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from hunyuan_jax.config.data import DataConfig, PhaseConfig, SourceConfig, quarter_long
 from hunyuan_jax.config.distill import DistillConfig
 from hunyuan_jax.config.effect import without_effect
 from hunyuan_jax.config.mesh import MeshConfig
@@ -81,6 +81,7 @@ __all__ = [
     "flat_fields",
     "from_config_dict",
     "from_dict",
+    "quarter_long",
     "to_config_dict",
     "to_dict",
     "unknown_key_message",

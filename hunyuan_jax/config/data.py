@@ -99,3 +99,17 @@ class DataConfig(Section):
                 f"config.data.phases: {phase.name!r} has weights {phase.weights}; it needs one "
                 f"for each of the sources {names}, none negative and not all 0.",
             )
+
+
+def quarter_long(corpus: str, long_from: int, tokenizer: str = DataConfig.tokenizer) -> DataConfig:
+    """A quarter of the rows from the documents of a corpus of at least `long_from` tokens, the
+    others from all shorter ones: the text of Hunyuan-Large's long-context stages.
+    """
+    return DataConfig(
+        sources=(
+            SourceConfig("long", corpus, min_tokens=long_from),
+            SourceConfig("normal", corpus, max_tokens=long_from - 1),
+        ),
+        phases=(PhaseConfig("all", (0.25, 0.75)),),
+        tokenizer=tokenizer,
+    )

@@ -72,6 +72,8 @@ class Engine:
         proposer = proposer or Off()
         model = nnx.merge(graph_def, params)
         cfg, mesh = model.cfg, model.mesh
+        if proposer.num_tokens:
+            context.refuse(mesh, "speculate")
         self.limits = limits
         self.max_context = min(limits.max_context or cfg.max_position, cfg.max_position)
         num_lanes = cpu_layout.num_slices(cfg, limits.max_rows) if mesh.size == 1 else 1

@@ -52,10 +52,10 @@ class Limits:
     """Pages of the cache; None takes what max_rows of max_context need, up to a share of the
     device's memory."""
     page_size: int | None = None
-    """Tokens of a page; None takes the device's default."""
+    """Tokens of a page that a chip holds; None takes the device's default."""
     chunk_size: int | None = None
     """Tokens of a piece of a prompt, rounded up to whole pages; None takes the device's
-    default."""
+    default.  Where rows are on several chips a piece is a page."""
     cache_dtype: str | None = None
     """One of CACHE_DTYPES for keys and values, with a scale for each token and head; None takes
     that of the loaded model, else the model's own dtype."""

@@ -36,6 +36,7 @@ from hunyuan_jax.config import (
     model,
     optim,
     post,
+    quarter_long,
     run,
     section,
     to_config_dict,
@@ -78,6 +79,13 @@ def test_a_mixture_survives_recipe_and_json():
     config = with_values(**mixture())
     assert from_config_dict(to_config_dict(config)) == config
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_quarter_of_the_rows_is_long():
+    data = quarter_long("corpus", long_from=100, tokenizer="byte")
+    limits = [(x.path, x.min_tokens, x.max_tokens) for x in data.sources]
+    assert limits == [("corpus", 100, 0), ("corpus", 0, 99)]
+    assert (data.tokenizer, data.phases[0].weights) == ("byte", (0.25, 0.75))
 
 
 # Keys

@@ -8,6 +8,7 @@ import pytest
 
 from hunyuan_jax import Sampling
 from hunyuan_jax.config import MoeConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits, Request
 from support.folders import random_params, small
@@ -60,7 +61,10 @@ def assert_are_of_whole_forward(found, prompts, max_position):
 
 @pytest.mark.parametrize(
     "axes",
-    [{"context": 2}, pytest.param({"context": 2, "tensor": 2, "expert": 2}, marks=pytest.mark.slow)],
+    [
+        {"context": 2},
+        pytest.param({"context": 2, "tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_rows_of_many_lengths_and_known_beginnings_are_those_of_one_device(axes):
@@ -74,6 +78,11 @@ def test_rows_of_many_lengths_and_known_beginnings_are_those_of_one_device(axes)
     assert_are_of_whole_forward(found, prompts, 256)
     assert_are_of_whole_forward(answers(engine, prompts[-2:], 4), prompts[-2:], 256)
     assert engine.stats().prefix_hits >= 96
+
+
+def test_drafts_are_refused():
+    with pytest.raises(ConfigError, match="config.mesh.context = 2 .* speculate"):
+        model(256, context=2).new_engine(Limits(speculate="ngram"))
 
 
 @pytest.mark.slow  # docs/results/long_context.md has the last run
