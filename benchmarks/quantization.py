@@ -125,7 +125,7 @@ class Trial:
 
     def __init__(self, folder, texts, num_tokens):
         lm, self.opened = hunyuan_jax.load(folder, dtype="float32"), open_model(folder, "float32")
-        self.model, self.numbers = lm.model, lm.model.params
+        self.folder, self.model, self.numbers = folder, lm.model, lm.model.params
         self.rows = [self._ids(lm, text, num_tokens) for text in texts]
         self.calibration = self._ids(lm, _CALIBRATION, 2048)
         self._truth = [[self._logprobs(row) for row in rows] for rows in self.rows]
@@ -140,6 +140,11 @@ class Trial:
         logits_TV -= logits_TV.max(-1, keepdims=True)
         logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
         return logits_TV
+
+    def load(self, method):
+        """Replaces the parameters by those of a method of `load`."""
+        model = hunyuan_jax.load(self.folder, dtype="float32", quantize=method).model
+        self.model.params = model.params
 
     def quantize(self, way, visit=lambda entry, codes: None):
         """Replaces every projection by its codes times their scale; (bytes of an entry, relative
@@ -207,6 +212,9 @@ def show_methods(trial):
         lambda x: x.astype(jnp.bfloat16).astype(x.dtype), trial.numbers
     )
     line("bfloat16", 2)
+    trial.load("w8a8")
+    line("w8a8", 1.006)
+    trial.load(None)
     hessian = hessians(trial.opened, trial.calibration)
     for name, way in methods(few_bits.group_of(trial.opened.cfg), hessian).items():
         shares = collections.defaultdict(list)
@@ -254,7 +262,7 @@ def show_range(trial):
 def show_speed(folder):
     """Prints tokens a second."""
     prompt = list(range(1000, 1064))
-    for method in (None, "int8", "int8+head", "fp8", "int4", "easyquant"):
+    for method in (None, "int8", "int8+head", "w8a8", "fp8", "int4", "easyquant"):
         lm = hunyuan_jax.load(folder, dtype="float32", quantize=method)
         seconds = []
         for _ in range(3):

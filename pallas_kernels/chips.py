@@ -85,3 +85,13 @@ def peak_flops(device_kind: str) -> float | None:
     """Returns the dense bfloat16 peak of a jax device in FLOP/s, or None if it is not known."""
     chip = of_device(device_kind)
     return chip.peak_flops if chip else None
+
+
+def has_int8_product(device_kind: str) -> bool:
+    """Whether a device multiplies int8 with int8 itself; TPU7x has float8 instead."""
+    return not device_kind.startswith("TPU7x")
+
+
+def has_fp8_product(device_kind: str) -> bool:
+    """Whether a device multiplies float8 with float8 itself: TPU7x, NVIDIA's Hopper and later."""
+    return device_kind.startswith(("TPU7x", "NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB"))

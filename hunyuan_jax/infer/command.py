@@ -27,9 +27,20 @@ MESH = flags.Option(
 QUANTIZE = flags.Option(
     "quantize",
     str,
-    "Hold projections and experts in few bits, +head: embedding and head too; none: in numbers.",
+    "Hold projections and experts in few bits, +head: embedding and head too, w8a8: activations "
+    "too; none: in numbers.",
     default_meaning="as the checkpoint's",
-    choices=("int8", "int4", "fp8", "easyquant", "int8+head", "fp8+head", "none"),
+    choices=(
+        "int8",
+        "int4",
+        "fp8",
+        "easyquant",
+        "int8+head",
+        "fp8+head",
+        "w8a8",
+        "w8a8-fp8",
+        "none",
+    ),
 )
 MODEL = (
     flags.Option(

@@ -23,7 +23,7 @@ from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
-from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.parallel.mesh import device_kind, single_device_mesh
 from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import join
 from hunyuan_jax.quant.array import is_quantized
@@ -333,7 +333,8 @@ def from_pretrained(
       adapter: a folder with a LoRA adapter in PEFT's format, or its hub id; it is merged into the
         weights.
       quantize: "int8", "int4", "fp8" or "easyquant" holds projections and experts in few bits;
-        "int8+head" and "fp8+head" embedding and head too;
+        "int8+head" and "fp8+head" embedding and head too; "w8a8" (int8) and "w8a8-fp8" round
+        activations too, a scale a token, where the device has such a product;
         "none" turns those of a quantised folder into numbers; None keeps the int8 and int4 of a
         folder, and turns its FP8 into numbers.
       cache_dtype: "int8" or "fp8" keeps keys and values in eight bits while generating; None in
@@ -367,6 +368,7 @@ def load(
         proposers.without_model(checked, opened.cfg)
     made = functools.partial(Pretrained, opened.cfg, defaults=defaults)
     mesh = single_device_mesh() if mesh is None else mesh
+    few_bits.check_product(quantize, device_kind(mesh), "quantize")
     specs = abstract_model(opened.cfg, mesh)[1]
     texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
     if adapter is None and (opened.is_quantized or quantize not in (None, few_bits.NUMBERS)):

@@ -21,7 +21,7 @@ from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import rules
-from hunyuan_jax.parallel.mesh import make_mesh
+from hunyuan_jax.parallel.mesh import device_kind, make_mesh
 from hunyuan_jax.params.abstract import row_major
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.plan import aot, hlo, hlo_text, topology
@@ -107,6 +107,7 @@ def report(
     devices = topology.topology_devices(topology_name)
     cfg = dropless(cfg)
     mesh = make_mesh(mesh_config or mesh_of(cfg, len(devices)), devices)
+    few_bits.check_product(quantize, device_kind(mesh), "--quantize")
     graph_def, specs = abstract_model(cfg, mesh)
     params = few_bits.abstract(cfg, specs, quantize)
     weights = _device_bytes(params)

@@ -34,7 +34,7 @@ class Outliers(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scale", "outliers"],
-    meta_fields=["num_in", "num_out", "is_out_first", "by_rows", "slices_inputs"],
+    meta_fields=["num_in", "num_out", "is_out_first", "by_rows", "slices_inputs", "rounds_inputs"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantArray:
@@ -50,6 +50,8 @@ class QuantArray:
     num_in, num_out: number of dims of the inputs and of the outputs.
     by_rows: whether it is the layout of a single CPU device, a matrix [*stack, O, I].
     slices_inputs: what the slices of the outliers divide.
+    rounds_inputs: whether products round what they multiply to the dtype of values, one scale a
+      row: eight bits times eight bits.  Values then have one scale an output and no outliers.
     """
 
     values: jax.Array
@@ -60,6 +62,7 @@ class QuantArray:
     is_out_first: bool = False
     by_rows: bool = False
     slices_inputs: bool = False
+    rounds_inputs: bool = False
 
     def __getitem__(self, index: Any) -> Self:
         """Itself for `...`, as a flax Variable asks; an int or array index picks of the stack."""
@@ -111,6 +114,8 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
       w: without stack.
     """
     w = w.matrix()
+    if w.rounds_inputs:
+        return _rounded_product(x_MI, w)
     if w.by_rows:
         w, x_MI = _for_xla_cpu(w, x_MI)
     if w.by_rows and x_MI.shape[0] <= _FEW_ROWS:
@@ -127,6 +132,26 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
         return x_MI @ (_made_for(x_MI, dense) if w.by_rows else dense)
     codes = w.values.astype(x_MI.dtype)
     return (x_MI @ (codes.T if w.is_out_first else codes)) * scale[:, 0].astype(x_MI.dtype)
+
+
+def _rounded_product(x_MI, w):
+    """Both in eight bits: int8 adds up in int32, float8 in float32."""
+    dtype = w.values.dtype
+    is_int = jnp.issubdtype(dtype, jnp.integer)
+    most = 127.0 if is_int else float(jnp.finfo(dtype).max)
+    x_MI, of_x = x_MI.astype(jnp.float32), x_MI.dtype
+    largest_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True)
+    scale_M1 = jnp.where(largest_M1 > 0, largest_M1 / most, 1.0)
+    codes_MI = x_MI / scale_M1
+    codes_MI = (jnp.rint(codes_MI) if is_int else codes_MI).astype(dtype)
+    y_MO = jax.lax.dot_general(
+        codes_MI,
+        w.values,
+        (((1,), (1 if w.is_out_first else 0,)), ((), ())),
+        preferred_element_type=jnp.int32 if is_int else jnp.float32,
+    )
+    scale_O = w.scale[:, 0] if w.is_out_first else w.scale[0]
+    return (y_MO.astype(jnp.float32) * scale_M1 * scale_O).astype(of_x)
 
 
 def _for_xla_cpu(w, x_MI):

@@ -21,12 +21,14 @@ from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.codes import FP8, GROUP, METHODS, Codes, dequantized, quantize
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
+from pallas_kernels.chips import has_fp8_product, has_int8_product
 
-# What --quantize takes: a method, one for embedding and head too, or the numbers of a quantised
-# folder.
+# What --quantize takes: a method, one for embedding and head too, one that rounds activations too,
+# or the numbers of a quantised folder.
 NUMBERS = "none"
 _HEAD = "+head"
-CHOICES = (*METHODS, f"int8{_HEAD}", f"fp8{_HEAD}", NUMBERS)
+_ROUNDS_INPUTS = {"w8a8": "int8", "w8a8-fp8": "fp8"}  # how the weights are stored
+CHOICES = (*METHODS, f"int8{_HEAD}", f"fp8{_HEAD}", *_ROUNDS_INPUTS, NUMBERS)
 
 
 def is_quantizable(entry: names.Entry, with_head: bool = False) -> bool:
@@ -54,6 +56,24 @@ def check_method(cfg: ModelConfig, method: str | None, option: str) -> None:
         kind = "Spark" if cfg.spark.neuron_share else "latent attention"
         raise ConfigError(
             f"{option} = {method!r}: layers of {kind} are not quantised; leave it out."
+        )
+
+
+def check_product(method: str | None, device_kind: str, option: str) -> None:
+    """Raises ConfigError if a method multiplies eight bits with eight bits and a device does not.
+
+    Args:
+      method: one of CHOICES or None.
+      device_kind: jax's name of the devices.
+      option: for errors.
+    """
+    needed = {"w8a8": has_int8_product, "w8a8-fp8": has_fp8_product}.get(method)
+    if needed and not needed(device_kind):
+        other = "w8a8-fp8" if has_fp8_product(device_kind) else "w8a8"
+        raise ConfigError(
+            f"{option} = {method!r}: {device_kind!r} has no such product of eight bits with eight "
+            f"bits; use {other!r}, or {_ROUNDS_INPUTS[method]!r}, which keeps activations as "
+            "numbers."
         )
 
 
@@ -85,6 +105,7 @@ def read(
 
     group = group_of(cfg)
     with_head, method = (method or "").endswith(_HEAD), method and method.removesuffix(_HEAD)
+    rounds_inputs, method = method in _ROUNDS_INPUTS, _ROUNDS_INPUTS.get(method, method)
 
     def few_bits(entry: names.Entry) -> Codes | None:
         if method == NUMBERS or not is_quantizable(entry, with_head):
@@ -104,7 +125,8 @@ def read(
         missing = [index for index, value in made.items() if value is None]
         if not missing:
             turned = found[0].is_transposed
-            return assembled(path_of(path), spec, made, is_transposed=turned, is_frozen=is_frozen)
+            array = assembled(path_of(path), spec, made, is_transposed=turned, is_frozen=is_frozen)
+            return array.replace(rounds_inputs=rounds_inputs)
         if len(missing) < len(made):
             raise ConfigError(
                 f"{path_of(path)} is quantised in part: of its {len(made)} matrices "
@@ -131,6 +153,7 @@ def abstract(
     for entry in names.entries(cfg):
         first.setdefault(entry.path, entry)
     group = group_of(cfg)
+    rounds_inputs, method = method in _ROUNDS_INPUTS, _ROUNDS_INPUTS.get(method, method)
 
     def one(path: tuple, spec: ParamSpec) -> Any:
         if spec.role is Role.ADAPTER:
@@ -145,7 +168,8 @@ def abstract(
             np.broadcast_to(np.float32(0), (num_out, num_groups)),
             4 if method in ("int4", "easyquant") else 8,
         )
-        return layout(spec, codes, is_transposed=entry.is_transposed, is_frozen=is_frozen)
+        array = layout(spec, codes, is_transposed=entry.is_transposed, is_frozen=is_frozen)
+        return array.replace(rounds_inputs=rounds_inputs)
 
     return jax.tree.map_with_path(one, specs)
 

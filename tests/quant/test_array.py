@@ -1,5 +1,7 @@
 """Products with a `QuantArray`, on one device and on a mesh, are those of its numbers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +86,35 @@ def test_layers_of_different_methods_are_refused():
     mixed = {(0,): codes.quantize("w", w_OI, "int8"), (1,): codes.quantize("w", w_OI, "int4", 32)}
     with pytest.raises(ConfigError, match=r"several ways: int8 .* and int4 in 2 groups .*\(1,\)"):
         assembled("w", spec, mixed, is_transposed=True)
+
+
+@pytest.mark.parametrize("place", range(len(PARAMS)))
+def test_activations_in_eight_bits(place):
+    """s8 x s8 -> s32 in the program, on one device and on a mesh, and the numbers of a product
+    with rounded rows.
+    """
+    shape, dims, num_in = PARAMS[place]
+    names = dims[1:]
+    split = next(name for name in names if rules.RULES[name].compute)
+    is_split_in = names.index(split) < num_in
+    sides = (("seq", split), ("seq", "norm"))
+    x_dims, y_dims = sides if is_split_in else sides[::-1]
+    for mesh in (single_device_mesh(), mesh_of(data=2, expert=2, tensor=2)):
+        w, dense = quantized(mesh, shape, dims, num_in, "int8")
+        w = w.replace(rounds_inputs=True)
+        x_MI = np.random.default_rng(1).normal(size=(9, dense.shape[1])).astype(np.float32)
+
+        def fn(w, x_MI):
+            y_MO = product(x_MI, island.gather_matrix(w, names, jnp.float32, num_in))
+            return island.reduce_sum(y_MO, split) if is_split_in else y_MO
+
+        multiply = jax.jit(island.island(fn, mesh, names, (x_dims,), y_dims))
+        num_shards = mesh.shape["tensor"] if is_split_in and mesh.size > 1 else 1
+        rows = x_MI.reshape(9, num_shards, -1)
+        scale = np.abs(rows).max(-1, keepdims=True) / 127
+        rounded = (np.rint(rows / scale) * scale).reshape(x_MI.shape)
+        assert_close(multiply(w[1], x_MI), rounded @ dense[1], 2e-6)
+        # The rounding of nine bits' steps, of which 64 to 96 are added up.
+        assert_close(multiply(w[1], x_MI), x_MI @ dense[1], 0.01)
+        text = multiply.lower(w[1], x_MI).as_text()
+        assert re.search(r"dot_general.*xi8>, tensor<.*xi8>\) -> tensor<.*xi32>", text)

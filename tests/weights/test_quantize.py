@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,6 +113,27 @@ def test_the_engine_computes_with_few_bits(source, folders):
     rows = from_pretrained(source, quantize="int8").generate(IDS, max_new_tokens=4)
     logits = from_pretrained(folders / "int8", quantize="none").logits(rows)
     np.testing.assert_array_equal(rows[0, 12:], np.argmax(logits, -1)[0, 11:-1])
+
+
+def test_activations_in_eight_bits(source):
+    """In projections, shared and routed experts, beside weights in int8."""
+    int8, model = (from_pretrained(source, quantize=method) for method in ("int8", "w8a8"))
+    leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
+    assert {leaf.rounds_inputs for leaf in leaves if is_quantized(leaf)} == {True}
+    expected, found = int8.logits(IDS), model.logits(IDS)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.05
+    for method, kind, other in (
+        ("w8a8-fp8", "cpu", "'w8a8'"),
+        ("w8a8-fp8", "TPU v6 lite", "'w8a8'"),
+        ("w8a8", "TPU7x", "'w8a8-fp8'"),
+    ):
+        with pytest.raises(ConfigError, match=f"{kind}' has no such product .*use {other}, or"):
+            few_bits.check_product(method, kind, "quantize")
+    for method, kind in (("w8a8", "cpu"), ("w8a8-fp8", "TPU7x"), ("w8a8-fp8", "NVIDIA H200")):
+        few_bits.check_product(method, kind, "quantize")
+    with pytest.raises(ConfigError, match="quantize = 'w8a8-fp8': 'cpu' has no such product"):
+        from_pretrained(source, quantize="w8a8-fp8")
 
 
 def test_fp8_of_a_folder_becomes_numbers_unless_it_is_asked_for(folders):

@@ -133,9 +133,13 @@ def swiglu_adapted(
 def suits_kernels(matrices: Sequence[jax.Array | QuantArray]) -> bool:
     """Whether the expert kernels can multiply with these quantised matrices [e, I, O].
 
-    They have no place for outliers; a CPU's layout is multiplied elsewhere.
+    They have no place for outliers nor for activations in few bits; a CPU's layout is multiplied
+    elsewhere.
     """
-    return all(is_quantized(w) and w.outliers is None and not w.by_rows for w in matrices)
+    return all(
+        is_quantized(w) and w.outliers is None and not w.by_rows and not w.rounds_inputs
+        for w in matrices
+    )
 
 
 def for_kernels(w: jax.Array | QuantArray) -> jax.Array | Quantized:
