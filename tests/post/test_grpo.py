@@ -155,15 +155,15 @@ GRPO = {
     "model.attention_dropout": 0.0,
     "model.hidden_dropout": 0.0,
     "train.seq_len": 24,
-    "train.num_steps": 40,
+    "train.num_steps": 12,
     "checkpoint.every": 3,
 }
 # (first and last call, longest delay) of a kill.
 PLACES = {
-    "in a step": ((2, 12), 0.05),
-    "in a rollout": ((2, 6), 0.3),
-    "in the save": ((1, 3), 0.15),
-    "in the checksums": ((1, 3), 0.03),
+    "in a step": ((2, 6), 0.05),
+    "in a rollout": ((2, 3), 0.3),
+    "in the save": ((1, 1), 0.15),
+    "in the checksums": ((1, 1), 0.03),
 }
 
 
@@ -175,7 +175,7 @@ def test_kill_9_at_random_moments(files, tmp_path):
     fields |= {"data.max_bad_fraction": 0.5}
     processes.run(prompts, tmp_path / "whole", **fields)
     rng, killed = random.Random(0), []
-    for place in [*PLACES] * 2:
+    for place in PLACES:
         (first, last), delay = PLACES[place]
         when = (str(rng.randint(first, last)), str(rng.uniform(0, delay)))
         script = ("-c", processes.KILLER, place, *when)
@@ -186,7 +186,7 @@ def test_kill_9_at_random_moments(files, tmp_path):
     processes.run(prompts, tmp_path / "run", **fields)
     assert processes.losses(tmp_path / "run") == processes.losses(tmp_path / "whole")
     print(f"\n| kill -9 of a run by rewards | {len(killed)} | {', '.join(killed)} |")
-    assert len(killed) >= 6
+    assert len(killed) >= 3
 
 
 @pytest.mark.parametrize(
