@@ -1,10 +1,11 @@
 """A draft of a fifth of the tiny model's parameters: trained alone, and by inheritance and
 distillation in half of the steps.
 
-    python benchmarks/distillation.py FOLDER
+    python benchmarks/distillation.py FOLDER [STEPS]
 
-FOLDER/teacher is a run of configs/tiny.py, trained first unless it is there.  All drafts have the
-same shape, text, batches and schedule over their own steps.  Prints the validation loss of each,
+FOLDER/teacher is a run of configs/tiny.py, trained first unless it is there.  STEPS are those of
+the draft that is trained alone.  All drafts have the same shape, text, batches and schedule over
+their own steps.  Prints the validation loss of each,
 and how often its greedy tokens are the teacher's: on held-out text, and on what the teacher itself
 writes after it, where a draft of four tokens is accepted up to the first that is not.  A run that
 was stopped continues.
@@ -24,33 +25,34 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train.pretrain import Pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_STEPS, NUM_TEACHER_STEPS = 400, 500
+NUM_TEACHER_STEPS = 500
 DRAFT = ("model.num_layers=2", "model.moe.num_experts=4")
 NUM_PROMPTS, PROMPT, ANSWER, NUM_DRAFTED = 32, 64, 64, 4
 DISTILLED = "objective.name=distill"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, num_steps: int = 200) -> None:
     """Trains what is missing, and prints a markdown table."""
     teacher = folder / "teacher"
     train(teacher, NUM_TEACHER_STEPS)
     learns = (DISTILLED, f"objective.distill.teacher={teacher}")
-    half = NUM_STEPS // 2
-    drafts = {
-        "alone": (NUM_STEPS, ()),
-        "alone, half of the steps": (half, ()),
-        "inherited": (half, (*learns, "objective.distill.weight=0.")),
-        "distilled": (half, (*learns, "objective.distill.inherit=none")),
-        "inherited, distilled": (half, learns),
-    }
+    half = num_steps // 2
+    drafts = (
+        ("alone", num_steps, ()),
+        ("alone", half, ()),
+        ("inherited", half, (*learns, "objective.distill.weight=0.")),
+        ("distilled", half, (*learns, "objective.distill.inherit=none")),
+        ("inherited, distilled", half, learns),
+        ("by fisher, distilled", half, (*learns, "objective.distill.inherit=fisher")),
+    )
     text, answers = prompts(teacher)
     print(
         "| draft | parameters | steps | validation loss | agreement on text | on the teacher's "
         f"own | of {NUM_DRAFTED} drafted |\n|---|---|---|---|---|---|---|"
     )
     row("the teacher", teacher, NUM_TEACHER_STEPS, text, answers)
-    for place, (name, (num_steps, fields)) in enumerate(drafts.items()):
-        workdir = folder / f"draft_{place}"
+    for name, num_steps, fields in drafts:
+        workdir = folder / f"{name.replace(', ', '_').replace(' ', '_')}_{num_steps}"
         train(workdir, num_steps, *DRAFT, *fields)
         row(name, workdir, num_steps, text, answers)
 
@@ -116,4 +118,4 @@ def leaves(tree: dict) -> list:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
