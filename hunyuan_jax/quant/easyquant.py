@@ -5,9 +5,10 @@ exactly.  The range of each output's other entries is then optimised: gradient d
 the squared error, whose gradient treats the rounded codes as constants.
 
 The error and its gradient for a range depend on how many entries lie beyond each of the seven
-thresholds between codes, and on their sum.  So each row becomes a histogram once, of 1024 bins up
-to its range at the beginning, and a step looks up seven sums a row instead of passing over the
-matrix.  An entry counts as the middle of its bin: to 1/290 of the distance of two codes.
+thresholds between codes, and on their sum.  So each row becomes a histogram once, of at most 1024
+bins up to its range at the beginning, and a step looks up seven sums a row instead of passing over
+the matrix.  An entry counts as the middle of its bin: to 1/290 of the distance of two codes, or
+1/145 in rows of less than 1024 entries, which have 512 bins.
 Letters: O outputs, I inputs, H bins, J = 7 thresholds.
 """
 
@@ -24,9 +25,10 @@ NUM_STEPS = 50  # the range moves no more after them (docs/results/quantization.
 # Of the range at the beginning: the paper's 1e-3, for a range of 0.078 (its table 9).
 _RATE = 1 / 64
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-12
-_BINS = 1024
+_MAX_BINS = 1024
 # Rows that are worked on at a time: they stay in cache.
 _BLOCK_BYTES = 1 << 19
+_ROWS = 256  # whose ranges are searched for at a time
 
 
 def easyquant_int4(
@@ -48,7 +50,8 @@ def easyquant_int4(
         bound = max(num_sigma * std, 1e-30)  # an entry equal to the mean is none
     num_out, num_in = w_OI.shape
     normal_OI, range_O = np.empty_like(w_OI), np.empty(num_out, np.float32)
-    count_OH = np.empty((num_out, _BINS), np.float32)
+    num_bins = _MAX_BINS if num_in >= _MAX_BINS else _MAX_BINS // 2
+    count_OH = np.empty((num_out, num_bins), np.int32)
     positions = []
     for part in _blocks(w_OI):
         normal = normal_OI[part]
@@ -60,7 +63,7 @@ def easyquant_int4(
         size = np.abs(normal)
         range_O[part] = size.max(axis=1)
         if num_steps:
-            count_OH[part] = _histogram(size, range_O[part])
+            count_OH[part] = _histogram(size, range_O[part], num_bins)
     if num_steps:
         range_O = optimized_range(count_OH, range_O, num_steps)
     scale_O1 = np.where(range_O > 0, range_O / _MOST, 1.0).astype(np.float32)[:, None]
@@ -82,11 +85,24 @@ def optimized_range(count_OH: np.ndarray, range_O: np.ndarray, num_steps: int) -
     """The range of each row that has shown the least squared error, float32 [O].
 
     Args:
-      count_OH: float32, how many entries of a row lie in each bin of [0, range].
+      count_OH: int32, how many entries of a row lie in each bin of [0, range].
       range_O: float32, where the search begins.
       num_steps: of Adam.
     """
-    return np.asarray(_search(count_OH, np.maximum(range_O, 1e-30), num_steps))
+    # A bin's middle in halves of a bin: the sums are exact, and integers add up faster.
+    middle_H = np.arange(1, 2 * count_OH.shape[1], 2, dtype=np.int32)
+    found = []
+    for first in range(0, len(count_OH), _ROWS):
+        count_oH = _of_rows(count_OH[first : first + _ROWS])
+        range_o = np.maximum(_of_rows(range_O[first : first + _ROWS]), 1e-30)
+        sums = (_sums_from(count_oH), _sums_from(count_oH * middle_H))
+        found.append(_search(*sums, range_o, num_steps))
+    return np.concatenate(found)[: len(count_OH)]
+
+
+def _of_rows(a):
+    """a with zeros behind, so that one program searches for matrices of all sizes."""
+    return a if len(a) == _ROWS else np.pad(a, [(0, _ROWS - len(a))] + [(0, 0)] * (a.ndim - 1))
 
 
 def _blocks(w_OI):
@@ -94,35 +110,44 @@ def _blocks(w_OI):
     return [slice(i, min(i + size, len(w_OI))) for i in range(0, len(w_OI), size)]
 
 
-def _histogram(size_oI, range_o):
-    """float32 [o, H] of some rows."""
-    factor_o = (_BINS - 1e-3) / np.maximum(range_o, 1e-30)
+def _histogram(size_oI, range_o, num_bins):
+    """int [o, H] of some rows."""
+    factor_o = (num_bins - 1e-3) / np.maximum(range_o, 1e-30)
     bin_oI = (size_oI * factor_o[:, None]).astype(np.int32)
-    bin_oI += np.arange(0, len(size_oI) * _BINS, _BINS, dtype=np.int32)[:, None]
-    return np.bincount(bin_oI.reshape(-1), minlength=len(size_oI) * _BINS).reshape(-1, _BINS)
+    num_all = len(size_oI) * num_bins
+    bin_oI += np.arange(0, num_all, num_bins, dtype=np.int32)[:, None]
+    return np.bincount(bin_oI.reshape(-1), minlength=num_all).reshape(-1, num_bins)
+
+
+def _sums_from(values_OH):
+    """The sum of all values from each bin on, and 0 behind the last, int32 [O, H + 1]."""
+    sums_OH1 = np.zeros((len(values_OH), values_OH.shape[1] + 1), np.int32)
+    np.cumsum(values_OH[:, ::-1], axis=1, out=sums_OH1[:, -2::-1])
+    return sums_OH1
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _search(count_OH, range_O, num_steps):
-    middle_H = (jnp.arange(_BINS, dtype=jnp.float32) + 0.5) / _BINS
-    # From bin h on: how many entries, and their sum in units of the range.
-    sums_OHs = jnp.stack([count_OH, count_OH * middle_H], axis=-1)
-    zeros_O1s = jnp.zeros((len(range_O), 1, 2))
-    total_OHs = jnp.cumsum(sums_OHs[:, ::-1], axis=1)[:, ::-1]
-    total_OHs = jnp.concatenate([total_OHs, zeros_O1s], axis=1)
+def _search(count_OH1, sum_OH1, range_O, num_steps):
+    """count_OH1, sum_OH1: entries from each bin on, and their sum in halves of a bin."""
+    num_bins = count_OH1.shape[1] - 1
     code_J = jnp.arange(_MOST, dtype=jnp.float32)
-    unit_O = range_O / _BINS
+    unit_O = range_O / num_bins
 
     def measure(now_O):
         """(squared error up to a constant, its gradient by the scale)."""
         scale_O = now_O / _MOST
         threshold_OJ = (code_J + 0.5) * scale_O[:, None]
         # The first bin whose middle is not below the threshold.
-        bin_OJ = jnp.clip(jnp.ceil(threshold_OJ / unit_O[:, None] - 0.5), 0, _BINS)
-        beyond_OJs = jnp.take_along_axis(total_OHs, bin_OJ.astype(jnp.int32)[..., None], axis=1)
+        bin_OJ = jnp.clip(jnp.ceil(threshold_OJ / unit_O[:, None] - 0.5), 0, num_bins)
+        count_OJ, sum_OJ = (
+            jnp.take_along_axis(
+                beyond_OH1, bin_OJ.astype(jnp.int32), axis=1, mode="promise_in_bounds"
+            ).astype(jnp.float32)
+            for beyond_OH1 in (count_OH1, sum_OH1)
+        )
         # A code is the number of thresholds below; its square is a sum of odd numbers.
-        of_squares_O = ((2 * code_J + 1) * beyond_OJs[..., 0]).sum(1)
-        of_products_O = beyond_OJs[..., 1].sum(1) * range_O
+        of_squares_O = ((2 * code_J + 1) * count_OJ).sum(1)
+        of_products_O = sum_OJ.sum(1) * unit_O / 2
         error_O = scale_O * (scale_O * of_squares_O - 2 * of_products_O)
         return error_O, 2 * (scale_O * of_squares_O - of_products_O)
 
