@@ -70,9 +70,9 @@ class ProgressBar:
         console = Console(file=sys.stderr, quiet=not is_shown)
         self._is_live = console.is_terminal and is_shown
         self._bar = Progress(
-            TextColumn("{task.fields[amount]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[amount]}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),  # what the texts leave of the terminal's width
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,

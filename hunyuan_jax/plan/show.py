@@ -351,6 +351,6 @@ def _gib(num_bytes: int) -> str:
 
 
 def _console() -> Console:
-    # In a pipe rich takes 80 columns, too few for the tables.
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    # x[index] is no mark of a style.  In a pipe rich takes 80 columns, too few for the tables.
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=150, markup=False)

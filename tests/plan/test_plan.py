@@ -1034,5 +1034,6 @@ def test_reports_print(compiled, capsys):
         "f.1",
         "too few heads",
         "implied MFU, all-in",
+        "x[index]",
     ):
         assert word in printed, word
