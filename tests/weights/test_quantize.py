@@ -380,3 +380,19 @@ def test_packing_is_that_of_compressed_tensors():
     values = np.array([[-8, -7, 0, 7, 1, 2, 3, -1]], np.int8)
     assert quantized.packed(values)[0, 0] == np.uint32(0x7BA9F810).view(np.int32)
     np.testing.assert_array_equal(quantized.unpacked(quantized.packed(values), 1) - 8, values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
+def test_transformers_computes_the_same_with_a_folder(tmp_path, method):
+    """docs/results/quantization.md."""
+    pytest.importorskip("compressed_tensors")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = SIZES | {"num_experts": 1, "use_cla": False, "head_dim": 16}
+    write_source(tmp_path / "source", 1, model_type="hunyuan_v1_dense", **sizes)
+    (tmp_path / "source/tokenizer_config.json").unlink()
+    quantize.quantize_model(tmp_path / "source", tmp_path / method, method)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / method)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    assert_close(from_pretrained(tmp_path / method, quantize="none").logits(IDS), expected, 1e-5)
