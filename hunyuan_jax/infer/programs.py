@@ -311,7 +311,8 @@ def decode(
             )
             return carry, is_live_B & carry.is_live_B & (token_B == drafts_BT[:, t])
 
-        carry, _ = jax.lax.fori_loop(0, T, draw_one, (carry, is_live_B))
+        # Without drafts not a loop, whose carry XLA:CPU would copy.
+        carry, _ = jax.lax.fori_loop(0, T, draw_one, (carry, is_live_B), unroll=T == 1)
         drawn_TB = jax.lax.dynamic_slice_in_dim(carry.results.tokens_IB, carry.step * T, T)
         step = Step(
             row_B,
