@@ -1,12 +1,12 @@
 """Measures speculative decoding: how many drafted tokens are accepted, and what that gains.
 
     python benchmarks/speculation.py FOLDER ngram:4 mtp:1 SMALL_FOLDER:4 [file=PROMPTS] [new=128] \
-        [rounds=3]
+        [rounds=3] [temperature=0]
 
 PROMPTS is a text file of prompts, with lines of "----" between them; without it, the prompts ask
-for a small edit of a piece of code, by the chat template where the folder has one.  All are drawn
-greedily, one answer after the other and then together, in turns with the engine without drafts:
-the first round, with compilation, is not timed.  CPU seconds count all threads of the process.
+for a small edit of a piece of code, by the chat template where the folder has one.  They are
+answered one after the other and then together, in turns with the engine without drafts: the first
+round, with compilation, is not timed.  CPU seconds count all threads of the process.
 """
 
 import statistics
@@ -47,7 +47,9 @@ def main(folder: str, *words: str) -> None:
     options = dict(word.split("=", 1) for word in words if "=" in word)
     lm = hunyuan_jax.load(folder)
     prompts = _prompts(lm, options.get("file"))
-    num_new = int(options.get("new", 128))
+    num_new, temperature = int(options.get("new", 128)), float(options.get("temperature", 0))
+    settings = {"repetition_penalty": 1, "stop_ids": lm.stop_ids, "max_new_tokens": num_new}
+    sampling = hunyuan_jax.Sampling(temperature=temperature, **settings).resolved({})
     engines = {"none": lm.model.new_engine(Limits(max_rows=len(prompts)))}
     for word in words:
         if "=" not in word:
@@ -58,7 +60,7 @@ def main(folder: str, *words: str) -> None:
     tokens = {}
     for turn in range(int(options.get("rounds", 3)) + 1):
         for (name, batch), results in found.items():
-            *figures, answer = _measure(engines[name], lm, prompts, batch, num_new, str(turn))
+            *figures, answer = _measure(engines[name], prompts, batch, sampling, str(turn))
             tokens.setdefault((name, batch), answer)
             results.append(figures)
     print(
@@ -88,10 +90,8 @@ def _prompts(lm, file: str | None) -> list[list[int]]:
     return [lm.chat_ids([{"role": "user", "content": text}]) for text in texts]
 
 
-def _measure(engine, lm, prompts, batch, num_new, salt):
+def _measure(engine, prompts, batch, sampling, salt):
     """(tokens/s, CPU seconds a token, share accepted, tokens a step of a row, the answers)."""
-    settings = {"temperature": 0, "repetition_penalty": 1, "stop_ids": lm.stop_ids}
-    sampling = hunyuan_jax.Sampling(max_new_tokens=num_new, **settings).resolved({})
     answers: list[list[int]] = [[] for _ in prompts]
     before, start, cpu = engine.stats(), time.perf_counter(), time.process_time()
     for first in range(0, len(prompts), batch):

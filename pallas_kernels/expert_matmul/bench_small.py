@@ -61,7 +61,8 @@ def _share(chip_name: str, who: str, name: str, rows: int) -> float:
         fn, shapes = _ours(name, C, chip.device_kinds[0])
         counted = cycles.kernels_alone(chip_name, fn, *shapes)
     else:
-        counted = cycles.cost(chip_name, *(lambda fn, shapes: (fn, *shapes))(*_rival(who, name, C))).cycles
+        fn, shapes = _rival(who, name, C)
+        counted = cycles.cost(chip_name, fn, *shapes).cycles
     width = 2 * _F if name == "gate_up" else _F
     return 2 * _E * C * _D * width / (chip.peak_flops / chip.clock_hz) / counted
 
