@@ -101,11 +101,17 @@ def test_options_of_serving_are_refused_without_it(monkeypatch):
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed: '.[tpu]'")
-def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys):
-    options = ("--topology=v5e:2x2", "--max_context=256", "--max_rows=8", "--mesh=expert:4")
+@pytest.mark.parametrize(
+    "sizes",
+    [{"expert": 4}, pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, sizes):
+    mesh = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
+    options = ("--topology=v5e:2x2", "--max_context=256", "--max_rows=8", f"--mesh={mesh}")
     assert plan(*options, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["mesh"] == {"expert": 4}
+    assert found["mesh"] == sizes
     assert [program["name"] for program in found["programs"]] == ["decode", "chunk"]
     assert 0 < found["weights"] < found["hbm"] and found["num_tokens"] > 256
     for program in found["programs"]:  # new tokens are written in place: no copy of the cache
