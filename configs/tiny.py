@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     return config.to_config_dict(
         config.Config(
             model=presets.tiny(),
-            schedule=config.ScheduleConfig(peak_lr=4e-3, warmup_steps=40, decay_ratio=0.2),
+            schedule=config.ScheduleConfig(peak_lr=4e-3, warmup_steps=40, decay_ratio=0.4),
             train=config.TrainConfig(
                 num_steps=950,
                 batch_size=8,

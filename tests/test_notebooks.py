@@ -30,6 +30,9 @@ SHORT = {
 }
 
 
+SLOW = {"convert_and_chat", "fine_tune"}  # what they call has tests of its own
+
+
 def run(name, monkeypatch, tmp_path, parameters=None):
     """The executed notebook; the installing cell is left out."""
     book = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
@@ -41,8 +44,8 @@ def run(name, monkeypatch, tmp_path, parameters=None):
         cell.source = parameters
     book.cells = [cell for cell in book.cells if "install" not in cell.metadata.get("tags", ())]
     # A kernel of this interpreter, whatever kernels the machine knows; one device, as a notebook
-    # has.
-    monkeypatch.setenv("XLA_FLAGS", "")
+    # has; a shortened one mostly compiles.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0" if parameters else "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), *sys.path]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -65,7 +68,10 @@ def figures(book):
 @pytest.mark.filterwarnings("ignore")  # jupyter's own
 @pytest.mark.parametrize(
     "name",
-    [*sorted(SHORT.keys() - {"fine_tune"}), pytest.param("fine_tune", marks=pytest.mark.slow)],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in sorted(SHORT)
+    ],
 )
 def test_notebook_runs_shortened(name, monkeypatch, tmp_path):
     assert figures(run(name, monkeypatch, tmp_path, SHORT[name])) >= 1

@@ -116,13 +116,13 @@ def train_step_alone(cfg):
 # other axes.
 MESHES = [
     ("recycle", 2, (2, 2, 2)),
-    ("recycle", 1, (1, 8, 1)),
     ("drop", 2, (4, 2, 1)),
-    ("dropless", 1, (2, 2, 1, 2)),
     ("dropless", 2, (1, 4, 2)),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("recycle", 1, (1, 8, 1)),
+            ("dropless", 1, (2, 2, 1, 2)),
             ("recycle", 1, (4, 1, 2)),
             ("recycle", 1, (2, 4, 1)),
             ("drop", 1, (1, 4, 2)),
@@ -157,7 +157,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(way, k, sizes, alone)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("way", ["recycle", "dropless"])
+@pytest.mark.parametrize("way", ["recycle", pytest.param("dropless", marks=pytest.mark.slow)])
 def test_filled_up_columns_change_no_result_and_no_parameter(way):
     """250 columns of an expert are 256 in use where `data` gathers its rows."""
     cfg = dataclasses.replace(small(dispatch=way, top_k=1), intermediate_size=250)

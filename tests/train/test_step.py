@@ -49,7 +49,10 @@ def gradients(sizes, grad_accum_steps=1, model=MODEL):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("parts", "sizes"), [(2, (1, 1, 1)), (4, (2, 1, 1)), (2, (1, 2, 2, 2))])
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [pytest.param(2, (1, 1, 1), marks=pytest.mark.slow), (4, (2, 1, 1)), (2, (1, 2, 2, 2))],
+)
 def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(parts, sizes):
     _, grads, loss, stats = gradients(sizes, parts)
     _, whole_grads, whole_loss, whole_stats = gradients((1, 1, 1))
