@@ -60,6 +60,9 @@ TEXT_FIELDS = {
     "data.sources.name",
     "data.text_field",
     "model.kernels",
+    "objective.dpo.online.criterion",
+    "objective.dpo.online.endpoint",  # a URL
+    "objective.dpo.online.endpoint_model",
     "train.profile_steps",
     "train.wandb_project",
 }
@@ -173,6 +176,10 @@ def test_every_field_that_is_text_is_known_to_be_no_path():
         "data.source",
         "data.sources.path",
         "data.tokenizer",
+        "objective.distill.inherit_from",
+        "objective.distill.teacher",
+        "objective.dpo.online.prompts",
+        "objective.dpo.online.reward_model",
         "train.init_from",
     }
 

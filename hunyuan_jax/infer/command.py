@@ -63,7 +63,7 @@ MODEL = (
     ),
     flags.Option(
         "speculate",
-        str,
+        AnyPath,
         "Who drafts tokens that the model verifies: mtp, ngram or a small model's folder.",
         default_meaning="nobody",
     ),
