@@ -6,7 +6,7 @@
 Needs no download.
 
 Hardware: any CPU.
-Time: 187 to 337 s on 2 cores, with 1.1 to 1.4 GB of memory.
+Time: 187 to 337 s on 2 cores, with 1.2 GB of memory.
 Expected: the training loss falls from 5.8 to about 1.4 nats a byte (docs/results/).
 """
 
