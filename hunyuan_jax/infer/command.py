@@ -115,11 +115,12 @@ def generate(values) -> int:
             print(piece, end="", flush=True)
             num_tokens += 1
     print()
-    seconds, stats = time.perf_counter() - start, lm.model.engine.stats()
-    drafts = f"; {stats.accepted_tokens} of {stats.draft_tokens} drafted tokens accepted"
+    seconds, drafts = time.perf_counter() - start, ""
+    if values.speculate:
+        stats = lm.model.engine.stats()
+        drafts = f"; {stats.accepted_tokens} of {stats.draft_tokens} drafted tokens accepted"
     print(
-        f"({num_tokens} tokens in {seconds:.1f} s with loading and compiling"
-        f"{drafts * (values.speculate is not None)})",
+        f"({num_tokens} tokens in {seconds:.1f} s with loading and compiling{drafts})",
         file=sys.stderr,
     )
     return 0

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 from hunyuan_jax import hub
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import AnyPath, local_copy, user_path
-from hunyuan_jax.gguf.container import read_header
-from hunyuan_jax.gguf.vocabulary import folder_files
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
@@ -139,6 +137,9 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
 
 
 def _load_gguf(path: str) -> Tokenizer:
+    from hunyuan_jax.gguf.container import read_header
+    from hunyuan_jax.gguf.vocabulary import folder_files
+
     texts = folder_files(path, read_header(path).fields)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
