@@ -34,7 +34,9 @@ chip should hold one or two sequences at a time:
 Hardware: 64 to 4096 TPU chips of the v5p class.
 Time, estimated from the TPU compiler's schedule (docs/results/plan.md has commands and memory): a
 micro-batch of 1.05 M tokens takes 4.30 s on v5p 4x8x8.  That is 21.1 billion tokens a day, and
-2.04 million chip-hours for the paper's 7 trillion tokens.
+2.04 million chip-hours for the paper's 7 trillion tokens.  On v6e 16x16 it takes 3.03 s: 29.9
+billion tokens a day, 1.44 million chip-hours.  On tpu7x 4x4x4 0.52 M tokens take 2.43 s: 18.6
+billion tokens a day, 0.58 million chip-hours.
 Expected loss: not known.  Compiled for TPU, never run.
 
 The weight of the balance loss is ours, the paper gives none.  In small runs without one, 60 % of

@@ -981,12 +981,18 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
 def test_the_recipe_states_the_time_of_the_results_page():
     recipe = (paths.ROOT / "configs/a52b.py").read_text(encoding="utf-8")
     page = (paths.ROOT / "docs/results/plan.md").read_text(encoding="utf-8")
-    (seconds,) = re.findall(r"all-in at 180 GB/s an axis \|.*\*\*([\d.]+) s,", page)
-    tokens_per_second = 256 * 4096 / float(seconds)
-    assert f"takes {seconds} s on v5p 4x8x8" in recipe
-    assert f"{tokens_per_second * 86400 / 1e9:.1f} billion tokens a day" in recipe
-    chip_hours = 7e12 / tokens_per_second * 256 / 3600
-    assert f"{chip_hours / 1e6:.2f} million chip-hours" in recipe
+    words = " ".join(recipe.split())
+    for row, text, num_devices, num_chips in (
+        (r"all-in at 180 GB/s an axis", "takes {} s on v5p 4x8x8", 256, 256),
+        (r"v6e:16x16 \| TensorCores", "On v6e 16x16 it takes {} s", 256, 256),
+        (r"tpu7x:4x4x4 \| TensorCores", "On tpu7x 4x4x4 0.52 M tokens take {} s", 128, 64),
+    ):
+        (seconds,) = re.findall(rf"{row} \|.*\*\*([\d.]+) s,", page)
+        tokens_per_second = num_devices * 4096 / float(seconds)
+        chip_hours = 7e12 / tokens_per_second * num_chips / 3600
+        assert text.format(seconds) in words
+        assert f"{tokens_per_second * 86400 / 1e9:.1f} billion tokens a day" in words
+        assert f"{chip_hours / 1e6:.2f} million chip-hours" in words
 
 
 def test_the_error_of_the_all_in_time_is_that_of_the_published_steps():
