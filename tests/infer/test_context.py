@@ -27,7 +27,7 @@ def prompt(num_tokens, seed=0):
 
 
 def answers(engine, prompts, num_new, prompt_logprobs=None):
-    """(tokens, log-probabilities of those after the first that are asked for) of each prompt."""
+    """(new tokens, log-probabilities of the prompt's tokens, then of the new ones) of each."""
     sampling = Sampling(
         temperature=0,
         max_new_tokens=num_new,

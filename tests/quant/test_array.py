@@ -44,24 +44,37 @@ def quantized(mesh, shape, dims, num_in, method, group=32):
     return assembled("w", spec, matrices, is_transposed=True), dense
 
 
-@pytest.mark.parametrize("method", codes.METHODS)
-@pytest.mark.parametrize("place", range(len(PARAMS)))
-def test_products_on_a_mesh_and_on_one_device(method, place):
-    shape, dims, num_in = PARAMS[place]
+def product_on(mesh, place):
+    """((w, x_MI) -> y_MO on a mesh, whether its shards split I)."""
+    _, dims, num_in = PARAMS[place]
     names = dims[1:]
     split = next(name for name in names if rules.RULES[name].compute)
     is_split_in = names.index(split) < num_in
     sides = (("seq", split), ("seq", "norm"))
     x_dims, y_dims = sides if is_split_in else sides[::-1]
-    for mesh in (single_device_mesh(), mesh_of(data=2, expert=2, tensor=2)):
-        w, dense = quantized(mesh, shape, dims, num_in, method)
-        x_MI = np.random.default_rng(1).normal(size=(9, dense.shape[1])).astype(np.float32)
 
-        def fn(w, x_MI):
-            y_MO = product(x_MI, island.gather_matrix(w, names, jnp.float32, num_in))
-            return island.reduce_sum(y_MO, split) if is_split_in else y_MO
+    def fn(w, x_MI):
+        y_MO = product(x_MI, island.gather_matrix(w, names, jnp.float32, num_in))
+        return island.reduce_sum(y_MO, split) if is_split_in else y_MO
 
-        multiply = fast_jit(island.island(fn, mesh, names, (x_dims,), y_dims))
+    return island.island(fn, mesh, names, (x_dims,), y_dims), is_split_in
+
+
+def both_meshes():
+    return single_device_mesh(), mesh_of(data=2, expert=2, tensor=2)
+
+
+def rows_for(dense):
+    return np.random.default_rng(1).normal(size=(9, dense.shape[1])).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", codes.METHODS)
+@pytest.mark.parametrize("place", range(len(PARAMS)))
+def test_products_on_a_mesh_and_on_one_device(method, place):
+    for mesh in both_meshes():
+        w, dense = quantized(mesh, *PARAMS[place], method)
+        x_MI = rows_for(dense)
+        multiply = fast_jit(product_on(mesh, place)[0])
         for num_rows in (3, 9) if mesh.size == 1 else (9,):
             assert_close(multiply(w[1], x_MI[:num_rows]), x_MI[:num_rows] @ dense[1], 2e-6)
 
@@ -93,22 +106,12 @@ def test_activations_in_eight_bits(place):
     """s8 x s8 -> s32 in the program, on one device and on a mesh, and the numbers of a product
     with rounded rows.
     """
-    shape, dims, num_in = PARAMS[place]
-    names = dims[1:]
-    split = next(name for name in names if rules.RULES[name].compute)
-    is_split_in = names.index(split) < num_in
-    sides = (("seq", split), ("seq", "norm"))
-    x_dims, y_dims = sides if is_split_in else sides[::-1]
-    for mesh in (single_device_mesh(), mesh_of(data=2, expert=2, tensor=2)):
-        w, dense = quantized(mesh, shape, dims, num_in, "int8")
+    for mesh in both_meshes():
+        w, dense = quantized(mesh, *PARAMS[place], "int8")
         w = w.replace(rounds_inputs=True)
-        x_MI = np.random.default_rng(1).normal(size=(9, dense.shape[1])).astype(np.float32)
-
-        def fn(w, x_MI):
-            y_MO = product(x_MI, island.gather_matrix(w, names, jnp.float32, num_in))
-            return island.reduce_sum(y_MO, split) if is_split_in else y_MO
-
-        multiply = jax.jit(island.island(fn, mesh, names, (x_dims,), y_dims))
+        x_MI = rows_for(dense)
+        fn, is_split_in = product_on(mesh, place)
+        multiply = jax.jit(fn)
         num_shards = mesh.shape["tensor"] if is_split_in and mesh.size > 1 else 1
         rows = x_MI.reshape(9, num_shards, -1)
         scale = np.abs(rows).max(-1, keepdims=True) / 127
