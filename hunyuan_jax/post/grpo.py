@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hunyuan_jax.config import Config, GrpoConfig
+from hunyuan_jax.data.examples import stack
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch, BatchIterator
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.transformer import Transformer
 from hunyuan_jax.post.rewards import Reward, advantages, rewards_of, total_rewards
-from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts
+from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts, example_of
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 from hunyuan_jax.train.pretrain import Pretrain
@@ -227,22 +228,9 @@ def _log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
 
 def _rows(rows: Sequence[tuple[Prompt, Completion]], T: int, pad_id: int) -> Batch:
     """One completion a row: the fields of pre-training, and rollout_logprobs."""
-    B = len(rows)
-    tokens, targets = (np.full((B, T), pad_id, np.int32) for _ in range(2))
-    segment_ids, positions = (np.zeros((B, T), np.int32) for _ in range(2))
-    loss_weights, rollout_logprobs = (np.zeros((B, T), np.float32) for _ in range(2))
+    rollout_logprobs = np.zeros((len(rows), T), np.float32)
     for b, (prompt, completion) in enumerate(rows):
-        text = [*prompt.ids, *completion.ids]
-        n, start = len(text) - 1, len(prompt.ids) - 1
-        tokens[b, :n], targets[b, :n] = text[:-1], text[1:]
-        segment_ids[b, :n], positions[b, :n] = 1, np.arange(n)
-        loss_weights[b, start:n] = 1
-        rollout_logprobs[b, start:n] = completion.logprobs
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "loss_weights": loss_weights,
-        "rollout_logprobs": rollout_logprobs,
-    }
+        start = len(prompt.ids) - 1
+        rollout_logprobs[b, start : start + len(completion.ids)] = completion.logprobs
+    batch = stack([[example_of(*row)] for row in rows], T, pad_id)
+    return {**batch, "rollout_logprobs": rollout_logprobs}

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from hunyuan_jax.config import Config
-from hunyuan_jax.data.examples import Example, text_of
+from hunyuan_jax.data.examples import Example
 from hunyuan_jax.data.pairs import PackedPairs, stack_pairs
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.post.judges import build_judge
 from hunyuan_jax.post.rewards import total_rewards
-from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts
+from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts, example_of
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.state import Program
 
@@ -151,13 +151,7 @@ def best_and_worst(
     """The best and the worst answer as a pair; None if they are equal, or a score is missing."""
     if not np.isfinite(score_G).all() or score_G.max() == score_G.min():
         return None
-    chosen, rejected = group[score_G.argmax()].ids, group[score_G.argmin()].ids
-    if list(chosen) == list(rejected):
+    chosen, rejected = group[score_G.argmax()], group[score_G.argmin()]
+    if list(chosen.ids) == list(rejected.ids):
         return None
-    return Example(
-        prompt.name,
-        tuple(
-            text_of([*prompt.ids, *ids], [False] * len(prompt.ids) + [True] * len(ids))
-            for ids in (chosen, rejected)
-        ),
-    )
+    return example_of(prompt, chosen, rejected)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from hunyuan_jax.config import Config, RolloutConfig
+from hunyuan_jax.data.examples import Example, text_of
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch
 from hunyuan_jax.errors import ConfigError
@@ -42,6 +43,16 @@ class Completion(NamedTuple):
     ids: Sequence[int]
     logprobs: Sequence[float]
     is_cut: bool
+
+
+def example_of(prompt: Prompt, *completions: Completion) -> Example:
+    """The prompt with each completion as a segment, of which the completion is learned."""
+    start = len(prompt.ids)
+    texts = (
+        text_of([*prompt.ids, *one.ids], [False] * start + [True] * len(one.ids))
+        for one in completions
+    )
+    return Example(prompt.name, tuple(texts))
 
 
 # (0-based step, its prompts, the completions of each) -> the batch of that step.
