@@ -261,7 +261,12 @@ class Pretrained:
             return proposers.without_model(limits, self.config)
         path = limits.speculate
         if path not in self._drafts:
-            self._drafts[path] = from_pretrained(path, self.config.dtype, self.mesh)
+            try:
+                self._drafts[path] = from_pretrained(path, self.config.dtype, self.mesh)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"speculate = {path} is neither mtp nor ngram, and no model: {error}"
+                ) from error
         draft = self._drafts[path]
         if draft.config.vocab_size != self.config.vocab_size:
             raise ConfigError(

@@ -166,5 +166,7 @@ def test_what_cannot_be_speculated_is_refused(model):
         Limits(speculate_tokens=2)
     with pytest.raises(ConfigError, match="with invariant"):
         Limits(speculate="ngram", invariant=True)
-    with pytest.raises(ConfigError, match="nowhere"):
+    with pytest.raises(
+        ConfigError, match="speculate = nowhere is neither mtp nor ngram, and no model: nowhere is"
+    ):
         model.new_engine(dataclasses.replace(LIMITS, speculate="nowhere"))
