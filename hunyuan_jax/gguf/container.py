@@ -2,9 +2,11 @@
 endian).
 
 A file is: magic, version, number of tensors, number of fields, the fields, what the tensors are,
-and from the next multiple of the alignment on their data.
+and from the next multiple of the alignment on their data.  A large model is split: file i of N is
+NAME-0000i-of-0000N.gguf, has some of the tensors, and the first has the metadata.
 """
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,15 +25,17 @@ _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 
 _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 class Tensor(NamedTuple):
-    """One tensor: shape as in torch, rows first; kind one of blocks.KINDS; start in the file."""
+    """One tensor: shape as in torch, rows first; kind one of blocks.KINDS; start in its file."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     start: int
+    path: str
 
     @property
     def num_bytes(self) -> int:
@@ -46,8 +50,56 @@ class Header(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+def files_of(path: str) -> list[str]:
+    """The paths of all files of the model that a GGUF file is the first of, by its name."""
+    part = _PART.fullmatch(path)
+    if not part or int(part[2]) != 1:
+        return [path]
+    return [f"{part[1]}-{i:05d}-of-{part[3]}.gguf" for i in range(1, int(part[3]) + 1)]
+
+
+def read_model(path: str) -> Header:
+    """What is in a GGUF file, and in the others that it is the first of.
+
+    Args:
+      path: local, or an fsspec URL.
+
+    Raises:
+      ConfigError: as `read_header`; another file than the first, one that is missing or belongs
+        to another model.
+    """
+    first = read_header(path)
+    count, paths = first.fields.get("split.count", 0), files_of(path)
+    if count <= 1:
+        return first
+    if len(paths) != count:
+        raise ConfigError(
+            f"{path} is part {first.fields.get('split.no', 0) + 1} of {count} of a model; give "
+            f"the first, of the name NAME-00001-of-{count:05d}.gguf, with the others beside it."
+        )
+    tensors = {}
+    for i, part_path in enumerate(paths):
+        part = read_header(part_path) if i else first
+        found = part.fields.get("split.no"), part.fields.get("split.count")
+        twice = sorted(tensors.keys() & part.tensors.keys())
+        if found != (i, count) or twice:
+            raise ConfigError(
+                f"{part_path}: split.no and split.count are {found}"
+                + (f", and {twice[0]} is in an earlier part too" if twice else "")
+                + f"; part {i + 1} has {(i, count)}. Copy all parts of one model again."
+            )
+        tensors |= part.tensors
+    stated = first.fields.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise ConfigError(
+            f"{path}: the model has {stated} tensors, and its {count} files {len(tensors)}. Copy "
+            "all parts of one model again."
+        )
+    return Header(first.fields, tensors)
+
+
 def read_header(path: str) -> Header:
-    """What is in a GGUF file, without its tensors' values.
+    """What is in one GGUF file, without its tensors' values.
 
     Args:
       path: local, or an fsspec URL.
@@ -58,7 +110,9 @@ def read_header(path: str) -> Header:
     """
     fs, root = files.filesystem(path, "the model")
     if not fs.isfile(root):
-        raise ConfigError(f"{path} is not a file; give the path of a GGUF file.")
+        raise ConfigError(
+            f"{path} is not a file; give the path of a GGUF file, with all its parts beside it."
+        )
     size = fs.size(root)
     return _parse(_Bytes(path, size, lambda a, b: fs.cat_file(root, start=a, end=b)))
 
@@ -139,7 +193,7 @@ def _parse(data: _Bytes) -> Header:
     first = -(-data.position // alignment) * alignment
     tensors = {}
     for name, shape, number, offset in found:
-        tensor = Tensor(name, _kind(where, name, number, shape), shape, first + offset)
+        tensor = Tensor(name, _kind(where, name, number, shape), shape, first + offset, where)
         if name in tensors or tensor.start + tensor.num_bytes > data.size:
             raise ConfigError(
                 f"{where} is truncated or damaged: {name} lies at bytes {tensor.start} to "

@@ -153,7 +153,7 @@ def fields_of(where: str, files: dict[str, bytes], num_ids: int) -> dict[str, An
       num_ids: rows of the model's table; ids beyond the tokenizer's are unused tokens.
 
     Raises:
-      ConfigError: a tokenizer that llama.cpp has no name for.
+      ConfigError: a tokenizer that llama.cpp has no name for, or of another model.
     """
     if "tokenizer.json" not in files:
         return {"tokenizer.ggml.model": "none"}
@@ -166,6 +166,12 @@ def fields_of(where: str, files: dict[str, bytes], num_ids: int) -> dict[str, An
             f"{where}/tokenizer.json splits text in a way that GGUF has no name for here; "
             f"{', '.join(_PATTERNS)} are written. Convert the folder with llama.cpp's "
             "convert_hf_to_gguf.py."
+        )
+    given = [*about["model"]["vocab"].values(), *(added["id"] for added in about["added_tokens"])]
+    if max(given, default=0) >= num_ids:
+        raise ConfigError(
+            f"{where}: the tokenizer has the id {max(given)}, and the model's table {num_ids} "
+            "rows. Put the model's own tokenizer there."
         )
     tokens, kinds = [f"[PAD{i}]" for i in range(num_ids)], [_UNUSED] * num_ids
     for token, i in about["model"]["vocab"].items():

@@ -57,7 +57,7 @@ class HfTokenizer(Vocabulary):
         }
         num_ids = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
         tokens = (added.get(i) or self._parsing.id_to_token(i) for i in range(num_ids))
-        byte_of = _bytes_of_characters()
+        byte_of = bytes_of_characters()
         try:
             token_bytes = [
                 UNUSED_ID
@@ -129,7 +129,7 @@ def _decoder_kinds(decoder: dict | None) -> list[str]:
     ]
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """Returns the byte of each character of a byte-level token.
 
     A printable byte is its own character; the others are numbered from U+0100.

@@ -70,10 +70,8 @@ class HyTokenizer(Vocabulary):
         tokens = read_ranks(path)
         import tiktoken  # here: the byte tokenizer does not need it
 
-        specials = (*SPECIAL_TOKENS, f"<|extra_{NUM_EXTRA_TOKENS}|>")
-        specials = specials if num_ids == len(tokens) + len(specials) else SPECIAL_TOKENS
-        special_ids = {name: len(tokens) + index for index, name in enumerate(specials)}
-        super().__init__([*tokens, *(name.encode() for name in specials)], special_ids)
+        special_ids = special_ids_of(len(tokens), num_ids)
+        super().__init__([*tokens, *(name.encode() for name in special_ids)], special_ids)
         self.bos_id = self.special_id("<|startoftext|>")
         self.eos_id = self.special_id("<|endoftext|>")
         self.pad_id = self.special_id("<|pad|>")
@@ -132,8 +130,20 @@ def read_ranks(path: str | pathlib.Path) -> list[bytes]:
             f"tokenizer {str(path)!r} is not a file: it must be 'byte' or a ranks file of lines "
             "'BASE64 RANK'; give the path of the model's hy.tiktoken"
         )
+    return parse_ranks(str(path), path.read_bytes())
+
+
+def special_ids_of(num_ranks: int, num_ids: int | None) -> dict[str, int]:
+    """Ids of the special tokens, which follow the ranks; `num_ids` as for `HyTokenizer`."""
+    names = (*SPECIAL_TOKENS, f"<|extra_{NUM_EXTRA_TOKENS}|>")
+    names = names if num_ids == num_ranks + len(names) else SPECIAL_TOKENS
+    return {name: num_ranks + i for i, name in enumerate(names)}
+
+
+def parse_ranks(path: str, raw: bytes) -> list[bytes]:
+    """As `read_ranks`, of the bytes of a file; `path` is for errors."""
     rank_of = {}
-    for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for line_number, line in enumerate(raw.splitlines(), start=1):
         token = _parse_line(line)
         if token is None:
             raise ConfigError(

@@ -12,6 +12,7 @@ from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.gguf import blocks, container, vocabulary
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.progress import Meter, in_order
+from hunyuan_jax.tokenizer.hy_json import json_files
 from hunyuan_jax.weights import gguf_model, names
 from hunyuan_jax.weights.gguf_file import SUFFIX
 from hunyuan_jax.weights.open import Model, open_model
@@ -95,12 +96,15 @@ def _kind(entry: names.Entry, kind: str) -> str:
 
 
 def _tokenizer(model: Model) -> dict[str, Any]:
+    where, num_ids = str(model.place), model.cfg.vocab_size
     files = {name: model.place.read(name) for name in model.others}
-    fields = vocabulary.fields_of(str(model.place), files, model.cfg.vocab_size)
+    if "hy.tiktoken" in files and "tokenizer.json" not in files:
+        files = json_files(where, files, num_ids)
+    fields = vocabulary.fields_of(where, files, num_ids)
     if fields["tokenizer.ggml.model"] == "none":
         print(
-            f"note: {model.place} has no tokenizer.json; the file will have no tokenizer, and "
-            "llama.cpp take and give ids.",
+            f"note: {where} has neither tokenizer.json nor hy.tiktoken; the file will have no "
+            "tokenizer, and llama.cpp take and give ids.",
             file=sys.stderr,
         )
     return fields

@@ -1,6 +1,6 @@
-"""A GGUF file seen as a model folder: its metadata as config.json and the files of a tokenizer,
-its tensors as one file of safetensors with official names, whose numbers are made when they are
-read.
+"""A GGUF file, with the others of a split one, seen as a model folder: its metadata as config.json
+and the files of a tokenizer, its tensors as one file of safetensors with official names, whose
+numbers are made when they are read.
 
 So every reader of folders reads GGUF files.  Memory is that of the rows that are read.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import AnyPath, user_path
+from hunyuan_jax.files import AnyPath, filesystem, user_path
 from hunyuan_jax.gguf import blocks, container, vocabulary
 from hunyuan_jax.weights import gguf_model, hf_config, names, write
 from hunyuan_jax.weights.storage import Place
@@ -49,13 +49,13 @@ class GgufFile(Place):
     """A GGUF file as a `Place`, which can only be read."""
 
     def __init__(self, path: str | os.PathLike):
-        """Reads the header.
+        """Reads the headers; `path` is the first file of a split model.
 
         Raises:
-          ConfigError: as `container.read_header` and `gguf_model.config_of`.
+          ConfigError: as `container.read_model` and `gguf_model.config_of`.
         """
         super().__init__(user_path(path, "the model", AnyPath))
-        found = container.read_header(self.url)
+        found = container.read_model(self.url)
         cfg = gguf_model.config_of(self.url, found)
         parts = _parts(found, gguf_model.tensors_of(cfg), cfg)
         parts.sort(key=lambda part: -part.dtype.itemsize)  # as `write.header` says
@@ -100,10 +100,11 @@ class GgufFile(Place):
             first, last = 0, part.shape[0]
         row_bytes = blocks.num_bytes(part.tensor.kind, part.shape) // part.shape[0]
         begin = part.tensor.start + part.start
+        _, file = filesystem(part.tensor.path, "the model")
         raw = self._fs.cat_file(
-            self._root, start=begin + first * row_bytes, end=begin + last * row_bytes
+            file, start=begin + first * row_bytes, end=begin + last * row_bytes
         )
-        where = f"{self}: {part.tensor.name}"
+        where = f"{part.tensor.path}: {part.tensor.name}"
         numbers = blocks.numbers_of(where, part.tensor.kind, raw)
         if part.num_heads:
             numbers = gguf_model.halves(numbers.reshape(part.shape), part.num_heads).reshape(-1)

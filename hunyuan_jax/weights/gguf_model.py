@@ -116,11 +116,6 @@ def config_of(where: str, header: Header) -> ModelConfig:
       ConfigError: another architecture, a missing field, a variant that is not implemented.
     """
     name = header.fields.get("general.architecture")
-    if header.fields.get("split.count", 0) > 1:
-        raise ConfigError(
-            f"{where} is one of {header.fields['split.count']} parts of a model; join them with "
-            "llama.cpp's llama-gguf-split --merge."
-        )
     if name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: general.architecture = {name!r}; only {', '.join(ARCHITECTURES)} can be "

@@ -4,6 +4,7 @@ import os
 
 from hunyuan_jax import hub
 from hunyuan_jax.files import AnyPath, json_object, user_path
+from hunyuan_jax.gguf.container import files_of
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights.gguf_file import SUFFIX, GgufFile
 from hunyuan_jax.weights.storage import Place
@@ -46,7 +47,7 @@ def model_place(path: str | os.PathLike) -> Place:
 
 def _fetched_file(wanted: hub.HubId) -> str:
     folder, _, file = wanted.folder.rpartition("/")
-    return os.path.join(hub.fetch(wanted._replace(folder=folder), [file]), file)
+    return os.path.join(hub.fetch(wanted._replace(folder=folder), files_of(file)), file)
 
 
 def _listed_files(place: Place, index: str) -> list[str]:

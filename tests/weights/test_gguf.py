@@ -2,6 +2,7 @@
 the same greedy tokens as llama.cpp (slow, needs xllamacpp).
 """
 
+import base64
 import hashlib
 import json
 import shutil
@@ -194,7 +195,10 @@ def kind_number(raw):
         ({"edit": lambda raw: raw[:-50_000]}, r"damaged: .* lies at bytes \d+ to \d+ of"),
         ({"edit": kind_number}, r"attn_v.weight has the type IQ4_XS \(23\), which is not"),
         ({"fields": {"general.architecture": "gemma3"}}, "'gemma3'; only llama, hunyuan-dense"),
-        ({"fields": {"split.count": 3}}, "one of 3 parts .*llama-gguf-split --merge"),
+        (
+            {"fields": {"split.count": 3}},
+            "is part 1 of 3 .* give the first, of the name NAME-0000",
+        ),
         ({"fields": {"llama.expert_count": 8}}, "expert_count = 8; of architecture llama dense"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "scaling.type = 'yarn' is not impl"),
         ({"fields": {"llama.attention.sliding_window": 9}}, "sliding_window = 9 is not impl"),
@@ -208,6 +212,67 @@ def test_what_cannot_be_read_is_refused_in_one_line(files, tmp_path, changes, me
     with pytest.raises(ConfigError, match=message) as caught:
         open_model(edited(files["llama"], tmp_path / "x.gguf", **changes))
     assert "\n" not in str(caught.value) and "x.gguf" in str(caught.value)
+
+
+def split(file, folder, num_parts):
+    """The parts of a GGUF file as llama-gguf-split writes them, by path."""
+    header, raw = container.read_header(str(file)), file.read_bytes()
+    parts, names_of = [], np.array_split(list(header.tensors), num_parts)
+    for i, part in enumerate(names_of):
+        tensors = [header.tensors[name] for name in part]
+        fields = {"split.no": i, "split.count": num_parts}
+        fields["split.tensors.count"] = len(header.tensors)
+        fields = header.fields | fields if i == 0 else fields
+        head = container.header(fields, [(t.name, t.kind, t.shape) for t in tensors])
+        data = (raw[t.start : t.start + t.num_bytes] for t in tensors)
+        parts.append(folder / f"m-{i + 1:05d}-of-{num_parts:05d}.gguf")
+        parts[-1].write_bytes(head + b"".join(d + container.padding(len(d)) for d in data))
+    return parts
+
+
+def test_parts_of_a_model_are_read_as_the_whole(files, tmp_path):
+    parts, whole = split(files["llama"], tmp_path, 3), open_model(files["llama"])
+    read = open_model(parts[0])
+    assert read.cfg == whole.cfg and not set(read.others) ^ set(whole.others)
+    for entry in names.entries(read.cfg):
+        np.testing.assert_array_equal(read.tensor(entry), whole.tensor(entry), entry.name)
+    ours, theirs = load_tokenizer(str(parts[0])), load_tokenizer(str(files["llama"]))
+    assert ours.encode(TEXT) == theirs.encode(TEXT)
+    with pytest.raises(ConfigError, match="part 2 of 3 of a model; give the first, of the name"):
+        open_model(parts[1])
+    second = parts[1].read_bytes()
+    for path in (parts[0], parts[2], files["llama"]):
+        parts[1].write_bytes(path.read_bytes())
+        with pytest.raises(ConfigError, match=r"00002-of-00003.gguf: split.*part 2 has \(1, 3"):
+            open_model(parts[0])
+    parts[1].write_bytes(second.replace(b"blk.0", b"blk.7"))
+    with pytest.raises(ConfigError, match="blk.7"):
+        open_model(parts[0])
+    parts[1].unlink()
+    with pytest.raises(ConfigError, match=r"00002-of-00003.gguf is not a file; .* all its parts"):
+        open_model(parts[0])
+
+
+def test_a_ranks_file_is_written_as_tokens_and_merges(tmp_path):
+    write_source(tmp_path / "hy", 1, **SIZES | MODELS["hunyuan-moe"] | {"vocab_size": 512})
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"lo", b"he", b"hel", b"ell", b"hello", b" hello", b"12", b"  ", b"\xc3\xb6"]
+    lines = b"".join(base64.b64encode(token) + b" 0\n" for token in tokens)
+    (tmp_path / "hy/hy.tiktoken").write_bytes(lines)
+    export_gguf(tmp_path / "hy", tmp_path / "hy.gguf", "f32")
+    theirs, ours = load_tokenizer(tmp_path / "hy"), load_tokenizer(str(tmp_path / "hy.gguf"))
+    for text in (TEXT, "hello hello  hellohelell", "ehel lo ohello12\xf6  \n he"):
+        for is_parsed in (False, True):
+            found = ours.encode(text, parse_special=is_parsed)
+            assert found == theirs.encode(text, parse_special=is_parsed), text
+            assert ours.decode(found) == theirs.decode(found)
+    for name in ("bos_id", "eos_id", "pad_id", "special_names"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert set(theirs.stop_ids) <= set(ours.stop_ids) <= {*theirs.stop_ids, theirs.eos_id}
+    write_source(tmp_path / "small", 1, **SIZES | MODELS["hunyuan-moe"])
+    (tmp_path / "small/hy.tiktoken").write_bytes(lines)
+    with pytest.raises(ConfigError, match="the id 473, and the model's table 384 rows"):
+        export_gguf(tmp_path / "small", tmp_path / "small.gguf", "f32")
 
 
 def test_a_tokenizer_of_another_kind_leaves_the_weights(files, tmp_path):
