@@ -119,13 +119,30 @@ class UnrolledStack(nnx.Module):
         num_places, stats = len(pattern(self.cfg)), []
         for group in range(self.cfg.num_groups):
             indices = range(group * num_places, (group + 1) * num_places)
-            layers = [getattr(self, f"layer_{index}") for index in indices]
+            definition, layers = nnx.split([getattr(self, f"layer_{index}") for index in indices])
             group_key = None if key is None else jax.random.fold_in(key, group)
-            x_BTD, entries, group_stats = run_group(
-                layers, x_BTD, sequence, entries, group, group_key, is_training
+            x_BTD, entries, group_stats = _run_group(
+                definition, is_training, layers, x_BTD, sequence, entries, group, group_key
             )
             stats += [group_stats] * bool(group_stats)
         return x_BTD, entries, stack_figures(stats)
+
+
+# `jit` here and below: what groups, or experts, of equal shapes do is traced and lowered once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_group(
+    definition: nnx.GraphDef,
+    is_training: bool,
+    layers: nnx.State,
+    x_BTD: jax.Array,
+    sequence: Sequence,
+    entries: Entries,
+    group: jax.Array,
+    key: jax.Array | None,
+) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
+    """As `run_group`."""
+    layers = nnx.merge(definition, layers)
+    return run_group(layers, x_BTD, sequence, entries, group, key, is_training)
 
 
 class InvariantStack(UnrolledStack):
@@ -206,28 +223,50 @@ def run_experts_one_by_one(
     # Each expert's own tokens first: the others, of weight zero, are the filling.
     order_EM = jnp.argsort(~is_of_EM, axis=-1, stable=True)
     y_MD = jnp.zeros_like(x_MD)
-    for e in range(E):
-
-        def add(num_rows, i, y_MD, e=e):
-            row_b = jax.lax.dynamic_slice_in_dim(order_EM[e], i * num_rows, num_rows)
-            gate_bF, up_bF = (linear(x_MD[row_b], w[e]) for w in (gate_EDF, up_EDF))
-            h_bF = weight_EM[e][row_b][:, None] * jax.nn.silu(gate_bF) * up_bF
-            return y_MD.at[row_b].add(linear(h_bF, down_EFD[e]), unique_indices=True)
-
-        def one(y_MD, add=add):
-            return add(1, 0, y_MD)
-
-        def several(y_MD, add=add, e=e):
-            tile = math.gcd(_TILE, M)  # whole tiles: a slice beyond the end would take rows twice
-            return jax.lax.fori_loop(0, -(-count_E[e] // tile), functools.partial(add, tile), y_MD)
-
-        if is_invariant:
-            y_MD = jax.lax.fori_loop(0, count_E[e], functools.partial(add, 1), y_MD)
-            continue
-        y_MD = jax.lax.switch(
-            jnp.minimum(count_E[e], 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD
+    for e, matrices in enumerate(zip(gate_EDF, up_EDF, down_EFD, strict=True)):
+        y_MD = _add_expert(
+            is_invariant, y_MD, x_MD, weight_EM[e], order_EM[e], count_E[e], matrices
         )
     return y_MD.reshape(x_gTD.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_expert(
+    is_invariant: bool,
+    y_MD: jax.Array,
+    x_MD: jax.Array,
+    weight_M: jax.Array,
+    order_M: jax.Array,
+    count: jax.Array,
+    matrices: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    """y_MD with the output of an expert for the first `count` tokens of order_M."""
+    M = len(x_MD)
+
+    def add(num_rows, i, y_MD):
+        row_b = jax.lax.dynamic_slice_in_dim(order_M, i * num_rows, num_rows)
+        h_bD = _expert(x_MD[row_b], weight_M[row_b], matrices)
+        return y_MD.at[row_b].add(h_bD, unique_indices=True)
+
+    def one(y_MD):
+        return add(1, 0, y_MD)
+
+    def several(y_MD):
+        tile = math.gcd(_TILE, M)  # whole tiles: a slice beyond the end would take rows twice
+        return jax.lax.fori_loop(0, -(-count // tile), functools.partial(add, tile), y_MD)
+
+    if is_invariant:
+        return jax.lax.fori_loop(0, count, functools.partial(add, 1), y_MD)
+    return jax.lax.switch(jnp.minimum(count, 2), (lambda y_MD: y_MD, one, several)[: M + 1], y_MD)
+
+
+def _expert(
+    x_bD: jax.Array, weight_b: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """An expert's output for some tokens, each times its weight; [b, D]."""
+    gate_DF, up_DF, down_FD = matrices
+    gate_bF, up_bF = linear(x_bD, gate_DF), linear(x_bD, up_DF)
+    return linear(weight_b[:, None] * jax.nn.silu(gate_bF) * up_bF, down_FD)
 
 
 def run_experts_in_tiles(
@@ -242,19 +281,31 @@ def run_experts_in_tiles(
         end_E = [jnp.sum(is_used_n & (tile_expert_n <= e), dtype=jnp.int32) for e in range(E)]
         num_threads = min(E, os.cpu_count() or 1)
         y_threads = [jnp.zeros_like(x_nbD)] * num_threads
-        for e, (start, end) in enumerate(zip([0, *end_E[:-1]], end_E, strict=True)):
-
-            def one_tile(i, y_nbD, e=e):
-                x_bD = x_nbD[i]
-                gate_bF, up_bF = (linear(x_bD, w[e]) for w in (gate_EDF, up_EDF))
-                h_bF = weight_nb[i][:, None].astype(x_bD.dtype) * jax.nn.silu(gate_bF) * up_bF
-                return y_nbD.at[i].set(linear(h_bF, down_EFD[e]))
-
-            y_nbD = y_threads[e % num_threads]
-            y_threads[e % num_threads] = jax.lax.fori_loop(start, end, one_tile, y_nbD)
+        experts = zip([jnp.int32(0), *end_E[:-1]], end_E, gate_EDF, up_EDF, down_EFD, strict=True)
+        for e, (start, end, *matrices) in enumerate(experts):
+            y_threads[e % num_threads] = _set_tiles(
+                y_threads[e % num_threads], x_nbD, weight_nb, start, end, tuple(matrices)
+            )
         return sum(y_threads)
 
     return dispatch.dropless(x_gTD, assignment, E, tiles)
+
+
+@jax.jit
+def _set_tiles(
+    y_nbD: jax.Array,
+    x_nbD: jax.Array,
+    weight_nb: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    matrices: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    """y_nbD with the output of an expert in the tiles [start, end)."""
+
+    def one_tile(i, y_nbD):
+        return y_nbD.at[i].set(_expert(x_nbD[i], weight_nb[i].astype(x_nbD.dtype), matrices))
+
+    return jax.lax.fori_loop(start, end, one_tile, y_nbD)
 
 
 def _matrices(weights: dict[str, jax.Array]) -> tuple[list[jax.Array], ...]:

@@ -253,6 +253,8 @@ class Engine:
         outputs = self._take_in()
         plan = self.scheduler.plan()
         if plan is not None:
+            if not self.runner.has_decode:
+                self._foresee_rows()
             start, dispatched = time.perf_counter(), self.runner.dispatch(plan)
             results = self._reader.submit(self.runner.read, dispatched)
             self._under_way.append((plan, start, results))
@@ -272,6 +274,13 @@ class Engine:
         self._compilations.thread = None
         self._clock.host_seconds += time.thread_time() - begin
         return outputs
+
+    def _foresee_rows(self) -> None:
+        """Has the first program that draws compiled beside the first that reads a prompt."""
+        scheduler = self.scheduler
+        num = sum(choice.max_new > 1 for choice in (*scheduler.running, *scheduler.waiting))
+        if num:
+            self.runner.foresee_rows(-(-num // len(scheduler.pools)))
 
     def _take_in(self) -> list[Output]:
         if not self._arrived and not self._aborted:

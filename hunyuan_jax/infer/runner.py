@@ -141,10 +141,22 @@ class Runner:
         with self._lock:
             new = [shape for shape in shapes if shape not in self._programs]
             self._programs |= {shape: Future() for shape in new}
+            programs = [self._programs[shape] for shape in shapes]
             for shape in new:
                 threads.submit(self._fill, *shape)
             threads.shutdown(wait=False)
-            return [self._programs[shape] for shape in shapes]
+            return programs
+
+    @property
+    def has_decode(self) -> bool:
+        """Whether a program that draws is there or being compiled."""
+        return any(name == "decode" for name, _ in self._programs)
+
+    def foresee_rows(self, num_rows: int) -> None:
+        """Begins to compile the program that draws num_rows rows of each pool."""
+        sizes = self._sizes["decode"]
+        size = next((num for num in sizes if num >= num_rows), sizes[-1])
+        self.compile_ahead([("decode", size)], 1)
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """Sizes of a program that are not being compiled: a call need not wait for them, or is the

@@ -388,6 +388,30 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(
     assert invariant.stats().compilations > 0
 
 
+@pytest.mark.parametrize(
+    ("num_requests", "max_new", "programs"),
+    [(1, 1, {("chunk", 1)}), (1, 2, {("chunk", 1), ("decode", 1)}), (2, 2, {("decode", 4)})],
+)
+def test_rows_to_be_drawn_are_compiled_beside_their_prompts(
+    model, monkeypatch, num_requests, max_new, programs
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    new = model.new_engine(LIMITS)
+    asked = []
+
+    def only_asked(*shape):
+        asked.append(shape)
+        raise InterruptedError
+
+    monkeypatch.setattr(new.runner, "compile", only_asked)
+    for i in range(num_requests):
+        new.add(request(str(i), TEXT[:5], max_new_tokens=max_new))
+    with pytest.raises(InterruptedError):
+        new.step()
+    assert programs <= set(asked)
+    assert len(asked) == 1 + (max_new > 1)
+
+
 def test_a_request_is_served_while_programs_are_compiled_behind(model, engine, monkeypatch):
     """Pieces and rows beyond the sizes that are there, with the same tokens."""
     behind = model.new_engine(LIMITS)
