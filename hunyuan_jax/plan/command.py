@@ -11,7 +11,9 @@ from hunyuan_jax.infer.command import MAX_CONTEXT, MESH, QUANTIZE, mesh_config
 SERVING = (
     dataclasses.replace(MESH, default_meaning="kv heads, then experts, then rows"),
     dataclasses.replace(
-        QUANTIZE, default_meaning="none", choices=("int8", "int4", "fp8", "easyquant")
+        QUANTIZE,
+        default_meaning="none",
+        choices=("int8", "int4", "fp8", "easyquant", "w8a8", "w8a8-fp8"),
     ),
     flags.Option("max_rows", int, "Answers at the same time.", default_meaning="64", minimum=1),
     MAX_CONTEXT,

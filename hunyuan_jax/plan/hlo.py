@@ -322,6 +322,17 @@ def has_product(module: Module, fusion: Op) -> bool:
     return any(op.opcode in ("convolution", "dot") for op in ops)
 
 
+def product_dtypes(module: Module) -> collections.Counter[str]:
+    """Matrix products in the text of a program by the dtypes of their operands: "s8 x s8"."""
+    found = collections.Counter()
+    for ops in module.computations.values():
+        dtype_of = {op.name: op.shape.partition("[")[0] for op in ops}
+        for op in ops:
+            if op.opcode in ("convolution", "dot"):
+                found[" x ".join(dtype_of[name] for name in op.operands)] += 1
+    return found
+
+
 def transfer_of(module: Module, op: Op, ops: list[Op], mesh: Mapping[str, int]) -> Transfer | None:
     """Returns the collective that an op of the computation `ops` is or, as a fusion, holds; None
     if there is none.

@@ -41,13 +41,15 @@ CONTEXT = 4096
 class Program:
     """A compiled program; bytes are per device.
 
-    temporaries: besides arguments and outputs; kernels: calls of each Pallas kernel in the text of
-    the program; received: bytes of each kind of collective, of one step.
+    temporaries: besides arguments and outputs; kernels: calls of each Pallas kernel, products:
+    matrix products by the dtypes that they multiply, both in the text of the program; received:
+    bytes of each kind of collective, of one step.
     """
 
     name: str
     temporaries: int
     kernels: dict[str, int]
+    products: dict[str, int]
     received: dict[str, int]
     compile_seconds: float
 
@@ -261,8 +263,8 @@ def _compile(sources: Sources, name: str, num_lines: int, params: Any, state: An
         received[item.kind] += item.total_bytes
     stats = compiled.memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    seconds = time.perf_counter() - start
-    return Program(name, temporaries, dict(kernels), dict(received), seconds)
+    products, seconds = dict(hlo.product_dtypes(module)), time.perf_counter() - start
+    return Program(name, temporaries, dict(kernels), products, dict(received), seconds)
 
 
 def print_report(found: Report) -> None:
@@ -289,6 +291,8 @@ def print_report(found: Report) -> None:
         print(f"| {batch} | {size / gib:,.1f} | {found.tokens_per_s[batch]:,.0f} |")
     for program in found.programs:
         kernels = ", ".join(f"{name} x {num}" for name, num in program.kernels.items()) or "none"
+        products = ", ".join(f"{dtypes}: {num}" for dtypes, num in program.products.items())
         received = ", ".join(f"{kind} {n / gib:,.2f}" for kind, n in program.received.items())
         print(f"\n{program.name}, compiled in {program.compile_seconds:.0f} s; kernels: {kernels}")
+        print(f"products by what they multiply: {products or 'none'}")
         print(f"collectives of a call or step, GiB: {received or 'none'}")

@@ -12,8 +12,10 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.plan import serving, topology
+from hunyuan_jax.plan import hlo, hlo_text, serving, topology
+from hunyuan_jax.quant.array import QuantArray, product
 from hunyuan_jax.weights import few_bits
+from pallas_kernels import tpu_compiler
 from pallas_kernels.chips import CHIPS
 from support import paths
 from support.folders import random_params, small
@@ -102,13 +104,25 @@ def test_options_of_serving_are_refused_without_it(monkeypatch):
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed: '.[tpu]'")
 @pytest.mark.parametrize(
-    "sizes",
-    [{"expert": 4}, pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    ("chips", "method", "products", "sizes"),
+    [
+        ("v5e:2x2", None, None, {"expert": 4}),
+        pytest.param("v5e:2x2", None, None, {"context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("v5e:2x2", "w8a8", "s8 x s8", {"expert": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            "tpu7x:2x2x1",
+            "w8a8-fp8",
+            "f8e4m3fn x f8e4m3fn",
+            {"data": 2, "expert": 4},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=str,
 )
-def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, sizes):
+def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, chips, method, products, sizes):
     mesh = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
-    options = ("--topology=v5e:2x2", "--max_context=256", "--max_rows=8", f"--mesh={mesh}")
+    options = (f"--topology={chips}", "--max_context=256", "--max_rows=8", f"--mesh={mesh}")
+    options += (f"--quantize={method}",) if method else ()
     assert plan(*options, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["mesh"] == sizes
@@ -116,9 +130,31 @@ def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, sizes):
     assert 0 < found["weights"] < found["hbm"] and found["num_tokens"] > 256
     for program in found["programs"]:  # new tokens are written in place: no copy of the cache
         assert program["kernels"]["append"] and program["temporaries"] < 0.1 * found["hbm"]
+        # The four projections and the three products of experts: the compiler widens none.
+        assert products is None or program["products"][products] >= 7
     programs = tuple(serving.Program(**program) for program in found.pop("programs"))
     serving.print_report(serving.Report(**found, programs=programs))
     assert "tokens of context fit" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed: '.[tpu]'")
+@pytest.mark.parametrize(
+    ("chips", "dtype"),
+    [("v5e:2x2", "int8"), ("v6e:2x2", "int8"), ("tpu7x:2x2x1", "float8_e4m3fn")],
+)
+def test_rounded_rows_are_multiplied_in_eight_bits(chips, dtype):
+    """At the width of Hunyuan-Large's queries."""
+    sharding = jax.sharding.SingleDeviceSharding(topology.topology_devices(chips)[0])
+
+    def abstract(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    values, scale = abstract((6400, 80, 80), dtype), abstract((1, 80, 80), "float32")
+    w = QuantArray(values, scale, None, num_out=2, rounds_inputs=True)
+    with tpu_compiler.without_cache():
+        compiled = jax.jit(product).lower(abstract((16, 6400), "bfloat16"), w).compile()
+    name = {"int8": "s8"}.get(dtype, "f8e4m3fn")
+    assert hlo.product_dtypes(hlo_text.parse(compiled.as_text())) == {f"{name} x {name}": 1}
 
 
 def test_the_mesh_of_a_server_keeps_every_device():
