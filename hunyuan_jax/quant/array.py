@@ -18,6 +18,8 @@ _FEW_ROWS = 8
 # Entries of a piece of a matrix that a CPU makes numbers at a time for more rows, so that they
 # stay in cache; and pieces at most, each of which is compiled.
 _PIECE, _MAX_PIECES = 1 << 18, 16
+# Rows up to which other devices multiply group by group, and scale the products (`_of_groups`).
+_GROUPED_ROWS = 32
 
 
 class Outliers(NamedTuple):
@@ -114,6 +116,9 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
       w: without stack.
     """
     w = w.matrix()
+    if len(x_MI) == 1 and not w.by_rows:
+        # XLA:TPU multiplies one row on the vector units, in about 15 times the cycles of two.
+        return product(jnp.concatenate([x_MI, jnp.zeros_like(x_MI)]), w)[:1]
     if w.rounds_inputs:
         return _rounded_product(x_MI, w)
     if w.by_rows:
@@ -126,12 +131,31 @@ def product(x_MI: jax.Array, w: QuantArray) -> jax.Array:
         parts = (slice(i, i + size) for i in range(0, len(w.values), size))
         return jnp.concatenate([_piece_product(x_MI, w[part]) for part in parts], axis=1)
     scale = w.scale if w.is_out_first else w.scale.T
+    is_grouped = w.outliers is None and scale.shape[1] > 1
+    if is_grouped and len(x_MI) <= _GROUPED_ROWS and not w.by_rows:
+        return _of_groups(x_MI, w, scale)
     if w.outliers is not None or scale.shape[1] > 1:
         dense = dequantized(w, x_MI.dtype)
         dense = dense.T if w.is_out_first else dense
         return x_MI @ (_made_for(x_MI, dense) if w.by_rows else dense)
     codes = w.values.astype(x_MI.dtype)
     return (x_MI @ (codes.T if w.is_out_first else codes)) * scale[:, 0].astype(x_MI.dtype)
+
+
+def _of_groups(x_MI, w, scale_OG):
+    """The products with the codes of each group, scaled: with few rows less work than scaling the
+    codes.
+    """
+    num_groups = scale_OG.shape[1]
+    shape_AB, axis = w.values.shape, 1 if w.is_out_first else 0
+    split = (*shape_AB[:axis], num_groups, shape_AB[axis] // num_groups, *shape_AB[axis + 1 :])
+    y_GMO = jnp.einsum(
+        "MGg,OGg->GMO" if w.is_out_first else "MGg,GgO->GMO",
+        x_MI.reshape(len(x_MI), num_groups, -1),
+        w.values.reshape(split).astype(x_MI.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return (y_GMO * scale_OG.T[:, None]).sum(0).astype(x_MI.dtype)
 
 
 def _rounded_product(x_MI, w):

@@ -79,6 +79,22 @@ def test_products_on_a_mesh_and_on_one_device(method, place):
             assert_close(multiply(w[1], x_MI[:num_rows]), x_MI[:num_rows] @ dense[1], 2e-6)
 
 
+@pytest.mark.parametrize("method", ["int4", "int8", "easyquant"])
+def test_products_in_the_layouts_of_accelerators(method):
+    """One row, few and many, whose groups are multiplied in other ways."""
+    w, dense = quantized(single_device_mesh(), *PARAMS[2], method)
+    first = w[1].replace(by_rows=False)
+    layouts = [first]
+    if method != "easyquant":
+        layouts.append(
+            first.replace(values=first.values.T, scale=first.scale.T, is_out_first=False)
+        )
+    x_MI = np.random.default_rng(1).normal(size=(33, 64)).astype(np.float32)
+    for layout in layouts:
+        for num_rows in (1, 2, 33):
+            assert_close(product(x_MI[:num_rows], layout), x_MI[:num_rows] @ dense[1], 2e-6)
+
+
 def test_an_array_is_as_small_as_its_bits_and_gives_its_numbers():
     for method, most in (("int8", 1.1), ("fp8", 1.1)):
         w, dense = quantized(single_device_mesh(), *PARAMS[2], method)
