@@ -122,8 +122,8 @@ def _histogram(size_oI, range_o, num_bins):
 def _sums_from(values_OH):
     """The sum of all values from each bin on, and 0 behind the last, int32 [O, H + 1]."""
     sums_OH1 = np.zeros((len(values_OH), values_OH.shape[1] + 1), np.int32)
-    np.cumsum(values_OH[:, ::-1], axis=1, out=sums_OH1[:, -2::-1])
-    return sums_OH1
+    np.cumsum(values_OH, axis=1, out=sums_OH1[:, 1:])
+    return np.subtract(sums_OH1[:, -1:], sums_OH1, out=sums_OH1)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -132,6 +132,9 @@ def _search(count_OH1, sum_OH1, range_O, num_steps):
     num_bins = count_OH1.shape[1] - 1
     code_J = jnp.arange(_MOST, dtype=jnp.float32)
     unit_O = range_O / num_bins
+    # Flat, so that XLA:CPU looks up with one number.
+    row_O1 = jnp.arange(len(range_O))[:, None] * (num_bins + 1)
+    flat_count, flat_sum = count_OH1.reshape(-1), sum_OH1.reshape(-1)
 
     def measure(now_O):
         """(squared error up to a constant, its gradient by the scale)."""
@@ -139,11 +142,10 @@ def _search(count_OH1, sum_OH1, range_O, num_steps):
         threshold_OJ = (code_J + 0.5) * scale_O[:, None]
         # The first bin whose middle is not below the threshold.
         bin_OJ = jnp.clip(jnp.ceil(threshold_OJ / unit_O[:, None] - 0.5), 0, num_bins)
+        place_OJ = row_O1 + bin_OJ.astype(jnp.int32)
         count_OJ, sum_OJ = (
-            jnp.take_along_axis(
-                beyond_OH1, bin_OJ.astype(jnp.int32), axis=1, mode="promise_in_bounds"
-            ).astype(jnp.float32)
-            for beyond_OH1 in (count_OH1, sum_OH1)
+            flat.at[place_OJ].get(mode="promise_in_bounds").astype(jnp.float32)
+            for flat in (flat_count, flat_sum)
         )
         # A code is the number of thresholds below; its square is a sum of odd numbers.
         of_squares_O = ((2 * code_J + 1) * count_OJ).sum(1)
