@@ -3,12 +3,11 @@
 Floats are in it bit by bit, so that a step sends one array.  Imports no jax.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hunyuan_jax.infer.scheduler import Choice
+from hunyuan_jax.infer.scheduler import Choice, Plan
 
 # Stop ids that the device knows; the others end a row when its tokens have come back.
 MAX_STOP_IDS = 16
@@ -43,7 +42,7 @@ FLOATS = (
     "frequency_penalty",
 )
 COLUMN = {name: column for column, name in enumerate((*INTEGERS, *FLOATS))}
-_FIRST_STOP = len(COLUMN)
+_FIRST_FLOAT, _FIRST_STOP = len(INTEGERS), len(COLUMN)
 FIRST_PAGE = _FIRST_STOP + MAX_STOP_IDS
 STOPS = slice(_FIRST_STOP, FIRST_PAGE)
 
@@ -70,49 +69,67 @@ class Lines:
     is written once.
     """
 
-    def __init__(self, num_pools: int, num_rows: int, num_pages: int):
+    def __init__(self, num_pools: int, pools_of_lane: int, num_rows: int, num_pages: int):
         self.of_pools = np.zeros((num_pools, num_rows, width(num_pages)), np.int32)
-        self._written: dict[tuple[int, int], tuple[Choice, int, int]] = {}
+        self._pools_of_lane, self._num_rows = pools_of_lane, num_rows
 
-    def write(self, choice: Choice, row: int) -> None:
-        """Brings the line of a choice up to date; `row` is the number of its row on the device."""
-        where = (choice.pool, choice.row)
-        line = self.of_pools[where]
-        owner, epoch, num_pages = self._written.get(where, (None, 0, 0))
-        if owner is not choice or epoch != choice.epoch:
-            line[:] = 0
-            _write(line, _fields(choice, row))
-            stops = choice.request.sampling.stop_ids[:MAX_STOP_IDS]
-            line[STOPS] = _NO_ID
-            line[_FIRST_STOP : _FIRST_STOP + len(stops)] = stops
-            num_pages = 0
-        line[FIRST_PAGE + num_pages : FIRST_PAGE + len(choice.pages)] = choice.pages[num_pages:]
-        self._written[where] = (choice, choice.epoch, len(choice.pages))
+    def row(self, choice: Choice) -> int:
+        """The number of a choice's row among those of its lane."""
+        return choice.pool % self._pools_of_lane * self._num_rows + choice.row
 
+    def empty(self, num_lines: int, num_more: int = 0) -> np.ndarray:
+        """int32 [B, C] of lines without a choice, for each pool of a lane, with more columns."""
+        shape = (self._pools_of_lane * num_lines, self.of_pools.shape[-1] + num_more)
+        plan_BC = np.zeros(shape, np.int32)
+        plan_BC[:, COLUMN["row"]] = self._pools_of_lane * self._num_rows
+        return plan_BC
 
-def _fields(choice: Choice, row: int) -> Mapping[str, Any]:
-    sampling = choice.request.sampling
-    return {
-        "row": row,
-        "is_used": 1,
-        "limit": choice.max_new,
-        "logprobs": _wish(sampling.logprobs),
-        "prompt_logprobs": _wish(sampling.prompt_logprobs),
-        "adjusts": adjusts(choice),
-        "top_k": min(sampling.top_k, 2**31 - 1),
-        "seed": np.uint32(sampling.seed % 2**32).view(np.int32),
-        "choice": choice.number,
-        "num_drawn": choice.num_drawn,
-        "min_new": min(sampling.min_new_tokens, 2**31 - 1),
-    } | {name: getattr(sampling, name) for name in FLOATS}
+    def drawing(self, plan: Plan, pools: Sequence[int], num_lines: int) -> np.ndarray:
+        """int32 [B, C] of the rows that draw in the pools of a lane, num_lines for each."""
+        plan_BC = self.empty(num_lines)
+        for i, pool in enumerate(pools):
+            rows = [choice.row for choice in plan.rows[pool].choices]
+            lines = plan_BC[i * num_lines : i * num_lines + len(rows)]
+            np.take(self.of_pools[pool], rows, axis=0, out=lines, mode="clip")
+        plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
+        plan_BC[:, COLUMN["ends_early"]] = plan.ends_early
+        return plan_BC
+
+    def write(self, choice: Choice, num_known: int) -> None:
+        """Brings the line of a choice up to date whose first num_known pages are in it; with 0
+        the line is new.
+        """
+        line = self.of_pools[choice.pool, choice.row]
+        if not num_known:
+            fields, sampling = self._fields(choice), choice.request.sampling
+            stops = sampling.stop_ids[:MAX_STOP_IDS]
+            line[: len(INTEGERS)] = [fields.get(name, 0) for name in INTEGERS]
+            line[_FIRST_FLOAT:_FIRST_STOP].view(np.float32)[:] = [
+                getattr(sampling, name) for name in FLOATS
+            ]
+            line[STOPS] = (*stops, *[_NO_ID] * (MAX_STOP_IDS - len(stops)))
+            line[FIRST_PAGE:] = 0
+        for column, page in enumerate(choice.pages[num_known:], FIRST_PAGE + num_known):
+            line[column] = page
+
+    def _fields(self, choice: Choice) -> Mapping[str, int]:
+        sampling = choice.request.sampling
+        return {
+            "row": self.row(choice),
+            "is_used": 1,
+            "limit": choice.max_new,
+            "logprobs": _wish(sampling.logprobs),
+            "prompt_logprobs": _wish(sampling.prompt_logprobs),
+            "adjusts": adjusts(choice),
+            "top_k": min(sampling.top_k, 2**31 - 1),
+            "seed": (sampling.seed + 2**31) % 2**32 - 2**31,
+            "choice": choice.number,
+            "num_drawn": choice.num_drawn,
+            "min_new": min(sampling.min_new_tokens, 2**31 - 1),
+        }
 
 
 def _wish(num_top: int | None) -> int:
     if num_top is None:
         return 0
     return WITH_TOP if num_top else OF_TOKENS
-
-
-def _write(line: np.ndarray, fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        line[COLUMN[name]] = np.float32(value).view(np.int32) if name in FLOATS else value

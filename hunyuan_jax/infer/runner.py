@@ -22,7 +22,7 @@ from hunyuan_jax.infer import cpu_layout, plan_array, programs
 from hunyuan_jax.infer.plan_array import COLUMN
 from hunyuan_jax.infer.request import TokenLogprobs
 from hunyuan_jax.infer.sampling import Logprobs, Seen
-from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, Plan, Shapes
+from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, DrawnRows, Plan, Shapes
 from hunyuan_jax.infer.speculate import Proposer
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
@@ -90,9 +90,8 @@ class Runner:
             defs["decode"] = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
-        self._num_rows = shards * shapes.rows
         num_columns = -(-max_context // shapes.page_size)
-        self._lines = plan_array.Lines(num_lanes * shards, shapes.rows, num_columns)
+        self._lines = plan_array.Lines(num_lanes * shards, shards, shapes.rows, num_columns)
         self._width = plan_array.width(num_columns)
         self._sources = programs.Sources(
             defs, self._cfg, self._mesh, shapes, num_pages, num_columns, cache_dtype, proposer
@@ -195,16 +194,15 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> Dispatched:
         """Starts the calls of a plan; comes back at once."""
-        for choice in plan.changed:
+        for choice, num_known in plan.changed:
             if choice.row >= 0:  # else it had to make room
-                lane = self.lanes[choice.pool // len(self.lanes[0].pools)]
-                self._lines.write(choice, self._row(lane, choice))
+                self._lines.write(choice, num_known)
         dispatched = Dispatched(plan, [], [])
         for lane in self.lanes:
             chunks = [(i, c) for i, c in enumerate(plan.chunks) if c.choice.pool in lane.pools]
             if chunks:
                 dispatched.chunk_calls.append(self._call_chunks(lane, chunks))
-            if any(plan.rows[pool] for pool in lane.pools):
+            if any(plan.rows[pool].choices for pool in lane.pools):
                 dispatched.row_calls.append(self._call_rows(lane, plan))
         return dispatched
 
@@ -215,7 +213,7 @@ class Runner:
         chunks = sorted(chunks, key=lambda pair: pair[1].end)
         free = {pool: itertools.count(i * num_pieces) for i, pool in enumerate(lane.pools)}
         lines = {i: next(free[chunk.choice.pool]) for i, chunk in chunks}
-        plan_BC = self._empty_plan(len(lane.pools) * num_pieces, 2 * size)
+        plan_BC = self._lines.empty(num_pieces, 2 * size)
         for i, chunk in chunks:
             line, choice, tokens = plan_BC[lines[i]], chunk.choice, chunk.choice.tokens
             line[: self._width] = self._lines.of_pools[choice.pool, choice.row]
@@ -230,15 +228,9 @@ class Runner:
         return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), lines)
 
     def _call_rows(self, lane: Lane, plan: Plan) -> _RowCall:
-        num_needed = max(len(plan.rows[pool]) for pool in lane.pools)
+        num_needed = max(len(plan.rows[pool].choices) for pool in lane.pools)
         program, num_lines = self._program("decode", num_needed)
-        plan_BC = self._empty_plan(len(lane.pools) * num_lines, 0)
-        for i, pool in enumerate(lane.pools):
-            rows = [row.choice.row for row in plan.rows[pool]]
-            lines = plan_BC[i * num_lines : i * num_lines + len(rows)]
-            np.take(self._lines.of_pools[pool], rows, axis=0, out=lines, mode="clip")
-        plan_BC[:, COLUMN["num_steps"]] = plan.num_steps
-        plan_BC[:, COLUMN["ends_early"]] = plan.ends_early
+        plan_BC = self._lines.drawing(plan, lane.pools, num_lines)
         results = lane.thread.submit(_call, program, self._params, lane, plan_BC)
         return _RowCall(results, lane.pools, num_lines)
 
@@ -254,50 +246,41 @@ class Runner:
         seen = Seen(is_prompt_V, np.bincount(answer, minlength=V).astype(np.int32), bias_V)
         tokens_S = np.zeros(lane.state.memory.tokens_LS.shape[1], np.int32)
         tokens_S[: len(choice.tokens)] = choice.tokens[: len(tokens_S)]
-        (program, _), row = self._program("admit"), np.int32(self._row(lane, choice))
+        (program, _), row = self._program("admit"), np.int32(self._lines.row(choice))
 
         def call():
             lane.state = program(lane.state, row, seen, tokens_S)
 
         lane.thread.submit(call)
 
-    def _row(self, lane: Lane, choice: Choice) -> int:
-        return (choice.pool - lane.pools.start) * self._shapes.rows + choice.row
-
-    def _empty_plan(self, num_lines: int, num_more: int) -> np.ndarray:
-        plan_BC = np.zeros((num_lines, self._width + num_more), np.int32)
-        plan_BC[:, COLUMN["row"]] = self._num_rows
-        return plan_BC
-
     # -- results --------------------------------------------------------------
 
-    def read(self, dispatched: Dispatched) -> tuple[list[Drawn], list[list[Drawn]], float]:
+    def read(self, dispatched: Dispatched) -> tuple[list[Drawn], list[DrawnRows], float]:
         """(what chunks, what the rows of each pool have drawn, when the device was ready); waits
         for it.
         """
         plan = dispatched.plan
-        of_chunks, of_rows = [Drawn(())] * len(plan.chunks), [[] for _ in plan.rows]
+        of_chunks = [Drawn([])] * len(plan.chunks)
+        of_rows = [DrawnRows((), (), ())] * len(plan.rows)
         found = [call.results.result() for call in dispatched.chunk_calls]
         found_rows = [call.results.result() for call in dispatched.row_calls]
         jax.block_until_ready((found, found_rows))
         ready = time.perf_counter()
         for (_, lines), (results, prompt) in zip(dispatched.chunk_calls, found, strict=True):
-            tokens_BI = _tokens(results, 1)
+            tokens_B = np.asarray(results.tokens_IB)[0].tolist()
             for i, line in lines.items():
-                chunk, of_prompt = plan.chunks[i], None
+                chunk, logprobs, of_prompt = plan.chunks[i], None, None
                 num_top = chunk.choice.request.sampling.prompt_logprobs
                 if num_top is not None:
                     of_prompt = _entries(prompt, (line, slice(*_scored(chunk))), num_top)
-                drawn = _drawn(results, tokens_BI[line], line, chunk.choice)
-                of_chunks[i] = drawn._replace(prompt_logprobs=of_prompt)
+                if chunk.is_last and chunk.choice.num_top is not None:
+                    logprobs = _entries(results.logprobs, ([0], line), chunk.choice.num_top)
+                of_chunks[i] = Drawn([tokens_B[line]][: chunk.is_last], logprobs, of_prompt)
         for (_, pools, num_lines), results in zip(dispatched.row_calls, found_rows, strict=True):
-            width = 1 + self._proposer.num_tokens
-            tokens_BI = _tokens(results, plan.num_steps * width)
             for i, pool in enumerate(pools):
-                of_rows[pool] = [
-                    _drawn(results, tokens_BI[line], line, row.choice, width)
-                    for line, row in enumerate(plan.rows[pool], i * num_lines)
-                ]
+                choices = plan.rows[pool].choices
+                lines = range(i * num_lines, i * num_lines + len(choices))
+                of_rows[pool] = drawn_rows(results, lines, choices, self._shapes.step_tokens)
         return of_chunks, of_rows, ready
 
 
@@ -306,22 +289,22 @@ def _call(program: Callable, params: Any, lane: Lane, plan_BC: np.ndarray) -> An
     return results
 
 
-def _tokens(results: programs.Results, most: int) -> list[list[int]]:
-    """The first of each line's tokens, as in `Results`."""
-    return np.asarray(results.tokens_IB).T[:, :most].tolist()
-
-
-def _drawn(
-    results: programs.Results, tokens_I: list[int], line: int, choice: Choice, width: int = 1
-) -> Drawn:
-    """width: tokens of a step."""
-    places = [i for i, token in enumerate(tokens_I) if token >= 0]
-    tokens, num_top = [tokens_I[i] for i in places], choice.request.sampling.logprobs
-    logprobs = None
-    if num_top is not None:
-        logprobs = _entries(results.logprobs, (places, line), num_top)
-    num_steps = sum(token >= 0 for token in tokens_I[::width])
-    return Drawn(tokens, logprobs, num_steps=num_steps)
+def drawn_rows(
+    results: programs.Results, lines: range, choices: Sequence[Choice], width: int
+) -> DrawnRows:
+    """What the choices of some lines have drawn; width: tokens of a step."""
+    tokens_BI = np.asarray(results.tokens_IB)[:, lines.start : lines.stop].T
+    is_drawn_BI = tokens_BI >= 0
+    if is_drawn_BI.all():
+        tokens = tokens_BI.tolist()
+    else:
+        flat, ends = tokens_BI[is_drawn_BI].tolist(), is_drawn_BI.sum(1).cumsum().tolist()
+        tokens = [flat[start:end] for start, end in itertools.pairwise([0, *ends])]
+    logprobs: list[Sequence[TokenLogprobs] | None] = [None] * len(choices)
+    for i in [i for i, choice in enumerate(choices) if choice.num_top is not None]:
+        where = (np.flatnonzero(is_drawn_BI[i]), lines[i])
+        logprobs[i] = _entries(results.logprobs, where, choices[i].num_top)
+    return DrawnRows(tokens, logprobs, is_drawn_BI[:, ::width].sum(1).tolist())
 
 
 def _scored(chunk: Chunk) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class Choice:
     on their way; length: tokens, with those that the device may have drawn and that have not come
     back; limit: tokens at which it ends; capacity: tokens that its pages hold; num_again: tokens
     that were sent and are to be drawn again; epoch: counts the times that it started over, so that
-    late results are known.
+    late results are known; num_top: as `Sampling.logprobs`.
     """
 
     def __init__(self, request: Request, number: int, max_new: int):
@@ -51,6 +51,7 @@ class Choice:
         self.num_prompt = len(self.tokens)
         self.length, self.limit = self.num_prompt, self.num_prompt + self.max_new
         self.stop_ids = frozenset(request.sampling.stop_ids)
+        self.num_top = request.sampling.logprobs
         self.pool = self.row = -1
         self.pages: list[int] = []
         self.names: list[bytes] = []
@@ -94,39 +95,46 @@ class Chunk:
     is_last: bool
 
 
-class Row(NamedTuple):
-    """A choice that draws at most so many tokens."""
+class Rows(NamedTuple):
+    """Choices of a pool that draw: each with its epoch, and how many tokens it draws at most."""
 
-    choice: Choice
-    epoch: int
-    most: int
+    choices: list[Choice]
+    epochs: list[int]
+    most: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One call: chunks, then num_steps steps of each row, fewer if one ends and ends_early.
 
-    rows: of each pool; changed: choices that have got a row or pages since the last plan.
+    rows: of each pool; changed: choices that have got pages since the last plan, each with the
+    number of pages that it had before, 0 for one that has got its row.
     """
 
     step: int
     chunks: list[Chunk]
-    rows: list[list[Row]]
+    rows: list[Rows]
     num_steps: int
     ends_early: bool
-    changed: list[Choice]
+    changed: list[tuple[Choice, int]]
 
 
 class Drawn(NamedTuple):
-    """What came back of a chunk or a row: tokens, and logprobs as far as asked.
+    """What came back of a chunk: tokens, and logprobs as far as asked."""
 
-    num_steps: in which they were drawn.
-    """
-
-    tokens: Sequence[int]
+    tokens: list[int]
     logprobs: Sequence[TokenLogprobs] | None = None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
-    num_steps: int = 0
+
+
+class DrawnRows(NamedTuple):
+    """What came back of the rows of a pool: of each its tokens, their logprobs if asked, and the
+    number of steps in which they were drawn.
+    """
+
+    tokens: Sequence[list[int]]
+    logprobs: Sequence[Sequence[TokenLogprobs] | None]
+    num_steps: Sequence[int]
 
 
 class Scheduler:
@@ -151,7 +159,7 @@ class Scheduler:
         self._free_rows = [list(reversed(range(shapes.rows))) for _ in pools]
         # Running choices whose prompt is not computed, and those of `Plan.changed`.
         self._reading: dict[Choice, None] = {}
-        self._changed: list[Choice] = []
+        self._changed: list[tuple[Choice, int]] = []
         # Names of pages that a running choice will have computed, by pool.
         self._promised: list[dict[bytes, Choice]] = [{} for _ in pools]
 
@@ -172,7 +180,7 @@ class Scheduler:
             choice.is_finished = True
         else:
             self._finish(choice)
-        return self._output(choice, (), "abort")
+        return self._output(choice, [], "abort")
 
     # -- plans ----------------------------------------------------------------
 
@@ -185,11 +193,16 @@ class Scheduler:
         num_steps = next((n for n in wanted if self._grow(rows, n * width)), 1)
         if not chunks and not rows:
             return None
-        of_pools: list[list[Row]] = [[] for _ in self.pools]
+        of_pools = [Rows([], [], []) for _ in self.pools]
+        most = num_steps * width
         for choice in rows:
-            most = min(num_steps * width, choice.capacity + 1 - choice.length)
-            choice.length += most
-            of_pools[choice.pool].append(Row(choice, choice.epoch, most))
+            choices, epochs, of_rows = of_pools[choice.pool]
+            room = choice.capacity + 1 - choice.length
+            num = most if most < room else room
+            choice.length += num
+            choices.append(choice)
+            epochs.append(choice.epoch)
+            of_rows.append(num)
         changed, self._changed = self._changed, []
         return Plan(self._step, chunks, of_pools, num_steps, bool(self.waiting), changed)
 
@@ -214,14 +227,15 @@ class Scheduler:
     def _grow(self, rows: list[Choice], num_steps: int) -> bool:
         """Gives rows the pages for so many more tokens; False if there are not enough."""
         size, missing, num_in_pool = self._shapes.page_size, [], [0] * len(self.pools)
-        for choice in rows:
-            length = choice.length - 1 + num_steps
-            if length > choice.capacity:
-                # The last token never gets into the cache.
-                num = -(-min(length, choice.limit - 1) // size) - len(choice.pages)
-                if num > 0:
-                    missing.append((choice, num))
-                    num_in_pool[choice.pool] += num
+        for choice in [c for c in rows if c.length - 1 + num_steps > c.capacity]:
+            # The last token never gets into the cache.
+            length = min(choice.length - 1 + num_steps, choice.limit - 1)
+            num = -(-length // size) - len(choice.pages)
+            if num > 0:
+                missing.append((choice, num))
+                num_in_pool[choice.pool] += num
+        if not missing:
+            return True
         if any(
             num > pages.num_available for num, pages in zip(num_in_pool, self.pools, strict=True)
         ):
@@ -231,9 +245,9 @@ class Scheduler:
         return True
 
     def _add_pages(self, choice: Choice, pages: list[int]) -> None:
+        self._changed.append((choice, len(choice.pages)))
         choice.pages += pages
         choice.capacity = len(choice.pages) * self._shapes.page_size
-        self._changed.append(choice)
 
     def _chunks(self) -> list[Chunk]:
         """Pieces of prompts, as many in each pool as a call takes without much padding."""
@@ -335,11 +349,11 @@ class Scheduler:
         self,
         plan: Plan,
         of_chunks: Sequence[Drawn],
-        of_rows: Sequence[Sequence[Drawn]],
+        of_rows: Sequence[DrawnRows],
     ) -> list[Output]:
         """Takes what a plan has drawn; the news of each choice."""
         self.settle(plan.step)
-        outputs = []
+        outputs: list[Output | None] = []
         for chunk, drawn in zip(plan.chunks, of_chunks, strict=True):
             choice = chunk.choice
             if choice.is_finished or choice.epoch != chunk.epoch:
@@ -347,23 +361,33 @@ class Scheduler:
             if choice.prompt_logprobs is not None and choice.num_sent == 0:
                 choice.prompt_logprobs += drawn.prompt_logprobs or ()
             if chunk.is_last:
-                outputs.append(self._take(choice, drawn, 1))
-        for rows, of_pool in zip(plan.rows, of_rows, strict=True):
-            for (choice, epoch, most), drawn in zip(rows, of_pool, strict=True):
-                if not choice.is_finished and choice.epoch == epoch:
-                    if self._shapes.step_tokens > 1:
-                        self.num_verified += drawn.num_steps
-                        self.num_accepted += len(drawn.tokens) - drawn.num_steps
-                    outputs.append(self._take(choice, drawn, most))
+                outputs.append(self._take(choice, 1, drawn.tokens, drawn.logprobs))
+        verifies = self._shapes.step_tokens > 1
+        for rows, drawn in zip(plan.rows, of_rows, strict=True):
+            for choice, epoch, most, tokens, logprobs, num_steps in zip(
+                *rows, *drawn, strict=True
+            ):
+                if choice.is_finished or choice.epoch != epoch:
+                    continue
+                if verifies:
+                    self.num_verified += num_steps
+                    self.num_accepted += len(tokens) - num_steps
+                outputs.append(self._take(choice, most, tokens, logprobs))
         return [output for output in outputs if output is not None]
 
-    def _take(self, choice: Choice, drawn: Drawn, most: int) -> Output | None:
+    def _take(
+        self,
+        choice: Choice,
+        most: int,
+        tokens: list[int],
+        logprobs: Sequence[TokenLogprobs] | None,
+    ) -> Output | None:
         """Appends what was drawn of `most` tokens; None if there is nothing to tell."""
-        tokens, logprobs, reason = drawn.tokens, drawn.logprobs, None
+        reason: FinishReason | None = None
         num_left = choice.limit - len(choice.tokens)
         if len(tokens) >= num_left:
             tokens, reason = tokens[:num_left], "length"
-        if not choice.stop_ids.isdisjoint(tokens):
+        if choice.stop_ids and not choice.stop_ids.isdisjoint(tokens):
             end = next(i for i, token in enumerate(tokens) if token in choice.stop_ids) + 1
             tokens, reason = tokens[:end], "stop"
         choice.tokens += tokens
@@ -375,14 +399,12 @@ class Scheduler:
         if choice.num_again:
             num, choice.num_again = choice.num_again, max(0, choice.num_again - len(tokens))
             tokens, logprobs = tokens[num:], logprobs and logprobs[num:]
-        if not tokens and reason is None:
-            return None
-        return self._output(choice, tuple(tokens), reason, logprobs)
+        return self._output(choice, tokens, reason, logprobs) if tokens or reason else None
 
     def _output(
         self,
         choice: Choice,
-        tokens: tuple[int, ...],
+        tokens: list[int],
         reason: FinishReason | None,
         logprobs: tuple[TokenLogprobs, ...] | None = None,
     ) -> Output:
@@ -394,7 +416,7 @@ class Scheduler:
         return Output(
             choice.request.id,
             choice.number,
-            tokens,
+            tuple(tokens),
             logprobs,
             prompt_logprobs,
             reason,

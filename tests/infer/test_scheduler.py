@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hunyuan_jax.infer.pages import Pages, page_hashes
 from hunyuan_jax.infer.request import Request
-from hunyuan_jax.infer.scheduler import Choice, Drawn, Scheduler, Shapes
+from hunyuan_jax.infer.scheduler import Choice, Drawn, DrawnRows, Scheduler, Shapes
 from hunyuan_jax.infer.settings import Sampling
 
 SIZE = 4
@@ -66,7 +66,7 @@ class Device:
                 self.rows[choice.pool, choice.row] = row
                 drawn.append(self.draw(choice, row, pages))
             of_chunks.append(Drawn(drawn))
-        choices = [row.choice for rows in plan.rows for row in rows]
+        choices = [choice for rows in plan.rows for choice in rows.choices]
         made = {choice: [] for choice in choices}
         rows = [self.rows[choice.pool, choice.row] for choice in choices]
         was_done = [row["is_done"] for row in rows]
@@ -78,7 +78,10 @@ class Device:
                 break
             for choice, row in zip(choices, rows, strict=True):
                 made[choice] += self.draw_step(choice, row)
-        of_rows = [[Drawn(made[row.choice]) for row in rows] for rows in plan.rows]
+        of_rows = [
+            DrawnRows([made[c] for c in choices], [None] * len(choices), [0] * len(choices))
+            for choices, _, _ in plan.rows
+        ]
         return of_chunks, of_rows
 
     def draw_step(self, choice, row):
@@ -254,7 +257,7 @@ def test_running_prompts_and_rows_share_a_step():
     scheduler.add(request(range(20, 36)))
     plan = scheduler.plan()
     assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 4), (4, 8), (8, 12)]
-    assert len(plan.rows[0]) == 1 and plan.num_steps == 1
+    assert len(plan.rows[0].choices) == 1 and plan.num_steps == 1
 
 
 @pytest.mark.parametrize(
