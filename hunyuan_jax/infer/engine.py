@@ -42,7 +42,7 @@ _CALL_SECONDS = 0.05
 _CPU_SIZES = (64, 64)
 _SIZES = (128, 256)
 # Pieces of prompts in a call.
-_NUM_PIECES = (1, 4, 16)
+_NUM_PIECES = (1, 2, 4, 16)
 # On a CPU a call of more than 4 pieces has at most so many operations, about half a second, so
 # that rows that draw meanwhile don't stand still.
 _CPU_CALL_FLOPS = 5e10
