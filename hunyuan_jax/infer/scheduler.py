@@ -273,17 +273,31 @@ class Scheduler:
         """Pieces of each pool in the next call: if padding up to the next number that a call takes
         were more than half, the next lower one.
         """
-        num_free = sum(map(len, self._free_rows))
-        prompts = itertools.chain(
-            self._reading,
-            itertools.islice(self.waiting, num_free),
-        )
-        num_left = sum(
-            -(-(choice.num_needed - choice.num_computed) // self._shapes.piece)
-            for choice in prompts
-        )
-        num_left = -(-num_left // len(self.pools))
-        return max(num for num in self.num_pieces if num == 1 or num < 2 * num_left)
+        num_left, most = [0] * len(self.pools), self.num_pieces[-1]
+        for choice in self._reading:
+            num_left[choice.pool] += self._pieces_left(choice, choice.num_computed)
+        for choice in itertools.islice(self.waiting, sum(map(len, self._free_rows))):
+            if min(num_left) >= most:
+                break
+            # About as `_admit` will choose.
+            names = self._usable(choice)
+            num_known = [pages.num_known(names) for pages in self.pools]
+            pool = min(range(len(num_left)), key=lambda pool: (num_left[pool], -num_known[pool]))
+            num_computed = num_known[pool] * self._shapes.page_size
+            num_left[pool] += self._pieces_left(choice, num_computed)
+        return max(num for num in self.num_pieces if num == 1 or num < 2 * max(num_left))
+
+    def _pieces_left(self, choice: Choice, num_computed: int) -> int:
+        return -(-(choice.num_needed - num_computed) // self._shapes.piece)
+
+    def _usable(self, choice: Choice) -> list[bytes]:
+        """The names of pages that a prompt may take from the cache."""
+        # The last token is computed in any case: the next one is drawn from it.  So is the one
+        # before the first that is scored.
+        last = len(choice.tokens) - 1
+        if choice.prompt_logprobs is not None:
+            last = min(last, max(choice.request.score_from - 1, 0))
+        return choice.names[: last // self._shapes.page_size]
 
     def _prompts(self) -> Iterator[Choice]:
         """Running choices whose prompt is not computed, then waiting ones as they get a row."""
@@ -297,12 +311,7 @@ class Scheduler:
 
     def _admit(self, choice: Choice, free: list[int]) -> bool:
         """Gives a waiting choice a row and pages for its tokens; False if it must wait."""
-        size, last = self._shapes.page_size, len(choice.tokens) - 1
-        # The last token is computed in any case: the next one is drawn from it.  So is the one
-        # before the first that is scored.
-        if choice.prompt_logprobs is not None:
-            last = min(last, max(choice.request.score_from - 1, 0))
-        usable = choice.names[: last // size]
+        size, usable = self._shapes.page_size, self._usable(choice)
         num_running = [self._shapes.rows - len(rows) for rows in self._free_rows]
         known = {pool: self.pools[pool].num_known(usable) for pool in free}
         pool = min(free, key=lambda pool: (num_running[pool], -known[pool]))

@@ -176,9 +176,9 @@ def test_every_trace_gives_the_tokens_of_each_request_alone(
             assert reasons[choice.request.id] == ("stop" if is_stop else "length")
 
 
-def scheduled(num_pages=40, shapes=SHAPES, **options):
-    pages = Pages(num_pages)
-    return pages, Scheduler([pages], shapes, **options), Device(1)
+def scheduled(num_pages=40, shapes=SHAPES, num_pools=1, **options):
+    pools = [Pages(num_pages) for _ in range(num_pools)]
+    return pools[0], Scheduler(pools, shapes, **options), Device(num_pools)
 
 
 def finish(scheduler, device):
@@ -263,8 +263,10 @@ def test_running_prompts_and_rows_share_a_step():
 @pytest.mark.parametrize(
     ("num_tokens", "num_chunks"), [(4, [1]), (8, [2]), (12, [3]), (16, [3, 1]), (28, [3, 3, 1])]
 )
-def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chunks):
-    _, scheduler, device = scheduled()
+@pytest.mark.parametrize("num_pools", [1, 2])
+def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chunks, num_pools):
+    """One prompt is in one pool."""
+    _, scheduler, device = scheduled(num_pools=num_pools)
     scheduler.add(request(range(num_tokens)))
     found = []
     while scheduler.running or scheduler.waiting:
@@ -272,6 +274,16 @@ def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chun
         found += [len(plan.chunks)] * bool(plan.chunks)
         scheduler.update(plan, *device.run(plan))
     assert found == num_chunks
+
+
+def test_known_pages_of_waiting_prompts_are_no_pieces_to_come():
+    """Of three prompts one piece each is left: eight would be padding."""
+    _, scheduler, device = scheduled(shapes=SHAPES._replace(num_pieces=(1, 8)))
+    scheduler.add(request(range(17)))
+    finish(scheduler, device)
+    for last in range(3):
+        scheduler.add(request([*range(16), 90 + last]))
+    assert len(scheduler.plan().chunks) == 1
 
 
 @pytest.mark.parametrize("is_invariant", [False, True])
