@@ -261,18 +261,8 @@ class Pretrained:
             return proposers.without_model(limits, self.config)
         path = limits.speculate
         if path not in self._drafts:
-            try:
-                self._drafts[path] = from_pretrained(path, self.config.dtype, self.mesh)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"speculate = {path} is neither mtp nor ngram, and no model: {error}"
-                ) from error
+            self._drafts[path] = load(_open_draft(path, self.config), self.mesh)
         draft = self._drafts[path]
-        if draft.config.vocab_size != self.config.vocab_size:
-            raise ConfigError(
-                f"speculate = {path}: its vocabulary has {draft.config.vocab_size} tokens, the "
-                f"model's {self.config.vocab_size}; they must be the same."
-            )
         graph_def, params = draft._graph_def, draft.params
         if cpu_layout.suits(draft.config, draft.mesh):
             graph_def = cpu_layout.graph_def(draft.config, draft.mesh)
@@ -369,8 +359,10 @@ def load(
     few_bits.check_method(opened.cfg, quantize, "quantize")
     defaults = {"cache_dtype": cache_dtype} | limits
     checked = Limits(**defaults)  # refused before the weights are read
-    if checked.speculate in proposers.NUM_DRAFTS:
+    if checked.speculate in (None, *proposers.NUM_DRAFTS):
         proposers.without_model(checked, opened.cfg)
+    else:
+        _open_draft(checked.speculate, opened.cfg)
     made = functools.partial(Pretrained, opened.cfg, defaults=defaults)
     mesh = single_device_mesh() if mesh is None else mesh
     few_bits.check_product(quantize, device_kind(mesh), "quantize")
@@ -388,6 +380,22 @@ def load(
             tensor = few_bits.of_params(params)
             params = few_bits.read(opened.cfg, specs, quantize, tensor, lambda entry: None)
     return made(params, opened.layout, mesh, texts)
+
+
+def _open_draft(path: str, cfg: ModelConfig) -> Model:
+    """The small model that drafts for one of this config."""
+    try:
+        opened = open_model(path, cfg.dtype)
+    except ConfigError as error:
+        raise ConfigError(
+            f"speculate = {path} is neither mtp nor ngram, and no model: {error}"
+        ) from error
+    if opened.cfg.vocab_size != cfg.vocab_size:
+        raise ConfigError(
+            f"speculate = {path}: its vocabulary has {opened.cfg.vocab_size} tokens, the "
+            f"model's {cfg.vocab_size}; they must be the same."
+        )
+    return opened
 
 
 def dropless(cfg: ModelConfig) -> ModelConfig:

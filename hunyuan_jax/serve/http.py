@@ -382,6 +382,7 @@ class Server:
             try:
                 mail = self._loop.add(job.requests)
             except QueueFull:
+                self._metrics.num_queue_full += 1
                 raise _busy("the queue is full") from None
             except ContextTooLong as e:
                 raise Refused(str(e), code="context_length_exceeded") from None

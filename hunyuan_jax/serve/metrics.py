@@ -43,7 +43,8 @@ class Metrics:
     """What the server has counted since it started.
 
     time_to_first_token, between_tokens, whole_request: seconds; finished: choices by
-    finish_reason; answers: responses by status.
+    finish_reason; answers: responses by status; num_queue_full: requests that found the engine's
+    queue full.
     """
 
     def __init__(self, model_name: str):
@@ -54,6 +55,7 @@ class Metrics:
         self.whole_request = Histogram()
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
         self.answers: Counter[int] = Counter()
+        self.num_queue_full = 0
 
     def text(self, stats: Stats) -> str:
         """All figures, those of the engine included."""
@@ -113,6 +115,12 @@ class Metrics:
         for name, kind, meaning, value in (
             ("compilations_total", "counter", "Compilations since warm-up.", stats.compilations),
             ("device_idle_share", "gauge", "Idle share while there was work.", stats.idle_share),
+            (
+                "queue_full_total",
+                "counter",
+                "Requests that found the queue full.",
+                self.num_queue_full,
+            ),
             ("pages", "gauge", "Pages of the cache.", stats.pages_total),
             ("pages_used", "gauge", "Pages in use.", stats.pages_used),
             ("pages_cached", "gauge", "Unused pages that may be shared.", stats.pages_cached),

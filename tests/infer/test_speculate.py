@@ -153,7 +153,7 @@ def test_a_quantised_hy3_drafts_with_its_quantised_layer():
     np.testing.assert_array_equal(*found)
 
 
-def test_what_cannot_be_speculated_is_refused(model):
+def test_what_cannot_be_speculated_is_refused(model, tmp_path):
     dense = small(num_layers=2)
     plain = Pretrained(dense, random_params(dense))
     with pytest.raises(ConfigError, match="no layer of multi-token prediction; use ngram"):
@@ -166,7 +166,9 @@ def test_what_cannot_be_speculated_is_refused(model):
         Limits(speculate_tokens=2)
     with pytest.raises(ConfigError, match="with invariant"):
         Limits(speculate="ngram", invariant=True)
-    with pytest.raises(
-        ConfigError, match="speculate = nowhere is neither mtp nor ngram, and no model: nowhere is"
-    ):
+    no_model = "speculate = nowhere is neither mtp nor ngram, and no model: nowhere is"
+    with pytest.raises(ConfigError, match=no_model):
         model.new_engine(dataclasses.replace(LIMITS, speculate="nowhere"))
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=no_model):
+        from_pretrained(tmp_path, speculate="nowhere")

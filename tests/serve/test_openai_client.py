@@ -222,6 +222,8 @@ def test_a_full_queue_is_tried_again(pretrained, short_queue):
             once.completions.create(prompt="b", n=2, max_tokens=1, **GREEDY)
         assert caught.value.response.headers["Retry-After"] == "1"
         assert caught.value.code == "rate_limit_exceeded"
+        figures = server.get("/metrics")[2].decode()
+        assert 'hunyuan_jax:queue_full_total{model_name="tiny"} 1\n' in figures
         for stream in busy:
             stream.close()
         assert patient.completions.create(prompt="b", max_tokens=1, **GREEDY).choices
