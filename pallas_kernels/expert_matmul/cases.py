@@ -85,7 +85,7 @@ A52B_DENSE = dataclasses.replace(A52B, name="a52b_dense", fill="none")
 SMALL = [
     Case("one_block", e=1, sources=4, rows_per_source=32, D=128, F=256),
     Case("odd", e=2, sources=3, rows_per_source=7, D=72, F=200, fill="random"),
-    Case("many_blocks", e=2, sources=6, rows_per_source=40, D=160, F=300, fill="random"),
+    Case("many_blocks", e=2, sources=4, rows_per_source=40, D=160, F=300, fill="random"),
     Case("half", e=1, sources=4, rows_per_source=64, D=128, F=384, fill=0.5),
     Case("empty", e=3, sources=2, rows_per_source=32, D=128, F=128, fill=0.0),
     Case("dense", e=1, sources=1, rows_per_source=96, D=128, F=384, fill="none"),

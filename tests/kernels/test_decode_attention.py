@@ -36,6 +36,11 @@ TRITON_CONFIGS = [triton.Config(16, 64, num_splits, 4, 3) for num_splits in (1, 
 _reference, _xla = jax.jit(reference.reference), jax.jit(reference.xla)
 
 
+def _jitted(function, *args, **options):
+    """function(*args, **options) as one program; operation by operation it would be a hundred."""
+    return jax.jit(functools.partial(function, **options))(*args)
+
+
 def _inputs(case, lengths=LENGTHS, starts=STARTS):
     seed = testing.fresh_seed()
     print(f"seed {seed}")  # pytest shows it when a test fails
@@ -106,9 +111,8 @@ def test_tpu_is_the_reference_without_races(name, config_name):
     case = cases.SMALL[name]
     args, expected = _inputs(case)
     with testing.interpreted_tpu() as interpret:
-        found = _comparable(
-            tpu.run(*args, case.H**-0.5, cfg=TPU_CONFIGS[config_name], interpret=interpret)
-        )
+        options = {"scale": case.H**-0.5, "cfg": TPU_CONFIGS[config_name], "interpret": interpret}
+        found = _comparable(_jitted(tpu.run, *args, **options))
     testing.assert_close(found, expected, case.dtype)
     assert not found[0][0].any()
 
@@ -118,14 +122,14 @@ def test_tpu_is_the_reference_without_races(name, config_name):
     [
         *((name, 2) for name in cases.SMALL),
         ("draft", 1),
-        *((name, 5) for name in ("draft", "int8", "pages")),
+        *((name, 5) for name in ("draft", "int8", "pages int8")),
     ],
 )
 def test_triton_is_the_reference(name, num_splits):
     case = cases.SMALL[name]
     (cfg,) = (cfg for cfg in TRITON_CONFIGS if cfg.num_splits == num_splits)
     args, expected = _inputs(case)
-    found = _comparable(triton.run(*args, case.H**-0.5, cfg=cfg, interpret=True))
+    found = _comparable(_jitted(triton.run, *args, scale=case.H**-0.5, cfg=cfg, interpret=True))
     testing.assert_close(found, expected, case.dtype)
     assert not found[0][0].any()
 
@@ -137,12 +141,12 @@ def test_any_lengths_and_starts():
     print(f"lengths {lengths}")
     args, expected = _inputs(case, lengths, rng.integers(0, lengths - case.T + 1))
     testing.assert_close(_comparable(_xla(*args, case.H**-0.5)), expected, "float32")
-    found = triton.run(*args, case.H**-0.5, cfg=TRITON_CONFIGS[1], interpret=True)
+    options = {"scale": case.H**-0.5, "cfg": TRITON_CONFIGS[1], "interpret": True}
+    found = _jitted(triton.run, *args, **options)
     testing.assert_close(_comparable(found), expected, "float32")
     with testing.interpreted_tpu() as interpret:
-        found = _comparable(
-            tpu.run(*args, case.H**-0.5, cfg=TPU_CONFIGS["2 splits"], interpret=interpret)
-        )
+        options |= {"cfg": TPU_CONFIGS["2 splits"], "interpret": interpret}
+        found = _comparable(_jitted(tpu.run, *args, **options))
     testing.assert_close(found, expected, "float32")
 
 
@@ -162,12 +166,17 @@ def test_splits_share_all_visible_blocks(num_splits):
         assert blocks == list(range(start // 64, -(-length // 64)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["draft", "pages"])
 def test_api_serves_every_device_and_passes_all_on(name):
     case = cases.SMALL[name]
     args, _ = _inputs(case)
-    expected = _comparable(reference.reference(*args, 0.3))
-    call = functools.partial(bench.ours, scale=0.3, with_lse=True)
+    expected = _comparable(_reference(*args, 0.3))
+
+    def call(kind, *args, **options):
+        ours = functools.partial(bench.ours, kind)
+        return _jitted(ours, *args, scale=0.3, with_lse=True, **options)
+
     for kind, options in (
         ("cpu", {}),
         ("cpu", {"implementation": "reference"}),
@@ -337,7 +346,14 @@ def test_compiles_for_a_tpu_without_copying_the_cache(chip, name):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cases.BENCH[name].cache_bytes()
 
 
-@pytest.mark.parametrize("name", ["one", "most", "float32", "int8 float32"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "most",
+        "int8 float32",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "float32")),
+    ],
+)
 def test_small_sizes_compile_for_a_tpu(name):
     pytest.importorskip("libtpu")
     tpu_compiler.prepare()
@@ -439,7 +455,7 @@ def test_work_lists_every_visible_block_once(num_splits):
     cfg = tpu.Config(128, 2, num_splits)
     lengths, starts = np.array([0, 1, 1000, 256, 700, 0]), np.array([0, 0, 300, 255, 600, 5])
     table_Bm = np.arange(6 * 8, dtype=np.int32).reshape(6, 8)[:, ::-1]
-    work = tpu.list_work(cfg, 128, *map(jnp.asarray, (table_Bm, lengths, starts)))
+    work = _jitted(functools.partial(tpu.list_work, cfg, 128), table_Bm, lengths, starts)
     listed, copies = [], []
     for split, end in enumerate(work.end_i.tolist()):
         assert end <= work.num_blocks
@@ -490,14 +506,15 @@ def test_append_writes_the_tokens_and_nothing_else(dtype, num_tokens, slots):
         caches.append(draw(P, n, s, K, dtype="float32"))
         new.append(draw(5, num_tokens, K, dtype="float32"))
     expected = _written(caches, new, 1, table_Bm, slots)
-    call = functools.partial(
-        append.append,
-        tuple(caches),
-        tuple(new),
-        group=1,
-        table_Bm=jnp.asarray(table_Bm),
-        slot_B=jnp.asarray(slots, jnp.int32),
-    )
+
+    def call(**options):
+        def write(caches, new, table_Bm, slot_B):
+            where = {"group": 1, "table_Bm": table_Bm, "slot_B": slot_B}
+            return append.append(caches, new, **where, **options)
+
+        args = tuple(caches), tuple(new), table_Bm, jnp.asarray(slots, jnp.int32)
+        return jax.jit(write)(*args)
+
     np.testing.assert_equal([np.asarray(x) for x in call(device_kind="cpu")], expected)
     with testing.interpreted_tpu() as interpret:
         written = jax.block_until_ready(call(device_kind="TPU v5", interpret=interpret))

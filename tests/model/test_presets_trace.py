@@ -67,8 +67,19 @@ def traced_train_step(cfg, mesh, batch_size):
     return state, *jax.eval_shape(make_train_step(program), state, abstract_batch(program))
 
 
-@pytest.mark.parametrize("dispatch", ["dropless", "recycle"])
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    ("name", "dispatch"),
+    [
+        ("a52b", "recycle"),
+        ("a13b", "dropless"),
+        *(
+            pytest.param(name, dispatch, marks=pytest.mark.slow)
+            for name in RELEASED
+            for dispatch in ("dropless", "recycle")
+            if (name, dispatch) not in (("a52b", "recycle"), ("a13b", "dropless"))
+        ),
+    ],
+)
 def test_train_step_at_full_size_and_context(name, dispatch):
     cfg = preset(name, dispatch)
     before, after, metrics = traced_train_step(cfg, mesh_lib.single_device_mesh(), batch_size=1)
@@ -195,7 +206,15 @@ PODS = {
 }
 
 
-@pytest.mark.parametrize("pod", PODS)
+@pytest.mark.parametrize(
+    "pod",
+    [
+        "a52b on 512",
+        "a13b on 256",
+        *(pytest.param(pod, marks=pytest.mark.slow) for pod in PODS if "2 x" in pod),
+        *(pytest.param(pod, marks=pytest.mark.slow) for pod in PODS if "instruct" in pod),
+    ],
+)
 def test_train_step_of_a_pod(pod):
     name, mesh = PODS[pod]
     before, after, metrics = traced_train_step(preset(name, "recycle"), mesh, batch_size=mesh.size)

@@ -20,7 +20,7 @@ XLA_FLAGS = " ".join(
 # A run of a few steps.
 NUM_STEPS = 4
 SMALL = {
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.cla_share_factor": 1,
     "model.hidden_size": 32,
     "model.intermediate_size": 32,

@@ -1,6 +1,7 @@
 """A small model, text files and a config for tests that run the training loop."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -18,12 +19,14 @@ from hunyuan_jax.config import (
 )
 from hunyuan_jax.parallel import mesh
 from hunyuan_jax.train import loop
+from hunyuan_jax.train import step as step_lib
+from hunyuan_jax.train.pretrain import Pretrain
 
 MODEL = ModelConfig(
     vocab_size=259,
     hidden_size=32,
     intermediate_size=32,
-    num_layers=4,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -54,10 +57,35 @@ def write_corpus(folder):
 
 @contextlib.contextmanager
 def on_one_device():
-    """Makes `loop.run` use one of the eight devices, whatever the config's mesh is."""
+    """Makes `loop.run` use one of the eight devices, whatever the config's mesh is.
+
+    Runs of pre-training that compute the same share their programs: tracing and compiling them
+    again is what most of the time of such tests would go into.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda _: mesh.single_device_mesh())
+        for name in ("make_train_step", "make_eval_step"):
+            patch.setattr(step_lib, name, _shared(getattr(step_lib, name)))
         yield
+
+
+def _shared(make_step):
+    """As `make_step`, which makes one step for all programs that compute the same."""
+    steps = {}
+
+    def make(program):
+        config = program.config
+        if type(program.objective) is not Pretrain:
+            return make_step(program)
+        # What only the loop reads is left out.
+        idle = {"log_every": 1, "eval_every": 1, "watchdog_minutes": 0.0, "init_from": ""}
+        train = dataclasses.replace(config.train, **idle)
+        key = (config.model, config.optimizer, config.schedule, train)
+        if key not in steps:
+            steps[key] = make_step(program)
+        return steps[key]
+
+    return make
 
 
 def config_for(corpus, **train):

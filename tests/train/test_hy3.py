@@ -1,6 +1,7 @@
 """Training what Hy3 has: experts balanced without a loss, and multi-token prediction."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -40,11 +41,17 @@ MODEL = dataclasses.replace(
 )
 
 
+@functools.cache
+def program_and_step(model, mesh, **train):
+    program = build_program(steps.config_for(model, **train), mesh)
+    return program, make_train_step(program)
+
+
 def one_step(model, mesh=None, **train):
-    program = build_program(steps.config_for(model, **train), mesh or mesh_of())
+    program, step = program_and_step(model, mesh or mesh_of(), **train)
     state = init_state(program)
     before = {path: np.array(array) for path, array in flat(state.params).items()}
-    state, metrics = make_train_step(program)(state, place_batch(program, steps.batch()))
+    state, metrics = step(state, place_batch(program, steps.batch()))
     after = {path: np.asarray(array) for path, array in flat(state.params).items()}
     return before, after, jax.tree.map(np.asarray, metrics)
 
@@ -116,10 +123,10 @@ def test_what_has_no_rate_or_weight_stays():
 
 
 def test_a_refused_step_moves_no_bias():
-    program = build_program(steps.config_for(MODEL), mesh_of())
+    program, step = program_and_step(MODEL, mesh_of())
     weights_BT = np.full_like(steps.batch()["loss_weights"], np.nan)
     batch = place_batch(program, steps.batch() | {"loss_weights": weights_BT})
-    state, metrics = make_train_step(program)(init_state(program), batch)
+    state, metrics = step(init_state(program), batch)
     assert int(metrics["num_skipped"]) == 1
     assert not np.asarray(flat(state.params)["groups/layer_0/moe/bias_E"]).any()
 

@@ -69,6 +69,7 @@ def validation_losses(workdir):
     }
 
 
+@pytest.mark.heavy
 def test_stopped_and_continued_run_is_bit_equal(corpus, whole, tmp_path):
     """Whatever the settings of jax are in the process that continues."""
     # The schedule depends on num_steps, so the shorter run is stopped by a signal, not by its
@@ -148,7 +149,7 @@ def test_what_a_run_writes(whole):
             "tokens_per_second",
         }
         load = np.array(row["moe/load"])
-        assert load.shape == (4, 4)
+        assert load.shape == (2, 4)
         np.testing.assert_allclose(load.sum(1), 1.0, atol=1e-4)
         assert row["moe/dropped"] == 0.0
         assert 0 <= row["moe/recycled"] < 1
@@ -156,11 +157,14 @@ def test_what_a_run_writes(whole):
         # At capacity 1.0 with every token valid, recycling leaves a perfect balance.
         np.testing.assert_allclose(load, 0.25, atol=1e-4)
     assert logged[0]["learning_rate"] == pytest.approx(1.5e-3)
-    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [3, 6]
+    validated = [row for row in rows(workdir) if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [3, 6]
+    assert logged[5]["loss"] < logged[0]["loss"] - 0.3  # it learns: 5.56, 5.07
+    assert validated[1]["validation_loss"] < validated[0]["validation_loss"] - 0.05
     assert "mfu" not in logged[0]  # a CPU's peak is not known
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_it_learns(corpus, tmp_path):
     config = config_for(corpus, num_steps=60, batch_size=4, log_every=60, eval_every=60)
     assert loop.run(config, tmp_path / "run") == 0
@@ -174,8 +178,8 @@ def test_it_learns(corpus, tmp_path):
     ("change", "name"),
     [
         (
-            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2)),
-            "config.model.num_layers = 4",
+            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=4)),
+            "config.model.num_layers = 2",
         ),
         (
             lambda c: dataclasses.replace(
@@ -239,6 +243,7 @@ def output(capsys):
     return capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_changes_and_says_those_that_act(corpus, finished, tmp_path, capsys):
     """Kernels, remat and the place of the text change no number; weight decay does."""
     moved = shutil.copytree(corpus, tmp_path / "moved")
