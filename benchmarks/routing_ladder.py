@@ -34,7 +34,7 @@ from hunyuan_jax.model.count import count
 from hunyuan_jax.train import loop
 
 SEQ_LEN = 128
-MODEL = dataclasses.replace(presets.tiny(), num_layers=4, hidden_size=96, num_heads=6)
+MODEL = dataclasses.replace(presets.tiny(), num_layers=4, hidden_size=96, num_heads=6, head_dim=16)
 HEAD = (
     "| dispatch | capacity | aux weight | experts' rate | FLOPs | loss at equal tokens "
     "| at equal FLOPs | moved | demand | dead |\n|---|---|---|---|---|---|---|---|---|---|"

@@ -54,7 +54,7 @@ def error_of(*command):
         ),
         (
             (TINY, "--config.model.num_kv_heads=3"),
-            "num_heads = 8 is not divisible by num_kv_heads = 3",
+            "num_heads = 4 is not divisible by num_kv_heads = 3",
         ),
         (
             (TINY, "--config.mesh.expert=3"),

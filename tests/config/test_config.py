@@ -345,7 +345,7 @@ def mixture(names="ab", weights=(1.0, 2.0), starts=(0.0, 0.5)):
 # missing.
 # A dense model of Spark layers, and latent attention, where a rule is about either.
 SPARK = {"model__moe": MoeConfig(), "model__spark__neuron_share": 0.1}
-LATENT = {"model__latent__width": 256, "model__use_qk_norm": False, "model__num_kv_heads": 8}
+LATENT = {"model__latent__width": 256, "model__use_qk_norm": False, "model__num_kv_heads": 4}
 BROKEN = [
     *(
         ({f"model__{name}": 0}, f"config.model.{name} = 0 must be at least 1")
@@ -361,8 +361,7 @@ BROKEN = [
     ),
     (
         {"model__num_kv_heads": 3},
-        "num_heads = 8 is not divisible by num_kv_heads = 3; .* Use num_kv_heads from [1, 2, 4, "
-        "8].",
+        "num_heads = 4 is not divisible by num_kv_heads = 3; .* Use num_kv_heads from [1, 2, 4].",
     ),
     ({"model__head_dim": 15}, "head_dim = 15 must be even"),
     (
@@ -716,7 +715,7 @@ BROKEN = [
         LATENT | {"model__use_qk_norm": True},
         "use_qk_norm = True does not act on latent attention",
     ),
-    (LATENT | {"model__num_kv_heads": 4}, "num_kv_heads = 4 must be num_heads = 8 with latent"),
+    (LATENT | {"model__num_kv_heads": 2}, "num_kv_heads = 2 must be num_heads = 4 with latent"),
     (LATENT | {"model__lora": LoraConfig(rank=2)}, "latent attention has no adapters"),
 ]
 
