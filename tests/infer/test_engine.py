@@ -28,7 +28,7 @@ TEXT = [(7 * i + 3) % 40 for i in range(40)]
 @pytest.fixture(scope="module")
 def model():
     config = small(
-        num_layers=4,
+        num_layers=2,
         cla_share_factor=2,
         moe=MoeConfig(num_experts=4, top_k=2),
         max_position=64,

@@ -261,7 +261,7 @@ def test_experts_one_by_one_compute_what_their_tokens_ask_for(num_tokens):
 
 def test_tokens_and_scores_do_not_depend_on_the_settings_of_the_process():
     """Draws, dtypes and broadcasting are stated, also in the threads that compile."""
-    config = small(num_layers=2, max_position=64)
+    config = small(num_layers=1, cla_share_factor=1, max_position=64)
 
     def results():
         model = Pretrained(config, random_params(config))
@@ -294,7 +294,13 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def talker(ranks):
     config = small(
-        num_layers=2, vocab_size=466, max_position=128, eos_token_ids=(), pad_token_id=-1
+        num_layers=1,
+        cla_share_factor=1,
+        moe=MoeConfig(),
+        vocab_size=466,
+        max_position=128,
+        eos_token_ids=(),
+        pad_token_id=-1,
     )
     return text.LM(Pretrained(config, random_params(config)), load_tokenizer(ranks))
 

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits
 from hunyuan_jax.serve.http import Server, Settings
@@ -23,8 +24,17 @@ RECOMMENDED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalt
 
 
 def model():
-    """A mixture of a few thousand parameters with the vocabulary of FOLDER."""
-    cfg = folders.small(vocab_size=384, max_position=CONTEXT, eos_token_ids=(3,))
+    """One dense layer with the vocabulary of FOLDER: its programs compile in a third of the time
+    that a small mixture's take.
+    """
+    cfg = folders.small(
+        vocab_size=384,
+        max_position=CONTEXT,
+        eos_token_ids=(3,),
+        num_layers=1,
+        cla_share_factor=1,
+        moe=MoeConfig(),
+    )
     return Pretrained(cfg, folders.random_params(cfg))
 
 
