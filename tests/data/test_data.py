@@ -36,7 +36,7 @@ from support.texts import (
     take,
 )
 
-few_examples = settings(max_examples=20, deadline=None, derandomize=True)
+few_examples = settings(max_examples=10, deadline=None, derandomize=True)
 corpora = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8
 )
@@ -304,7 +304,7 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs():
     order = order_of(*map(memory, texts), weights=((2.0, 1.0),))
     rows = [num_rows(source_texts, 8) for source_texts in texts]
     seen = [[], []]
-    for step in range(200):
+    for step in range(90):
         described = order.describe(step)["rows"][0]
         seen[int(described["source"][1])].append((described["epoch"], order.batch(step)))
     for per_epoch, source_texts, epochs in zip(rows, texts, seen, strict=True):
@@ -375,7 +375,7 @@ def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
 
 
 @pytest.mark.heavy
-@settings(few_examples, max_examples=5)  # each starts nine iterators
+@settings(few_examples, max_examples=2)  # each starts nine iterators
 @given(
     corpora,
     row_lengths,
