@@ -6,6 +6,7 @@ import collections
 import os
 import re
 import shutil
+import sys
 import tempfile
 
 import jax
@@ -31,6 +32,9 @@ if jax.version.__version_info__ < (0, 11):
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# pytest keeps the rewritten asserts of the tests as byte code, also where other programs are told
+# to keep none: each worker of each run would rewrite them for ten seconds.
+sys.dont_write_bytecode = False
 pytest.register_assert_rewrite("support")
 
 

@@ -7,18 +7,17 @@ import sys
 
 import pytest
 
-from support import paths
+from support import paths, processes
 
 REPO = paths.ROOT
 TINY = "--config=configs/tiny.py"
 
 
 def run(*command, timeout=120):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, *command],
         cwd=REPO,
-        env=env,
+        env=os.environ | {"XLA_FLAGS": processes.ONE_DEVICE},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -152,8 +151,9 @@ def test_train_then_generate_then_bench(tmp_path):
     workdir = tmp_path / "run"
     small = (
         "--config.model.num_layers=2",
-        "--config.train.num_steps=2",
+        "--config.model.moe.num_experts=2",
         "--config.train.batch_size=2",
+        "--config.train.num_steps=2",
         "--config.train.eval_batches=1",
     )
     result = run(
@@ -175,11 +175,8 @@ def test_train_then_generate_then_bench(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def ")
     assert "(8 tokens in " in result.stderr
-    assert "is not a model folder: it has no config.json. Give" in error_of(
-        "-m", "hunyuan_jax", "generate", f"--checkpoint={tmp_path}", "--prompt=x"
-    )
 
-    result = run("-m", "hunyuan_jax", "bench", TINY, *small[::2], "--num_steps=1", "--json")
+    result = run("-m", "hunyuan_jax", "bench", TINY, *small[:3], "--num_steps=1", "--json")
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["tokens_per_second"] == pytest.approx(figures["steps_per_second"] * 2 * 256)
     assert figures["prefill_tokens_per_second"] > 0
@@ -187,7 +184,7 @@ def test_train_then_generate_then_bench(tmp_path):
     assert 100 < figures["peak_memory_mb"] < 8000
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "abacus"])
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
 def test_a_platform_that_is_not_there_is_one_line(platform, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     line = error_of("-m", "hunyuan_jax", "bench", TINY)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from support import paths
+from support import paths, processes
 
 nbformat = pytest.importorskip(
     "nbformat", reason="the notebooks extra is not installed: pip install '.[notebooks]'"
@@ -45,7 +45,7 @@ def run(name, monkeypatch, tmp_path, parameters=None):
     book.cells = [cell for cell in book.cells if "install" not in cell.metadata.get("tags", ())]
     # A kernel of this interpreter, whatever kernels the machine knows; one device, as a notebook
     # has; a shortened one mostly compiles.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0" if parameters else "")
+    monkeypatch.setenv("XLA_FLAGS", processes.ONE_DEVICE if parameters else "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), *sys.path]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, D and E widths, V vocabulary.
 import dataclasses
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +114,7 @@ def run(config, workdir):
         assert loop.run(config, workdir, build_objective) == 0
 
 
-def test_a_student_learns_and_continues_to_the_same_bits(corpus, tmp_path):
+def test_a_student_learns_and_keeps_its_teacher(corpus, tmp_path):
     config = config_of(
         corpus,
         DENSE,
@@ -124,7 +123,7 @@ def test_a_student_learns_and_continues_to_the_same_bits(corpus, tmp_path):
         objective__distill__hidden_weight=0.1,
     )
     run(config, tmp_path)
-    rows, losses = runs.rows(tmp_path), runs.losses(tmp_path)
+    rows = runs.rows(tmp_path)
     first, *_, last = [row for row in rows if "loss" in row]
     assert last["divergence"] < first["divergence"]
     parts = 0.1 * first["next_token"] + 0.9 * first["divergence"] + 0.1 * first["hidden"]
@@ -134,11 +133,6 @@ def test_a_student_learns_and_continues_to_the_same_bits(corpus, tmp_path):
     assert 0 <= last["validation_agreement"] <= 1
     assert last["validation_bits_per_byte"] > 0
     assert (open_model(tmp_path).cfg.num_layers, open_model(tmp_path).cfg.hidden_size) == (1, 24)
-
-    shutil.rmtree(tmp_path / "checkpoints/4")
-    run(config, tmp_path)
-    assert (tmp_path / "checkpoints/4").is_dir()
-    assert runs.losses(tmp_path) == losses
 
     (tmp_path / "teacher.txt").write_text("another")
     with pytest.raises(ConfigError, match="holds other weights than the run of .* they were ano"):

@@ -9,7 +9,9 @@ import sys
 
 from support import paths
 
-# XLA flags of the tests (conftest.py) with two devices per process; the last flag counts.
+# XLA flags of the tests (conftest.py), which save a process half of its compilation, with one
+# device, as a user's process has, and with two; the last flag counts.
+ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
 XLA_FLAGS = " ".join(
     [
         os.environ["XLA_FLAGS"],
