@@ -109,6 +109,7 @@ def test_what_the_machine_refuses_is_one_line_too(tmp_path, override, expected):
     assert expected in error_of("train.py", TINY, override, f"--workdir={tmp_path / 'run'}")
 
 
+@pytest.mark.heavy
 def test_count_prints_the_exact_numbers():
     result = run("-m", "hunyuan_jax", "count", "--config=configs/a52b.py", "--json")
     counts = json.loads(result.stdout.splitlines()[-1])
@@ -185,6 +186,7 @@ def test_train_then_generate_then_bench(tmp_path):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "abacus"])
+@pytest.mark.heavy
 def test_a_platform_that_is_not_there_is_one_line(platform, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     line = error_of("-m", "hunyuan_jax", "bench", TINY)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).parents[1]
 # A stand-in with sections that fail in every way; it is also what their processes run.
 FAKE = """
@@ -56,6 +58,7 @@ def fake(tmp_path, functions, check=True):
     return script
 
 
+@pytest.mark.heavy
 def test_a_section_that_fails_costs_its_own_rows_only(tmp_path):
     script = fake(tmp_path, "(raises, crashes, hangs, good)")
     result = run(script, f"--out={tmp_path}")
@@ -80,12 +83,14 @@ def test_a_section_that_fails_costs_its_own_rows_only(tmp_path):
     assert "first   1.500" in result.stdout
 
 
+@pytest.mark.heavy
 def test_a_check_that_fails_is_the_exit_status(tmp_path):
     for check in (True, False):
         script = fake(tmp_path, "(good,)", check)
         assert run(script, f"--out={tmp_path}").returncode == (not check)
 
 
+@pytest.mark.heavy
 def test_what_the_budget_has_no_time_for_is_skipped(tmp_path):
     script = fake(tmp_path, "(good, raises)")
     assert run(script, f"--out={tmp_path}", "--budget=1").returncode == 1

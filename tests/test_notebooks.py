@@ -73,6 +73,7 @@ def figures(book):
         for name in sorted(SHORT)
     ],
 )
+@pytest.mark.heavy
 def test_notebook_runs_shortened(name, monkeypatch, tmp_path):
     assert figures(run(name, monkeypatch, tmp_path, SHORT[name])) >= 1
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from support import paths
 
 
@@ -13,6 +15,7 @@ def collected(*arguments):
     return [line for line in result.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.heavy
 def test_fast_keeps_the_first_case_of_each_test_that_is_not_heavy():
     files = ("tests/train/test_failures.py", "tests/config/test_config.py")
     everything, fast = collected(*files), collected("--fast", *files)

@@ -443,6 +443,7 @@ batches.close()
 """
 
 
+@pytest.mark.heavy
 def test_resume_in_a_new_process(tmp_path):
     for index in range(30):
         (tmp_path / f"{index}.txt").write_text(f"{index} " * (index + 1))

@@ -455,6 +455,7 @@ def whole(big_rows):
     return contents(big_rows.parent / "whole")
 
 
+@pytest.mark.heavy
 def test_killed_and_continued_gives_identical_shards(big_rows, whole, tmp_path):
     arguments = (
         "tokenize",
@@ -491,6 +492,7 @@ def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.heavy
 def test_a_worker_that_dies_ends_the_command_which_continues(big_rows, whole, tmp_path):
     arguments = (
         "tokenize",
@@ -518,6 +520,7 @@ def test_a_worker_that_dies_ends_the_command_which_continues(big_rows, whole, tm
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.heavy
 def test_too_many_bad_rows_stop_the_command_with_file_and_line(tmp_path):
     good = '{"text": "good"}\n'
     (tmp_path / "a.jsonl").write_text(good * 100 + "bad\n" * 10)

@@ -23,6 +23,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.heavy
 def test_perplexity_is_written_and_printed(text, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--tasks=perplexity", f"--text={text}", f"--output={out}", "--json") == 0
@@ -33,6 +34,7 @@ def test_perplexity_is_written_and_printed(text, tmp_path, capsys):
     assert figures["by_position"][-1][:2] == [64, 64] and printed["problems"] == []
 
 
+@pytest.mark.heavy
 def test_the_rest_is_scored_where_something_is_wrong(text, capsys):
     status = run("--tasks=perplexity,ruler/vtt,ruler/vt", f"--text={text}", "--lengths=64,128",
                  "--samples=1")  # fmt: skip

@@ -67,6 +67,7 @@ def assert_are_of_whole_forward(found, prompts, max_position):
     ],
     ids=str,
 )
+@pytest.mark.heavy
 def test_rows_of_many_lengths_and_known_beginnings_are_those_of_one_device(axes):
     shared = prompt(200)
     # Lengths at and around the edges of chunks (8), of a chip's slots (16) and of pages (32).

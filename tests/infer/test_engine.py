@@ -255,6 +255,7 @@ def test_what_cannot_be_served_is_refused(engine):
 
 
 @pytest.mark.parametrize(("cache_dtype", "most"), [("int8", 0.03), ("fp8", 0.06)])
+@pytest.mark.heavy
 def test_a_cache_in_eight_bits_takes_few_bytes_and_says_nearly_the_same(
     model, engine, cache_dtype, most
 ):
@@ -354,6 +355,7 @@ def alone(invariant):
 @given(
     st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.integers(0, 12)), min_size=2, max_size=8)
 )
+@pytest.mark.heavy
 def test_tokens_and_logprobs_have_the_same_bits_in_any_company(invariant, alone, trace):
     """Other neighbours and rows, another order of arrival, known beginnings, and starting over,
     for which pages are scarce.
@@ -367,6 +369,7 @@ def test_tokens_and_logprobs_have_the_same_bits_in_any_company(invariant, alone,
         assert found[str(i), 0] == alone[case]
 
 
+@pytest.mark.heavy
 def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(
     invariant, alone, monkeypatch
 ):
@@ -412,6 +415,7 @@ def test_rows_to_be_drawn_are_compiled_beside_their_prompts(
     assert len(asked) == 1 + (max_new > 1)
 
 
+@pytest.mark.heavy
 def test_a_request_is_served_while_programs_are_compiled_behind(model, engine, monkeypatch):
     """Pieces and rows beyond the sizes that are there, with the same tokens."""
     behind = model.new_engine(LIMITS)

@@ -76,6 +76,7 @@ def test_the_same_tokens_on_a_mesh(config, model):
     assert spread.loss(IDS[:1], IDS[:1]) == pytest.approx(model.loss(IDS[:1], IDS[:1]), rel=1e-5)
 
 
+@pytest.mark.heavy
 def test_nothing_is_compiled_for_another_length_or_setting_or_fewer_rows(model):
     events = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -259,6 +260,7 @@ def test_experts_one_by_one_compute_what_their_tokens_ask_for(num_tokens):
 # chat
 
 
+@pytest.mark.heavy
 def test_tokens_and_scores_do_not_depend_on_the_settings_of_the_process():
     """Draws, dtypes and broadcasting are stated, also in the threads that compile."""
     config = small(num_layers=1, cla_share_factor=1, max_position=64)
@@ -305,6 +307,7 @@ def talker(ranks):
     return text.LM(Pretrained(config, random_params(config)), load_tokenizer(ranks))
 
 
+@pytest.mark.heavy
 def test_a_chat_remembers_what_was_said_and_what_was_read(talker):
     chat = text.Chat(talker, "Be brief.", Sampling(max_new_tokens=5, temperature=0))
     answer = "".join(chat.ask("Hello"))

@@ -160,6 +160,7 @@ def test_router_stats_count_every_token_once(moe, monkeypatch):
         np.testing.assert_allclose(value, stats[name], atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_the_same_on_a_mesh(moe):
     spread = hunyuan_jax.load(FOLDERS / "moe_top1", mesh=mesh_of(data=8))
     assert spread.generate(TEXTS, GREEDY) == moe.generate(TEXTS, GREEDY)

@@ -98,6 +98,7 @@ def test_ngrams_change_no_token_and_compile_nothing_later(model, expected):
     assert engine.stats().accepted_tokens > 20
 
 
+@pytest.mark.heavy
 def test_multi_token_prediction_changes_no_token_and_drafts_as_the_whole_forward(model, expected):
     engine = engine_of(model, "mtp", 2)
     check(engine, expected, 2)

@@ -79,6 +79,7 @@ def gradients(config, mesh):
     ],
     ids=lambda objective: objective.name,
 )
+@pytest.mark.heavy
 def test_two_chips_a_row_give_the_gradients_of_one(objective):
     config = dataclasses.replace(CONFIG, objective=objective)
     found = gradients(config, mesh_of(context=2))

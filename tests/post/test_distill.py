@@ -114,6 +114,7 @@ def run(config, workdir):
         assert loop.run(config, workdir, build_objective) == 0
 
 
+@pytest.mark.heavy
 def test_a_student_learns_and_keeps_its_teacher(corpus, tmp_path):
     config = config_of(
         corpus,

@@ -232,6 +232,7 @@ def run(config, workdir):
         assert loop.run(config, workdir, build_objective) == 0
 
 
+@pytest.mark.heavy
 def test_a_run_begins_at_ln_2_learns_and_is_used_by_its_moving_average(source, tmp_path):
     config = config_for(source=source, ema_decay=0.5, eval_every=2)
     run(config, tmp_path / "whole")

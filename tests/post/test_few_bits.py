@@ -93,6 +93,7 @@ def gradients(config, params, batch, mesh):
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.heavy
 def test_the_loss_is_that_of_adapters_over_the_same_numbers(num_shards):
     mesh, config = mesh_of(data=num_shards), small()
     program = build_program(config, mesh)

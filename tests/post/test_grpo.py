@@ -92,6 +92,7 @@ def finished(files, tmp_path_factory):
     return workdir, config
 
 
+@pytest.mark.heavy
 def test_the_first_step_has_a_ratio_of_1_and_no_divergence(finished):
     rows = [row for row in runs.rows(finished[0]) if "loss" in row]
     assert rows[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
@@ -111,6 +112,7 @@ def test_the_first_step_has_a_ratio_of_1_and_no_divergence(finished):
     assert all(len(s["completions"]) == len(s["rewards"]) == 4 for s in samples)
 
 
+@pytest.mark.heavy
 def test_the_report_shows_rewards_and_completions(finished, tmp_path):
     text = page.write(finished[0], tmp_path / "report.html").read_text()
     assert '<div id="reward">' in text and '<div id="frac_reward_zero_std">' in text

@@ -220,6 +220,7 @@ def finished(files, tmp_path_factory):
     return workdir, fields, run(files, workdir, **fields)
 
 
+@pytest.mark.heavy
 def test_a_mixed_run_begins_at_ln_2_and_learns_from_both(finished):
     workdir, _, (first, *_, last, validated) = finished
     assert first["loss"] == pytest.approx(np.log(2) + 0.1 * first["nll_loss"], abs=1e-6)

@@ -136,6 +136,7 @@ def test_a_run_is_chatted_with_by_the_tokenizer_and_template_of_its_base(finishe
     assert lm.tokenizer.fingerprint() == load(str(FOLDER)).tokenizer.fingerprint()
 
 
+@pytest.mark.heavy
 def test_a_stopped_run_continues_to_the_same_bits(finished, tmp_path):
     workdir, config = finished
     first = dataclasses.replace(

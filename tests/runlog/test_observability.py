@@ -225,6 +225,7 @@ def test_figures_are_those_of_the_recorded_assignments():
         ((2, 2, 2), 2, "none"),
     ],
 )
+@pytest.mark.heavy
 def test_figures_are_the_same_in_parts_on_meshes_and_under_remat(sizes, parts, remat):
     figures = health(sizes, parts, dataclasses.replace(DROP, remat=remat))
     for name, value in health_alone()[0].items():

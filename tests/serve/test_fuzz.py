@@ -115,6 +115,7 @@ def fuzz(shared, num):
     assert b'status="500"' not in shared.get("/metrics")[2]
 
 
+@pytest.mark.heavy
 def test_some_hundred_bodies(shared):
     fuzz(shared, 400)
 

@@ -586,6 +586,7 @@ def as_bin(folder: Path, target: Path, num_shards: int, *, with_tied_head: bool)
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize(("case", "num_shards"), [("a52b_tiny", 3), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.heavy
 def test_bin_shards_hold_the_same_model(case, num_shards, tmp_path):
     source = goldens.folder_of(case)
     as_bin(source, tmp_path / "bin", num_shards, with_tied_head=True)

@@ -63,6 +63,7 @@ def source(tmp_path) -> Path:
     return write_source(tmp_path / "source", num_shards=1)
 
 
+@pytest.mark.heavy
 def test_all_tensors_of_a52b_at_reduced_width(tmp_path):
     cfg = presets.a52b()
     source = write_source(
@@ -233,6 +234,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout)[1]) < 950_000
 
 
+@pytest.mark.heavy
 def test_dtype_of_the_command_line(source, tmp_path):
     done = run("import", "--source", source, "--output", tmp_path / "ours", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr

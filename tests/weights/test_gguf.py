@@ -153,6 +153,7 @@ def test_any_range_of_the_folder_that_a_file_is_seen_as(folders):
         assert bytes(place.read("model.safetensors", start, end)) == whole[start:end]
 
 
+@pytest.mark.heavy
 def test_few_bits_are_imported_verified_exported_and_computed_with(folders, files, tmp_path):
     file = tmp_path / "model.gguf"
     export_gguf(folders / "llama", file, "q8_0")

@@ -74,6 +74,7 @@ def write_as(folder, tensors, kind, **hf):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("storage", ["fused", "fp8"])
+@pytest.mark.heavy
 def test_each_way_of_storing_is_read_in_memory_and_streamed(tmp_path, storage, kind):
     plain = tensors_of(write_source(tmp_path / "source"))
     options = {}

@@ -78,6 +78,7 @@ def test_embedding_and_head_are_quantised_by_choice(source):
     assert_close(on_mesh.logits(IDS), expected, 1e-5)
 
 
+@pytest.mark.heavy
 def test_every_tensor_of_hunyuan_large_at_reduced_width(tmp_path):
     """64 layers of 16 experts: all projections and experts get codes, and nothing else does."""
     sizes = {"hidden_size": 32, "intermediate_size": 32}
@@ -92,6 +93,7 @@ def test_every_tensor_of_hunyuan_large_at_reduced_width(tmp_path):
     assert sum(has_codes) == 64 * (2 + 1 + 17 * 3)
 
 
+@pytest.mark.heavy
 def test_the_model_computes_with_few_bits(source, folders):
     """Loaded from the folder, quantised at load, or on a mesh: the same logits, those of the
     numbers that the codes stand for.
@@ -109,12 +111,14 @@ def test_the_model_computes_with_few_bits(source, folders):
         assert_close(model.logits(IDS), expected, 2e-5)
 
 
+@pytest.mark.heavy
 def test_the_engine_computes_with_few_bits(source, folders):
     rows = from_pretrained(source, quantize="int8").generate(IDS, max_new_tokens=4)
     logits = from_pretrained(folders / "int8", quantize="none").logits(rows)
     np.testing.assert_array_equal(rows[0, 12:], np.argmax(logits, -1)[0, 11:-1])
 
 
+@pytest.mark.heavy
 def test_activations_in_eight_bits(source):
     """In projections, shared and routed experts, beside weights in int8."""
     int8, model = (from_pretrained(source, quantize=method) for method in ("int8", "w8a8"))
