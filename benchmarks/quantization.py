@@ -102,7 +102,7 @@ class _Recorded:
 def hessians(opened, ids):
     """Name of a matrix -> sums of products of its inputs [I, I] over a text."""
     hf = json.loads(opened.layout.texts["config.json"])
-    entries = {entry.name: entry for entry in names.entries(opened.cfg)}
+    entries = {entry.name: entry for entry in opened.entries}
     total = {
         name: np.zeros((entry.shape[1],) * 2, np.float32)
         for name, entry in entries.items()
@@ -152,7 +152,7 @@ class Trial:
         """
         made = {path: np.array(leaf) for path, leaf in flat(self.numbers)}
         error = total = size = num_bytes = 0
-        for entry in names.entries(self.opened.cfg):
+        for entry in self.opened.entries:
             if few_bits.is_quantizable(entry):
                 w_OI = np.asarray(self.opened.tensor(entry), np.float32)
                 found = way(entry.name, w_OI)
@@ -216,7 +216,7 @@ def show_methods(trial):
     line("w8a8", 1.006)
     trial.load(None)
     hessian = hessians(trial.opened, trial.calibration)
-    for name, way in methods(few_bits.group_of(trial.opened.cfg), hessian).items():
+    for name, way in methods(few_bits.group_of(trial.opened.entries), hessian).items():
         shares = collections.defaultdict(list)
 
         def visit(entry, found, shares=shares):

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NewType
@@ -65,15 +64,14 @@ def filesystem(url: str, option: str) -> tuple[Any, str]:
     """Returns (fsspec file system, path in it without a final '/') of a URL or a local path.
 
     Args:
-      url: the URL or path.
+      url: as `user_path` returns it.
       option: name of its option, for errors.
 
     Raises:
-      ConfigError: as `user_path`, or the protocol is unknown, or its package is not installed.
+      ConfigError: the protocol is unknown, or its package is not installed.
     """
     import fsspec.core
 
-    url = user_path(url, option, AnyPath)
     require_protocol(url, option)
     fs, root = fsspec.core.url_to_fs(url)
     return fs, root.rstrip("/")
@@ -94,29 +92,6 @@ def require_protocol(path: str, option: str) -> None:
             "such as gs://BUCKET/PATH (pip install -e '.[gcs]'), s3://BUCKET/PATH (pip "
             "install s3fs) or file:///PATH."
         ) from error
-
-
-@contextlib.contextmanager
-def local_copy(url: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Yields a temporary folder with the files of a URL that end in `suffixes`.
-
-    Args:
-      url: of a folder, whose subfolders are left out, or of a file.
-      option: name of its option, for errors.
-      suffixes: ends of the names to copy.
-
-    Raises:
-      ConfigError: as `filesystem`, or nothing is there, or it cannot be read.
-    """
-    fs, root = filesystem(url, option)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for path in fs.ls(root, detail=False):
-                if path.endswith(suffixes) and fs.isfile(path):
-                    fs.get_file(path, os.path.join(folder, path.rsplit("/", 1)[-1]))
-        except OSError as error:
-            raise ConfigError(f"{option} = {url!r} cannot be read: {error}.") from error
-        yield Path(folder)
 
 
 def upload(fs: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:

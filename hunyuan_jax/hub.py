@@ -22,7 +22,7 @@ _ID = re.compile(rf"({_WORD}/{_WORD})(?:@(refs/[a-z]+/[\w.-]+|[\w.-]+))?((?:/{_W
 
 
 class HubId(NamedTuple):
-    """A folder of a model on the hub.
+    """A folder of a model on the hub, or a file.
 
     repo: ORG/NAME; revision: a branch, tag or commit, or None; folder: inside, "" is the root.
     """
@@ -56,21 +56,11 @@ def hub_id(path: str) -> HubId | None:
     return None
 
 
-def local_folder(path: str, patterns: Sequence[str]) -> str:
-    """Returns `path`, or the folder with its files that match a pattern if it is a hub id.
+def fetch(wanted: HubId, patterns: Sequence[str]) -> tuple[str, HubId]:
+    """Returns (the local folder with the files of `wanted` that match a pattern, `wanted` at the
+    commit that they are from).  If `wanted` is a file, it is what is fetched.
 
-    Raises:
-      ConfigError: as `fetch`.
-    """
-    wanted = hub_id(path)
-    return path if wanted is None else fetch(wanted, patterns)
-
-
-def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
-    """Returns the local folder with the files of `wanted` that match a pattern.
-
-    Only what is not in the cache is downloaded.  The folder's name, or that of the folder that it
-    lies in, is the commit.
+    Only what is not in the cache is downloaded.
 
     Raises:
       ConfigError: one line with the remedy: huggingface_hub is not installed; no such model or
@@ -86,11 +76,13 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
             "hub: pip install -e '.[hub]'."
         ) from e
     hub = constants.ENDPOINT
+    if wanted.folder:
+        patterns = [wanted.folder, *(f"{wanted.folder}/{pattern}" for pattern in patterns)]
     try:
         snapshot = huggingface_hub.snapshot_download(
             wanted.repo,
             revision=wanted.revision,
-            allow_patterns=[f"{wanted.folder}/{p}" if wanted.folder else p for p in patterns],
+            allow_patterns=list(patterns),
             library_name="hunyuan_jax",
         )
     except errors.GatedRepoError as e:
@@ -128,7 +120,8 @@ def fetch(wanted: HubId, patterns: Sequence[str]) -> str:
             f"the download of {wanted} from {hub} broke off ({_reason(e)}); the same command "
             "fetches the files that are missing."
         ) from e
-    return os.path.join(snapshot, wanted.folder) if wanted.folder else snapshot
+    folder = os.path.join(snapshot, wanted.folder) if wanted.folder else snapshot
+    return folder, wanted._replace(revision=os.path.basename(snapshot))
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ ROOT = paths.ROOT
 # in its own.
 LAYERS = [
     ["pallas_kernels"],
-    ["errors", "files", "hub", "progress", "malloc", "startup"],
+    ["errors", "files", "hub", "storage", "progress", "malloc", "startup"],
     ["config", "presets", "flags"],
     ["quant", "gguf"],
     ["parallel"],
@@ -37,6 +37,7 @@ NO_KERNELS = {
     "errors",
     "files",
     "hub",
+    "storage",
     "progress",
     "malloc",
     "startup",

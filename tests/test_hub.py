@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from hunyuan_jax import hub
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.storage import Place
 from support import hub_server
 
 
@@ -27,6 +28,11 @@ def served(tmp_path, monkeypatch):
         server.folders["org/name"] = {name: tmp_path / name for name in ("main", "v2")}
         hub_server.point_to(server.endpoint, tmp_path / "cache", monkeypatch)
         yield server
+
+
+def folder_of(path, patterns):
+    """The local folder of a hub id."""
+    return Place(path, patterns=patterns).path()
 
 
 @pytest.mark.parametrize(
@@ -59,29 +65,29 @@ def test_what_exists_here_is_not_an_id(tmp_path, monkeypatch):
 
 
 def test_revisions_and_inner_folders(served):
-    main = Path(hub.local_folder("org/name", ["*.json"]))
-    other = Path(hub.local_folder("org/name@v2", ["config.json"]))
+    main = Path(folder_of("org/name", ["*.json"]))
+    other = Path(folder_of("org/name@v2", ["config.json"]))
     assert [(f / "config.json").read_text() for f in (main, other)] == [
         '{"revision": "main"}',
         '{"revision": "v2"}',
     ]
     assert not (main / "weights.bin").exists()
-    inner = Path(hub.local_folder("org/name/inner", ["config.json"]))
+    inner = Path(folder_of("org/name/inner", ["config.json"]))
     assert (inner.parent, inner.name) == (main, "inner")
-    assert hub.local_folder(str(main), ["*"]) == str(main)
+    assert folder_of(str(main), ["*"]) == str(main)
 
 
 def test_what_is_in_the_cache_is_not_fetched_again_nor_needed_online(served, monkeypatch):
-    first = hub.local_folder("org/name", ["config.json"])
+    first = folder_of("org/name", ["config.json"])
     served.requests.clear()
-    assert hub.local_folder("org/name", ["config.json"]) == first
+    assert folder_of("org/name", ["config.json"]) == first
     assert served.fetched() == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     served.requests.clear()
-    assert hub.local_folder("org/name", ["config.json"]) == first
+    assert folder_of("org/name", ["config.json"]) == first
     assert served.requests == []
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set; unset it once"):
-        hub.local_folder("org/name@v2", ["config.json"])
+        folder_of("org/name@v2", ["config.json"])
 
 
 def test_a_broken_download_continues_where_it_broke(served, monkeypatch):
@@ -89,7 +95,7 @@ def test_a_broken_download_continues_where_it_broke(served, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     data = bytes(range(256)) * 40
     served.break_after = [4096]
-    folder = hub.local_folder("org/name", ["weights.bin"])
+    folder = folder_of("org/name", ["weights.bin"])
     assert Path(folder, "weights.bin").read_bytes() == data
     assert [part for _, _, part in served.requests if part] == ["bytes=4000-"]
 
@@ -98,13 +104,13 @@ def test_after_a_download_that_broke_off_the_same_call_fetches_what_is_missing(
     served, monkeypatch
 ):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.local_folder("org/name", ["config.json"])
+    folder_of("org/name", ["config.json"])
     served.break_after = [4096, *[0] * 20]
     with pytest.raises(ConfigError, match=r"of org/name .* broke off .* that are missing\."):
-        hub.local_folder("org/name", ["*.json", "weights.bin"])
+        folder_of("org/name", ["*.json", "weights.bin"])
     served.break_after.clear()
     served.requests.clear()
-    folder = hub.local_folder("org/name", ["*.json", "weights.bin"])
+    folder = folder_of("org/name", ["*.json", "weights.bin"])
     assert Path(folder, "weights.bin").read_bytes() == bytes(range(256)) * 40
     assert "config.json" not in served.fetched()
 
@@ -112,7 +118,7 @@ def test_after_a_download_that_broke_off_the_same_call_fetches_what_is_missing(
 def test_refusals_are_one_line_with_the_remedy(served, tmp_path, monkeypatch):
     def refused(path):
         with pytest.raises(ConfigError) as caught:
-            hub.local_folder(path, ["config.json"])
+            folder_of(path, ["config.json"])
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -134,4 +140,4 @@ def test_a_full_disk(served, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     with pytest.raises(ConfigError, match="the disk is full; make room, or set HF_HOME"):
-        hub.local_folder("org/name", ["config.json"])
+        folder_of("org/name", ["config.json"])

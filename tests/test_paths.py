@@ -80,8 +80,6 @@ INTERNAL = {
     "train/loop.py: __init__",  # of the trainer; `run` reads the path
     "train/loop.py: _owned_together",
     "train/start.py: keep_files",
-    "weights/side_files.py",
-    "weights/run.py: __init__",  # `open_model` reads the path
 }
 
 
@@ -208,8 +206,8 @@ def test_a_refused_command_leaves_nothing(monkeypatch, tmp_path):
 
 def test_every_function_that_takes_a_path_reads_it_alike():
     """A public function of the package with a path calls `user_path`, or a function that does."""
-    readers = {"user_path", "Place", "open_model", "open_converted", "load_tokenizer"}
-    readers |= {"filesystem", "read_adapter", "load", "model_place"}
+    readers = {"user_path", "Place", "open_model", "load_tokenizer"}
+    readers |= {"read_adapter", "load", "model_place"}
     missing = []
     for path in sorted((paths.ROOT / "hunyuan_jax").rglob("*.py")):
         name = path.relative_to(paths.ROOT / "hunyuan_jax").as_posix()

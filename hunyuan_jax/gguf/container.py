@@ -8,14 +8,13 @@ NAME-0000i-of-0000N.gguf, has some of the tensors, and the first has the metadat
 
 import re
 import struct
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hunyuan_jax import files
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.gguf import blocks
+from hunyuan_jax.storage import Place
 
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32
@@ -29,13 +28,13 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 class Tensor(NamedTuple):
-    """One tensor: shape as in torch, rows first; kind one of blocks.KINDS; start in its file."""
+    """One tensor: shape as in torch, rows first; kind one of blocks.KINDS; start in `file`."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     start: int
-    path: str
+    file: Place
 
     @property
     def num_bytes(self) -> int:
@@ -51,40 +50,38 @@ class Header(NamedTuple):
 
 
 def files_of(path: str) -> list[str]:
-    """The paths of all files of the model that a GGUF file is the first of, by its name."""
+    """The names of all files of the model that a GGUF file is the first of, by its name."""
     part = _PART.fullmatch(path)
     if not part or int(part[2]) != 1:
         return [path]
     return [f"{part[1]}-{i:05d}-of-{part[3]}.gguf" for i in range(1, int(part[3]) + 1)]
 
 
-def read_model(path: str) -> Header:
+def read_model(file: Place) -> Header:
     """What is in a GGUF file, and in the others that it is the first of.
-
-    Args:
-      path: local, or an fsspec URL.
 
     Raises:
       ConfigError: as `read_header`; another file than the first, one that is missing or belongs
         to another model.
     """
-    first = read_header(path)
-    count, paths = first.fields.get("split.count", 0), files_of(path)
+    first = read_header(file)
+    folder, name = file.parent()
+    count, names = first.fields.get("split.count", 0), files_of(name)
     if count <= 1:
         return first
-    if len(paths) != count:
+    if len(names) != count:
         raise ConfigError(
-            f"{path} is part {first.fields.get('split.no', 0) + 1} of {count} of a model; give "
+            f"{file} is part {first.fields.get('split.no', 0) + 1} of {count} of a model; give "
             f"the first, of the name NAME-00001-of-{count:05d}.gguf, with the others beside it."
         )
     tensors = {}
-    for i, part_path in enumerate(paths):
-        part = read_header(part_path) if i else first
+    for i, name in enumerate(names):
+        part = read_header(folder.inside(name)) if i else first
         found = part.fields.get("split.no"), part.fields.get("split.count")
         twice = sorted(tensors.keys() & part.tensors.keys())
         if found != (i, count) or twice:
             raise ConfigError(
-                f"{part_path}: split.no and split.count are {found}"
+                f"{folder.inside(name)}: split.no and split.count are {found}"
                 + (f", and {twice[0]} is in an earlier part too" if twice else "")
                 + f"; part {i + 1} has {(i, count)}. Copy all parts of one model again."
             )
@@ -92,48 +89,43 @@ def read_model(path: str) -> Header:
     stated = first.fields.get("split.tensors.count", len(tensors))
     if stated != len(tensors):
         raise ConfigError(
-            f"{path}: the model has {stated} tensors, and its {count} files {len(tensors)}. Copy "
+            f"{file}: the model has {stated} tensors, and its {count} files {len(tensors)}. Copy "
             "all parts of one model again."
         )
     return Header(first.fields, tensors)
 
 
-def read_header(path: str) -> Header:
+def read_header(file: Place) -> Header:
     """What is in one GGUF file, without its tensors' values.
-
-    Args:
-      path: local, or an fsspec URL.
 
     Raises:
       ConfigError: no such file, another format, a truncated or damaged file, a kind of tensor that
         is not read.
     """
-    fs, root = files.filesystem(path, "the model")
-    if not fs.isfile(root):
+    if not file.is_file():
         raise ConfigError(
-            f"{path} is not a file; give the path of a GGUF file, with all its parts beside it."
+            f"{file} is not a file; give the path of a GGUF file, with all its parts beside it."
         )
-    size = fs.size(root)
-    return _parse(_Bytes(path, size, lambda a, b: fs.cat_file(root, start=a, end=b)))
+    return _parse(_Bytes(file))
 
 
 class _Bytes:
     """A cursor over the beginning of a file."""
 
-    def __init__(self, path: str, size: int, read: Callable[[int, int], bytes]):
-        self.path, self.size, self.position = path, size, 0
-        self._read, self._held = read, b""
+    def __init__(self, file: Place):
+        self.file, self.size, self.position = file, file.size(), 0
+        self._held = b""
 
     def take(self, num_bytes: int) -> bytes:
         end = self.position + num_bytes
         if end > self.size:
             raise ConfigError(
-                f"{self.path} is truncated or damaged: it has {self.size} bytes, and its header "
+                f"{self.file} is truncated or damaged: it has {self.size} bytes, and its header "
                 f"goes on to byte {end}. Copy the file again."
             )
         if end > len(self._held):
             wanted = min(self.size, max(end, 2 * len(self._held), _FIRST_BYTES))
-            self._held += self._read(len(self._held), wanted)
+            self._held += self.file.read(start=len(self._held), end=wanted)
         taken = self._held[self.position : end]
         self.position = end
         return taken
@@ -152,7 +144,7 @@ class _Bytes:
             return self.text()
         if kind != _ARRAY:
             raise ConfigError(
-                f"{self.path} is damaged: a field has the type {kind}, which GGUF does not have. "
+                f"{self.file} is damaged: a field has the type {kind}, which GGUF does not have. "
                 "Copy the file again."
             )
         kind, count = self.number("<u4"), self.number("<u8")
@@ -163,7 +155,7 @@ class _Bytes:
 
 
 def _parse(data: _Bytes) -> Header:
-    where = data.path
+    where = data.file.url
     if data.size < len(_MAGIC) or data.take(4) != _MAGIC:
         raise ConfigError(
             f"{where} is not a GGUF file: it does not begin with GGUF. Was it downloaded whole, "
@@ -193,7 +185,7 @@ def _parse(data: _Bytes) -> Header:
     first = -(-data.position // alignment) * alignment
     tensors = {}
     for name, shape, number, offset in found:
-        tensor = Tensor(name, _kind(where, name, number, shape), shape, first + offset, where)
+        tensor = Tensor(name, _kind(where, name, number, shape), shape, first + offset, data.file)
         if name in tensors or tensor.start + tensor.num_bytes > data.size:
             raise ConfigError(
                 f"{where} is truncated or damaged: {name} lies at bytes {tensor.start} to "

@@ -9,6 +9,8 @@ import json
 from typing import Any
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.gguf.container import read_header
+from hunyuan_jax.storage import HeldFiles, Place
 
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
@@ -53,6 +55,16 @@ def require_readable(where: str, fields: dict[str, Any]) -> str:
             f"{', '.join(_PATTERNS)} is read. Give another one with --tokenizer."
         )
     return _ALIASES.get(pre, pre)
+
+
+def folder(file: Place) -> HeldFiles:
+    """The tokenizer of a GGUF file as a folder.
+
+    Raises:
+      ConfigError: as `read_header` and `folder_files`.
+    """
+    fields = read_header(file).fields
+    return HeldFiles(file, folder_files(file.url, fields))
 
 
 def folder_files(where: str, fields: dict[str, Any]) -> dict[str, bytes]:

@@ -19,18 +19,16 @@ from hunyuan_jax.infer import speculate as proposers
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling, checked_ids
-from hunyuan_jax.layers import lora
 from hunyuan_jax.layers import loss as loss_lib
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel import rules, settings
-from hunyuan_jax.parallel.mesh import device_kind, single_device_mesh
+from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
-from hunyuan_jax.params.tree import join
 from hunyuan_jax.quant.array import is_quantized
-from hunyuan_jax.weights import few_bits, names, write
-from hunyuan_jax.weights import peft as peft_io
+from hunyuan_jax.storage import Place
+from hunyuan_jax.weights import names, write
+from hunyuan_jax.weights.load import load_params
 from hunyuan_jax.weights.open import Model, open_model
-from hunyuan_jax.weights.storage import Place
 
 
 class Pretrained:
@@ -318,9 +316,9 @@ def from_pretrained(
     the newest one of a training run.
 
     Args:
-      path: a folder with config.json and *.safetensors or pytorch_model*.bin, its id on the
-        Hugging Face hub (ORG/NAME or ORG/NAME@REVISION), the --output of an import, or the
-        --workdir of a run.
+      path: a folder with config.json and *.safetensors or pytorch_model*.bin, or a GGUF file; the
+        id of one on the Hugging Face hub (ORG/NAME or ORG/NAME@REVISION); the --output of an
+        import, or the --workdir of a run.
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the folder
         says.
       mesh: over which the weights and the work are spread (`parallel.mesh.make_mesh`); the first
@@ -356,30 +354,16 @@ def load(
     """As `from_pretrained`, of a model that is open already; limits: further fields of `Limits`
     for engines that leave them out.
     """
-    few_bits.check_method(opened.cfg, quantize, "quantize")
     defaults = {"cache_dtype": cache_dtype} | limits
     checked = Limits(**defaults)  # refused before the weights are read
     if checked.speculate in (None, *proposers.NUM_DRAFTS):
         proposers.without_model(checked, opened.cfg)
     else:
         _open_draft(checked.speculate, opened.cfg)
-    made = functools.partial(Pretrained, opened.cfg, defaults=defaults)
     mesh = single_device_mesh() if mesh is None else mesh
-    few_bits.check_product(quantize, device_kind(mesh), "quantize")
-    specs = abstract_model(opened.cfg, mesh)[1]
+    params = load_params(opened, mesh, quantize, "quantize", adapter)
     texts = None if opened.layout else {n: opened.place.read(n) for n in opened.others}
-    if adapter is None and (opened.is_quantized or quantize not in (None, few_bits.NUMBERS)):
-        params = few_bits.read(opened.cfg, specs, quantize, opened.tensor, opened.codes)
-        return made(params, opened.layout, mesh, texts)
-    params = opened.read(abstract.shardings(specs))
-    if adapter is not None:
-        adapted_cfg, adapters = peft_io.read_adapter(adapter, opened.cfg)
-        _, merged = lora.merge(adapted_cfg, join(params, adapters))
-        params = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
-        if quantize not in (None, few_bits.NUMBERS):
-            tensor = few_bits.of_params(params)
-            params = few_bits.read(opened.cfg, specs, quantize, tensor, lambda entry: None)
-    return made(params, opened.layout, mesh, texts)
+    return Pretrained(opened.cfg, params, opened.layout, mesh, texts, defaults)
 
 
 def _open_draft(path: str, cfg: ModelConfig) -> Model:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object
 
 if TYPE_CHECKING:
-    from hunyuan_jax.weights.storage import Place
+    from hunyuan_jax.storage import Place
 
 # Field -> its value where neither the caller nor the model folder states one.
 DEFAULTS = {
@@ -170,7 +169,7 @@ def read_sampling(folder: "Place") -> dict[str, float | int]:
     if not folder.is_file(_FILE):
         return {}
     path = f"{folder}/{_FILE}"
-    stated = json_object(path, folder.read(_FILE))
+    stated = folder.read_json(_FILE)
     found: dict[str, float | int] = {}
     for name in DEFAULTS:
         value = stated.get(name)

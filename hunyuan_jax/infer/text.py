@@ -291,7 +291,7 @@ def load(
       ConfigError: no model there, or no tokenizer that fits it.
     """
     opened = open_model(path, dtype)
-    vocabulary = load_tokenizer(tokenizer or opened.tokenizer_folder)
+    vocabulary = load_tokenizer(tokenizer or opened.tokenizer)
     if vocabulary.vocab_size > opened.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "

@@ -56,6 +56,15 @@ def names(target: str) -> tuple[str, str, str]:
     )
 
 
+def shapes(
+    target: str, w_dims: tuple[Any, ...], rank: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The dims of A and of B for those of W, sizes or names."""
+    _, lead, ins, _ = _DIMS[target]
+    first, last = len(lead), len(lead + ins)  # of the dims that it reads
+    return (*w_dims[:last], rank), (*w_dims[:first], rank, *w_dims[last:])
+
+
 def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
     """Gives a module adapters of those of its projections that are targets.  B is zero, so that
     training starts from the model as it is.
@@ -64,18 +73,11 @@ def declare(module: nnx.Module, cfg: ModelConfig, key: jax.Array) -> None:
         w_name, a_name, b_name = names(target)
         if not cfg.lora.rank or target not in cfg.lora.targets or not hasattr(module, w_name):
             continue
-        w, (_, lead, ins, _) = getattr(module, w_name), _DIMS[target]
-        first, last = len(lead), len(lead + ins)  # of the dims that it reads
-
-        def with_rank(dims, rank, lead=first, split=last):
-            return (*dims[:split], rank), (*dims[:lead], rank, *dims[split:])
-
-        (a_shape, b_shape), (a_dims, b_dims) = (
-            with_rank(w[...].shape, cfg.lora.rank),
-            with_rank(w.get_metadata("dims"), "rank"),
-        )
+        w, lead = getattr(module, w_name), _DIMS[target][1]
+        a_shape, b_shape = shapes(target, w[...].shape, cfg.lora.rank)
+        a_dims, b_dims = shapes(target, w.get_metadata("dims"), "rank")
         # The spread of the usual initialisation, uniform in +-1 / sqrt(entries of the input).
-        std = 1 / math.sqrt(3 * math.prod(a_shape[first:last]))
+        std = 1 / math.sqrt(3 * math.prod(a_shape[len(lead) : -1]))
         init = params.normal(target_key, std)
         setattr(module, a_name, params.param(a_shape, a_dims, init, params.Role.ADAPTER))
         setattr(module, b_name, params.param(b_shape, b_dims, params.zeros, params.Role.ADAPTER))

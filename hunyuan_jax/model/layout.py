@@ -9,6 +9,10 @@ from hunyuan_jax.layers.facts import Activations, Count, Sizes, Tensor
 from hunyuan_jax.layers.ffn import spark_facts, swiglu_facts
 from hunyuan_jax.layers.ffn.moe import facts as moe_facts
 from hunyuan_jax.layers.mixer import attention_facts, latent_facts
+from hunyuan_jax.params.roles import Role
+
+# Official name -> ours.
+_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 class LayerFacts(NamedTuple):
@@ -39,9 +43,16 @@ class LayerFacts(NamedTuple):
         return mixer, self.ffn.activation_bytes(cfg, sizes)
 
     def official_names(self, cfg: ModelConfig) -> list[Tensor]:
-        """Of the mixer, then of the feed-forward network."""
-        mixer = self.mixer.official_names(cfg, shares=self.shares)
-        return mixer + self.ffn.official_names(cfg)
+        """Of the mixer, of the feed-forward network, and of the norms before them."""
+        dims = (cfg.hidden_size,)
+        return [
+            *self.mixer.official_names(cfg, shares=self.shares),
+            *self.ffn.official_names(cfg),
+            *(
+                Tensor(f"{official}.weight", dims, f"{ours}/scale_D", dims, Role.NORM)
+                for official, ours in _NORMS.items()
+            ),
+        ]
 
 
 def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
@@ -60,13 +71,14 @@ def group_layout(cfg: ModelConfig) -> tuple[LayerFacts, ...]:
 
 class Location(NamedTuple):
     """Where a layer of the model is: the stack's name and config, the group in the stack, the
-    place in the group.
+    place in the group; facts: its kind.
     """
 
     name: str
     stack: ModelConfig
     group: int
     place: int
+    facts: LayerFacts
 
     @property
     def path(self) -> str:
@@ -77,7 +89,8 @@ class Location(NamedTuple):
 def locations(cfg: ModelConfig) -> list[Location]:
     """Of every layer from the bottom up; that of multi-token prediction is the last."""
     return [
-        Location(name, stack, *divmod(layer, stack.cla_share_factor))
+        Location(name, stack, group, place, facts)
         for name, stack in cfg.stacks.items()
-        for layer in range(stack.num_layers)
+        for group in range(stack.num_groups)
+        for place, facts in enumerate(group_layout(stack))
     ]

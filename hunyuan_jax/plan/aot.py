@@ -17,7 +17,7 @@ from hunyuan_jax.plan import hlo, hlo_text, kernel_speed, links, memory, timelin
 from hunyuan_jax.plan.timeline import Timeline
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import abstract_state, build_program
+from hunyuan_jax.train.state import build_program
 from pallas_kernels import tpu_compiler
 
 # The second bandwidth at which `plan` gives a step: 150 instead of 180 GB/s an axis of v5p.
@@ -133,7 +133,7 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
     start = time.perf_counter()
     program = build_program(config, make_mesh(config.mesh, devices), build_objective)
     lowered = step_lib.make_train_step(program).lower(
-        abstract_state(program), step_lib.abstract_batch(program)
+        program.state, step_lib.abstract_batch(program)
     )
     try:
         with tpu_compiler.without_cache():

@@ -26,7 +26,7 @@ from hunyuan_jax.parallel.mesh import AXES, resolve_sizes
 from hunyuan_jax.parallel.rules import RULES, first_that_divides
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.train import step as step_lib
-from hunyuan_jax.train.state import Program, abstract_state, build_program
+from hunyuan_jax.train.state import Program, build_program
 
 # Arrays of the size of one part's float32 logits that are alive at once: the logits, and their
 # gradient.
@@ -321,7 +321,7 @@ def _trace_state(config: Config, num_devices: int) -> _State:
     program = build_program(
         config, AbstractMesh(tuple(mesh_sizes(config, num_devices).values()), AXES)
     )
-    state = abstract_state(program)
+    state = program.state
     elements = [
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.taps)
     ]

@@ -79,7 +79,7 @@ class _Model:
     def __init__(self, cfg: OnlineConfig):
         self._cfg = cfg
         self._opened = open_model(cfg.reward_model)
-        self._tokenizer = load_tokenizer(self._opened.tokenizer_folder)
+        self._tokenizer = load_tokenizer(self._opened.tokenizer)
 
     def start(self, mesh: Mesh, seq_len: int) -> None:
         max_context = min(2 * seq_len, self._opened.cfg.max_position)

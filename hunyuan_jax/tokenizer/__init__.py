@@ -1,14 +1,14 @@
 """Text to token ids and back."""
 
 import codecs
+import os
 import pathlib
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from hunyuan_jax import hub
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import AnyPath, local_copy, user_path
+from hunyuan_jax.storage import HeldFiles, Place
 from hunyuan_jax.tokenizer.byte import ByteTokenizer
 from hunyuan_jax.tokenizer.files import read_settings
 from hunyuan_jax.tokenizer.hf import HfTokenizer
@@ -108,7 +108,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike | Place) -> Tokenizer:
     """Returns the tokenizer of a model folder or file; "byte" is the byte tokenizer.
 
     A folder has tokenizer.json or hy.tiktoken, and maybe a chat template (`files.read_settings`).
@@ -120,34 +120,23 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
     Raises:
       ConfigError: the path has no tokenizer, or a damaged one.
     """
-    if name_or_path == "byte":
+    if source == "byte":
         return ByteTokenizer()
-    path = user_path(name_or_path, "the tokenizer", AnyPath)
-    if path.endswith(".gguf"):
-        return _load_gguf(path)
-    path = hub.local_folder(path, hub.TOKENIZER_FILES)
-    if "://" not in path:
-        return _load(pathlib.Path(path))
-    folder, file = path.rsplit("/", 1) if path.endswith(_SUFFIXES) else (path, "")
-    with local_copy(folder, "the tokenizer", _SUFFIXES) as copy:
+    place = source
+    if not isinstance(source, Place):
+        place = Place(source, "the tokenizer", hub.TOKENIZER_FILES)
+    if place.url.endswith(".gguf") and not place.is_file("tokenizer.json"):
+        from hunyuan_jax.gguf import vocabulary
+
+        place = vocabulary.folder(place.file if isinstance(place, HeldFiles) else place)
+    file = ""
+    if not place.is_local and place.url.endswith(_SUFFIXES):
+        place, file = place.parent()
+    with place.local_copy(_SUFFIXES) as path:
         try:
-            return _load(copy / file)
+            return _load(path / file)
         except ConfigError as error:
-            raise ConfigError(str(error).replace(str(copy), folder)) from error
-
-
-def _load_gguf(path: str) -> Tokenizer:
-    from hunyuan_jax.gguf.container import read_header
-    from hunyuan_jax.gguf.vocabulary import folder_files
-
-    texts = folder_files(path, read_header(path).fields)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in texts.items():
-            pathlib.Path(folder, name).write_bytes(text)
-        try:
-            return _load(pathlib.Path(folder))
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(folder, path)) from error
+            raise ConfigError(str(error).replace(str(path), place.url)) from error
 
 
 def _load(path: pathlib.Path) -> Tokenizer:

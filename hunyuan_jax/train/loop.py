@@ -48,7 +48,6 @@ from hunyuan_jax.train.start import keep_files, read_weights
 from hunyuan_jax.train.state import (
     Program,
     TrainState,
-    abstract_state,
     build_program,
     convert,
     describe_base,
@@ -225,7 +224,7 @@ class _Trainer:
                     f"the text of config.data has changed since {self._workdir} was started: it "
                     f"was {before}, now {self._text}. Restore the text, or use another --workdir."
                 )
-            return to_items(abstract_state(with_state_dtype(self._program, facts["state_dtype"])))
+            return to_items(with_state_dtype(self._program, facts["state_dtype"]).state)
 
         with self._log.time("restore"):
             restored = self._store.restore_newest(target_of)

@@ -10,17 +10,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from hunyuan_jax import hub
-from hunyuan_jax.config import Config, LoraConfig, ModelConfig, from_dict, to_dict
+from hunyuan_jax.config import Config, ModelConfig, from_dict, to_dict
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import AnyPath, user_path
-from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.params import abstract
-from hunyuan_jax.weights import few_bits, side_files
-from hunyuan_jax.weights.gguf_file import SUFFIX
-from hunyuan_jax.weights.hub import model_place
+from hunyuan_jax.storage import Place
+from hunyuan_jax.weights import side_files
+from hunyuan_jax.weights.gguf_file import model_place
+from hunyuan_jax.weights.load import load_params
 from hunyuan_jax.weights.open import Model, open_model
-from hunyuan_jax.weights.storage import Place
 
 _MAX_SEQ_LEN = 4096  # of a recipe that leaves it open; that of the official fine-tuning script
 
@@ -100,7 +96,7 @@ def model_at(path: str, name: str = _INIT_FROM) -> tuple[ModelConfig, str]:
     """
     if not path.endswith(_RECIPE):
         opened = open_model(path)
-        return opened.cfg, opened.tokenizer_folder
+        return opened.cfg, str(opened.tokenizer)
     if not os.path.isfile(path):
         raise ConfigError(f"{name} = {path!r}: no such file.")
     values = runpy.run_path(path)["get_config"]().to_dict()
@@ -151,17 +147,9 @@ def read_weights(path: str, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """
     opened = weights_at(path, cfg.dtype if cfg.lora.rank else "float32")
     require_same_model(path, opened.cfg, cfg)
+    option = "config.model.lora.quantize"
+    params = load_params(opened, mesh, cfg.lora.quantize, option, is_frozen=True)
     # A layer of multi-token prediction that one of the two lacks is drawn, or left out.
-    stored = {"num_mtp_layers": opened.cfg.num_mtp_layers, "mtp_loss_weight": 0.0}
-    plain = dataclasses.replace(cfg, lora=LoraConfig(), **stored)
-    specs = abstract_model(plain, mesh)[1]
-    if cfg.lora.quantize != few_bits.NUMBERS:
-        few_bits.check_method(plain, cfg.lora.quantize, "config.model.lora.quantize")
-        params = few_bits.read(
-            plain, specs, cfg.lora.quantize, opened.tensor, opened.codes, is_frozen=True
-        )
-    else:
-        params = opened.read(abstract.shardings(specs))
     unused = () if cfg.num_mtp_layers else ("mtp", "mtp_groups")
     return {name: tree for name, tree in params.items() if name not in unused}
 
@@ -220,7 +208,7 @@ def keep_files(workdir: str | os.PathLike, config: Config) -> None:
         }
     texts = tokenizer | texts
     shutil.rmtree(os.path.join(workdir, side_files.FOLDER), ignore_errors=True)
-    target = side_files.place_of(workdir)
+    target = Place(workdir).inside(side_files.FOLDER)
     for name, text in texts.items():
         target.write(name, [text])
 
@@ -228,19 +216,15 @@ def keep_files(workdir: str | os.PathLike, config: Config) -> None:
 def _tokenizer_files(name: str) -> dict[str, bytes]:
     if name == "byte":
         return {}
-    path = user_path(name, "config.data.tokenizer", AnyPath)
-    if not path.endswith(SUFFIX):
-        path = hub.local_folder(path, hub.TOKENIZER_FILES)
-    folder, file = os.path.split(path)
-    place = Place(folder or ".")
-    if path.endswith(SUFFIX) or file not in place.sizes():
-        place, file = model_place(path), ""
-    elif not file.endswith(".json"):
+    place, file = model_place(name), ""
+    if place.is_file():
+        place, file = place.parent()
+    if file and not file.endswith(".json"):
         return {"hy.tiktoken": place.read(file)}
     # config.json says how many ids there are.
     texts = {
         n: place.read(n)
-        for n in sorted(place.sizes())
+        for n in sorted(place.names())
         if side_files.is_side_file(n) or n == "config.json"
     }
     return texts | ({"tokenizer.json": place.read(file)} if file else {})

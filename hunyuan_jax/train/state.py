@@ -21,6 +21,7 @@ from hunyuan_jax.optim.state_dtype import convert_state
 from hunyuan_jax.parallel import rules
 from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import join, part_like, path_of, split
+from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.train.objective import BuildObjective, Objective
 from hunyuan_jax.train.pretrain import Pretrain
 from hunyuan_jax.weights import few_bits
@@ -52,7 +53,7 @@ class Program(NamedTuple):
     tx: the optimizer.
     schedule: step -> learning rate.
     objective: defines the loss.
-    shardings: a NamedSharding for every leaf of the TrainState.
+    state: shape, dtype and sharding of every leaf of the TrainState, the target of a restore.
     taps: shape, dtype and sharding of the gradient of every trained parameter.
     """
 
@@ -63,8 +64,13 @@ class Program(NamedTuple):
     tx: Optimizer
     schedule: optax.Schedule
     objective: Objective
-    shardings: TrainState
+    state: TrainState
     taps: dict[str, Any]
+
+    @property
+    def shardings(self) -> TrainState:
+        """A NamedSharding for every leaf of the TrainState."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 
 def build_program(
@@ -88,7 +94,7 @@ def build_program(
     )
     by_path = {path_of(path): spec.sharding for path, spec in jax.tree.leaves_with_path(specs)}
 
-    def sharding(path, _):
+    def sharding(path):
         # A path ends in its parameter's, a moment's too; counts and scales stand alone.
         owners = [
             name
@@ -97,14 +103,23 @@ def build_program(
         ]
         return by_path[max(owners, key=len)] if owners else rules.sharding(mesh, ())
 
-    shardings = jax.tree.map_with_path(sharding, _state_shapes(config, tx, specs))
-    base = few_bits.with_base(config.model, specs, shardings.params)
-    shardings = shardings._replace(
-        params=jax.tree.map(lambda leaf: getattr(leaf, "sharding", leaf), base)
+    def placed(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(path))
+
+    params = few_bits.with_base(config.model, specs, abstract.structs(specs))
+    shapes = jax.eval_shape(lambda params: _new_state(config, tx, specs, params), params)
+    state = jax.tree.map_with_path(placed, shapes)
+    # What is in few bits says itself where it lies.
+    held = jax.tree.map(
+        lambda base, leaf: base if is_quantized(base) else leaf,
+        params,
+        state.params,
+        is_leaf=is_quantized,
     )
+    state = state._replace(params=held)
     taps = jax.tree.map(lambda spec: spec.struct(spec.dtype_in_use(config.model.dtype)), trained)
     objective = build_objective(config)
-    return Program(config, mesh, graph_def, specs, tx, schedule, objective, shardings, taps)
+    return Program(config, mesh, graph_def, specs, tx, schedule, objective, state, taps)
 
 
 def init_state(program: Program, weights: dict[str, Any] | None = None) -> TrainState:
@@ -168,14 +183,6 @@ def describe_base(program: Program, params: dict[str, Any]) -> str:
     return (
         f"base in {cfg.lora.quantize}: {held / 2**20:,.1f} MiB held, {dense / 2**20:,.1f} MiB as "
         f"numbers in {cfg.dtype}; adapters {added / 2**20:,.1f} MiB."
-    )
-
-
-def abstract_state(program: Program) -> TrainState:
-    """Returns the state's shapes, dtypes and shardings, the target of a restore."""
-    state = _state_shapes(program.config, program.tx, program.specs)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, program.shardings
     )
 
 
@@ -246,8 +253,3 @@ def _new_state(
     trained, _ = split(params, specs)
     ema = jax.tree.map(jnp.copy, trained) if config.train.ema_decay else {}
     return TrainState(params, tx.init(trained), jnp.zeros((), jnp.int32), new_guard(), ema)
-
-
-def _state_shapes(config: Config, tx: Optimizer, specs: dict[str, Any]) -> TrainState:
-    params = few_bits.with_base(config.model, specs, abstract.structs(specs))
-    return jax.eval_shape(lambda params: _new_state(config, tx, specs, params), params)

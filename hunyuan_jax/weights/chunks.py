@@ -8,17 +8,15 @@ of a conversion.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.params.roles import KEPT_ROLES
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import names as table
-from hunyuan_jax.weights.storage import Place
 
 _MAX_CHUNK_BYTES = 16 << 20
 _ZARR_DTYPES = {np.dtype(np.float32): "<f4", np.dtype(ml_dtypes.bfloat16): "bfloat16"}
@@ -78,22 +76,17 @@ class Param(NamedTuple):
         return json.dumps(about).encode()
 
 
-def params_of(cfg: ModelConfig) -> dict[str, Param]:
-    """Every parameter of a checkpoint by its path."""
-    found = {}
-    for entry in table.entries(cfg):
-        dtype = (
-            np.dtype(np.float32)
-            if entry.role in KEPT_ROLES
-            else np.dtype(getattr(ml_dtypes, cfg.dtype, cfg.dtype))
-        )
-        found[entry.path] = Param(
+def params_of(entries: Iterable[table.Entry], dtype: str) -> dict[str, Param]:
+    """Every parameter of a checkpoint of `dtype` by its path."""
+    return {
+        entry.path: Param(
             entry.path.replace("/", "."),
-            table.stacked_shape(entry, cfg),
+            entry.stacked,
             entry.our_shape,
-            dtype,
+            table.dtype_of(entry, dtype),
         )
-    return found
+        for entry in entries
+    }
 
 
 def tree_metadata(params: dict[str, Param]) -> bytes:

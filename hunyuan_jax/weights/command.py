@@ -66,10 +66,11 @@ def export(values) -> int:
         print(f"{values.output}: complete, {num_bytes / 1e9:.3f} GB.")
         return 0
     if values.adapter:
+        from hunyuan_jax.storage import Place
         from hunyuan_jax.weights import peft
         from hunyuan_jax.weights.run import Run
 
-        run = Run(values.checkpoint)
+        run = Run(Place(values.checkpoint, "--checkpoint"))
         model_cfg, params = run.read_adapters()
         peft.write_adapter(values.output, model_cfg, params, run.config.train.init_from)
         if warning := peft.peft_warning(model_cfg):
@@ -86,7 +87,7 @@ def export(values) -> int:
     flags.Option(
         "checkpoint",
         AnyPath,
-        "Model folder, hub id, converted checkpoint or workdir of a run.",
+        "Model folder, GGUF file, hub id, converted checkpoint or workdir of a run.",
         is_required=True,
     ),
     _OUTPUT,

@@ -4,7 +4,7 @@ read, one matrix at a time.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import in_order
 from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.codes import FP8, GROUP, METHODS, Codes, dequantized, quantize
-from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names
 from pallas_kernels.chips import has_fp8_product, has_int8_product
 
@@ -40,11 +39,11 @@ def is_quantizable(entry: names.Entry, with_head: bool = False) -> bool:
     return with_head and (entry.role == Role.EMBEDDING or entry.path == "lm_head/w_VD")
 
 
-def group_of(cfg: ModelConfig) -> int:
+def group_of(entries: Iterable[names.Entry]) -> int:
     """Inputs of one scale of int4: 128, or less where that does not divide those of every matrix
     (transformers and vLLM know one size for a model).
     """
-    widths = [entry.shape[1] for entry in names.entries(cfg) if is_quantizable(entry)]
+    widths = [entry.shape[1] for entry in entries if is_quantizable(entry)]
     return math.gcd(GROUP, *widths)
 
 
@@ -78,7 +77,8 @@ def check_product(method: str | None, device_kind: str, option: str) -> None:
 
 
 def read(
-    cfg: ModelConfig,
+    entries: Sequence[names.Entry],
+    dtype: str,
     specs: dict[str, Any],
     method: str | None,
     tensor: Callable[[names.Entry], np.ndarray],
@@ -89,7 +89,7 @@ def read(
     """The parameters of a model, quantised ones as QuantArrays, on the devices of `specs`.
 
     Args:
-      cfg: of the model.
+      entries, dtype: of the model.
       specs: nested dict of their `ParamSpec`s.
       method: one of CHOICES; None keeps integer codes of a folder, and dequantises FP8.
       tensor: an official tensor as numbers.
@@ -99,11 +99,8 @@ def read(
     Raises:
       ConfigError: entries that are not finite, matrices of one parameter in different kinds.
     """
-    entries: dict[str, list[names.Entry]] = {}
-    for entry in names.entries(cfg):
-        entries.setdefault(entry.path, []).append(entry)
-
-    group = group_of(cfg)
+    by_path = names.by_path(entries)
+    group = group_of(entries)
     with_head, method = (method or "").endswith(_HEAD), method and method.removesuffix(_HEAD)
     rounds_inputs, method = method in _ROUNDS_INPUTS, _ROUNDS_INPUTS.get(method, method)
 
@@ -120,7 +117,7 @@ def read(
         return quantize(entry.name, dense, method, group)
 
     def one(path: tuple, spec: ParamSpec) -> Any:
-        found = entries[path_of(path)]
+        found = by_path[path_of(path)]
         made = {entry.index: value for entry, value in in_order(few_bits, found)}
         missing = [index for index, value in made.items() if value is None]
         if not missing:
@@ -133,11 +130,10 @@ def read(
                 f"{len(missing)} are numbers, such as that at {missing[0]}. Layers and experts of "
                 "one kind must have one method; use --quantize=none to compute with numbers."
             )
-        dtype = official.dtype_of(found[0], cfg.dtype)
-        array = np.empty(spec.shape, dtype)
+        array = np.empty(spec.shape, names.dtype_of(found[0], dtype))
         for entry in found:
             ours = names.to_ours(tensor(entry), entry, entry.our_shape)
-            array[entry.index] = ours.astype(dtype, copy=False)
+            array[entry.index] = ours.astype(array.dtype, copy=False)
         return jax.make_array_from_callback(array.shape, spec.sharding, lambda i: array[i])
 
     return jax.tree.map_with_path(one, specs)
@@ -149,18 +145,16 @@ def abstract(
     """What `read` gives for a method or None, as shapes, dtypes and shardings; adapters too.
     EasyQuant's outliers are left out.
     """
-    first: dict[str, names.Entry] = {}
-    for entry in names.entries(cfg):
-        first.setdefault(entry.path, entry)
-    group = group_of(cfg)
+    entries = names.entries(cfg)
+    by_path, group = names.by_path(entries), group_of(entries)
     rounds_inputs, method = method in _ROUNDS_INPUTS, _ROUNDS_INPUTS.get(method, method)
 
     def one(path: tuple, spec: ParamSpec) -> Any:
         if spec.role is Role.ADAPTER:
             return spec.struct()
-        entry = first[path_of(path)]
+        entry = by_path[path_of(path)][0]
         if method is None or not is_quantizable(entry):
-            return spec.struct(official.dtype_of(entry, cfg.dtype))
+            return spec.struct(names.dtype_of(entry, cfg.dtype))
         num_out, num_in = entry.shape
         num_groups = num_in // group if method == "int4" else 1
         codes = Codes(

@@ -10,19 +10,17 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import json_object
-from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.quant.codes import Codes
+from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer.files import stop_ids
 from hunyuan_jax.weights import hf_config, hf_spelling, names, quantized, shards
 from hunyuan_jax.weights.shards import DTYPES, Stored, listed
-from hunyuan_jax.weights.storage import Place
 
 # Scales of activations and caches, which the model does not use.
 _OTHER_SCALES = (".input_scale", ".kv_scale", ".k_scale", ".v_scale")
@@ -86,8 +84,7 @@ class OfficialFolder:
           ConfigError: no config, what `from_hf`, `quantized` and `shards.find` refuse.
         """
         self.place = place
-        sizes = place.sizes()
-        if "config.json" not in sizes:
+        if not place.is_file("config.json"):
             nearest = place.nearest()
             raise ConfigError(
                 f"{place} is not a model folder: it has no config.json. "
@@ -99,6 +96,8 @@ class OfficialFolder:
         self.config = json_object(f"{place}/config.json", self.config_bytes)
         # What cannot be loaded is refused before headers are read.
         require_loadable(self.config)
+        shards.fetch(place)
+        sizes = place.sizes()
         self.scheme = quantized.scheme_of(self.config)
         found = shards.find(place, sizes, self.scheme.method)
         self.tensors, self.headers = found.tensors, found.headers
@@ -264,14 +263,14 @@ def plan(folder: OfficialFolder, dtype: str | None) -> Plan:
         )
     if problems:
         raise ConfigError(f"{folder.place}: " + "; ".join(problems) + ".")
-    target = dtype_of(next(iter(pieces)), cfg.dtype)
+    target = names.dtype_of(next(iter(pieces)), cfg.dtype)
     if head:
         _check_tied_head(folder, head)
         dropped.append(head)
     cast = [
         entry.name
         for entry, piece in pieces.items()
-        if piece.stored.dtype != target and not is_router(entry)
+        if piece.stored.dtype != target and not names.is_router(entry)
     ]
     is_exact = (
         bool(folder.headers)
@@ -291,31 +290,19 @@ def read_params(folder: OfficialFolder, plan: Plan, shardings: dict[str, Any]) -
     """The parameters of a folder, each in the memory of this process as a whole until it is on the
     devices of `shardings`.
     """
-    entries: dict[str, list[names.Entry]] = {}
-    for entry in plan.pieces:
-        entries.setdefault(entry.path, []).append(entry)
+    by_path = names.by_path(plan.pieces)
 
     def read(path, sharding):
-        found = entries[path_of(path)]
+        found = by_path[path_of(path)]
         shape = found[0].our_shape
-        dtype = dtype_of(found[0], plan.cfg.dtype)
-        array = np.empty((*names.stacked_shape(found[0], plan.cfg), *shape), dtype)
+        dtype = names.dtype_of(found[0], plan.cfg.dtype)
+        array = np.empty((*found[0].stacked, *shape), dtype)
         for entry in found:
             tensor = folder.read(plan.pieces[entry], dtype)
             array[entry.index] = names.to_ours(tensor, entry, shape)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map_with_path(read, shardings)
-
-
-def dtype_of(entry: names.Entry, dtype: str) -> np.dtype:
-    """Of the parameter of an entry in a model of `dtype`: the router is float32 always."""
-    return np.dtype(np.float32 if is_router(entry) else getattr(ml_dtypes, dtype, dtype))
-
-
-def is_router(entry: names.Entry) -> bool:
-    """Whether it is the router's matrix, or the bias on its choice."""
-    return entry.role in KEPT_ROLES
 
 
 def with_stored_layers(cfg: ModelConfig, folder: OfficialFolder) -> ModelConfig:
@@ -340,7 +327,7 @@ def with_stop_ids(cfg: ModelConfig, place: Place) -> ModelConfig:
     if not place.is_file("generation_config.json"):
         return cfg
     where = f"{place}/generation_config.json"
-    fields = json_object(where, place.read("generation_config.json"))
+    fields = place.read_json("generation_config.json")
     found = stop_ids(where, fields.get("eos_token_id"))
     return dataclasses.replace(cfg, eos_token_ids=found or cfg.eos_token_ids)
 

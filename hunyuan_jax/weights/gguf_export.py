@@ -12,11 +12,11 @@ from hunyuan_jax.files import AnyPath, user_path
 from hunyuan_jax.gguf import blocks, container, vocabulary
 from hunyuan_jax.params.roles import Role
 from hunyuan_jax.progress import Meter, in_order
+from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer.hy_json import json_files
 from hunyuan_jax.weights import gguf_model, names
 from hunyuan_jax.weights.gguf_file import SUFFIX
 from hunyuan_jax.weights.open import Model, open_model
-from hunyuan_jax.weights.storage import Place
 
 # Number of general.file_type, and the kind of embedding and head, by the kind of matrices.
 KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}

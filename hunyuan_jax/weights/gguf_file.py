@@ -12,14 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hunyuan_jax import hub
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import AnyPath, filesystem, user_path
 from hunyuan_jax.gguf import blocks, container, vocabulary
+from hunyuan_jax.storage import HeldFiles, Place
 from hunyuan_jax.weights import gguf_model, hf_config, names, write
-from hunyuan_jax.weights.storage import Place
 
 SUFFIX = ".gguf"
+# What an import and an export take along beside the weights.
+_BESIDE_WEIGHTS = (*hub.TOKENIZER_FILES, "*.py", "*.txt", "LICENSE*", "License*", "NOTICE*")
+_BESIDE_WEIGHTS += ("Notice*",)
 _WEIGHTS = "model.safetensors"
 
 
@@ -45,44 +48,50 @@ class _Part(NamedTuple):
         return int(np.prod(self.shape[1:])) * self.dtype.itemsize
 
 
-class GgufFile(Place):
+def model_place(path: str | os.PathLike) -> Place:
+    """The folder of a model, or its GGUF file seen as one.  Of a hub id the files beside the
+    weights are fetched.
+
+    Raises:
+      ConfigError: as `Place` and `GgufFile`.
+    """
+    place = Place(path, patterns=_BESIDE_WEIGHTS)
+    if not place.url.endswith(SUFFIX):
+        return place
+    folder, file = place.parent()
+    folder.fetch(container.files_of(file))
+    return GgufFile(place)
+
+
+class GgufFile(HeldFiles):
     """A GGUF file as a `Place`, which can only be read."""
 
-    def __init__(self, path: str | os.PathLike):
-        """Reads the headers; `path` is the first file of a split model.
+    def __init__(self, file: Place):
+        """Reads the headers; `file` is the first one of a split model.
 
         Raises:
           ConfigError: as `container.read_model` and `gguf_model.config_of`.
         """
-        super().__init__(user_path(path, "the model", AnyPath))
-        found = container.read_model(self.url)
-        cfg = gguf_model.config_of(self.url, found)
+        found = container.read_model(file)
+        cfg = gguf_model.config_of(file.url, found)
         parts = _parts(found, gguf_model.tensors_of(cfg), cfg)
         parts.sort(key=lambda part: -part.dtype.itemsize)  # as `write.header` says
         head = write.header([(part.name, part.dtype, part.shape) for part in parts])
         ends = np.cumsum([len(head), *(part.shape[0] * part.row_bytes for part in parts)])
         self._parts, self._head, self._ends = parts, head, ends.tolist()
-        self._files = {"config.json": write.as_json(hf_config.to_hf(cfg))}
+        texts = {"config.json": write.as_json(hf_config.to_hf(cfg))}
         # Of another kind of tokenizer `load_tokenizer` says so; the weights can be used without.
         with contextlib.suppress(ConfigError):
-            self._files |= vocabulary.folder_files(self.url, found.fields)
+            texts |= vocabulary.folder_files(file.url, found.fields)
+        super().__init__(file, texts)
 
-    def is_file(self, name: str) -> bool:
-        """See `Place.is_file`."""
-        return name in self.sizes()
+    def _listed(self, folder: str) -> dict[str, int]:
+        return super()._listed(folder) | ({} if folder else {_WEIGHTS: self._ends[-1]})
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """See `Place.sizes`."""
-        if folder:
-            return {}
-        return {name: len(text) for name, text in self._files.items()} | {_WEIGHTS: self._ends[-1]}
-
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+    def read(self, name: str = "", start: int | None = None, end: int | None = None) -> bytes:
         """See `Place.read`."""
-        if name in self._files:
-            return self._files[name][start:end]
         if name != _WEIGHTS:
-            raise FileNotFoundError(f"{self}/{name}")
+            return super().read(name, start, end)
         start, end = start or 0, self._ends[-1] if end is None else min(end, self._ends[-1])
         pieces = [self._head[start:end]] if start < len(self._head) else []
         at = max(start, len(self._head))
@@ -100,11 +109,8 @@ class GgufFile(Place):
             first, last = 0, part.shape[0]
         row_bytes = blocks.num_bytes(part.tensor.kind, part.shape) // part.shape[0]
         begin = part.tensor.start + part.start
-        _, file = filesystem(part.tensor.path, "the model")
-        raw = self._fs.cat_file(
-            file, start=begin + first * row_bytes, end=begin + last * row_bytes
-        )
-        where = f"{part.tensor.path}: {part.tensor.name}"
+        raw = part.tensor.file.read(start=begin + first * row_bytes, end=begin + last * row_bytes)
+        where = f"{part.tensor.file}: {part.tensor.name}"
         numbers = blocks.numbers_of(where, part.tensor.kind, raw)
         if part.num_heads:
             numbers = gguf_model.halves(numbers.reshape(part.shape), part.num_heads).reshape(-1)

@@ -4,14 +4,15 @@ names).
 Only this file knows that torch linears are [out, in].
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from hunyuan_jax.config import ModelConfig
-from hunyuan_jax.layers.facts import Tensor
-from hunyuan_jax.model.layout import Location, group_layout, locations
-from hunyuan_jax.params.roles import Role
+from hunyuan_jax.model.layout import locations
+from hunyuan_jax.params.roles import KEPT_ROLES, Role
 from hunyuan_jax.quant.array import dequantized, is_quantized
 
 
@@ -22,7 +23,8 @@ class Entry(NamedTuple):
     path: '/'-joined path of our parameter; index: position of the tensor in its leading (stacked)
     dims.
     is_transposed: whether ours is [in, out] (with `in` or `out` split into heads); role: that of
-    our parameter; our_shape: of the tensor in our layout, without the stacked dims.
+    our parameter; our_shape: of the tensor in our layout, without the stacked dims; stacked: the
+    sizes of those, groups and experts.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Entry(NamedTuple):
     is_transposed: bool
     role: Role
     our_shape: tuple[int, ...]
+    stacked: tuple[int, ...] = ()
 
 
 def entries(cfg: ModelConfig) -> list[Entry]:
@@ -48,8 +51,22 @@ def entries(cfg: ModelConfig) -> list[Entry]:
             (V, D),
         )
     ]
-    for layer, location in enumerate(locations(cfg)):
-        table += _layer(layer, location)
+    for layer, at in enumerate(locations(cfg)):
+        stacked = (at.stack.num_groups, at.stack.moe.num_experts)
+        for tensor in at.facts.official_names(at.stack):
+            index = (at.group,) if tensor.expert is None else (at.group, tensor.expert)
+            table.append(
+                Entry(
+                    f"model.layers.{layer}.{tensor.name}",
+                    tensor.shape,
+                    f"{at.path}/{tensor.path}",
+                    index,
+                    tensor.is_transposed,
+                    tensor.role,
+                    tensor.our_shape,
+                    stacked[: len(index)],
+                )
+            )
     if cfg.num_mtp_layers:
         table += _mtp(cfg)
     table.append(
@@ -60,6 +77,24 @@ def entries(cfg: ModelConfig) -> list[Entry]:
             Entry("lm_head.weight", (V, D), "lm_head/w_VD", (), False, Role.MATRIX, (V, D))
         )
     return table
+
+
+def dtype_of(entry: Entry, dtype: str) -> np.dtype:
+    """Of the parameter of an entry in a model of `dtype`: the router is float32 always."""
+    return np.dtype(np.float32 if is_router(entry) else getattr(ml_dtypes, dtype, dtype))
+
+
+def is_router(entry: Entry) -> bool:
+    """Whether it is the router's matrix, or the bias on its choice."""
+    return entry.role in KEPT_ROLES
+
+
+def by_path(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """The entries that each of our parameters consists of."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.path, []).append(entry)
+    return found
 
 
 def to_ours(tensor: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
@@ -91,38 +126,6 @@ def read_tensor(params: dict[str, Any], entry: Entry) -> np.ndarray:
         dense = np.asarray(dequantized(matrix, np.float32))
         return np.ascontiguousarray(dense if matrix.is_out_first else dense.T)
     return to_official(np.asarray(node[entry.index] if entry.index else node), entry)
-
-
-def stacked_shape(entry: Entry, cfg: ModelConfig) -> tuple[int, ...]:
-    """The leading dims of our parameter that `entry.index` points into: groups, experts."""
-    if not entry.index:
-        return ()
-    stack = cfg.stacks[entry.path.split("/")[0]]
-    return (stack.num_groups, stack.moe.num_experts)[: len(entry.index)]
-
-
-def _layer(layer: int, location: Location) -> list[Entry]:
-    cfg, group = location.stack, location.group
-    D, facts = cfg.hidden_size, group_layout(cfg)[location.place]
-    norms = [
-        Tensor(f"{official}.weight", (D,), f"{ours}/scale_D", (D,), Role.NORM)
-        for official, ours in (
-            ("input_layernorm", "attn_norm"),
-            ("post_attention_layernorm", "mlp_norm"),
-        )
-    ]
-    return [
-        Entry(
-            f"model.layers.{layer}.{tensor.name}",
-            tensor.shape,
-            f"{location.path}/{tensor.path}",
-            (group,) if tensor.expert is None else (group, tensor.expert),
-            tensor.is_transposed,
-            tensor.role,
-            tensor.our_shape,
-        )
-        for tensor in facts.official_names(cfg) + norms
-    ]
 
 
 def _mtp(cfg: ModelConfig) -> list[Entry]:

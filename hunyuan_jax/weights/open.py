@@ -3,19 +3,17 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object
 from hunyuan_jax.quant.codes import Codes
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import folder as official
-from hunyuan_jax.weights import names, shards, stream, write
-from hunyuan_jax.weights.hub import model_place
-from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.weights import names, stream, write
+from hunyuan_jax.weights.gguf_file import model_place
 
 _EXPORTING = "export.json"
 
@@ -23,15 +21,17 @@ _EXPORTING = "export.json"
 class Model(Protocol):
     """A model in files, of which nothing but headers has been read.
 
-    cfg: with the dtype in which it is read; place: where its other files lie; tokenizer_folder:
-    what `load_tokenizer` takes; layout: in which it is written as an official folder, None if it
-    never was one; others: names of the files in `place` that are copied with it; fingerprint:
-    tells models apart; is_quantized: whether some of its tensors have codes.
+    cfg: with the dtype in which it is read; entries: its official tensors; place: where its
+    other files lie; tokenizer: what `load_tokenizer` takes; layout: in which it is written as an
+    official folder, None if it never was one; others: names of the files in `place` that are
+    copied with it; fingerprint: tells models apart; is_quantized: whether some of
+    its tensors have codes.
     """
 
     cfg: ModelConfig
+    entries: Sequence[names.Entry]
     place: Place
-    tokenizer_folder: str
+    tokenizer: Place | str
     layout: write.Layout | None
     others: Sequence[str]
     fingerprint: str
@@ -55,7 +55,7 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
 
     Args:
       path: the workdir of a run, the --output of an import, a folder with config.json and
-        *.safetensors or pytorch_model*.bin, or the hub id of one (`hub.hub_id`).
+        *.safetensors or pytorch_model*.bin, a GGUF file, or the hub id of one (`hub.hub_id`).
       dtype: "float32" or "bfloat16" for parameters and activations; None keeps what the path says.
         The router is float32 always.
 
@@ -65,10 +65,10 @@ def open_model(path: str | os.PathLike, dtype: str | None = None) -> Model:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype = {dtype!r}; use 'float32', 'bfloat16' or None.")
     place = model_place(path)
-    if place.is_local and Path(place.path("checkpoints")).is_dir():
+    if place.is_local and os.path.isdir(place.path("checkpoints")):
         from hunyuan_jax.weights.run import Run  # with orbax, which takes a second to import
 
-        return Run(place.path(), dtype)
+        return Run(place, dtype)
     return (Converted if place.is_file(stream.ABOUT) else Official)(place, dtype)
 
 
@@ -79,7 +79,7 @@ class Official:
         self._folder = official.OfficialFolder(place)
         self._plan = official.plan(self._folder, dtype)
         self.cfg, self.place = official.with_stop_ids(self._plan.cfg, place), place
-        self.tokenizer_folder = str(place)
+        self.tokenizer, self.entries = place, list(self._plan.pieces)
         self.layout = write.layout_of(self._folder, self._plan)
         self.others = self._folder.others
         self.is_quantized = any(piece.parts for piece in self._plan.pieces.values())
@@ -95,7 +95,7 @@ class Official:
 
     def tensor(self, entry: names.Entry) -> np.ndarray:
         """See `Model.tensor`."""
-        dtype = official.dtype_of(entry, self.cfg.dtype)
+        dtype = names.dtype_of(entry, self.cfg.dtype)
         return self._folder.read(self._plan.pieces[entry], dtype)
 
     def codes(self, entry: names.Entry) -> Codes | None:
@@ -109,12 +109,12 @@ class Converted:
     is_quantized = False
 
     def __init__(self, place: Place, dtype: str | None):
-        self._converted = stream.open_converted(place.url)
+        self._converted = stream.open_converted(place)
         cfg = self._converted.cfg
         self.cfg = official.with_stop_ids(
             dataclasses.replace(cfg, dtype=dtype or cfg.dtype), place
         )
-        self.place, self.tokenizer_folder = place, str(place)
+        self.place, self.tokenizer, self.entries = place, place, self._converted.entries
         self.layout = stream.layout_of(self._converted, self.cfg)
         self.others = self._converted.about["copied"]
         self.fingerprint = self._converted.about["fingerprint"]
@@ -147,19 +147,8 @@ def export_model(checkpoint: str | os.PathLike, output: str | os.PathLike) -> in
     copied = {name: model.place.read(name) for name in model.others}
     layout = layout._replace(texts=copied | layout.texts)
     claim = {"fingerprint": model.fingerprint, "dtype": model.cfg.dtype}
-    found = set(target.sizes())
-    if _EXPORTING in found:
-        if json_object(f"{target}/{_EXPORTING}", target.read(_EXPORTING)) != claim:
-            raise ConfigError(
-                f"{target} holds an unfinished export of another checkpoint; use another "
-                "--output, or delete it."
-            )
-    elif found:
-        raise ConfigError(
-            f"{target} is not empty: it holds {shards.listed(sorted(found))}; use another "
-            "--output."
-        )
-    written = found & layout.headers.keys()  # what has its name is whole
+    found = write.check_claim(target, _EXPORTING, claim, "export of another checkpoint")
+    written = found.keys() & layout.headers.keys()  # what has its name is whole
     target.check_space(sum(layout.num_bytes(file) for file in layout.headers.keys() - written))
     target.write(_EXPORTING, [write.as_json(claim)])
     num_written = write.write_folder(target, layout, model.cfg, model.tensor, written)

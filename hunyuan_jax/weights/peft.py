@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ import safetensors.numpy
 from hunyuan_jax import hub
 from hunyuan_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import AnyPath, json_object, user_path, write_whole
+from hunyuan_jax.files import user_path, write_whole
 from hunyuan_jax.layers import lora
-from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights import shards
-from hunyuan_jax.weights.storage import Place
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -81,7 +80,8 @@ def write_adapter(
     """
     folder = Path(user_path(folder, "--output"))
     tensors = {}
-    for entry, target in _projections(cfg):
+    projections = _projections(table.entries(cfg), cfg.lora.targets)
+    for entry, target in projections:
         for name, part in zip(lora.names(target)[1:], "AB", strict=True):
             array = np.asarray(_leaf(params, entry, name))[entry.index].astype(np.float32)
             # Ours are [in, r] and [r, out], torch's [r, in] and [out, r].
@@ -103,7 +103,7 @@ def write_adapter(
             "lora_dropout": 0.0,
             "r": cfg.lora.rank,
             "target_modules": list(
-                dict.fromkeys(_MODULE.search(entry.name)[0] for entry, _ in _projections(cfg))
+                dict.fromkeys(_MODULE.search(entry.name)[0] for entry, _ in projections)
             ),
             "task_type": "CAUSAL_LM",
         }
@@ -136,33 +136,30 @@ def peft_warning(cfg: ModelConfig) -> str | None:
 
 
 def read_adapter(
-    folder: str | os.PathLike, cfg: ModelConfig
+    folder: str | os.PathLike, cfg: ModelConfig, entries: Sequence[table.Entry]
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """(config with the adapter's lora section, the adapters as a nested dict of numpy arrays) for
-    a model of `cfg`.
+    a model of `cfg`, whose official tensors are `entries`.
 
     Raises:
       ConfigError: no adapter there, one that does more than LoRA on projections, or tensors that
         do not fit the model, by name.
     """
-    place = Place(
-        hub.local_folder(user_path(folder, "adapter", AnyPath), (_CONFIG, _WEIGHTS, _PICKLE))
-    )
+    place = Place(folder, "adapter", (_CONFIG, _WEIGHTS, _PICKLE))
     rank, alpha, targeted = _settings(place)
     weights, tensors = _read_tensors(place)
     projections = {
         entry.name.removesuffix(".weight"): target
-        for entry, target in _projections(cfg, LORA_TARGETS)
+        for entry, target in _projections(entries, LORA_TARGETS)
     }
-    modules = _modules(f"{place}/{_CONFIG}", targeted, cfg, projections)
+    modules = _modules(f"{place}/{_CONFIG}", targeted, entries, projections)
     held = {projections[name] for name in modules}
     cfg = dataclasses.replace(
         cfg, lora=LoraConfig(rank, alpha, tuple(t for t in LORA_TARGETS if t in held))
     )
-    shapes = abstract_model(cfg, single_device_mesh())[1]
     wanted = {
         _tensor_name(entry.name, part): (entry, target, part)
-        for entry, target in _projections(cfg)
+        for entry, target in _projections(entries, cfg.lora.targets)
         for part in "AB"
         if entry.name.removesuffix(".weight") in modules
     }
@@ -178,7 +175,8 @@ def read_adapter(
                 f"{shape}."
             )
         leaf = lora.names(target)["AB".index(part) + 1]
-        whole = _leaf(shapes, entry, leaf).shape
+        groups, *w_dims = (*entry.stacked, *entry.our_shape)
+        whole = (groups, *lora.shapes(target, tuple(w_dims), rank)["AB".index(part)])
         node = params
         for key in entry.path.split("/")[:-1]:
             node = node.setdefault(key, {})
@@ -194,13 +192,11 @@ def read_adapter(
 
 
 def _projections(
-    cfg: ModelConfig, targets: tuple[str, ...] | None = None
+    entries: Sequence[table.Entry], targets: tuple[str, ...]
 ) -> list[tuple[table.Entry, str]]:
-    """The official weights that have an adapter, each with its target; `targets` other than those
-    of `cfg`.
-    """
-    found = [(entry, _TARGETS.get(entry.path.rsplit("/", 1)[1])) for entry in table.entries(cfg)]
-    return [(entry, target) for entry, target in found if target in (targets or cfg.lora.targets)]
+    """The official weights that have an adapter if `targets` do, each with its target."""
+    found = [(entry, _TARGETS.get(entry.path.rsplit("/", 1)[1])) for entry in entries]
+    return [(entry, target) for entry, target in found if target in targets]
 
 
 def _tensor_name(name: str, part: str) -> str:
@@ -218,7 +214,7 @@ def _settings(place: Place) -> tuple[int, float, str | list[str]]:
     where = f"{place}/{_CONFIG}"
     if not place.is_file(_CONFIG):
         raise ConfigError(f"{place} is not a PEFT adapter: it has no {_CONFIG}.")
-    settings = json_object(where, place.read(_CONFIG))
+    settings = place.read_json(_CONFIG)
     for name, value in settings.items():
         wanted = _FIXED.get(name)
         is_fine = name in _HARMLESS | _READ or (value == wanted if wanted else not value)
@@ -252,16 +248,17 @@ def _settings(place: Place) -> tuple[int, float, str | list[str]]:
 
 
 def _modules(
-    where: str, targeted: str | list[str], cfg: ModelConfig, projections: dict[str, str]
+    where: str,
+    targeted: str | list[str],
+    entries: Sequence[table.Entry],
+    projections: dict[str, str],
 ) -> set[str]:
     """The modules of the model that PEFT gives adapters.
 
     A text is a regular expression of the whole name; names in a list are whole or end behind a
     dot.
     """
-    linears = [
-        entry.name.removesuffix(".weight") for entry in table.entries(cfg) if len(entry.shape) == 2
-    ]
+    linears = [entry.name.removesuffix(".weight") for entry in entries if len(entry.shape) == 2]
 
     def is_named(name: str, target: str) -> bool:
         return name == target or name.endswith(f".{target}")

@@ -11,7 +11,7 @@ or one tensor.  One that has its name is whole, so a killed call continues.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -19,13 +19,12 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object
 from hunyuan_jax.progress import Meter, in_order
 from hunyuan_jax.quant.codes import METHODS, Codes, quantize
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import few_bits, names, quantized, shards, write
 from hunyuan_jax.weights.open import Model, open_model
 from hunyuan_jax.weights.side_files import is_side_file
-from hunyuan_jax.weights.storage import Place
 
 _CLAIM = "quantize.json"
 _MAX_FILE_BYTES = 1_000_000_000  # of numbers in bfloat16
@@ -56,8 +55,8 @@ def quantize_model(
         raise ConfigError(
             f"{checkpoint} is quantised already; quantise the model that it was made from."
         )
-    group = few_bits.group_of(model.cfg)
-    entries = [e for e in names.entries(model.cfg) if few_bits.is_quantizable(e)]
+    group = few_bits.group_of(model.entries)
+    entries = [e for e in model.entries if few_bits.is_quantizable(e)]
     size = {"int4": 8, "easyquant": 8, "int8": 4}.get(method, 1)
     if odd := [entry for entry in entries if entry.shape[1] % size]:
         raise ConfigError(
@@ -66,13 +65,13 @@ def quantize_model(
         )
     texts = _texts(model)
     config = json.loads(texts["config.json"]) | {
-        "quantization_config": _about(model.cfg, method, group)
+        "quantization_config": _about(model.entries, method, group)
     }
     claim = {"fingerprint": model.fingerprint, "dtype": model.cfg.dtype, "method": method}
-    found = target.sizes()
-    _check_claim(target, found, claim)
+    other = "call of quantize with another checkpoint or --method"
+    found = write.check_claim(target, _CLAIM, claim, other)
     target.write(_CLAIM, [write.as_json(claim)])
-    files = _files(model.cfg)
+    files = _files(model.entries)
     todo = {name: entries for name, entries in files.items() if name not in found}
     with Meter("quantize", sum(_num_bytes(e) for of in todo.values() for e in of)) as meter:
         for file, of_file in todo.items():
@@ -95,24 +94,10 @@ def _texts(model: Model) -> dict[str, bytes]:
     return {n: t for n, t in (copied | layout.texts).items() if not shards.is_weights(n)}
 
 
-def _check_claim(target: Place, found: dict[str, int], claim: dict[str, Any]) -> None:
-    if _CLAIM in found:
-        if json_object(f"{target}/{_CLAIM}", target.read(_CLAIM)) != claim:
-            raise ConfigError(
-                f"{target} holds an unfinished call of quantize with another checkpoint or "
-                "--method; use another --output, or delete it."
-            )
-    elif found:
-        raise ConfigError(
-            f"{target} is not empty: it holds {shards.listed(sorted(found))}; use another "
-            "--output."
-        )
-
-
-def _files(cfg: ModelConfig) -> dict[str, list[names.Entry]]:
+def _files(entries: Sequence[names.Entry]) -> dict[str, list[names.Entry]]:
     """The entries of each file of weights."""
     groups, size = [[]], 0
-    for entry in names.entries(cfg):
+    for entry in entries:
         if groups[-1] and size + _num_bytes(entry) > _MAX_FILE_BYTES:
             groups.append([])
             size = 0
@@ -169,7 +154,7 @@ def _tensors(stem: str, codes: Codes) -> dict[str, np.ndarray]:
     return made | scale
 
 
-def _about(cfg: ModelConfig, method: str, group: int) -> dict[str, Any]:
+def _about(entries: Sequence[names.Entry], method: str, group: int) -> dict[str, Any]:
     """quantization_config of config.json."""
     if method == "easyquant":
         return {"quant_method": "easyquant", "bits": 4}
@@ -188,7 +173,7 @@ def _about(cfg: ModelConfig, method: str, group: int) -> dict[str, Any]:
     form = "float-quantized" if method == "fp8" else "pack-quantized"
     ignored = [
         entry.name.removesuffix(".weight")
-        for entry in names.entries(cfg)
+        for entry in entries
         if len(entry.shape) == 2
         and not few_bits.is_quantizable(entry)
         and entry.name != "model.embed_tokens.weight"
@@ -229,8 +214,9 @@ def num_bytes(cfg: ModelConfig, method: str, outlier_share: float = 0.005) -> in
       method: one of METHODS.
       outlier_share: of the entries, for "easyquant".
     """
-    total, group = 0, few_bits.group_of(cfg)
-    for entry in names.entries(cfg):
+    entries, total = names.entries(cfg), 0
+    group = few_bits.group_of(entries)
+    for entry in entries:
         size = math.prod(entry.shape)
         if not few_bits.is_quantizable(entry):
             total += (4 if entry.role == few_bits.Role.ROUTER else 2) * size

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import sys
 from typing import Any
 
@@ -22,6 +21,7 @@ from hunyuan_jax.params.abstract import ParamSpec
 from hunyuan_jax.params.roles import KEPT_ROLES
 from hunyuan_jax.params.tree import split
 from hunyuan_jax.quant.scaled import dequantize, is_scaled, load_params
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import few_bits, names, side_files
 from hunyuan_jax.weights.folder import with_stop_ids
 
@@ -35,15 +35,16 @@ class Run:
 
     layout, is_quantized = None, False
 
-    def __init__(self, workdir: str | os.PathLike, dtype: str | None = None):
+    def __init__(self, workdir: Place, dtype: str | None = None):
         """Raises ConfigError: no run, or no finished checkpoint yet."""
-        self.config = read_config(workdir)
+        self.config = read_config(workdir.path())
         cfg = dataclasses.replace(
             self.config.model, lora=LoraConfig(), dtype=dtype or self.config.model.dtype
         )
-        self._workdir, self.place = workdir, side_files.place_of(workdir)
+        self._workdir, self.place = workdir.path(), workdir.inside(side_files.FOLDER)
         self.cfg = with_stop_ids(cfg, self.place)
-        self.tokenizer_folder = side_files.tokenizer_of(self.config, self.place)
+        self.entries = names.entries(self.cfg)
+        self.tokenizer = side_files.tokenizer_of(self.config, self.place)
         self.others = [name for name in sorted(self.place.sizes()) if name != "config.json"]
         with self._store() as store:
             self._step, self._facts = store.newest_good(("params",))

@@ -13,9 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import quantized
-from hunyuan_jax.weights.storage import Place
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -71,6 +70,22 @@ class Shards(NamedTuple):
     index_name: str
     index: bytes | None
     bins: dict[str, dict[str, Any]]
+
+
+def fetch(place: Place) -> None:
+    """Fetches the weights of a hub id, safetensors if there are any, from the commit of its other
+    files.
+    """
+    if not place.is_on_hub:
+        return
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = f"{stem}.{suffix}.index.json"
+        stated = place.read_json(index).get("weight_map") if place.is_file(index) else None
+        named = stated.values() if isinstance(stated, dict) else ()
+        files = sorted({file for file in named if isinstance(file, str)})
+        place.fetch(files or [f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}"])
+        if any(name.endswith(f".{suffix}") for name in place.names()):
+            return
 
 
 def find(place: Place, sizes: dict[str, int], method: str = "") -> Shards:
@@ -192,7 +207,7 @@ def _files(place: Place, sizes: dict[str, int]) -> tuple[str, list[str]]:
 
 def _promised_files(place: Place, index: str, sizes: dict[str, int]) -> list[str]:
     where = f"{place}/{index}"
-    promised = json_object(where, place.read(index)).get("weight_map")
+    promised = place.read_json(index).get("weight_map")
     if not isinstance(promised, dict) or not promised:
         raise ConfigError(
             f"{where} has no weight_map, an object of tensor names and files; copy it again, or "

@@ -4,11 +4,10 @@ A run keeps those of what it came from in its workdir, so that a workdir can be 
 exported from it is whole.
 """
 
-import os
 import re
 
 from hunyuan_jax.config import Config
-from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.storage import Place
 
 FOLDER = "model_files"  # in a workdir
 TOKENIZER = re.compile(
@@ -25,18 +24,13 @@ def is_side_file(name: str) -> bool:
     return bool(TOKENIZER.fullmatch(name) or _OTHER.fullmatch(name))
 
 
-def place_of(workdir: str | os.PathLike) -> Place:
-    """Where a run keeps its files."""
-    return Place(os.path.join(workdir, FOLDER))
-
-
-def tokenizer_of(config: Config, place: Place) -> str:
+def tokenizer_of(config: Config, place: Place) -> Place | str:
     """What `load_tokenizer` takes for a run whose files are in `place`: its own copy, or what its
     config names if it has none.
     """
-    found = VOCABULARIES & place.sizes().keys()
+    found = VOCABULARIES & set(place.names())
     if config.data.tokenizer == "byte" or not found:
         return config.data.tokenizer
     # Of a ranks file alone, the template is the built-in one.
     is_file = config.data.tokenizer.endswith(".tiktoken")
-    return place.path("hy.tiktoken") if is_file and "hy.tiktoken" in found else place.path()
+    return place.inside("hy.tiktoken") if is_file and "hy.tiktoken" in found else place

@@ -16,14 +16,13 @@ import numpy as np
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.files import json_object
 from hunyuan_jax.params.tree import path_of
 from hunyuan_jax.progress import Meter, in_order
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import chunks, hf_config, hf_spelling, names, shards
 from hunyuan_jax.weights import folder as official
-from hunyuan_jax.weights.hub import model_place
+from hunyuan_jax.weights.gguf_file import model_place
 from hunyuan_jax.weights.side_files import is_side_file
-from hunyuan_jax.weights.storage import Place
 from hunyuan_jax.weights.write import Layout, as_json, new_layout, router_dtype_of
 
 ABOUT = "conversion.json"
@@ -34,14 +33,15 @@ _FIELDS |= {"index_name", "shards", "copied"}
 
 
 class Converted(NamedTuple):
-    """A finished checkpoint: its folder, conversion.json, config.json, ModelConfig and parameters
-    by path.
+    """A finished checkpoint: its folder, conversion.json, config.json, ModelConfig, official
+    tensors and parameters by path.
     """
 
     place: Place
     about: dict[str, Any]
     hf: dict[str, Any]
     cfg: ModelConfig
+    entries: list[names.Entry]
     params: dict[str, chunks.Param]
 
 
@@ -86,11 +86,11 @@ def import_model(
         "rounded": plan.rounded,
         "scales": plan.extra_scales,
     }
+    params = chunks.params_of(plan.pieces, plan.cfg.dtype)
     old = _claim(target, about)
     if old["is_complete"]:
-        _check_whole(target, chunks.params_of(plan.cfg))
+        _check_whole(target, params)
         return 0
-    params = chunks.params_of(plan.cfg)
     there = {path: target.sizes(f"params/{param.folder}") for path, param in params.items()}
 
     def left_of(entry: names.Entry) -> list[int]:
@@ -137,13 +137,12 @@ def import_model(
     return len(todo)
 
 
-def open_converted(folder: str | os.PathLike) -> Converted:
+def open_converted(place: Place) -> Converted:
     """A finished checkpoint.
 
     Raises:
       ConfigError: it is none, is not finished, or lacks chunks.
     """
-    place = Place(folder)
     if not place.is_file(ABOUT):
         raise ConfigError(
             f"{place} is not a converted checkpoint: it has no {ABOUT}. Make one with `python "
@@ -155,14 +154,15 @@ def open_converted(folder: str | os.PathLike) -> Converted:
             f"{place} is an import that has not finished; run the same `convert_torch.py import` "
             "again to continue it."
         )
-    hf = json_object(f"{place}/config.json", place.read("config.json"))
+    hf = place.read_json("config.json")
     cfg = hf_config.from_hf(hf_spelling.with_dtype(hf, about["dtype"]))
     # config.json may name a layer that is not stored, or not name one that is.  Imports from
     # before there were any do not say.
     cfg = dataclasses.replace(cfg, num_mtp_layers=about.get("num_mtp_layers", 0))
-    params = chunks.params_of(cfg)
+    entries = names.entries(cfg)
+    params = chunks.params_of(entries, cfg.dtype)
     _check_whole(place, params)
-    return Converted(place, about, hf, cfg, params)
+    return Converted(place, about, hf, cfg, entries, params)
 
 
 def read_params(converted: Converted, dtype: str, shardings: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def read_params(converted: Converted, dtype: str, shardings: dict[str, Any]) -> 
     """
     import orbax.checkpoint as ocp
 
-    routers = {entry.path for entry in names.entries(converted.cfg) if official.is_router(entry)}
+    routers = {entry.path for entry in converted.entries if names.is_router(entry)}
 
     def target(path, sharding):
         param = converted.params[path_of(path)]
@@ -202,7 +202,7 @@ def layout_of(converted: Converted, cfg: ModelConfig) -> Layout:
 
 def read_tensor(converted: Converted, entry: names.Entry) -> np.ndarray:
     """The official tensor of an entry, in the dtype of the checkpoint."""
-    return chunks.decode(Place(f"{converted.place}/params"), entry, converted.params[entry.path])
+    return chunks.decode(converted.place.inside("params"), entry, converted.params[entry.path])
 
 
 def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _claim(target: Place, about: dict[str, Any]) -> dict[str, Any]:
 
 def _read_about(place: Place) -> dict[str, Any]:
     """conversion.json of an import."""
-    about = json_object(f"{place}/{ABOUT}", place.read(ABOUT))
+    about = place.read_json(ABOUT)
     if about.get("format") != _FORMAT or _FIELDS - about.keys():
         raise ConfigError(
             f"{place}/{ABOUT}: format = {about.get('format')} with {len(about)} fields; this "

@@ -28,11 +28,11 @@ from hunyuan_jax.model.stack import Layer
 from hunyuan_jax.parallel import island, settings
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.progress import Meter, in_order
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import chunks, hf_config, hf_spelling, quantized, reference
 from hunyuan_jax.weights import folder as official
 from hunyuan_jax.weights import names as table
-from hunyuan_jax.weights.hub import model_place
-from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.weights.gguf_file import model_place
 from hunyuan_jax.weights.stream import Converted, open_converted
 
 _NUM_TOKENS = 24
@@ -50,7 +50,8 @@ def verify(source: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str
     Raises:
       ConfigError: one of the two cannot be opened.
     """
-    opened, converted = official.OfficialFolder(model_place(source)), open_converted(checkpoint)
+    opened = official.OfficialFolder(model_place(source))
+    converted = open_converted(Place(checkpoint))
     found = compare_configs(opened, converted)
     # Sizes differ: tensors cannot be matched.
     if found or opened.config.get("model_type") == hf_config.OWN:
@@ -72,7 +73,7 @@ def compare_configs(opened: official.OfficialFolder, converted: Converted) -> li
 def compare_tensors(opened: official.OfficialFolder, converted: Converted) -> list[str]:
     """Returns the tensors whose bits differ from those that an import of the source writes."""
     plan = official.plan(opened, converted.cfg.dtype)
-    place = Place(f"{converted.place}/params")
+    place = converted.place.inside("params")
 
     def differences(entry: table.Entry) -> str | None:
         piece, param = plan.pieces[entry], converted.params[entry.path]
@@ -160,7 +161,7 @@ class _Ours:
 
     def __init__(self, converted: Converted, cfg: ModelConfig):
         self._converted, self._cfg = converted, cfg
-        self._place = Place(f"{converted.place}/params")
+        self._place = converted.place.inside("params")
         self._mesh = single_device_mesh()
         self._kv: Any = None
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hunyuan_jax.config import ModelConfig
+from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.progress import Meter, in_order
-from hunyuan_jax.weights import hf_config, names
-from hunyuan_jax.weights.folder import OfficialFolder, Plan, dtype_of, is_router
+from hunyuan_jax.storage import Place
+from hunyuan_jax.weights import hf_config, names, shards
+from hunyuan_jax.weights.folder import OfficialFolder, Plan
 from hunyuan_jax.weights.shards import DTYPES, INTEGERS
 from hunyuan_jax.weights.side_files import is_side_file
-from hunyuan_jax.weights.storage import Place
 
 INDEX = "model.safetensors.index.json"
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -52,7 +53,8 @@ def new_layout(
     texts.pop(INDEX, None)
 
     def dtype(entry: names.Entry) -> np.dtype:
-        return np.dtype(router_dtype) if is_router(entry) else dtype_of(entry, cfg.dtype)
+        is_router = names.is_router(entry)
+        return np.dtype(router_dtype) if is_router else names.dtype_of(entry, cfg.dtype)
 
     entries = names.entries(cfg)
     files = _shards([(e.name, int(np.prod(e.shape)) * dtype(e).itemsize) for e in entries])
@@ -82,8 +84,37 @@ def layout_of(folder: OfficialFolder, plan: Plan) -> Layout:
 
 def router_dtype_of(plan: Plan) -> str:
     """The dtype of the router in a folder's files, "float32" without one."""
-    found = (piece.stored.dtype for entry, piece in plan.pieces.items() if is_router(entry))
+    found = (piece.stored.dtype for entry, piece in plan.pieces.items() if names.is_router(entry))
     return next(found, np.dtype(np.float32)).name
+
+
+def check_claim(target: Place, name: str, claim: dict[str, Any], what: str) -> dict[str, int]:
+    """Refuses an output that holds something else than an unfinished call of the same.
+
+    Args:
+      target: the output.
+      name: of the file there that says what a call writes until it is done.
+      claim: what this call writes.
+      what: name of such a call with another claim, for errors.
+
+    Returns:
+      Bytes of each file that is there.
+
+    Raises:
+      ConfigError: something else is there.
+    """
+    found = target.sizes()
+    if name in found:
+        if target.read_json(name) != claim:
+            raise ConfigError(
+                f"{target} holds an unfinished {what}; use another --output, or delete it."
+            )
+    elif found:
+        raise ConfigError(
+            f"{target} is not empty: it holds {shards.listed(sorted(found))}; use another "
+            "--output."
+        )
+    return found
 
 
 def write_folder(

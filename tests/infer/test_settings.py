@@ -10,7 +10,7 @@ from hunyuan_jax import cli
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import text
 from hunyuan_jax.infer.settings import DEFAULTS, Sampling, read_sampling
-from hunyuan_jax.weights.storage import Place
+from hunyuan_jax.storage import Place
 
 STATED = {
     "max_new_tokens": 30,

@@ -35,12 +35,12 @@ from hunyuan_jax.params.abstract import shardings
 from hunyuan_jax.train import loop
 from hunyuan_jax.train.state import (
     abstract_model,
-    abstract_state,
     build_program,
     convert,
     init_state,
 )
 from hunyuan_jax.train.step import make_train_step
+from hunyuan_jax.weights import names
 from hunyuan_jax.weights import peft as peft_io
 from pallas_kernels import tpu_compiler
 from support.folders import flat
@@ -175,11 +175,7 @@ def test_training_begins_at_the_base_model_and_moves_the_adapters_alone():
     np.testing.assert_array_equal(logits_of(cfg, before), logits_of(plain_cfg, plain))
 
     # The optimizer knows nothing but the adapters.
-    names = {
-        path
-        for path in flat(abstract_state(program).opt_state)
-        if "groups" in path or "embed" in path
-    }
+    names = {path for path in flat(program.state.opt_state) if "groups" in path or "embed" in path}
     assert names and all("_lora_" in path for path in names)
     assert flat(program.taps).keys() == flat(split(before, cfg)[0]).keys()
 
@@ -439,8 +435,12 @@ def rewrite(folder, change):
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def read_adapter(folder, cfg):
+    return peft_io.read_adapter(folder, cfg, names.entries(cfg))
+
+
 def assert_reads_back(folder, cfg, params):
-    read_cfg, adapters = peft_io.read_adapter(folder, dataclasses.replace(cfg, lora=LoraConfig()))
+    read_cfg, adapters = read_adapter(folder, dataclasses.replace(cfg, lora=LoraConfig()))
     assert read_cfg == cfg
     ours = flat(split(params, cfg)[0])
     assert flat(adapters).keys() == ours.keys()
@@ -506,7 +506,7 @@ def test_an_adapter_of_layers_without_keys_is_refused(adapted, written):
         ConfigError,
         match=r"layer 1 has no k_proj: with cla_share_factor = 2 it uses those of layer 0",
     ):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
 
 
 def test_adapters_that_do_not_fit_are_refused(adapted, written):
@@ -520,28 +520,28 @@ def test_adapters_that_do_not_fit_are_refused(adapted, written):
         match=r"o_proj\.lora_B\.weight has shape \(15, 3\); this model and r = 3 ask for \(16, "
         r"3\)",
     ):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
     rewrite(written, lambda tensors: tensors.pop(name))
     with pytest.raises(
         ConfigError,
         match=r"lacks 1 tensors .* first one .*layers\.3\.self_attn\.o_proj\.lora_B\.weight",
     ):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
     rewrite(written, lambda tensors: tensors.update({"other": np.zeros(1, np.float32)}))
     with pytest.raises(
         ConfigError,
         match="holds 'other', which an adapter of this model and these target_modules does not "
         "have",
     ):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
     (written / "adapter_model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1"
     )
     with pytest.raises(ConfigError, match="is not a safetensors file"):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
     (written / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors and no"):
-        peft_io.read_adapter(written, cfg)
+        read_adapter(written, cfg)
 
 
 @pytest.mark.parametrize(
@@ -569,17 +569,17 @@ def test_adapters_that_do_more_are_refused(adapted, written, changes, message):
     path = written / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=message):
-        peft_io.read_adapter(written, adapted[0])
+        read_adapter(written, adapted[0])
 
 
 def test_no_adapter_config_is_refused(adapted, tmp_path):
     with pytest.raises(
         ConfigError, match=r"is not a PEFT adapter: it has no adapter_config\.json"
     ):
-        peft_io.read_adapter(tmp_path, adapted[0])
+        read_adapter(tmp_path, adapted[0])
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a JSON list"):
-        peft_io.read_adapter(tmp_path, adapted[0])
+        read_adapter(tmp_path, adapted[0])
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft

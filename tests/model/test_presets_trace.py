@@ -27,7 +27,7 @@ from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel import mesh as mesh_lib
 from hunyuan_jax.params.abstract import structs
 from hunyuan_jax.params.roles import LOW_PRECISION_ROLES
-from hunyuan_jax.train.state import abstract_model, abstract_state, build_program
+from hunyuan_jax.train.state import abstract_model, build_program
 from hunyuan_jax.train.step import abstract_batch, make_train_step
 
 RELEASED = ("a52b", "a52b_instruct", "a13b")
@@ -63,7 +63,7 @@ def traced_train_step(cfg, mesh, batch_size):
     """(state before, state after, metrics) of the production step at the model's full context."""
     train = TrainConfig(batch_size=batch_size, seq_len=cfg.max_position)
     program = build_program(Config(model=cfg, schedule=ScheduleConfig(), train=train), mesh)
-    state = abstract_state(program)
+    state = program.state
     return state, *jax.eval_shape(make_train_step(program), state, abstract_batch(program))
 
 
@@ -167,7 +167,7 @@ def recipe_state(replica, data, state_dtype):
     program = build_program(config, mesh)
     for array in abstract_batch(program).values():
         assert array.sharding.shard_shape(array.shape) == (train.batch_size // mesh.size, 4096)
-    return abstract_state(program)
+    return program.state
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "fp8_lm"])
@@ -228,7 +228,7 @@ def test_parameters_and_moments_are_spread_evenly_over_a_pod(pod):
     program = build_program(
         Config(model=preset(name, "recycle"), train=TrainConfig(seq_len=4096)), mesh
     )
-    state = abstract_state(program)
+    state = program.state
 
     def bytes_per_chip(tree):
         return sum(

@@ -189,6 +189,6 @@ def test_the_presets(name):
         assert is_matrix == (spec.role in (*LOW_PRECISION_ROLES, "router")), path
     # The table of official names says the same.
     assert {
-        entry.path: (entry.role, (*table.stacked_shape(entry, cfg), *entry.our_shape))
+        entry.path: (entry.role, (*entry.stacked, *entry.our_shape))
         for entry in table.entries(cfg)
     } == {path: (spec.role, spec.shape) for path, spec in specs.items()}

@@ -14,7 +14,7 @@ from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.plan import hlo, hlo_text, serving, topology
 from hunyuan_jax.quant.array import QuantArray, product
-from hunyuan_jax.weights import few_bits
+from hunyuan_jax.weights import few_bits, names
 from pallas_kernels import tpu_compiler
 from pallas_kernels.chips import CHIPS
 from support import paths
@@ -51,7 +51,12 @@ def test_abstract_parameters_are_those_that_are_read(method):
     cfg = small(num_layers=2, moe=MoeConfig(num_experts=2, top_k=1))
     specs, params = abstract_model(cfg, single_device_mesh())[1], random_params(cfg)
     read = few_bits.read(
-        cfg, specs, method or few_bits.NUMBERS, few_bits.of_params(params), lambda entry: None
+        names.entries(cfg),
+        cfg.dtype,
+        specs,
+        method or few_bits.NUMBERS,
+        few_bits.of_params(params),
+        lambda entry: None,
     )
     abstract = few_bits.abstract(cfg, specs, method)
     assert jax.tree.structure(read) == jax.tree.structure(abstract)

@@ -21,7 +21,7 @@ from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.tokenizer import ByteTokenizer, load_tokenizer
 from hunyuan_jax.train import loop, step
 from hunyuan_jax.train.pretrain import Pretrain
-from hunyuan_jax.train.state import abstract_state, build_program, to_items
+from hunyuan_jax.train.state import build_program, to_items
 from hunyuan_jax.weights.open import open_model
 from support import paths, recipes, runs
 from support.models import assert_close, fast_jit, mesh_of
@@ -182,7 +182,7 @@ def test_the_loss_is_that_of_parts_of_rows_and_without_weight_that_of_the_data(m
 
     def shapes(config):
         program = build_program(config, single_device_mesh(), build_objective)
-        return jax.tree.map(lambda a: a.shape, to_items(abstract_state(program)))
+        return jax.tree.map(lambda a: a.shape, to_items(program.state))
 
     assert shapes(config) == shapes(plain)  # nothing of the teacher is trained or saved
 

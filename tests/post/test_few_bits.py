@@ -19,8 +19,8 @@ from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.train import loop, step
 from hunyuan_jax.train.start import read_weights
-from hunyuan_jax.train.state import abstract_state, build_program, init_state
-from hunyuan_jax.weights import few_bits
+from hunyuan_jax.train.state import build_program, init_state
+from hunyuan_jax.weights import few_bits, names
 from hunyuan_jax.weights.open import open_model
 from support import folders, recipes, runs
 from support.models import assert_close, fast_jit, mesh_of
@@ -100,9 +100,12 @@ def test_the_loss_is_that_of_adapters_over_the_same_numbers(num_shards):
     cfg = dataclasses.replace(MODEL, lora=LoraConfig())
     tensor = few_bits.of_params(folders.random_params(cfg))
     specs = abstract_model(cfg, mesh)[1]
-    weights = few_bits.read(cfg, specs, "int4", tensor, lambda entry: None, is_frozen=True)
+    entries = names.entries(cfg)
+    weights = few_bits.read(
+        entries, cfg.dtype, specs, "int4", tensor, lambda entry: None, is_frozen=True
+    )
     state = init_state(program, weights)
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), abstract_state(program))
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), program.state)
     assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), state)
     adapters, base = split(state.params, program.specs)
     assert sum(map(is_quantized, jax.tree.leaves(base, is_leaf=is_quantized))) == 7

@@ -11,11 +11,11 @@ import safetensors.numpy
 
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.parallel.mesh import single_device_mesh
+from hunyuan_jax.storage import Place
 from hunyuan_jax.train.state import abstract_model
 from hunyuan_jax.weights import hf_config
 from hunyuan_jax.weights import names as table
 from hunyuan_jax.weights.folder import OfficialFolder
-from hunyuan_jax.weights.storage import Place
 
 
 def small(**changes) -> ModelConfig:

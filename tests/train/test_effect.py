@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hunyuan_jax.config import LatentConfig, LoraConfig, MoeConfig, without_effect
-from hunyuan_jax.train.state import abstract_state, build_program
+from hunyuan_jax.train.state import build_program
 from hunyuan_jax.train.step import gradients, make_train_step
 from support.models import fast_jit, mesh_of
 from support.steps import MODEL, batch, config_for, initial_params
@@ -32,7 +32,7 @@ def lowered(config):
     """The text of the whole train step, as the compiler receives it."""
     program = build_program(config, mesh_of())
     spec = {name: jax.typeof(value) for name, value in batch().items()}
-    return make_train_step(program).lower(abstract_state(program), spec).as_text()
+    return make_train_step(program).lower(program.state, spec).as_text()
 
 
 CASES = [

@@ -14,6 +14,7 @@ import hunyuan_jax
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import CheckpointConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train import loop, start
 from hunyuan_jax.weights import hf_config, side_files, stream
@@ -133,8 +134,8 @@ def test_the_tokenizer_is_that_of_the_training(origin, tmp_path):
         found = kept(tmp_path / "run")
         assert found["tokenizer.json"] == (other / "tokenizer.json").read_bytes()
         assert "chat_template.jinja" not in found and "modeling_hunyuan.py" in found
-        cfg, place = config_of(origin, tokenizer), side_files.place_of(tmp_path / "run")
-        assert side_files.tokenizer_of(cfg, place) == str(tmp_path / "run" / side_files.FOLDER)
+        place = Place(tmp_path / "run" / side_files.FOLDER)
+        assert side_files.tokenizer_of(config_of(origin, tokenizer), place) is place
 
 
 def test_a_ranks_file_alone_keeps_its_built_in_template(origin, tmp_path):
@@ -144,8 +145,8 @@ def test_a_ranks_file_alone_keeps_its_built_in_template(origin, tmp_path):
     found = kept(tmp_path / "run")
     assert found["hy.tiktoken"] == b"YQ== 0\n" and "tokenizer.json" not in found
     assert found["chat_template.jinja"] == (origin / "chat_template.jinja").read_bytes()
-    name = side_files.tokenizer_of(config, side_files.place_of(tmp_path / "run"))
-    assert name == str(tmp_path / "run" / side_files.FOLDER / "hy.tiktoken")
+    name = side_files.tokenizer_of(config, Place(tmp_path / "run" / side_files.FOLDER))
+    assert str(name) == str(tmp_path / "run" / side_files.FOLDER / "hy.tiktoken")
 
 
 def test_weights_that_are_not_finite_are_named_before_the_first_step(origin, tmp_path):
@@ -173,7 +174,8 @@ def test_bytes_and_nothing_to_start_from_keep_nothing(origin, tmp_path):
     assert kept(tmp_path / "run").keys() == {
         "generation_config.json", "LICENSE", "modeling_hunyuan.py", "tokenization_hy.py"
     }  # fmt: skip
-    assert side_files.tokenizer_of(config, side_files.place_of(tmp_path / "run")) == "byte"
+    place = Place(tmp_path / "run" / side_files.FOLDER)
+    assert side_files.tokenizer_of(config, place) == "byte"
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
     start.keep_files(tmp_path / "run", config)
     assert kept(tmp_path / "run") == {}

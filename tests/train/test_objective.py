@@ -146,9 +146,7 @@ def test_metrics_of_a_step_have_the_objectives_sums():
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         name: (a.shape, a.dtype) for name, a in pairs().items()
     }
-    metrics = jax.eval_shape(
-        step_lib.make_train_step(program), state.abstract_state(program), batch
-    )[1]
+    metrics = jax.eval_shape(step_lib.make_train_step(program), state.program.state, batch)[1]
     assert metrics["objective/accuracy"].shape == ()
 
 

@@ -20,9 +20,9 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.optim import guard
 from hunyuan_jax.parallel import xla_cpu
 from hunyuan_jax.quant.scaled import Scaled, is_scaled, load_params
+from hunyuan_jax.storage import Place
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import (
-    abstract_state,
     build_program,
     convert,
     from_items,
@@ -137,7 +137,7 @@ def test_parts_of_a_bfloat16_model_are_added_up_in_float32():
     batch_shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch())
     grads, loss, stats = jax.eval_shape(
         functools.partial(step_lib.gradients, program),
-        abstract_state(program).params,
+        program.state.params,
         batch_shapes,
         jax.random.key(0),
     )
@@ -175,7 +175,7 @@ def test_the_step_is_compiled_with_the_options_of_its_device(monkeypatch):
     monkeypatch.setattr(xla_cpu, "train_step_options", lambda kind: {f"not_known_on_{kind}": 1})
     program = build_program(config_for(dataclasses.replace(MODEL, moe=MoeConfig())), mesh_of())
     step = step_lib.make_train_step(program)
-    lowered = step.lower(abstract_state(program), step_lib.abstract_batch(program))
+    lowered = step.lower(program.state, step_lib.abstract_batch(program))
     with pytest.raises(jax.errors.JaxRuntimeError, match="not_known_on_cpu"):
         lowered.compile()
 
@@ -185,7 +185,7 @@ def random_state(program):
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding),
-        abstract_state(program),
+        program.state,
     )
 
 
@@ -199,7 +199,7 @@ def assert_same(actual, expected):
 def assert_promised_layout(mode, program, state):
     """Parameters and moments have the dtypes of the mode; moments are sharded as parameters."""
     assert by_path(jax.tree.map(lambda a: (a.shape, a.dtype), state)) == by_path(
-        jax.tree.map(lambda a: (a.shape, a.dtype), abstract_state(program))
+        jax.tree.map(lambda a: (a.shape, a.dtype), program.state)
     )
     tap_of, found = by_path(program.taps), []
     matrix_dtypes = {
@@ -259,7 +259,7 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
         program = build_program(config, mesh_of(*sizes))
         loading = store.Store(tmp_path, config.checkpoint, print)
         step, items, facts = loading.restore_newest(
-            lambda facts, program=program: to_items(abstract_state(program))
+            lambda facts, program=program: to_items(program.state)
         )
         restored = from_items(items)
         loading.close()
@@ -269,7 +269,7 @@ def test_a_checkpoint_brings_every_bit_back_on_this_mesh_and_on_another(mode, tm
             jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True
         ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    run = Run(tmp_path)
+    run = Run(Place(tmp_path))
     assert run.cfg == config.model
     shardings = build_program(config, mesh_of(*SIZES)).shardings.params
     plain = jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), shardings, is_leaf=is_scaled)

@@ -21,12 +21,12 @@ import pytest
 import safetensors.numpy
 
 from hunyuan_jax import from_pretrained, presets
+from hunyuan_jax import storage as place
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.train.state import abstract_model
 from hunyuan_jax.weights import chunks, hf_config, stream, verify, write
 from hunyuan_jax.weights import names as table
-from hunyuan_jax.weights import storage as place
 from hunyuan_jax.weights.folder import OfficialFolder
 from hunyuan_jax.weights.open import export_model
 from support import goldens, paths
@@ -132,7 +132,7 @@ def test_a_killed_import_is_continued_without_doing_anything_twice(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(ConfigError, match="has not finished"):
-        stream.open_converted(tmp_path / "ours")
+        stream.open_converted(place.Place(tmp_path / "ours"))
     before = {
         path: path.stat().st_mtime_ns
         for path in params.rglob("*")
@@ -277,7 +277,8 @@ def test_fp8_is_multiplied_out(source, tmp_path):
     }
     assert (
         verify.compare_tensors(
-            OfficialFolder(place.Place(source)), stream.open_converted(tmp_path / "ours")
+            OfficialFolder(place.Place(source)),
+            stream.open_converted(place.Place(tmp_path / "ours")),
         )
         == []
     )
@@ -312,7 +313,7 @@ def test_faults_in_the_weights_are_found_by_both_comparisons(fault, source, tmp_
     FAULTS[fault](tmp_path / "ours/params")
     opened, converted = (
         OfficialFolder(place.Place(source)),
-        stream.open_converted(tmp_path / "ours"),
+        stream.open_converted(place.Place(tmp_path / "ours")),
     )
     layer = 1 if "cross" in fault else 0
     tensors, layers = (
@@ -339,7 +340,7 @@ def test_a_table_that_is_wrong_in_both_directions_is_found_by_the_layers(
     stream.import_model(source, tmp_path / "ours")
     opened, converted = (
         OfficialFolder(place.Place(source)),
-        stream.open_converted(tmp_path / "ours"),
+        stream.open_converted(place.Place(tmp_path / "ours")),
     )
     assert verify.compare_tensors(opened, converted) == []
     assert [line.split(":")[0] for line in verify.compare_layers(opened, converted)] == [
@@ -359,7 +360,7 @@ def test_a_wrong_rope_alpha_is_found(tmp_path):
         and "config: rope_alpha = 1000.0 in the source, 1500.0 in the checkpoint" in done.stdout
     )
     found = verify.compare_layers(
-        OfficialFolder(place.Place(source)), stream.open_converted(tmp_path / "ours")
+        OfficialFolder(place.Place(source)), stream.open_converted(place.Place(tmp_path / "ours"))
     )
     assert found and all(line.startswith("layer ") for line in found)
 

@@ -17,10 +17,10 @@ from hunyuan_jax import from_pretrained, presets
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer.pretrained import Pretrained
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights import hf_config, hf_spelling, stream, verify
 from hunyuan_jax.weights.folder import OfficialFolder
 from hunyuan_jax.weights.open import export_model
-from hunyuan_jax.weights.storage import Place
 from support import goldens
 from support.folders import flat, random_params
 
@@ -440,7 +440,8 @@ def test_the_converters_layers_tell_the_families_apart(case, field, value, tmp_p
     """The plain forward pass knows by itself what transformers' classes fix."""
     source = goldens.folder_of(case)
     stream.import_model(source, tmp_path / "ours")
-    opened, converted = OfficialFolder(Place(source)), stream.open_converted(tmp_path / "ours")
+    opened = OfficialFolder(Place(source))
+    converted = stream.open_converted(Place(tmp_path / "ours"))
     assert verify.compare_layers(opened, converted) == []
     cfg = converted.cfg
     part = (

@@ -14,11 +14,12 @@ import hunyuan_jax
 from hunyuan_jax import flags, from_pretrained
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.gguf import blocks, container
+from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.weights import gguf_model, names, stream, verify
 from hunyuan_jax.weights.command import export
 from hunyuan_jax.weights.gguf_export import export_gguf
-from hunyuan_jax.weights.hub import model_place
+from hunyuan_jax.weights.gguf_file import model_place
 from hunyuan_jax.weights.open import export_model, open_model
 from support import goldens
 from support.folders import tensors_of, write_source
@@ -111,7 +112,7 @@ def test_numbers_become_the_blocks_that_llama_cpp_makes_of_them():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_comes_back(folders, files, name):
     source, read = open_model(folders / name), open_model(files[name])
-    header = container.read_header(str(files[name]))
+    header = container.read_header(Place(files[name]))
     assert header.fields["general.architecture"] == name
     # The file has the base of the rotation that alpha made.
     assert read.cfg.rope_theta == pytest.approx(
@@ -132,7 +133,7 @@ def test_a_folder_comes_back(folders, files, name):
 
 def test_queries_and_keys_of_llama_are_in_another_order(folders, files):
     """Row 2 i of a head is our row i, row 2 i + 1 our row i + half; others are as they were."""
-    header, expected = container.read_header(str(files["llama"])), tensors_of(folders / "llama")
+    header, expected = container.read_header(Place(files["llama"])), tensors_of(folders / "llama")
     for name, ours in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj")):
         tensor = header.tensors[f"blk.1.{name}.weight"]
         raw = files["llama"].read_bytes()[tensor.start : tensor.start + tensor.num_bytes]
@@ -172,7 +173,7 @@ def test_few_bits_are_imported_verified_exported_and_computed_with(folders, file
 
 def edited(file, output, edit=None, fields=None, tensors=None):
     """A copy of a GGUF file with other metadata, other tensors of zeros, or other bytes."""
-    header = container.read_header(str(file))
+    header = container.read_header(Place(file))
     about = [(t.name, t.kind, t.shape) for t in header.tensors.values()] + (tensors or [])
     raw = container.header(header.fields | (fields or {}), about)
     data = file.read_bytes()[min(t.start for t in header.tensors.values()) :] + bytes(10_000)
@@ -217,7 +218,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(files, tmp_path, changes, me
 
 def split(file, folder, num_parts):
     """The parts of a GGUF file as llama-gguf-split writes them, by path."""
-    header, raw = container.read_header(str(file)), file.read_bytes()
+    header, raw = container.read_header(Place(file)), file.read_bytes()
     parts, names_of = [], np.array_split(list(header.tensors), num_parts)
     for i, part in enumerate(names_of):
         tensors = [header.tensors[name] for name in part]
@@ -280,8 +281,10 @@ def test_a_tokenizer_of_another_kind_leaves_the_weights(files, tmp_path):
     fields = {"tokenizer.ggml.model": "llama"}
     file = edited(files["llama"], tmp_path / "x.gguf", fields=fields)
     assert from_pretrained(file).logits([[1, 2]]).shape == (1, 2, 384)
-    with pytest.raises(ConfigError, match="model 'llama', pre 'qwen2'; 'gpt2' with .*--tokenizer"):
-        load_tokenizer(str(file))
+    for load in (load_tokenizer, hunyuan_jax.load):
+        message = "model 'llama', pre 'qwen2'; 'gpt2' with .*--tokenizer"
+        with pytest.raises(ConfigError, match=message):
+            load(str(file))
 
 
 def test_what_cannot_be_written_is_refused_in_one_line(folders, tmp_path):
@@ -308,7 +311,8 @@ def test_the_command(folders, tmp_path, capsys):
     assert "x.gguf: complete, 0.000 GB" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--adapter and --gguf are two formats"):
         flags.run(export, "export", [*options, "--gguf=q4_0", "--adapter"])
-    kinds = {t.name: t.kind for t in container.read_header(f"{tmp_path}/x.gguf").tensors.values()}
+    written = container.read_header(Place(tmp_path / "x.gguf"))
+    kinds = {t.name: t.kind for t in written.tensors.values()}
     assert kinds["blk.0.ffn_up.weight"] == "Q4_0" and kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
 

@@ -17,7 +17,9 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train.start import read_weights
-from hunyuan_jax.weights.hub import model_place
+from hunyuan_jax.weights import names, shards
+from hunyuan_jax.weights.folder import OfficialFolder
+from hunyuan_jax.weights.gguf_file import model_place
 from hunyuan_jax.weights.open import open_model
 from hunyuan_jax.weights.peft import read_adapter, write_adapter
 from support import hub_server
@@ -40,7 +42,7 @@ def served(tmp_path, monkeypatch):
 
 def test_only_what_is_needed_is_fetched(served):
     server, source = served
-    place = model_place("org/name")
+    place = OfficialFolder(model_place("org/name")).place
     assert sorted(place.sizes()) == [
         "config.json",
         "hy.tiktoken",
@@ -70,7 +72,9 @@ def test_which_weights_are_fetched(served, there, fetched):
         path.unlink()
     for name in there:
         (source / name).write_text(json.dumps({"weight_map": {"a": there[0]}}))
-    weights = {name for name in model_place("org/name").sizes() if not name.endswith(".json")}
+    place = model_place("org/name")
+    shards.fetch(place)
+    weights = {name for name in place.sizes() if not name.endswith(".json")}
     assert weights == {*(fetched or there[:1]), "hy.tiktoken"}
 
 
@@ -99,7 +103,7 @@ def test_an_adapter_and_a_tokenizer_on_the_hub(served, tmp_path):
     noted = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (noted["base_model_name_or_path"], noted["revision"]) == ("org/name", "v2")
     server.folders["org/adapter"] = {"main": tmp_path / "adapter"}
-    found, _ = read_adapter("org/adapter", small())
+    found, _ = read_adapter("org/adapter", small(), names.entries(small()))
     assert found.lora == cfg.lora
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,7 +15,7 @@ from hunyuan_jax.checkpoint import manifest, store
 from hunyuan_jax.config import Config, TrainConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.train.state import abstract_state, build_program, to_items
+from hunyuan_jax.train.state import build_program, to_items
 from hunyuan_jax.weights import names, stream, verify
 from hunyuan_jax.weights.open import export_model, open_model
 from support.folders import HF, contents, small, tensors_of, write_source
@@ -108,7 +108,7 @@ def run(tmp_path):
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding),
-        abstract_state(build_program(config, single_device_mesh())),
+        build_program(config, single_device_mesh()).state,
     )
     store.claim_workdir(tmp_path / "run", config)
     saving = store.Store(tmp_path / "run", config.checkpoint, print)
@@ -121,9 +121,9 @@ def test_three_sources_answer_the_same_questions(run, tmp_path):
     export_model(run, tmp_path / "official")
     stream.import_model(tmp_path / "official", tmp_path / "converted")
     models = {name: open_model(tmp_path / name) for name in ("run", "official", "converted")}
-    assert models["run"].tokenizer_folder == "byte"
+    assert models["run"].tokenizer == "byte"
     for name in ("official", "converted"):
-        assert models[name].tokenizer_folder == str(tmp_path / name)
+        assert str(models[name].tokenizer) == str(tmp_path / name)
     assert models["run"].layout is None
     assert models["official"].layout == models["converted"].layout
     for dtype in (None, "float32", "bfloat16"):

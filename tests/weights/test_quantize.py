@@ -45,7 +45,7 @@ def numbers(folder):
 @pytest.mark.parametrize("method", codes.METHODS)
 def test_a_folder_gives_what_the_method_makes(source, folders, method):
     plain, opened = open_model(source), open_model(folders / method)
-    group, num_quantized = few_bits.group_of(plain.cfg), 0
+    group, num_quantized = few_bits.group_of(plain.entries), 0
     for entry in names.entries(plain.cfg):
         tensor, stored = plain.tensor(entry), opened.codes(entry)
         if not few_bits.is_quantizable(entry):

@@ -28,7 +28,8 @@ from hunyuan_jax.params import abstract
 from hunyuan_jax.params.tree import split
 from hunyuan_jax.quant.scaled import load_params
 from hunyuan_jax.report import page
-from hunyuan_jax.train.state import abstract_state, build_program, to_items
+from hunyuan_jax.storage import Place
+from hunyuan_jax.train.state import build_program, to_items
 from hunyuan_jax.weights.run import Run
 from support import paths, processes
 from support.models import assert_close, mesh_of
@@ -52,7 +53,7 @@ def save(workdir, config):
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding),
-        abstract_state(build_program(config, single_device_mesh())),
+        build_program(config, single_device_mesh()).state,
     )
     store.claim_workdir(workdir, config)
     saving = store.Store(workdir, config.checkpoint, print)
@@ -67,11 +68,11 @@ def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_d
     model = dataclasses.replace(MODEL, lora=LoraConfig(rank=rank))
     params = save(tmp_path, Config(model, optimizer=OptimizerConfig(state_dtype=state_dtype)))
     (tmp_path / "checkpoints" / "3" / "optimizer").rename(tmp_path / "unread")
-    assert Run(tmp_path).cfg == MODEL
+    assert Run(Place(tmp_path)).cfg == MODEL
     expected = lora.merge(model, load_params(params))[1]
     shardings = abstract.shardings(abstract_model(MODEL, mesh_of(data=2, expert=2, tensor=2))[1])
     for dtype in ("float32", "bfloat16"):
-        run = Run(tmp_path, dtype)
+        run = Run(Place(tmp_path), dtype)
         read = run.read(shardings)
         for (path, leaf), want, sharding in zip(
             jax.tree.leaves_with_path(read),
@@ -105,13 +106,14 @@ import sys
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.params import abstract
+from hunyuan_jax.storage import Place
 from hunyuan_jax.weights.run import Run
 
 def status(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return 1024 * int(line.split()[1])
 
-run = Run(sys.argv[1])
+run = Run(Place(sys.argv[1]))
 shardings = abstract.shardings(abstract_model(run.cfg, single_device_mesh())[1])
 before = status("VmRSS")
 params = run.read(shardings)
@@ -145,7 +147,7 @@ def test_a_workdir_without_checkpoints_is_refused(tmp_path):
         ConfigError,
         match=r"holds no finished checkpoint yet; train until config.checkpoint.every = 100 steps",
     ):
-        Run(tmp_path)
+        Run(Place(tmp_path))
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_readers_of_a_run_that_trains_never_see_half_a_checkpoint(tmp_path):
     try:
         while training.poll() is None:
             try:
-                run = Run(tmp_path / "run")
+                run = Run(Place(tmp_path / "run"))
             except ConfigError as error:
                 is_early = "is not a run" in str(error) or "no finished" in str(error)
                 if fingerprints or not is_early:
