@@ -14,8 +14,6 @@ Time and memory: docs/results/long_context.md has the TPU compiler's estimates.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from hunyuan_jax import config, presets
@@ -23,11 +21,9 @@ from hunyuan_jax import config, presets
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    model = presets.a52b()
-    moe = dataclasses.replace(model.moe, group_size=4096, aux_loss_weight=0.01)
     return config.to_config_dict(
         config.Config(
-            model=dataclasses.replace(model, moe=moe),
+            model=presets.a52b_long(),
             mesh=config.MeshConfig(data=-1, context=32, expert=16),
             data=config.quarter_long("corpus", long_from=2**17, tokenizer="hy.tiktoken"),
             train=config.TrainConfig(

@@ -20,8 +20,6 @@ Time and memory: `plan` has the TPU compiler's estimates.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from hunyuan_jax import config, presets
@@ -29,12 +27,9 @@ from hunyuan_jax import config, presets
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    model = presets.a52b()
-    # The capacity counts per 4096 tokens, as in pre-training.
-    moe = dataclasses.replace(model.moe, group_size=4096, aux_loss_weight=0.01)
     return config.to_config_dict(
         config.Config(
-            model=dataclasses.replace(model, moe=moe),
+            model=presets.a52b_long(),
             mesh=config.MeshConfig(data=-1, context=4, expert=16),
             data=config.quarter_long("corpus", long_from=2**14, tokenizer="hy.tiktoken"),
             train=config.TrainConfig(

@@ -35,6 +35,15 @@ def a52b() -> ModelConfig:
     )
 
 
+def a52b_long() -> ModelConfig:
+    """Hunyuan-Large in its long-context stages: the capacity counts per 4096 tokens, as in
+    pre-training.
+    """
+    model = a52b()
+    moe = dataclasses.replace(model.moe, group_size=4096, aux_loss_weight=0.01)
+    return dataclasses.replace(model, moe=moe)
+
+
 def a52b_instruct() -> ModelConfig:
     """Hunyuan-Large-Instruct: a larger padded vocabulary, 128K context, alpha 1e3."""
     return dataclasses.replace(

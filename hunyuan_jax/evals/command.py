@@ -15,7 +15,7 @@ from typing import Any
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
-from hunyuan_jax.infer.command import MODEL, load_lm
+from hunyuan_jax.infer.command import MODEL, load_lm_within
 
 RULER, NEEDLE, MULTI_NEEDLE, PERPLEXITY = "ruler", "needle", "multi_needle", "perplexity"
 
@@ -288,13 +288,7 @@ def _haystack(path: str | None) -> list[str]:
 
 def _loaded(values) -> Any:
     """The model of --checkpoint."""
-    lm = load_lm(values)
-    positions = lm.model.config.max_position
-    if values.max_context is not None and values.max_context > positions:
-        raise ConfigError(
-            f"--max_context={values.max_context} is more than the {positions} positions of the "
-            "model; use at most those."
-        )
+    lm = load_lm_within(values)
     if values.chat and lm.tokenizer.chat_template is None:
         lm.chat_ids([{"role": "user", "content": "?"}])  # raises where no chat can be written
     return lm

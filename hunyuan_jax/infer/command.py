@@ -44,7 +44,10 @@ QUANTIZE = flags.Option(
 )
 MODEL = (
     flags.Option(
-        "checkpoint", AnyPath, "Workdir of a run, model folder or hub id.", is_required=True
+        "checkpoint",
+        AnyPath,
+        "Workdir of a run, model folder, GGUF file or hub id.",
+        is_required=True,
     ),
     flags.Option(
         "tokenizer",
@@ -211,6 +214,18 @@ def load_lm(values) -> Any:
     )
     seconds = time.perf_counter() - start
     _note(f"loaded in {seconds:.1f} s; the first answer waits for the compiler")
+    return lm
+
+
+def load_lm_within(values) -> Any:
+    """As `load_lm`, where --max_context must be within the model's positions."""
+    lm = load_lm(values)
+    positions = lm.model.config.max_position
+    if values.max_context is not None and values.max_context > positions:
+        raise ConfigError(
+            f"--max_context={values.max_context} is more than the {positions} positions of the "
+            "model; use at most those."
+        )
     return lm
 
 

@@ -53,21 +53,8 @@ def token_losses(
       mesh: the mesh of the arrays.
       rounded_to: dtype to whose numbers the logits are rounded.
     """
-    logical = table_VD.get_metadata("dims")
-
-    def fn(w_VD, hidden_BTD, targets_BT):
-        loss_M = _losses_of_shard(
-            logical,
-            rounded_to,
-            w_VD,
-            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            targets_BT.reshape(-1),
-        )
-        return loss_M.reshape(targets_BT.shape)
-
-    return island.island(fn, mesh, logical, (ROWS, TOKENS), TOKENS)(
-        table_VD[...], hidden_BTD, targets_BT
-    )
+    arrays = (table_VD, hidden_BTD, targets_BT)
+    return _over_shards(_losses_of_shard, TOKENS, arrays, mesh, rounded_to)
 
 
 def token_figures(
@@ -78,19 +65,21 @@ def token_figures(
     rounded_to: str = "float32",
 ) -> TokenFigures:
     """As `token_losses`, with what a run logs about its targets beside the loss."""
+    arrays = (table_VD, hidden_BTD, targets_BT)
+    return _over_shards(_figures_of_shard, TokenFigures(*[TOKENS] * 4), arrays, mesh, rounded_to)
+
+
+def _over_shards(of_shard, dims, arrays, mesh, rounded_to):
+    """What `of_shard` gives for the tokens of each shard, with the logical dims `dims`."""
+    table_VD, hidden_BTD, targets_BT = arrays
     logical = table_VD.get_metadata("dims")
 
     def fn(w_VD, hidden_BTD, targets_BT):
-        figures = _figures_of_shard(
-            logical,
-            rounded_to,
-            w_VD,
-            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            targets_BT.reshape(-1),
-        )
-        return jax.tree.map(lambda a_M: a_M.reshape(targets_BT.shape), figures)
+        hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        found = of_shard(logical, rounded_to, w_VD, hidden_MD, targets_BT.reshape(-1))
+        return jax.tree.map(lambda a_M: a_M.reshape(targets_BT.shape), found)
 
-    return island.island(fn, mesh, logical, (ROWS, TOKENS), TokenFigures(*[TOKENS] * 4))(
+    return island.island(fn, mesh, logical, (ROWS, TOKENS), dims)(
         table_VD[...], hidden_BTD, targets_BT
     )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.errors import ConfigError, MeshError
 from hunyuan_jax.quant.array import Outliers, QuantArray
 
 
@@ -208,7 +208,7 @@ def _checked(
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             fits = max(d for d in range(1, ways + 1) if size % d == 0)
-            raise ConfigError(
+            raise MeshError(
                 f"{name or 'tensor'} {tuple(shape)}: dim {dim} ({logical[dim]}, size {size}) does "
                 f"not divide over mesh axes {' x '.join(axes)} = {ways}; use {fits} ways there, "
                 f"or a size of {math.ceil(size / ways) * ways}."

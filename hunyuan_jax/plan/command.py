@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
@@ -128,6 +129,7 @@ def _serve(values) -> int:
         raise ConfigError("--fit chooses the mesh of each slice; leave --mesh out.")
     from hunyuan_jax.infer.request import Limits
     from hunyuan_jax.plan import serving, topology
+    from hunyuan_jax.weights import few_bits
 
     mesh = None if values.mesh is None else mesh_config(values.mesh)
     limits = Limits(max_rows=values.max_rows or 64, max_context=values.max_context)
@@ -140,8 +142,16 @@ def _serve(values) -> int:
             raise ConfigError(
                 f"--generation={values.generation} is not one of {', '.join(topology.SLICES)}."
             )
-        slices = (serving.smallest(model, name, limits, values.quantize) for name in names)
-        found = [report for report in slices if report is not None]
+        few_bits.check_method(model, values.quantize, "--quantize")
+        found = []
+        for name in names:
+            try:
+                found.append(serving.smallest(model, name, limits, values.quantize))
+            except ConfigError as error:
+                if values.generation:
+                    raise
+                print(f"note: {name} is left out: {error}", file=sys.stderr)
+        found = [report for report in found if report is not None]
     if values.json:
         print(json.dumps([dataclasses.asdict(report) for report in found]))
         return 0

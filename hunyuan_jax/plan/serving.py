@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from hunyuan_jax.config import MeshConfig, ModelConfig
-from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.errors import MeshError
 from hunyuan_jax.infer.engine import shapes_of
 from hunyuan_jax.infer.pretrained import dropless
 from hunyuan_jax.infer.programs import Sources
@@ -101,8 +101,9 @@ def report(
       mesh_config: None for `mesh_of`.
 
     Raises:
-      ConfigError: no such slice, a mesh that does not fit, or weights that leave no room.
-      aot.HbmOverflowError: a program that does not fit.
+      ConfigError: no such slice, a method that is not for this model or these devices.
+      MeshError: sizes that do not divide over the mesh.
+      aot.HbmOverflowError: weights or a program that do not fit.
     """
     few_bits.check_method(cfg, quantize, "--quantize")
     chip = topology.chip_of(topology_name)
@@ -122,9 +123,10 @@ def report(
     left = chip.hbm_bytes - weights
     num_pages = int(left * _CACHE_SHARE / token) // shapes.page_size
     if num_pages < 1:
-        raise ConfigError(
+        raise aot.HbmOverflowError(
             f"{topology_name}: the weights take {weights / 2**30:.1f} GiB of the "
-            f"{chip.hbm_bytes / 2**30:.1f} GiB of a device; use a larger slice or --quantize."
+            f"{chip.hbm_bytes / 2**30:.1f} GiB of a device; use a larger slice or --quantize.",
+            aot.Overflow(weights, chip.hbm_bytes, ()),
         )
     sources = Sources(
         dict.fromkeys(("chunk", "decode"), graph_def),
@@ -166,12 +168,15 @@ def smallest(
 ) -> Report | None:
     """The report of the smallest slice of a generation on which the programs fit, with room for a
     whole context; None if there is none.
+
+    Raises:
+      ConfigError: as `report`, whatever the slice.
     """
     context = min(limits.max_context or cfg.max_position, cfg.max_position)
     for shape in topology.SLICES[generation]:
         try:
             found = report(cfg, f"{generation}:{shape}", None, limits, quantize)
-        except ConfigError:  # too small, or sizes that do not divide over its mesh
+        except (aot.HbmOverflowError, MeshError):
             continue
         if found.num_tokens >= context:
             return found

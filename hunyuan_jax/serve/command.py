@@ -10,7 +10,7 @@ import sys
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
-from hunyuan_jax.infer.command import MAX_CONTEXT, MODEL, load_lm
+from hunyuan_jax.infer.command import MAX_CONTEXT, MODEL, load_lm_within
 
 
 @flags.command(
@@ -85,13 +85,7 @@ def _load(values):
     from hunyuan_jax.infer.request import Limits
     from hunyuan_jax.serve.openai import Served
 
-    lm = load_lm(values)
-    positions = lm.model.config.max_position
-    if values.max_context is not None and values.max_context > positions:
-        raise ConfigError(
-            f"--max_context={values.max_context} is more than the {positions} positions of the "
-            "model; use at most those."
-        )
+    lm = load_lm_within(values)
     limits = Limits(
         max_rows=values.max_rows,
         max_context=values.max_context,

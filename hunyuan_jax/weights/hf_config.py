@@ -19,7 +19,6 @@ from hunyuan_jax.config import (
     to_dict,
 )
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.tokenizer.files import stop_ids
 from hunyuan_jax.weights import hf_fields, hf_hy3
 from hunyuan_jax.weights.hf_spelling import check_types, dtype_of, one_spelling
 
@@ -151,20 +150,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
         head_dim=_head_dim(hf, kind),
-        max_position=hf["max_position_embeddings"],
-        rms_norm_eps=float(hf["rms_norm_eps"]),
         rope_theta=float(hf["rope_theta"]),
         **_rope(hf["rope_scaling"], kind),
         cla_share_factor=hf["cla_share_factor"] if hf["use_cla"] else 1,
         use_qk_norm=hf["use_qk_norm"] or kind != LARGE,
-        attention_bias=hf["attention_bias"],
-        tie_embeddings=hf["tie_word_embeddings"],
-        attention_dropout=float(hf["attention_dropout"]),
-        init_std=float(hf["initializer_range"]),
-        pad_token_id=-1 if hf["pad_token_id"] is None else hf["pad_token_id"],
-        bos_token_id=-1 if hf["bos_token_id"] is None else hf["bos_token_id"],
-        eos_token_ids=stop_ids("config.json", hf["eos_token_id"]),
-        dtype=hf["torch_dtype"],
+        **hf_fields.shared_by_all(hf),
         moe=_moe(hf, kind),
     )
 

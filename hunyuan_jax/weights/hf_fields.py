@@ -3,13 +3,14 @@ they would change the model.
 
 The format grows with every release of transformers.  A field is refused unless it is known to be
 harmless, says nothing (null, false, 0, empty, a factor of 1), or has a name that does not speak of
-the model.
+the model.  Also those that every class reads alike (`shared_by_all`).
 """
 
 import re
 from typing import Any
 
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.tokenizer.files import stop_ids
 
 # What the names of fields are made of that say how a model computes.
 _OF_A_MODEL = re.compile(
@@ -98,3 +99,19 @@ def _says_nothing(name: str, value: Any, fields: dict[str, Any]) -> bool:
     if _OF_A_FACTOR.search(name) and not isinstance(value, bool) and value == 1:
         return True
     return not value
+
+
+def shared_by_all(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that every class of transformers names alike."""
+    return {
+        "max_position": hf["max_position_embeddings"],
+        "rms_norm_eps": float(hf["rms_norm_eps"]),
+        "attention_bias": hf["attention_bias"],
+        "tie_embeddings": hf["tie_word_embeddings"],
+        "attention_dropout": float(hf["attention_dropout"]),
+        "init_std": float(hf["initializer_range"]),
+        "pad_token_id": -1 if hf["pad_token_id"] is None else hf["pad_token_id"],
+        "bos_token_id": -1 if hf["bos_token_id"] is None else hf["bos_token_id"],
+        "eos_token_ids": stop_ids("config.json", hf["eos_token_id"]),
+        "dtype": hf["torch_dtype"],
+    }

@@ -4,7 +4,6 @@ from typing import Any
 
 from hunyuan_jax.config import LatentConfig, ModelConfig, MoeConfig, SparkConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.tokenizer.files import stop_ids
 from hunyuan_jax.weights import hf_fields
 from hunyuan_jax.weights.hf_spelling import check_types, one_spelling
 
@@ -108,22 +107,13 @@ def from_hf(given: dict[str, Any]) -> ModelConfig:
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf["head_dim"],
-        max_position=hf["max_position_embeddings"],
-        rms_norm_eps=float(hf["rms_norm_eps"]),
         rope_type="default",
         rope_theta=float(hf["rope_theta"]),
         norm_before_rope=True,
-        attention_bias=hf["attention_bias"],
         num_dense_layers=num_dense if is_moe else 0,
         num_mtp_layers=hf["num_nextn_predict_layers"] if is_moe else 0,
-        tie_embeddings=hf["tie_word_embeddings"],
         fp32_head=hf["enable_lm_head_fp32"],
-        attention_dropout=float(hf["attention_dropout"]),
-        init_std=float(hf["initializer_range"]),
-        pad_token_id=-1 if hf["pad_token_id"] is None else hf["pad_token_id"],
-        bos_token_id=-1 if hf["bos_token_id"] is None else hf["bos_token_id"],
-        eos_token_ids=stop_ids("config.json", hf["eos_token_id"]),
-        dtype=hf["torch_dtype"],
+        **hf_fields.shared_by_all(hf),
         moe=_moe(hf) if is_moe else MoeConfig(),
     )
 
