@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from hunyuan_jax import cli, presets
-from hunyuan_jax.config import MeshConfig, MoeConfig
+from hunyuan_jax.config import MeshConfig, MoeConfig, SparkConfig
 from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer.request import Limits
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.count import count
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -105,6 +106,12 @@ def test_options_of_serving_are_refused_without_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hunyuan_jax", *arguments])
     with pytest.raises(ConfigError, match="--max_rows acts with --serve only"):
         cli.run(arguments)
+
+
+def test_fit_takes_only_a_slice_that_is_too_small_for_one():
+    cfg = small(num_layers=2, moe=MoeConfig(), spark=SparkConfig(neuron_share=0.08))
+    with pytest.raises(ConfigError, match="layers of Spark are not quantised"):
+        serving.smallest(cfg, "v5e", Limits(), "int8")
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed: '.[tpu]'")
