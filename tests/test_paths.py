@@ -207,7 +207,7 @@ def test_a_refused_command_leaves_nothing(monkeypatch, tmp_path):
 def test_every_function_that_takes_a_path_reads_it_alike():
     """A public function of the package with a path calls `user_path`, or a function that does."""
     readers = {"user_path", "Place", "open_model", "load_tokenizer"}
-    readers |= {"read_adapter", "load", "model_place"}
+    readers |= {"read_adapter", "load", "load_params", "model_place"}
     missing = []
     for path in sorted((paths.ROOT / "hunyuan_jax").rglob("*.py")):
         name = path.relative_to(paths.ROOT / "hunyuan_jax").as_posix()
