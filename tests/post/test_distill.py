@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D and E widths, V vocabulary.
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,17 @@ def test_a_student_learns_and_keeps_its_teacher(corpus, tmp_path):
     (tmp_path / "teacher.txt").write_text("another")
     with pytest.raises(ConfigError, match="holds other weights than the run of .* they were ano"):
         run(config, tmp_path)
+
+
+@pytest.mark.slow  # two runs
+def test_a_stopped_run_continues_to_the_same_bits(corpus, tmp_path):
+    config = config_of(corpus, DENSE, model__hidden_size=24)
+    run(config, tmp_path)
+    losses = runs.losses(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    run(config, tmp_path)
+    assert (tmp_path / "checkpoints/4").is_dir()
+    assert runs.losses(tmp_path) == losses
 
 
 def program_of(config, mesh=None, build=build_objective):

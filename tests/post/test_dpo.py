@@ -259,6 +259,20 @@ def test_a_run_begins_at_ln_2_learns_and_is_used_by_its_moving_average(source, t
     assert any(not np.array_equal(a, b) for a, b in zip(raw, mean, strict=True))
 
 
+@pytest.mark.slow  # three runs
+def test_a_stopped_run_continues_to_the_same_bits(source, tmp_path):
+    config = config_for(source=source, ema_decay=0.5)
+    run(config, tmp_path / "whole")
+    shorter = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, num_steps=2),
+        schedule=dataclasses.replace(config.schedule, num_steps=4),
+    )
+    run(shorter, tmp_path / "parts")
+    run(config, tmp_path / "parts")
+    assert runs.losses(tmp_path / "parts") == runs.losses(tmp_path / "whole")
+
+
 def test_the_moving_average_changes_places_with_the_weights_in_a_checkpoint():
     config = config_for(model=dataclasses.replace(MODEL, lora=LoraConfig(rank=2)), ema_decay=0.9)
     state = init_state(build_program(config, single_device_mesh(), build_objective))

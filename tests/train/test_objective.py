@@ -20,7 +20,6 @@ from hunyuan_jax.config import (
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
 from hunyuan_jax.post.build import build_objective
-from hunyuan_jax.train import state
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.evaluate import evaluate
 from hunyuan_jax.train.objective import Field, LossMetrics
@@ -146,7 +145,7 @@ def test_metrics_of_a_step_have_the_objectives_sums():
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         name: (a.shape, a.dtype) for name, a in pairs().items()
     }
-    metrics = jax.eval_shape(step_lib.make_train_step(program), state.program.state, batch)[1]
+    metrics = jax.eval_shape(step_lib.make_train_step(program), program.state, batch)[1]
     assert metrics["objective/accuracy"].shape == ()
 
 

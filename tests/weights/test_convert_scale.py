@@ -160,11 +160,10 @@ def test_urls_of_both_sides(source):
 
 
 def test_a_file_system_without_sizes_is_refused(source, monkeypatch):
-    monkeypatch.setattr(
-        fsspec.get_filesystem_class("memory"),
-        "ls",
-        lambda *_, **__: [{"name": "/web/a", "size": None, "type": "file"}],
-    )
+    web = fsspec.filesystem("memory")
+    web.pipe("/web/config.json", (source / "config.json").read_bytes())
+    found = [{"name": "/web/config.json", "size": None, "type": "file"}]
+    monkeypatch.setattr(type(web), "ls", lambda *_, **__: found)
     with pytest.raises(
         ConfigError, match=r"memory://web does not tell the sizes of its files.*copy"
     ):
