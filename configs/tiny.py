@@ -6,7 +6,7 @@
 Needs no download.
 
 Hardware: any CPU.
-Time: 4 to 5 minutes on 2 cores, with 1.2 GB of memory.
+Time: 4 to 6 minutes on 2 cores, with 1.2 GB of memory.
 Expected: the training loss falls from 5.8 to about 1.3 nats a byte (docs/results/).
 """
 
