@@ -167,11 +167,14 @@ class Runner:
     def _program(self, name: str, num_needed: int = 0) -> tuple[Callable, int]:
         """(the program for so many lines, the lines that it takes); compiles it if nobody has.
 
-        Rows that draw take a larger one that is there: it costs less than to compile another.
+        Rows that draw take a larger one that is there, or wait for one that is being compiled: it
+        costs less than to compile another.
         """
         sizes = [num for num in self.sizes(name) if num >= num_needed] or self._sizes[name][-1:]
         known = [num for num in sizes if name == "decode" and (name, num) in self._programs]
-        shape = (name, (known or sizes)[0])
+        under_way = [num for num in self._sizes[name] if (name, num) in self._programs]
+        under_way = [num for num in under_way if name == "decode" and num >= num_needed]
+        shape = (name, (known or under_way or sizes)[0])
         with self._lock:
             is_new = shape not in self._programs
             program = self._programs.setdefault(shape, Future())
