@@ -1,5 +1,5 @@
-"""The tokenizer and chat template in a GGUF file's metadata, as the files of a model folder, and
-back.
+"""The tokenizer, chat template and sampling settings in a GGUF file's metadata, as the files of a
+model folder, and back.
 
 Byte-level BPE only ("gpt2", as the models of this library have).  A file names the way in which
 text is split before the merges (tokenizer.ggml.pre) instead of holding it.
@@ -7,6 +7,8 @@ text is split before the merges (tokenizer.ggml.pre) instead of holding it.
 
 import json
 from typing import Any
+
+import numpy as np
 
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.gguf.container import read_header
@@ -40,6 +42,9 @@ _ALIASES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 _ALIASES |= {"starcoder": "smollm", "refact": "smollm", "command-r": "smollm"}
 _NFC = ("qwen2", "hunyuan")  # whose tokenizers compose characters first
 _IDS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+# Fields of generation_config.json -> the names of llama.cpp, after "general.sampling.".
+_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_SAMPLING |= {"repetition_penalty": "penalty_repeat"}
 
 
 def require_readable(where: str, fields: dict[str, Any]) -> str:
@@ -103,9 +108,33 @@ def folder_files(where: str, fields: dict[str, Any]) -> dict[str, bytes]:
     files = {
         "tokenizer.json": _tokenizer(pre, tokens, merges, added),
         "tokenizer_config.json": config,
-        "generation_config.json": {"eos_token_id": ends},
+        "generation_config.json": {"eos_token_id": ends, **_sampling(fields)},
     }
     return {name: json.dumps(value, ensure_ascii=False).encode() for name, value in files.items()}
+
+
+def _sampling(fields: dict[str, Any]) -> dict[str, float | int]:
+    """The settings of a file; a float32 of 0.95 is 0.95 again."""
+    found = {ours: fields.get(f"general.sampling.{name}") for ours, name in _SAMPLING.items()}
+    return {
+        name: float(str(np.float32(value))) if isinstance(value, float) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def sampling_fields(files: dict[str, bytes]) -> dict[str, float | int]:
+    """The metadata of a folder's generation_config.json, whose `do_sample: false` is temperature
+    0; {} without the file.
+    """
+    stated = json.loads(files.get("generation_config.json", b"{}"))
+    if stated.get("do_sample") is False:
+        stated["temperature"] = 0
+    return {
+        f"general.sampling.{name}": int(stated[ours]) if ours == "top_k" else float(stated[ours])
+        for ours, name in _SAMPLING.items()
+        if isinstance(stated.get(ours), int | float)
+    }
 
 
 def _added(i: int, token: str, is_special: bool) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def _kind(entry: names.Entry, kind: str) -> str:
 
 
 def _tokenizer(model: Model) -> dict[str, Any]:
+    """The metadata of the tokenizer, and of the settings of sampling."""
     where, num_ids = str(model.place), model.cfg.vocab_size
     files = {name: model.place.read(name) for name in model.others}
     if "hy.tiktoken" in files and "tokenizer.json" not in files:
@@ -107,4 +108,4 @@ def _tokenizer(model: Model) -> dict[str, Any]:
             "tokenizer, and llama.cpp take and give ids.",
             file=sys.stderr,
         )
-    return fields
+    return fields | vocabulary.sampling_fields(files)

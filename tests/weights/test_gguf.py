@@ -14,6 +14,7 @@ import hunyuan_jax
 from hunyuan_jax import flags, from_pretrained
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.gguf import blocks, container
+from hunyuan_jax.infer.settings import read_sampling
 from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.weights import gguf_model, names, stream, verify
@@ -275,6 +276,20 @@ def test_a_ranks_file_is_written_as_tokens_and_merges(tmp_path):
     (tmp_path / "small/hy.tiktoken").write_bytes(lines)
     with pytest.raises(ConfigError, match="the id 473, and the model's table 384 rows"):
         export_gguf(tmp_path / "small", tmp_path / "small.gguf", "f32")
+
+
+def test_settings_of_sampling_are_written_under_the_names_of_llama_cpp(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    stated = {"temperature": 0.7, "top_k": 5, "top_p": 0.95, "repetition_penalty": 1.05}
+    for is_drawn in (True, False):
+        settings = json.dumps(stated | {"do_sample": is_drawn})
+        (tmp_path / "llama/generation_config.json").write_text(settings)
+        file = tmp_path / f"{is_drawn}.gguf"
+        export_gguf(tmp_path / "llama", file, "f32")
+        fields = container.read_header(Place(file)).fields
+        assert fields["general.sampling.penalty_repeat"] == np.float32(1.05)
+        read = read_sampling(model_place(file))
+        assert read == stated | ({} if is_drawn else {"temperature": 0.0})
 
 
 def test_a_tokenizer_of_another_kind_leaves_the_weights(files, tmp_path):
