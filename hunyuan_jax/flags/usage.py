@@ -96,17 +96,25 @@ def _summary(docstring: str) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of two columns, as wide as the terminal allows."""
+    """Lines of two columns, as wide as the terminal allows.  A name that takes more than a third
+    has a line of its own.
+    """
     width = min(99, shutil.get_terminal_size((99, 1)).columns)
     rows = list(rows)
-    indent = 4 + max((len(name) for name, _ in rows), default=0)
-    return [
-        textwrap.fill(
+    names = [len(name) for name, _ in rows if len(name) <= width // 3]
+    indent = 4 + max(names, default=0)
+    lines = []
+    for name, text in rows:
+        column = f"  {name}".ljust(indent)
+        if len(column) > indent:
+            lines.append(column)
+            column = " " * indent
+        lines += textwrap.wrap(
             text,
             width,
-            initial_indent=f"  {name}".ljust(indent),
+            initial_indent=column,
             subsequent_indent=" " * indent,
             break_on_hyphens=False,
+            break_long_words=False,
         )
-        for name, text in rows
-    ]
+    return lines

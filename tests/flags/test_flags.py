@@ -103,6 +103,19 @@ def test_help_of_a_command(capsys):
     )
 
 
+def test_a_long_name_leaves_room_for_the_meanings_of_others(capsys):
+    long = flags.Option("long", str, "Some.", choices=tuple("abcdefghijklmnopqrstuvwxyz"))
+
+    @flags.command(flags.Option("short", int, "A number of the file.", 3), long)
+    def command(values):
+        """Does something."""
+
+    assert flags.run(command, "command", ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  --short=N  A number of the file. (default: 3)" in lines
+    assert lines[-2:] == [f"  --long={'|'.join(long.choices)}", "             Some."]
+
+
 def test_help_with_a_config_has_every_field_and_recipe(capsys):
     assert cli.run(["count", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
