@@ -46,7 +46,13 @@ def _cache_home() -> Path:
 
 def _cpu_kind() -> str:
     """A short name of the instructions that this CPU has."""
+    kind = " ".join([platform.machine(), *cpu_flags()])
+    return hashlib.sha256(kind.encode()).hexdigest()[:8]
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets of this CPU by Linux's names, such as "avx2"; none on other systems."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return flags.partition(":")[2].split()

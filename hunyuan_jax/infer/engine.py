@@ -122,7 +122,8 @@ class Engine:
         self._compilations = _Compilations()
         self._warming: list[Future] = []
         self._vocab_size, self._num_drafts = cfg.vocab_size, proposer.num_tokens
-        self.scheduler.max_steps = 1
+        self._call_length = CallLength()
+        self.scheduler.max_steps = self._call_length.max_steps
 
     # -- for any thread -------------------------------------------------------
 
@@ -301,11 +302,9 @@ class Engine:
     def _take_out(self, plan: Plan, start: float, results: Future) -> list[Output]:
         of_chunks, of_rows, end = results.result()
         seconds = self._clock.took(start, end)
-        is_full = not plan.chunks and plan.num_steps == self.scheduler.max_steps
-        if is_full and seconds < _CALL_SECONDS:
-            self.scheduler.max_steps = min(2 * plan.num_steps, _MAX_STEPS)
-        elif is_full and seconds > 2 * _CALL_SECONDS:
-            self.scheduler.max_steps = max(1, plan.num_steps // 2)
+        if not plan.chunks:
+            num_rows = max(len(rows.choices) for rows in plan.rows)
+            self._call_length.took(num_rows, plan.num_steps, seconds)
         return self.scheduler.update(plan, of_chunks, of_rows)
 
     # -- for whoever wants answers only ---------------------------------------
@@ -409,6 +408,29 @@ def _affordable_pages(
         memory = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     share = _MEMORY_SHARE.get(kind, _MEMORY_SHARE_OTHERWISE)
     return int(memory * share * devices_of_pool // num_bytes)
+
+
+class CallLength:
+    """How many steps a call has, by the rows of a pool that draw: about _CALL_SECONDS of them."""
+
+    def __init__(self):
+        # By the power of two above the number of rows.
+        self._num_steps = {0: 1}
+
+    def max_steps(self, num_rows: int) -> int:
+        """Of rows that have not been timed: as if twice as many took twice as long."""
+        known = max(size for size in self._num_steps if size <= num_rows.bit_length())
+        return max(1, self._num_steps[known] >> (num_rows.bit_length() - known))
+
+    def took(self, num_rows: int, num_steps: int, seconds: float) -> None:
+        """A call without prompts took so long."""
+        if num_steps != self.max_steps(num_rows):
+            return  # it was cut short
+        if seconds < _CALL_SECONDS:
+            num_steps = min(2 * num_steps, _MAX_STEPS)
+        elif seconds > 2 * _CALL_SECONDS:
+            num_steps = max(1, num_steps // 2)
+        self._num_steps[num_rows.bit_length()] = num_steps
 
 
 class _Clock:

@@ -10,7 +10,7 @@ that it may have drawn.  Imports no jax.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from hunyuan_jax.infer.pages import Pages, page_hashes
@@ -140,15 +140,16 @@ class DrawnRows(NamedTuple):
 class Scheduler:
     """Plans steps over pools of pages and rows; a choice stays in one pool.
 
-    max_steps, num_pieces, max_rows: as in `Shapes`; the engine may lower them.
+    max_steps, num_pieces, max_rows: as in `Shapes`, max_steps by the rows of a pool that draw; the
+    engine may lower them.
     """
 
     def __init__(self, pools: Sequence[Pages], shapes: Shapes, is_invariant: bool = False):
         self.pools = list(pools)
         self.waiting: collections.deque[Choice] = collections.deque()
         self.running: dict[Choice, None] = {}
-        self.max_steps, self.num_pieces = shapes.max_steps, shapes.num_pieces
-        self.max_rows = shapes.rows
+        self.max_steps: Callable[[int], int] = lambda num_rows: shapes.max_steps
+        self.num_pieces, self.max_rows = shapes.num_pieces, shapes.rows
         self.num_preempted = self.num_prompt_tokens = self.num_generated = 0
         self.num_looked_up = self.num_found = 0
         # Steps that verified drafts, and drafts that were drawn.
@@ -189,10 +190,13 @@ class Scheduler:
         self._step += 1
         rows = self._drawing_rows()
         chunks = self._chunks() if self._reading or self.waiting else []
-        width, wanted = self._shapes.step_tokens, (1,) if chunks else _halves(self.max_steps)
-        num_steps = next((n for n in wanted if self._grow(rows, n * width)), 1)
         if not chunks and not rows:
             return None
+        width, num_in_pool = self._shapes.step_tokens, [0] * len(self.pools)
+        for choice in rows:
+            num_in_pool[choice.pool] += 1
+        wanted = (1,) if chunks else _halves(self.max_steps(max(num_in_pool)))
+        num_steps = next((n for n in wanted if self._grow(rows, n * width)), 1)
         of_pools = [Rows([], [], []) for _ in self.pools]
         most = num_steps * width
         for choice in rows:

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_jax import Sampling, presets
+from hunyuan_jax import Sampling, presets, startup
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.infer import programs, score
+from hunyuan_jax.infer.engine import CallLength
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import ContextTooLong, Limits, QueueFull, Request
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -389,6 +390,42 @@ def test_the_traces_start_over_and_find_beginnings_and_compile_nothing(
     monkeypatch.setattr(invariant.scheduler, "plan", lambda: print(new(jnp.ones(8))))
     invariant.step()
     assert invariant.stats().compilations > 0
+
+
+def test_more_rows_have_fewer_steps_in_a_call():
+    """Steps of 2 ms a row: a call of 50 ms to 100 ms, for any number of rows."""
+    length = CallLength()
+    assert length.max_steps(1) == length.max_steps(30) == 1
+    for num_rows in (1, 30, 1):
+        for _ in range(8):
+            num_steps = length.max_steps(num_rows)
+            length.took(num_rows, num_steps, 2e-3 * num_rows * num_steps)
+    assert length.max_steps(1) == 32 and length.max_steps(31) == 1
+    assert length.max_steps(3) == 16 and length.max_steps(4) == 8  # as they were not timed
+    length.took(1, 4, 1.0)  # cut short: says nothing
+    assert length.max_steps(1) == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_slices", "is_changed"),
+    [("avx2", 2, True), ("avx2", 1, False), ("avx2 avx512f", 2, False), ("asimd", 2, False)],
+)
+def test_rows_in_slices_are_compiled_for_one_core_without_avx512(
+    flags, num_slices, is_changed, model, monkeypatch
+):
+    monkeypatch.setattr(startup, "cpu_flags", flags.split)
+    monkeypatch.setattr("os.cpu_count", lambda: num_slices)
+    seen = {}
+
+    def compiled(self, compiler_options=None):
+        seen[name] = compiler_options
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    runner = model.new_engine(LIMITS).runner
+    for name in ("chunk", "decode"):
+        runner.compile(name, 1)
+    assert not seen["chunk"]
+    assert bool(seen["decode"]) == is_changed
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,9 @@ def finish(scheduler, device):
     return outputs
 
 
-def request(tokens, **options):
-    sampling = Sampling(max_new_tokens=3, stop_ids=()).resolved({})
-    return Choice(Request("r", tuple(tokens), sampling, **options), 0, 3)
+def request(tokens, max_new=3, **options):
+    sampling = Sampling(max_new_tokens=max_new, stop_ids=()).resolved({})
+    return Choice(Request("r", tuple(tokens), sampling, **options), 0, max_new)
 
 
 def test_a_prompt_finds_the_pages_of_the_same_beginning_and_salt():
@@ -258,6 +258,19 @@ def test_running_prompts_and_rows_share_a_step():
     plan = scheduler.plan()
     assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 4), (4, 8), (8, 12)]
     assert len(plan.rows[0].choices) == 1 and plan.num_steps == 1
+
+
+def test_a_call_has_as_many_steps_as_its_rows_may():
+    _, scheduler, device = scheduled()
+    scheduler.max_steps = {1: 8, 2: 2}.get
+    scheduler.add(request(range(4), max_new=30))
+    scheduler.update(*(lambda plan: (plan, *device.run(plan)))(scheduler.plan()))
+    plan = scheduler.plan()
+    assert plan.num_steps == 8
+    scheduler.update(plan, *device.run(plan))
+    scheduler.add(request(range(20, 24), max_new=30))
+    scheduler.update(*(lambda plan: (plan, *device.run(plan)))(scheduler.plan()))
+    assert scheduler.plan().num_steps == 2
 
 
 @pytest.mark.parametrize(
