@@ -151,8 +151,12 @@ def test_train_then_generate_then_bench(tmp_path):
     """The README's path, shortened: train, look at the workdir, generate from it."""
     workdir = tmp_path / "run"
     small = (
-        "--config.model.num_layers=2",
+        "--config.model.num_layers=1",
+        "--config.model.cla_share_factor=1",
+        "--config.model.hidden_size=32",
+        "--config.model.intermediate_size=32",
         "--config.model.moe.num_experts=2",
+        "--config.model.remat=none",
         "--config.train.batch_size=2",
         "--config.train.num_steps=2",
         "--config.train.eval_batches=1",
@@ -177,7 +181,7 @@ def test_train_then_generate_then_bench(tmp_path):
     assert result.stdout.startswith("def ")
     assert "(8 tokens in " in result.stderr
 
-    result = run("-m", "hunyuan_jax", "bench", TINY, *small[:3], "--num_steps=1", "--json")
+    result = run("-m", "hunyuan_jax", "bench", TINY, *small[:7], "--num_steps=1", "--json")
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["tokens_per_second"] == pytest.approx(figures["steps_per_second"] * 2 * 256)
     assert figures["prefill_tokens_per_second"] > 0

@@ -256,6 +256,7 @@ def config_of_lora():
     return dataclasses.replace(model, lora=config.LoraConfig(rank=2))
 
 
+@pytest.mark.heavy
 def test_models_at_home_and_behind_urls_are_the_same(monkeypatch, tmp_path):
     """Read and written with their tokenizers."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -37,6 +37,7 @@ def best(lm, context):
     return np.argsort(-np.asarray(lm.model.logits(padded)[0, len(context) - 1]))
 
 
+@pytest.mark.heavy
 def test_scores_come_in_the_order_of_the_pairs(lm, answers):
     likely = int(best(lm, CONTEXT)[0])
     pairs = [

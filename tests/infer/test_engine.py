@@ -90,6 +90,7 @@ def greedy(model, tokens, num_new):
     return tokens[-num_new:]
 
 
+@pytest.mark.heavy
 def test_many_lengths_at_different_times_get_the_tokens_of_the_whole_forward(model, engine):
     requests = [request(str(i), TEXT[i : 4 * i + 2], max_new_tokens=12 - i) for i in range(9)]
     found = answers(engine, requests, [0, 0, 1, 1, 2, 5, 6, 7, 8])
@@ -153,6 +154,7 @@ def test_the_last_token_that_is_only_scored_needs_no_position(model, engine):
         score.of_ends(engine, [[*whole, 1]], [60])
 
 
+@pytest.mark.heavy
 def test_ends_of_rows_are_scored_and_shared_beginnings_computed_once(model, engine):
     rows = [[*TEXT[:30], i, i + 1, 5] for i in range(4)] + [TEXT[:2], TEXT[:3]]
     starts = [30, 31, 32, 30, 1, 3]

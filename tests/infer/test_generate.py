@@ -53,6 +53,7 @@ def model(config):
     return Pretrained(config, random_params(config))
 
 
+@pytest.mark.heavy
 def test_greedy_tokens_are_those_of_the_whole_forward(model):
     """Chunks, buckets, cache and the CPU layout, against logits of the whole text
     without any of them.

@@ -44,6 +44,7 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["moe", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.heavy
 def test_texts_of_different_lengths_are_continued_as_each_alone(name, request):
     lm = request.getfixturevalue(name)
     together = lm.generate(TEXTS, GREEDY)
@@ -174,7 +175,7 @@ def test_a_run_is_loaded_with_its_tokenizer(workdir):
     lm = hunyuan_jax.load(workdir)
     assert lm.generate("line ", GREEDY).finish_reason == "length"
     assert lm.logprobs("line ").shape == (4,)
-    assert lm.router_stats("line ")["load_LE"].shape == (2, 4)
+    assert lm.router_stats("line ")["load_LE"].shape == (1, 4)
 
 
 def test_what_it_answers_to_mistakes(moe, dense, workdir, tmp_path):
@@ -218,6 +219,7 @@ def test_what_it_answers_to_mistakes(moe, dense, workdir, tmp_path):
         moe.generate("a", 64)
 
 
+@pytest.mark.heavy
 def test_a_folder_without_a_tokenizer_names_what_is_missing(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(FOLDERS / "moe_top1" / name, tmp_path)

@@ -93,6 +93,7 @@ def test_xla(case):
     ],
     indirect=["small_blocks"],
 )
+@pytest.mark.heavy
 def test_tpu(name, small_blocks):
     case = BY_NAME[name]
     cases_of_one_shape = [case]

@@ -81,6 +81,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
+@pytest.mark.heavy
 def test_tpu(case, small_blocks):
     arrays = case.arrays(np.random.default_rng())
     expected = with_gradients(
@@ -404,6 +405,7 @@ def compiled(chip, case, *, backward, **kwargs):
     "chip",
     [*(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")), "v5p"],
 )
+@pytest.mark.heavy
 def test_compiles_at_full_size(chip, backward, libtpu):
     text = compiled(chip, BY_NAME["hunyuan 4k"], backward=backward).as_text()
     assert "flash_attention_forward" in text and ("flash_attention_backward" in text) == backward
@@ -422,6 +424,7 @@ def test_compiles_with_everything(chip, libtpu):
     [pytest.param(False, marks=pytest.mark.slow), True],  # a backward pass has a forward one
     ids=["forward", "backward"],
 )
+@pytest.mark.heavy
 def test_memory_is_linear_in_length(backward, libtpu):
     memory = compiled("v5p", cases.LONG, backward=backward).memory_analysis()
     # A few copies of q in float32; the scores of one head alone would be 256 GiB.

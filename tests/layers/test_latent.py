@@ -16,7 +16,7 @@ from hunyuan_jax.layers.mixer import latent
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.count import count
 from support.layer_kinds import LATENT as MODEL
-from support.models import assert_close, filled, mesh_of
+from support.models import assert_close, fast_jit, filled, mesh_of
 
 
 def test_codes_are_packed_two_a_byte():
@@ -49,8 +49,15 @@ def test_a_layer_against_numpy():
     y_BTD = jnp.asarray(np.random.default_rng(2).normal(size=(1, 6, 32)), jnp.float32)
     cos_sin = rope.cos_sin(jnp.arange(6)[None], MODEL)
     sequence = Sequence(cos_sin, jnp.ones((1, 6), jnp.int32))
-    _, latents = module.latents(y_BTD, cos_sin)
-    out_TD = module.attend(y_BTD, latents, sequence, None)[0]
+    definition, state = nnx.split(module)
+
+    @fast_jit
+    def layer(state, y_BTD):
+        module = nnx.merge(definition, state)
+        _, latents = module.latents(y_BTD, cos_sin)
+        return module.attend(y_BTD, latents, sequence, None)
+
+    out_TD = layer(state, y_BTD)[0]
 
     w = {
         name: np.asarray(getattr(module, name)[...], np.float64)

@@ -360,6 +360,7 @@ def test_the_same_on_every_mesh(adapted):
 @pytest.mark.parametrize(
     "state_dtype", ["bfloat16", pytest.param("fp8_lm", marks=pytest.mark.slow)]
 )
+@pytest.mark.heavy
 def test_what_is_frozen_is_kept_as_it_is_used(state_dtype):
     cfg = small(lora=LORA, dtype="bfloat16")
     program = build_program(config(cfg, state_dtype=state_dtype), single_device_mesh())

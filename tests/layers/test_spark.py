@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hunyuan_jax.config import Config, MoeConfig, SparkConfig, TrainConfig
 from hunyuan_jax.errors import ConfigError
@@ -19,7 +20,7 @@ from hunyuan_jax.runlog.metrics import layer_figures
 from hunyuan_jax.train import step as step_lib
 from hunyuan_jax.train.state import build_program, init_state
 from support.layer_kinds import SPARK as MODEL
-from support.models import assert_close, filled, mesh_of
+from support.models import assert_close, fast_jit, filled, mesh_of
 
 Q_10_PERCENT = 1.2815516  # of the standard normal distribution
 
@@ -32,7 +33,12 @@ def gelu(x):
 def test_feed_forward_against_numpy(kind):
     module = filled(lambda: kind(MODEL, mesh_of(), jax.random.key(0)))
     y_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 32)), jnp.float32)
-    out_BTD, figures = module(y_BTD, jnp.array([[True, True, False]]), None)
+    definition, state = nnx.split(module)
+    out_BTD, figures = fast_jit(
+        lambda state, y_BTD: nnx.merge(definition, state)(
+            y_BTD, jnp.array([[True, True, False]]), None
+        )
+    )(state, y_BTD)
 
     y_TD = np.asarray(y_BTD[0], np.float64)
     score_TF = y_TD[:, :16] @ np.asarray(module.w_predict_pF[...], np.float64)

@@ -491,7 +491,9 @@ def test_ten_training_steps():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("num_devices", [1, 2], ids=["cpu layout", "scan"])
+@pytest.mark.parametrize(
+    "num_devices", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["cpu layout", "scan"]
+)
 @pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.slow), "batch."])
 def test_greedy_generation(prefix, num_devices):
     """On one CPU device as infer/cpu_layout.py arranges it, on two as on a pod."""

@@ -105,7 +105,18 @@ def test_frequencies(case):
     )
 
 
-@pytest.mark.parametrize("case", HF_CASES)
+# The others have a dense model and a mixture, tied and untied, with lists and in bfloat16.
+SLOW_TOKENS = ("moe_top2_shared", "moe_top1", "dense_alpha_tied")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in SLOW_TOKENS else [])
+        for case in HF_CASES
+    ],
+)
+@pytest.mark.heavy
 def test_greedy_tokens(case):
     golden = goldens.load(case)
     model = from_pretrained(golden.folder, dtype="float32")

@@ -41,6 +41,7 @@ def test_copies_equal_the_originals():
 
 
 @pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)])
+@pytest.mark.heavy
 def test_logits_loss_and_greedy_tokens(case):
     golden, model = read(case)
     ids_BS, mask_BS, _ = golden.inputs

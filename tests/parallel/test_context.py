@@ -121,6 +121,7 @@ def check(cfg, mesh):
         pytest.param("all_to_all", (2, 2, 1, 2), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.heavy
 def test_several_chips_give_the_loss_and_gradients_of_one(form, sizes):
     num_chips, data, expert, tensor = sizes
     check(variant(form), mesh_of(data, expert, tensor, context=num_chips))

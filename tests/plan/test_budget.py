@@ -81,6 +81,7 @@ def measure(topology):
     "topology",
     [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES[1:])],
 )
+@pytest.mark.heavy
 def test_the_step_stays_within_its_budget(topology):
     records = json.loads(RECORD.read_text(encoding="utf-8"))
     version = importlib.metadata.version("libtpu")

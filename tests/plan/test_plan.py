@@ -931,9 +931,16 @@ def test_the_command_passes_its_options_on(compiled, capsys, plan):
 
 
 @NEEDS_LIBTPU
-def test_a_tiny_plan_end_to_end(capsys, plan):
+@pytest.mark.heavy
+def test_a_tiny_plan_end_to_end(capsys, plan, monkeypatch):
+    compile_step, steps = aot.compile_step, []
+    monkeypatch.setattr(
+        aot, "compile_step", lambda *args: steps.append(compile_step(*args)) or steps[-1]
+    )
     options = [
-        "--config.model.num_layers=4",
+        # A layer a group and one block of attention: a step has each kernel once or twice.
+        "--config.model.num_layers=2",
+        "--config.model.cla_share_factor=1",
         "--config.train.seq_len=128",
         "--config.model.dtype=bfloat16",
         "--config.mesh.expert=2",
@@ -956,7 +963,14 @@ def test_a_tiny_plan_end_to_end(capsys, plan):
         (collective["kind"], tuple(collective["axes"]))
         for collective in report["hlo"]["collectives"]
     }
-    assert ("all-to-all", ("expert",)) in kinds
+    # Tokens travel to their experts and back; the gradient of an expert weight returns as a
+    # reduce-scatter over `data`.
+    assert {("all-to-all", ("expert",)), ("reduce-scatter", ("data",))} <= kinds
+    text = steps[0].compiled.as_text()
+    for kernel in ("gate_up", "matmul", "gated_gradient", "input_gradient", "weight_gradient"):
+        assert re.search(rf"%expert_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
+    for kernel in ("forward", "backward"):
+        assert re.search(rf"%flash_attention_{kernel}[.\d]* = .*tpu_custom_call", text), kernel
     assert not any("?" in axes for _, axes in kinds)
     assert {"entry", "forward loop", "backward loop"} <= {
         region["name"] for region in report["hlo"]["regions"]

@@ -131,6 +131,7 @@ def test_fit_takes_only_a_slice_that_is_too_small_for_one():
     ],
     ids=str,
 )
+@pytest.mark.heavy
 def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, chips, method, products, sizes):
     mesh = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
     options = (f"--topology={chips}", "--max_context=256", "--max_rows=8", f"--mesh={mesh}")

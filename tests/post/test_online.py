@@ -190,6 +190,8 @@ def run(files, workdir, **changes):
         "dpo",
         files / "pairs.jsonl",
         **{
+            # A dense model, which compiles sooner than a mixture.
+            "train__init_from": str(recipes.FOLDER.with_name("dense_bias_untied")),
             "objective__dpo__online__share": 0.5,
             "objective__dpo__online__num_generations": 4,
             "objective__dpo__online__max_new_tokens": 6,

@@ -217,6 +217,7 @@ def params():
     return jax.tree.map(np.asarray, init_state(program).params)
 
 
+@pytest.mark.heavy
 def test_packed_rows_and_micro_batches_give_the_gradient_of_one_example_a_row():
     packed, padded = config_for(), config_for(batch_size=16)
     one_a_row = stream_of(padded, max_examples=1).batch(0)

@@ -421,6 +421,7 @@ CHROMIUM = next(
 @pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine: the page was not opened in a browser"
 )
+@pytest.mark.heavy
 def test_a_browser_draws_everything_and_runs_nothing_else(workdir, tmp_path):
     path = report.write(workdir, tmp_path / "page.html")
     options = (
