@@ -18,7 +18,7 @@ from hunyuan_jax import presets
 from hunyuan_jax.config import ModelConfig, MoeConfig
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.embedding import Embedding
-from hunyuan_jax.layers.mixer import attention
+from hunyuan_jax.layers.mixer import attention, kv_cache, paged
 from hunyuan_jax.layers.mixer.attention import Attention, attend
 from hunyuan_jax.layers.norm import RmsNorm, rms_normalize
 from hunyuan_jax.layers.protocols import LayerCache, Sequence
@@ -797,3 +797,26 @@ def test_bfloat16_runs_close_to_float32_and_keeps_float32_where_it_must():
     assert (
         1e-3 < np.median(difference_BT) < 0.03
     )  # a token near a tie may go to another expert; most must not
+
+
+@pytest.mark.parametrize("few_bits", [None, "int8"])
+def test_pages_are_read_alike_on_all_devices(few_bits):
+    """A TPU takes slices in the place of gathers."""
+    rng = np.random.default_rng(0)
+    pages = kv_cache.empty((2, 6, 4, 2, 8), jnp.float32, few_bits)
+    pages = jax.tree.map(
+        lambda x: (rng.normal(size=x.shape) * (30 if x.dtype == jnp.int8 else 0.1)).astype(
+            x.dtype
+        ),
+        pages,
+    )
+    pages = jax.tree.map(jnp.asarray, pages)
+    q_BTNH = jnp.asarray(rng.normal(size=(2, 17, 4, 8)), jnp.float32)
+    table_BN = jnp.asarray(rng.integers(1, 6, (2, 5)))
+    end_BT = jnp.asarray(rng.integers(1, 20, (2, 17)))
+    found = [
+        paged.paged_attention(q_BTNH, pages, table_BN, jnp.int32(1), end_BT, device_kind=kind)
+        for kind in ("cpu", "TPU v5")
+    ]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -136,8 +136,6 @@ def test_a_server_of_a_tiny_model_on_four_chips(plan, capsys, chips, method, pro
     mesh = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
     options = (f"--topology={chips}", "--max_context=256", "--max_rows=8", f"--mesh={mesh}")
     options += (f"--quantize={method}",) if method else ()
-    # With heads of 32 the program of prompts copies the cache (docs/log.md).
-    options += ("--config.model.num_heads=8", "--config.model.head_dim=16")
     assert plan(*options, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["mesh"] == sizes

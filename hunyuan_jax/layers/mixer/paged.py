@@ -55,8 +55,23 @@ def write_pages(
     return old_PRS.at[group, page_Bn].set(pages_BnS, mode="drop")
 
 
+def _gathered(pages_PRS: jax.Array, group: jax.Array, page: jax.Array) -> jax.Array:
+    return pages_PRS[group, page]
+
+
+def _sliced(pages_PRS: jax.Array, group: jax.Array, page_B: jax.Array) -> jax.Array:
+    rest = pages_PRS.shape[2:]
+    starts = ((group, page, *(0,) * len(rest)) for page in page_B)
+    slices = [jax.lax.dynamic_slice(pages_PRS, start, (1, 1, *rest))[0] for start in starts]
+    return jnp.concatenate(slices)
+
+
 def read_pages(
-    pages: tuple[jax.Array | None, ...], group: jax.Array, page: jax.Array, dtype: Any
+    pages: tuple[jax.Array | None, ...],
+    group: jax.Array,
+    page: jax.Array,
+    dtype: Any,
+    take: Callable[..., jax.Array] = _gathered,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values [*page.shape, S, K, H] of pages of one group, in `dtype` if they are in few
     bits.
@@ -65,11 +80,11 @@ def read_pages(
       pages: the arrays of `KeysValues`.
     """
     k_PRSKH, v_PRSKH, *scales = pages
-    values = k_PRSKH[group, page], v_PRSKH[group, page]
+    values = take(k_PRSKH, group, page), take(v_PRSKH, group, page)
     if scales[0] is None:
         return values
     return tuple(
-        (x.astype(jnp.float32) * scale[group, page][..., None]).astype(dtype)
+        (x.astype(jnp.float32) * take(scale, group, page)[..., None]).astype(dtype)
         for x, scale in zip(values, scales, strict=True)
     )
 
@@ -169,7 +184,11 @@ def paged_attention(
         options |= {"table_Bm": table_BN, "with_lse": True}
         return decode_attention(q_BTNH, k_PRSKH, v_PRSKH, end_BT[:, -1], group=group, **options)
 
+    # `append` holds a page's slots innermost, and a TPU gathers from row-major arrays only: it
+    # would copy the whole cache, with heads padded to 128.
+    take = _gathered if options["device_kind"] == "cpu" else _sliced
+
     def read(page_B):
-        return read_pages(pages, group, page_B, q_BTNH.dtype)
+        return read_pages(pages, group, page_B, q_BTNH.dtype, take)
 
     return attend_pages(q_BTNH, read, k_PRSKH.shape[2], table_BN, end_BT)
