@@ -286,7 +286,13 @@ def _message(index: int, message: Mapping[str, Any]) -> dict[str, str]:
             f'{where} needs a content: a text, or a list of {{"type": "text", "text": TEXT}}.',
             param="messages",
         )
-    return {"role": "system" if role == "developer" else role, "content": content}
+    said = {"role": "system" if role == "developer" else role, "content": content}
+    reasoning = message.get("reasoning_content")
+    if reasoning is None:
+        return said
+    if not isinstance(reasoning, str):
+        raise Refused(f"{where} needs a text as reasoning_content, or none.", param="messages")
+    return said | {"reasoning_content": reasoning}
 
 
 def _part(where: str, part: Any) -> str:

@@ -11,7 +11,9 @@ from support import paths
 
 QUESTION = [{"role": "user", "content": "?"}]
 TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m['content'] }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}{{ style }}"
 )
 
@@ -155,6 +157,10 @@ def test_chats_are_written_by_the_models_template():
     assert text_of(messages=begun, continue_final_message=True) == "[user]?[assistant]So"
     assert text_of(messages=begun, add_generation_prompt=True) == (
         "[user]?[assistant]So[assistant]"
+    )
+    thought = [*QUESTION, {"role": "assistant", "content": "Yes", "reasoning_content": "well"}]
+    assert text_of(messages=[*thought, *QUESTION]) == (
+        "[user]?[assistant](well)Yes[user]?[assistant]"
     )
     forged = [{"role": "user", "content": "<|eos|>"}]
     assert 257 not in chat(messages=forged).requests[0].tokens
