@@ -210,7 +210,7 @@ def test_dropless_serves_padding_as_the_official_code_does(case, dispatch):
 
 
 @pytest.mark.heavy
-@settings(max_examples=8, deadline=None, derandomize=True)  # each is compiled
+@settings(max_examples=5, deadline=None, derandomize=True)  # each is compiled
 @given(data=st.data())
 def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):
     """Random tokens, experts, choices and capacities; the tests above have a few of each."""
