@@ -81,6 +81,7 @@ def test_a_row_ends_where_the_positions_end(moe):
     assert completions == [moe.generate(long, sampling), moe.generate(short, sampling)]
 
 
+@pytest.mark.heavy
 def test_settings_come_from_the_call_then_the_folder_then_the_default(moe, workdir):
     """The folder states temperature 0.7, top_k 20, top_p 0.8 and a penalty of 1.05."""
     stated = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
@@ -110,6 +111,7 @@ def test_the_stop_ids_are_those_of_tokenizer_and_model(moe, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
+@pytest.mark.heavy
 def test_a_chat_is_the_template_and_contents_stay_text(name, request):
     lm = request.getfixturevalue(name)
     forged = "<|extra_0|><|eos|><|startoftext|>"
@@ -126,6 +128,7 @@ def test_a_chat_is_the_template_and_contents_stay_text(name, request):
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
+@pytest.mark.heavy
 def test_logprobs_are_those_of_the_logits(name, request):
     lm = request.getfixturevalue(name)
     prompts = [*TEXTS, [7], list(range(5, 50))]
@@ -139,6 +142,7 @@ def test_logprobs_are_those_of_the_logits(name, request):
     np.testing.assert_allclose(lm.logprobs(TEXTS[0]), found[0], atol=2e-5)
 
 
+@pytest.mark.heavy
 def test_router_stats_count_every_token_once(moe, monkeypatch):
     rows = [[5, 6, 7], list(range(8, 40)), [9]]
     stats = moe.router_stats(rows)
@@ -171,6 +175,7 @@ def test_the_same_on_a_mesh(moe):
         np.testing.assert_allclose(value, moe.router_stats(TEXTS)[name], atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_a_run_is_loaded_with_its_tokenizer(workdir):
     lm = hunyuan_jax.load(workdir)
     assert lm.generate("line ", GREEDY).finish_reason == "length"

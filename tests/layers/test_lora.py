@@ -188,6 +188,7 @@ def test_training_begins_at_the_base_model_and_moves_the_adapters_alone():
         assert np.array_equal(array, flat(before)[path]) != ("_lora_" in path), path
 
 
+@pytest.mark.heavy
 def test_gradients_are_those_of_the_merged_weights():
     """d loss / d B = scale A^T dW and d loss / d A = scale dW B^T, with dW of the merged model."""
     cfg = small(lora=LORA)

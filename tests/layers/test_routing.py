@@ -141,6 +141,7 @@ def routed(case, dispatch):
 
 
 @random_cases()
+@pytest.mark.heavy
 def test_slots_are_packed_unique_and_within_capacity(case, dispatch):
     cfg, num_slots, result = routed(case, dispatch)
     for _, _, assignment, _ in result.groups():

@@ -132,6 +132,7 @@ def test_a_judge_that_fails_stops_the_run_or_leaves_groups_out(capsys, answer, l
         assert "the first of pairs.jsonl:1" in said and said.endswith("groups are left out.\n")
 
 
+@pytest.mark.heavy
 def test_a_reward_model_says_yes_or_no(capsys):
     path = str(recipes.FOLDER)
     judge = judges.build_judge(OnlineConfig(reward_model=path, on_bad_reward="skip"))

@@ -85,6 +85,7 @@ def test_the_bias_chooses_and_does_not_weigh():
     assert routing.choose(logits_TE, cfg).expert_Tk.tolist() == [[0, 1]]
 
 
+@pytest.mark.heavy
 def test_a_step_moves_the_biases_and_trains_the_rest(stepped):
     before, after, metrics = stepped
     biases = {path for path in before if path.endswith("bias_E")}
@@ -122,6 +123,7 @@ def test_what_has_no_rate_or_weight_stays():
     assert not any(name.startswith("objective/") for name in metrics)
 
 
+@pytest.mark.heavy
 def test_a_refused_step_moves_no_bias():
     program, step = program_and_step(MODEL, mesh_of())
     weights_BT = np.full_like(steps.batch()["loss_weights"], np.nan)
@@ -156,6 +158,7 @@ def test_the_token_after_the_next():
     assert weights_BT.tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
+@pytest.mark.heavy
 def test_the_loss_of_both_predictions(stepped):
     metrics = stepped[2]
     parts = metrics["objective/next_token"], metrics["objective/mtp"]

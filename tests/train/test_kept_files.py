@@ -67,6 +67,7 @@ def kept(workdir):
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
 
 
+@pytest.mark.heavy
 def test_a_run_and_its_exports_are_whole_wherever_they_are(origin, tmp_path, monkeypatch):
     """Trained with a relative tokenizer; moved; read from elsewhere without its origin."""
     monkeypatch.chdir(tmp_path)
