@@ -13,7 +13,7 @@ REPO = paths.ROOT
 TINY = "--config=configs/tiny.py"
 
 
-def run(*command, timeout=120):
+def run(*command, timeout=processes.PATIENCE):
     return subprocess.run(
         [sys.executable, *command],
         cwd=REPO,

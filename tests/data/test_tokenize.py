@@ -29,7 +29,7 @@ from hunyuan_jax.config import DataConfig, PhaseConfig, SourceConfig
 from hunyuan_jax.data import loader, shards, source, tokenize, tokens
 from hunyuan_jax.data.shards import Job
 from hunyuan_jax.errors import ConfigError
-from support import paths
+from support import paths, processes
 from support.texts import (
     TOKENIZER,
     assert_same_batches,
@@ -64,7 +64,7 @@ def command(*arguments):
     return [sys.executable, "-m", "hunyuan_jax", *map(str, arguments)]
 
 
-def run(*arguments, timeout=120):
+def run(*arguments, timeout=processes.PATIENCE):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout

@@ -19,6 +19,9 @@ XLA_FLAGS = " ".join(
     ]
 )
 
+# Seconds that a test waits for a process on a busy machine; a test may take 300 (pyproject.toml).
+PATIENCE = 270
+
 # A run of a few steps.
 NUM_STEPS = 4
 SMALL = {
@@ -93,7 +96,7 @@ def processes(fields_of_each, workdir, script=("train.py",)):
             process.communicate()
 
 
-def finish(started, timeout=120):
+def finish(started, timeout=PATIENCE):
     """Returns (exit statuses, standard errors) of the processes."""
     errors = [process.communicate(timeout=timeout)[1] for process in started]
     return [process.returncode for process in started], errors

@@ -15,7 +15,7 @@ from hunyuan_jax.infer.request import Limits
 from hunyuan_jax.serve.http import Server, Settings
 from hunyuan_jax.serve.openai import Served
 from hunyuan_jax.tokenizer import load_tokenizer
-from support import folders, paths
+from support import folders, paths, processes
 
 FOLDER = paths.GOLDEN / "hf" / "moe_top1"
 # As long as most prompts of tests need, and short enough that a test can fill it.
@@ -158,7 +158,7 @@ def running(engine, served, settings=None, wait=True):
     thread.start()
     try:
         if wait:
-            assert ready.wait(120)
+            assert ready.wait(processes.PATIENCE)
         yield found
     finally:
         found.stop()
