@@ -187,6 +187,7 @@ def test_what_was_saved_is_restored_though_the_state_was_donated_at_once(
     assert (tmp_path / "checkpoints" / "5" / "manifest.json").is_file()
 
 
+@pytest.mark.heavy
 def test_newest_every_kth_and_best_are_kept(tmp_path):
     cfg = CheckpointConfig(keep=2, keep_every=4, keep_best=1)
     save_steps(tmp_path, range(1, 9), cfg, losses={2: 3.0, 3: 1.0, 5: 2.0, 6: 4.0})

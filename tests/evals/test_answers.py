@@ -53,6 +53,7 @@ def test_scores_come_in_the_order_of_the_pairs(lm, answers):
     assert answers.scores(pairs)[3].is_greedy
 
 
+@pytest.mark.heavy
 def test_continuations_of_one_token_are_computed_once(lm, answers):
     """Likely ones are told by one forward, others come out of the cache."""
     order = best(lm, CONTEXT)

@@ -314,6 +314,7 @@ def test_several_steps_stay_near_a_float64_adamw(mode, tolerance):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.heavy
 def test_expert_ratio_and_decay_groups_act(mode):
     rng = np.random.default_rng(3)
     grads = on_device(random_tree(rng))

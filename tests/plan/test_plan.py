@@ -829,6 +829,7 @@ def compiled(monkeypatch):
     return seen
 
 
+@pytest.mark.heavy
 def test_search_tries_everything_and_compiles_the_first(compiled):
     trials = search.search(config(), "v5p:2x2x1", [1, 2], compile_top=3)
     assert len(compiled) == 3
@@ -858,6 +859,7 @@ def test_search_where_nothing_fits(compiled, monkeypatch):
         search.search(config(), "v5e:2x2", [1], compile_top=1)
 
 
+@pytest.mark.heavy
 def test_search_where_no_mesh_suits(compiled):
     cfg = config(MeshConfig(data=-1, expert=1))
     moe = dataclasses.replace(cfg.model.moe, num_experts=7)

@@ -170,6 +170,7 @@ def gradients(config, batch, rank=0):
     return compute(params(rank), step.place_batch(program, batch), jax.random.key(0))
 
 
+@pytest.mark.heavy
 def test_packed_pairs_and_micro_batches_give_the_gradient_of_one_pair_a_row():
     dpo = DpoConfig(sft_weight=0.3, beta=0.7)
     padded, packed = config_for(dpo, batch_size=16), config_for(dpo, batch_size=8)
@@ -205,6 +206,7 @@ def test_packed_pairs_and_micro_batches_give_the_gradient_of_one_pair_a_row():
             np.testing.assert_allclose(other[2].sums[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_the_reference_with_adapters_off_is_the_frozen_model():
     model = dataclasses.replace(MODEL, lora=LoraConfig(rank=2))
     off = config_for(DpoConfig(reference="adapter_off"), model, batch_size=8)
