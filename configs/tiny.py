@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             model=presets.tiny(),
             schedule=config.ScheduleConfig(peak_lr=4e-3, warmup_steps=40, decay_ratio=0.4),
             train=config.TrainConfig(
-                num_steps=800,
+                num_steps=730,
                 batch_size=8,
                 seq_len=256,
                 log_every=10,

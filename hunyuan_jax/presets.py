@@ -195,9 +195,9 @@ def tiny() -> ModelConfig:
     """
     return ModelConfig(
         vocab_size=320,  # 256 bytes and three specials, padded
-        hidden_size=128,
-        intermediate_size=192,
-        num_layers=6,
+        hidden_size=160,
+        intermediate_size=256,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,

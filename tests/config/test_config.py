@@ -324,7 +324,7 @@ def test_the_contract_has_its_fields():
 
 
 def test_derived_figures():
-    assert (BASE.model.is_moe, BASE.model.num_groups) == (True, 3)
+    assert (BASE.model.is_moe, BASE.model.num_groups) == (True, 2)
     assert (presets.a52b().num_groups, presets.a13b().num_groups) == (32, 32)
     assert not dataclasses.replace(BASE.model, moe=MoeConfig()).is_moe
 
@@ -365,8 +365,8 @@ BROKEN = [
     ),
     ({"model__head_dim": 15}, "head_dim = 15 must be even"),
     (
-        {"model__cla_share_factor": 4},
-        "num_layers = 6 is not divisible by cla_share_factor = 4; .* from [1, 2, 3, 6].",
+        {"model__cla_share_factor": 3},
+        "num_layers = 4 is not divisible by cla_share_factor = 3; .* from [1, 2, 4].",
     ),
     ({"model__rope_alpha": 0.0}, "rope_alpha = 0.0 must be positive"),
     ({"model__head_dim": 2}, "head_dim = 2 must be above 2 for rope_type 'alpha'"),
