@@ -1,14 +1,14 @@
-"""A draft of a fifth of the tiny model's parameters: trained alone, and by inheritance and
+"""A draft of a fifth of a small model's parameters: trained alone, and by inheritance and
 distillation in half of the steps.
 
     python benchmarks/distillation.py FOLDER [STEPS]
 
-FOLDER/teacher is a run of configs/tiny.py, trained first unless it is there.  STEPS are those of
-the draft that is trained alone.  All drafts have the same shape, text, batches and schedule over
-their own steps.  Prints the validation loss of each,
-and how often its greedy tokens are the teacher's: on held-out text, and on what the teacher itself
-writes after it, where a draft of four tokens is accepted up to the first that is not.  A run that
-was stopped continues.
+FOLDER/teacher is a run of configs/tiny.py with six layers of width 128, trained first unless it is
+there.  STEPS are those of the draft that is trained alone.  All drafts have the same shape, text,
+batches and schedule over their own steps.  Prints the validation loss of each, and how often its
+greedy tokens are the teacher's: on held-out text, and on what the teacher itself writes after it,
+where a draft of four tokens is accepted up to the first that is not.  A run that was stopped
+continues.
 """
 
 import json
@@ -26,6 +26,7 @@ from hunyuan_jax.train.pretrain import Pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TEACHER_STEPS = 500
+TEACHER = ("model.num_layers=6", "model.hidden_size=128", "model.intermediate_size=192")
 DRAFT = ("model.num_layers=2", "model.moe.num_experts=4")
 NUM_PROMPTS, PROMPT, ANSWER, NUM_DRAFTED = 32, 64, 64, 4
 DISTILLED = "objective.name=distill"
@@ -63,6 +64,7 @@ def train(workdir: Path, num_steps: int, *fields: str) -> None:
         f"train.num_steps={num_steps}",
         "train.eval_every=100",
         "checkpoint.every=100",
+        *TEACHER,
         *fields,
     )
     subprocess.run(

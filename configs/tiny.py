@@ -1,4 +1,4 @@
-"""A 4 M parameter Hunyuan-Large on the source files of Python's standard library, as bytes.
+"""A 4.7 M parameter Hunyuan-Large on the source files of Python's standard library, as bytes.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python -m hunyuan_jax generate --checkpoint=runs/tiny --prompt="def "

@@ -190,7 +190,7 @@ def _dense(**sizes: Any) -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """The a52b shape at 4 M parameters: CLA pairs, GQA, one shared and eight recycled experts,
+    """The a52b shape at 4.7 M parameters: CLA pairs, GQA, one shared and eight recycled experts,
     bytes as tokens.
     """
     return ModelConfig(
