@@ -213,7 +213,7 @@ def load_lm(values) -> Any:
         speculate_tokens=values.speculate_tokens,
     )
     seconds = time.perf_counter() - start
-    _note(f"loaded in {seconds:.1f} s; the first answer waits for the compiler")
+    _note(f"loaded in {seconds:.1f} s; programs are compiled next")
     return lm
 
 

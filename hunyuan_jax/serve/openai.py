@@ -49,7 +49,7 @@ class Job:
     """A request of a client: one request of the engine for each prompt.
 
     options: the fields of its table; max_logprobs: most likely tokens that answers list, or None;
-    texts: prompts as text, for `echo`; starts_thinking: the prompt ends with <think>.
+    texts: prompts as text, for `echo`; starts_thinking: the prompt ends inside of reasoning.
     """
 
     id: str
@@ -118,11 +118,24 @@ def chat_job(served: Served, body: Mapping[str, Any]) -> Job:
             param="n",
         )
     max_logprobs = options.top_logprobs if options.logprobs else None
-    end = served.tokenizer.decode(row[-8:]).rstrip() if served.thinks else ""
     return dataclasses.replace(
         _job("chatcmpl", True, served, options, [row], max_logprobs),
-        starts_thinking=end.endswith(tags_of(served.tokenizer.chat_template or "").think),
+        starts_thinking=served.thinks and _ends_thinking(served, options, row),
     )
+
+
+def _ends_thinking(served: Served, options: SimpleNamespace, row: Sequence[int]) -> bool:
+    """Whether a prompt ends inside of reasoning: the template's last words, or what is continued,
+    have opened it.
+    """
+    tags = tags_of(served.tokenizer.chat_template)
+    begun = ""
+    if options.continue_final_message:
+        begun = _message(len(options.messages) - 1, options.messages[-1])["content"]
+    end = len(row) - len(served.tokenizer.encode(begun))
+    written = served.tokenizer.decode(row[max(0, end - 8) : end]).rstrip()
+    opened = tags.think * written.endswith(tags.think) + begun
+    return opened.rfind(tags.think) > opened.rfind(tags.think_end)
 
 
 def chat_ids(served: Served, options: SimpleNamespace) -> list[int]:

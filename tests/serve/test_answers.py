@@ -97,6 +97,30 @@ def test_reasoning_can_be_left_out_and_may_begin_in_the_prompt():
     assert whole["message"] == {"role": "assistant", "content": "b", "reasoning_content": "a"}
 
 
+@pytest.mark.parametrize(
+    ("begun", "is_open", "starts_thinking"),
+    [
+        ("I gue", True, True),
+        ("I guess.</think>Y", True, False),
+        ("<think>I gue", False, True),
+        ("Y", False, False),
+    ],
+)
+def test_a_message_that_is_continued_may_end_in_its_reasoning(begun, is_open, starts_thinking):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": begun}]
+    answer = chat(
+        THINKING,
+        messages=messages,
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": is_open},
+    )
+    assert answer.job.starts_thinking == starts_thinking
+    _, whole = said(answer, *outputs(answer, "ss</think>es."))
+    if starts_thinking:
+        assert whole["message"]["reasoning_content"] == "ss"
+        assert whole["message"]["content"] == "es."
+
+
 @pytest.fixture(scope="module")
 def hy3(tmp_path_factory):
     """A server's model whose tags are special tokens, with Hy3's names and efforts."""
