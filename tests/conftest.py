@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 
+import hypothesis
 import jax
 import pytest
 
@@ -37,6 +38,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # to keep none: each worker of each run would rewrite them for ten seconds.
 sys.dont_write_bytecode = False
 pytest.register_assert_rewrite("support")
+# Examples are drawn slowly beside other work.
+SLOWLY = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=SLOWLY)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ from hunyuan_jax.chat.render import render_chat
 from hunyuan_jax.tokenizer import HfTokenizer, load_tokenizer
 from support import goldens, paths
 
-SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+SETTINGS = settings(derandomize=True, database=None, max_examples=40)
 TEMPLATES = {
     path.stem: path.read_text() for path in sorted((paths.GOLDEN / "templates").glob("*.jinja"))
 }

@@ -85,7 +85,7 @@ def assert_is(restored, step):
 # the manifest
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 1000)), st.integers(1, 9))
 def test_each_file_has_one_process_and_all_have_about_as_many_bytes(sizes, count):
     shares = [manifest.share(sizes, index, count) for index in range(count)]
@@ -94,7 +94,7 @@ def test_each_file_has_one_process_and_all_have_about_as_many_bytes(sizes, count
     assert max(loads) - min(loads) <= max(sizes.values(), default=0) + len(sizes)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.integers(1, 60), st.none() | st.sampled_from([1.0, 2.0, 3.0])),
     st.integers(1, 3),

@@ -807,7 +807,7 @@ def test_presets_survive_a_dict(name):
     assert from_dict(type(preset), to_dict(preset)) == preset
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(group_size=st.integers(1, 70), batch_size=st.integers(1, 6), seq_len=st.integers(1, 30))
 def test_the_rule_for_groups_is_that_of_the_router(group_size, batch_size, seq_len):
     # What passes here must route, and what is refused must be refused there too.

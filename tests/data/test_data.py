@@ -36,7 +36,7 @@ from support.texts import (
     take,
 )
 
-few_examples = settings(max_examples=10, deadline=None, derandomize=True)
+few_examples = settings(max_examples=10, derandomize=True)
 corpora = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8
 )

@@ -27,7 +27,7 @@ pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-few_examples = settings(max_examples=30, deadline=None, derandomize=True)
+few_examples = settings(max_examples=30, derandomize=True)
 KINDS = ".txt, .py, .md, .jsonl (plain, .gz, .zst), .parquet, .array_record"
 
 

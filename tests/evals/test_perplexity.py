@@ -14,7 +14,7 @@ PREFIX = 1
 ROWS = [[(7 * i + 5) % 300 + 10 for i in range(n)] for n in (0, 1, 40, 96, 97, 250)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num=st.integers(0, 60), size=st.integers(1, 12))
 def test_windows_hold_every_token_once(num, size):
     ids = list(range(100, 100 + num))
@@ -31,7 +31,7 @@ def test_windows_hold_every_token_once(num, size):
         assert len(found[-1].context) + len(found[-1].continuation) == size + 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(num=st.integers(0, 60), size=st.integers(1, 12))
 def test_windows_are_those_of_lm_eval(num, size):
     utils = pytest.importorskip("lm_eval.utils")

@@ -132,7 +132,7 @@ def test_the_score_ignores_the_case_of_letters():
     assert ruler.score(" abc DEF", ["ABC", "def"]) == 1.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(num=st.integers(1, 3000), seed=st.integers(0, 9))
 def test_words_are_different(num, seed):
     import random

@@ -354,7 +354,7 @@ def alone(invariant):
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.integers(0, 12)), min_size=2, max_size=8)
 )

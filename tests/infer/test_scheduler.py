@@ -123,7 +123,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(REQUESTS, st.integers(1, 2), st.integers(8, 20), st.booleans(), st.sampled_from([1, 1, 3]))
 def test_every_trace_gives_the_tokens_of_each_request_alone(
     trace, num_pools, num_pages, is_invariant, step_tokens

@@ -232,7 +232,7 @@ def test_tied_and_untied_models_learn_through_the_right_table(monkeypatch, tie, 
 # How many parts
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     num_tokens=st.integers(1, 10**6),
     num_rows=st.integers(1, 3000),

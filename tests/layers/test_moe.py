@@ -376,7 +376,7 @@ def test_buffers_hold_each_row_once_and_no_weight_after_the_counts():
 # Tiles
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(num_rows=st.integers(1, 10**6), num_experts=st.integers(1, 512))
 def test_a_tile_is_a_power_of_two_that_pads_at_most_as_much_as_there_is(num_rows, num_experts):
     tile = dispatch.tile_size(num_rows, num_experts)

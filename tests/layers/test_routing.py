@@ -123,7 +123,7 @@ def random_cases(*shapes, dispatches=DISPATCHES):
     """
 
     def decorate(test):
-        test = settings(max_examples=25, deadline=None, derandomize=True)(
+        test = settings(max_examples=25, derandomize=True)(
             given(case=cases(*(shapes or SHAPES)))(test)
         )
         return pytest.mark.parametrize("dispatch", dispatches)(test)
@@ -211,7 +211,7 @@ def test_dropless_serves_padding_as_the_official_code_does(case, dispatch):
 
 
 @pytest.mark.heavy
-@settings(max_examples=5, deadline=None, derandomize=True)  # each is compiled
+@settings(max_examples=5, derandomize=True)  # each is compiled
 @given(data=st.data())
 def test_groups_of_any_size_are_recycled_as_in_a_simulation(data):
     """Random tokens, experts, choices and capacities; the tests above have a few of each."""
@@ -516,7 +516,7 @@ def test_capacity_examples(capacity_factor, k, tokens, num_experts, min_capacity
     assert routing.capacity(dataclasses.replace(cfg, dispatch="dropless"), tokens) == tokens
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     percent=st.integers(1, 400),
     k=st.integers(1, 8),

@@ -165,7 +165,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(cfg=configs)
 def test_every_part_is_the_size_of_its_parameters(cfg):
     counts = count(cfg)

@@ -86,7 +86,7 @@ def stored_model(cfg, state_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(
     seed=st.integers(0, 1000),
     num_scale_dims=st.integers(0, 2),

@@ -223,7 +223,7 @@ def test_a_dim_that_does_not_divide_is_refused_with_what_to_change():
     )  # no shape, no check
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(size=st.integers(1, 300), tensor=st.sampled_from([1, 2, 4]), expert=st.sampled_from([1, 2]))
 def test_the_remedies_in_the_message_work(size, tensor, expert):
     ways = tensor * expert

@@ -103,7 +103,7 @@ def ask(shared, path, data):
 
 
 def fuzz(shared, num):
-    @hypothesis.settings(max_examples=num, deadline=None, database=None,
+    @hypothesis.settings(max_examples=num, database=None,
                          suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
     @hypothesis.given(requests())
     def run(request):

@@ -18,7 +18,7 @@ from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.tokenizer import HfTokenizer, HyTokenizer, StreamDecoder, load_tokenizer
 from support import goldens
 
-SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=50)
+SETTINGS = settings(derandomize=True, database=None, max_examples=50)
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "héllo 12"},

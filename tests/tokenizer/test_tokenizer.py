@@ -38,7 +38,7 @@ MERGES = [
     b"|>",
 ]
 
-SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=80)
+SETTINGS = settings(derandomize=True, database=None, max_examples=80)
 VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 # Text in which names of special tokens, or what nearly is one, are common.
 TRICKY_TEXT = st.lists(

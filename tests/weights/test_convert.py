@@ -164,7 +164,7 @@ def model_configs(draw) -> ModelConfig:
 
 
 @given(model_configs())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_table_names_every_official_tensor_once(cfg):
     all_entries = table.entries(cfg)
     assert len({e.name for e in all_entries}) == len(all_entries)
@@ -172,7 +172,7 @@ def test_table_names_every_official_tensor_once(cfg):
 
 
 @given(model_configs())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_table_fills_every_parameter_once(cfg):
     shapes = flat(abstract_model(cfg, single_device_mesh())[1])
     indices = {}
@@ -189,7 +189,7 @@ def test_table_fills_every_parameter_once(cfg):
 
 
 @given(model_configs())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_layouts_are_inverse(cfg):
     shapes = flat(abstract_model(cfg, single_device_mesh())[1])
     for e in table.entries(cfg):
@@ -204,7 +204,7 @@ def test_layouts_are_inverse(cfg):
 
 
 @given(model_configs())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_config_survives_the_official_form(cfg):
     if cfg.moe.num_experts == 1:
         cfg = dataclasses.replace(cfg, moe=MoeConfig())
