@@ -14,6 +14,7 @@ import pytest
 
 from hunyuan_jax.serve.http import Settings
 from support import serving
+from support.processes import PATIENCE
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -49,8 +50,8 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, expression, seconds=60):
-        end = time.monotonic() + seconds
+    async def until(self, expression):
+        end = time.monotonic() + PATIENCE
         while not await self.value(expression):
             assert time.monotonic() < end, expression
             await asyncio.sleep(0.02)
