@@ -171,10 +171,10 @@ class Runner:
         costs less than to compile another.
         """
         sizes = [num for num in self.sizes(name) if num >= num_needed] or self._sizes[name][-1:]
-        known = [num for num in sizes if name == "decode" and (name, num) in self._programs]
-        under_way = [num for num in self._sizes[name] if (name, num) in self._programs]
-        under_way = [num for num in under_way if name == "decode" and num >= num_needed]
-        shape = (name, (known or under_way or sizes)[0])
+        enough = [num for num in self._sizes[name] if name == "decode" and num >= num_needed]
+        begun = [num for num in enough if (name, num) in self._programs]
+        known = [num for num in sizes if num in begun]
+        shape = (name, (known or begun or sizes)[0])
         with self._lock:
             is_new = shape not in self._programs
             program = self._programs.setdefault(shape, Future())
