@@ -116,6 +116,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
     """
     sizes, state = sizes_of(config, num_devices), _state_of(config, num_devices)
     kept = kept_activations(sizes)
+    constants = build_objective(config).constants(state.program.mesh)
     # With several passes a step, their sum in float32 besides those of one pass.
     gradients = state.gradients + (4 * state.parameters if sizes.num_micro_batches > 1 else 0)
     return Estimate(
@@ -123,6 +124,7 @@ def estimate(config: Config, num_devices: int) -> Estimate:
             Item("weights", state.weights, ALWAYS),
             Item("optimizer state", state.moments, ALWAYS),
             Item("batch", sizes.batch_bytes, ALWAYS),
+            *(Item(name, _bytes(tree), ALWAYS) for name, tree in constants.items()),
             Item("gradients", gradients, LAYERS),
             Item("kept for the backward pass", kept, LAYERS),
             Item("gathered weights", gathered_weights(sizes), LAYERS),
@@ -143,16 +145,15 @@ def sizes_of(config: Config, num_devices: int) -> Sizes:
     """What the formulas need; raises like `estimate`."""
     mesh = MeshConfig(**mesh_sizes(config, num_devices))
     state = _state_of(config, num_devices)
-    batch = step_lib.abstract_batch(
-        state.program._replace(config=config, objective=build_objective(config))
-    )
+    objective = build_objective(config)
+    batch = step_lib.abstract_batch(state.program._replace(config=config, objective=objective))
     tokens_BT = batch["tokens"]
     rows = math.prod(tokens_BT.sharding.shard_shape(tokens_BT.shape))
     batch_tokens = math.ceil(rows / mesh.context)
     tokens = math.ceil(batch_tokens / config.train.grad_accum_steps)
     return Sizes(
         model=config.model,
-        batch_bytes=_bytes(batch),
+        batch_bytes=_bytes([batch[name] for name in objective.batch_spec]),
         batch_tokens=batch_tokens,
         tokens=tokens,
         num_micro_batches=config.train.grad_accum_steps,

@@ -14,7 +14,13 @@ import jax
 import pytest
 
 from hunyuan_jax import cli, presets
-from hunyuan_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from hunyuan_jax.config import (
+    Config,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers.mixer.context_facts import Form
 from hunyuan_jax.parallel.mesh import single_device_mesh
@@ -30,8 +36,9 @@ from hunyuan_jax.plan import (
     topology,
 )
 from hunyuan_jax.train.state import abstract_model
+from hunyuan_jax.weights.open import open_model
 from pallas_kernels.chips import CHIPS
-from support import paths
+from support import paths, recipes
 
 # ml_collections loads recipes in a way that newer Pythons deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -524,6 +531,22 @@ def test_state_items_are_exact():
     assert found["gradients", memory.LAYERS] == pytest.approx(
         found["weights", memory.ALWAYS] / 2, rel=0.05
     )
+
+
+def test_a_teacher_has_a_line_of_its_own():
+    teacher = paths.ROOT / "tests/golden/hf/moe_top1"
+    cfg = recipes.config_of(
+        "distill",
+        "stdlib",
+        train__init_from="",
+        model__num_layers=1,
+        objective__distill__teacher=str(teacher),
+    )
+    found = items(dataclasses.replace(cfg, mesh=MeshConfig()), 1)
+    plain = dataclasses.replace(cfg, objective=ObjectiveConfig())
+    assert found["batch", memory.ALWAYS] == items(plain, 1)["batch", memory.ALWAYS]
+    shapes = _shapes(dataclasses.replace(cfg, model=open_model(teacher).cfg))
+    assert found["teacher", memory.ALWAYS] == 4 * sum(map(math.prod, shapes))
 
 
 def _shapes(cfg):
