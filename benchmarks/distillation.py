@@ -1,19 +1,20 @@
-"""A draft of a fifth of a small model's parameters: trained alone, and by inheritance and
+"""A draft of a quarter of the tiny model's parameters: trained alone, and by inheritance and
 distillation in half of the steps.
 
     python benchmarks/distillation.py FOLDER [STEPS]
 
-FOLDER/teacher is a run of configs/tiny.py with six layers of width 128, trained first unless it is
-there.  STEPS are those of the draft that is trained alone.  All drafts have the same shape, text,
-batches and schedule over their own steps.  Prints the validation loss of each, and how often its
-greedy tokens are the teacher's: on held-out text, and on what the teacher itself writes after it,
-where a draft of four tokens is accepted up to the first that is not.  A run that was stopped
-continues.
+FOLDER/teacher is a run of configs/tiny.py of 400 steps, trained first unless it is there.  STEPS
+are those of the draft that is trained alone.  All drafts have the same shape, text, batches and
+schedule over their own steps.  Prints the validation loss of each, and how often its greedy tokens
+are the teacher's: on held-out text, and on what the teacher itself writes after it, where a draft
+of four tokens is accepted up to the first that is not.  A run that was stopped continues.
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,37 +26,52 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train.pretrain import Pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_TEACHER_STEPS = 500
-TEACHER = ("model.num_layers=6", "model.hidden_size=128", "model.intermediate_size=192")
-DRAFT = ("model.num_layers=2", "model.moe.num_experts=4")
+NUM_TEACHER_STEPS = 400
+DRAFT = ("model.num_layers=2", "model.moe.num_experts=4", "model.intermediate_size=192")
 NUM_PROMPTS, PROMPT, ANSWER, NUM_DRAFTED = 32, 64, 64, 4
-DISTILLED = "objective.name=distill"
+
+
+def drafts_of(teacher: Path, num_steps: int) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Name, steps and settings of each row."""
+    half, section = num_steps // 2, "objective.distill"
+
+    def learns(name, rule, *fields):
+        fields = [f"{section}.{field}" for field in (f"inherit={rule}", *fields)]
+        return name, half, ("objective.name=distill", f"{section}.teacher={teacher}", *fields)
+
+    by_magnitude = "inherited (magnitude)"
+    return [
+        ("alone", num_steps, ()),
+        ("alone", half, ()),
+        learns(by_magnitude, "magnitude", "weight=0."),
+        learns("distilled", "none"),
+        *(
+            learns(f"inherited ({rule}), distilled", rule)
+            for rule in ("first", "magnitude", "fisher")
+        ),
+        learns("inherited (mask), distilled", "mask", f"mask_steps={half}"),
+        learns(f"{by_magnitude}, distilled, last states", "magnitude", "hidden_weight=1."),
+        learns(f"{by_magnitude}, distilled, all layers", "magnitude", "inner_weight=1."),
+    ]
 
 
 def main(folder: Path, num_steps: int = 200) -> None:
     """Trains what is missing, and prints a markdown table."""
+    began = time.monotonic()
     teacher = folder / "teacher"
     train(teacher, NUM_TEACHER_STEPS)
-    learns = (DISTILLED, f"objective.distill.teacher={teacher}")
-    half = num_steps // 2
-    drafts = (
-        ("alone", num_steps, ()),
-        ("alone", half, ()),
-        ("inherited", half, (*learns, "objective.distill.weight=0.")),
-        ("distilled", half, (*learns, "objective.distill.inherit=none")),
-        ("inherited, distilled", half, learns),
-        ("by fisher, distilled", half, (*learns, "objective.distill.inherit=fisher")),
-    )
     text, answers = prompts(teacher)
     print(
         "| draft | parameters | steps | validation loss | agreement on text | on the teacher's "
         f"own | of {NUM_DRAFTED} drafted |\n|---|---|---|---|---|---|---|"
     )
     row("the teacher", teacher, NUM_TEACHER_STEPS, text, answers)
-    for name, num_steps, fields in drafts:
-        workdir = folder / f"{name.replace(', ', '_').replace(' ', '_')}_{num_steps}"
-        train(workdir, num_steps, *DRAFT, *fields)
-        row(name, workdir, num_steps, text, answers)
+    for name, steps, fields in drafts_of(teacher, num_steps):
+        words = "".join(c if c.isalnum() else " " for c in name).split()
+        workdir = folder / "_".join([*words, str(steps)])
+        train(workdir, steps, *DRAFT, *fields)
+        row(name, workdir, steps, text, answers)
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 
 def train(workdir: Path, num_steps: int, *fields: str) -> None:
@@ -64,15 +80,17 @@ def train(workdir: Path, num_steps: int, *fields: str) -> None:
         f"train.num_steps={num_steps}",
         "train.eval_every=100",
         "checkpoint.every=100",
-        *TEACHER,
         *fields,
     )
+    # Drafts whose programs are equal share them.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs")}
     subprocess.run(
         [
             *(sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"),
             *(f"--config.{field}" for field in fields),
         ],
         cwd=ROOT,
+        env=cache | os.environ,
         check=True,
         stdout=sys.stderr,
     )
@@ -120,4 +138,4 @@ def leaves(tree: dict) -> list:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))
