@@ -7,7 +7,7 @@ from hunyuan_jax.config.section import Section, require
 from hunyuan_jax.files import AnyPath
 
 Divergence = Literal["forward", "reverse"]
-Inherit = Literal["magnitude", "fisher", "first", "none"]
+Inherit = Literal["magnitude", "fisher", "mask", "first", "none"]
 Rows = Literal["text", "chats"]
 
 
@@ -32,11 +32,20 @@ class DistillConfig(Section):
     """Compare the teacher's most probable tokens, and all others as one; 0 = all one by one."""
     hidden_weight: float = 0.0
     """Weight of matching the last hidden states, by a linear map where widths differ."""
+    inner_weight: float = 0.0
+    """Weight of matching the hidden states after each of the student's layers in the same way."""
+    inner_layers: tuple[int, ...] = ()
+    """The teacher's layer that each of the student's is matched with, counted from 0; () = the one
+    that it was, if it is inherited from the teacher, else the one at the same share of the depth.
+    """
     affinity_weight: float = 0.0
     """Weight of matching which tokens of a row resemble each other, by their hidden states."""
     inherit: Inherit = "magnitude"
     """What the student keeps of a larger model's weights, without train.init_from: the largest,
-    those with the largest effect on the loss (fisher), the first, or none."""
+    those with the largest effect on the loss (fisher), those with the largest learned mask, the
+    first, or none."""
+    mask_steps: int = 200
+    """Steps in which masks are learned before the student's first step."""
     inherit_from: AnyPath = ""
     """The larger model; "" = the teacher."""
     groups: tuple[int, ...] = ()
@@ -52,9 +61,19 @@ class DistillConfig(Section):
             self.temperature > 0,
             f"config.objective.distill.temperature = {self.temperature} must be positive.",
         )
-        for name in ("top_k", "hidden_weight", "affinity_weight"):
+        for name in ("top_k", "hidden_weight", "inner_weight", "affinity_weight"):
             value = getattr(self, name)
             require(value >= 0, f"config.objective.distill.{name} = {value} must not be negative.")
+        require(
+            self.mask_steps >= 1,
+            f"config.objective.distill.mask_steps = {self.mask_steps} must be at least 1.",
+        )
+        require(
+            list(self.inner_layers) == sorted(self.inner_layers)
+            and min(self.inner_layers, default=0) >= 0,
+            f"config.objective.distill.inner_layers = {self.inner_layers} must name layers from 0 "
+            "on in ascending order.",
+        )
         require(
             list(self.groups) == sorted({*self.groups}) and min(self.groups, default=0) >= 0,
             f"config.objective.distill.groups = {self.groups} must name groups from 0 on in "

@@ -116,7 +116,10 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
         ),
         (
             config.objective.name == "distill" and bool(config.train.init_from),
-            tuple(f"objective.distill.{name}" for name in ("inherit", "inherit_from", "groups")),
+            tuple(
+                f"objective.distill.{name}"
+                for name in ("inherit", "inherit_from", "groups", "mask_steps")
+            ),
             "config.train.init_from names the student's first weights; leave it empty to cut them "
             "out of a larger model",
         ),
@@ -137,6 +140,17 @@ def _idle(config: Config) -> list[tuple[tuple[str, ...], str]]:
             config.objective.name == "distill" and config.objective.distill.inherit == "none",
             ("objective.distill.inherit_from", "objective.distill.groups"),
             "config.objective.distill.inherit = 'none' draws random weights; take 'magnitude'",
+        ),
+        (
+            config.objective.name == "distill" and config.objective.distill.inherit != "mask",
+            ("objective.distill.mask_steps",),
+            f"config.objective.distill.inherit = {config.objective.distill.inherit!r} learns no "
+            "masks; take 'mask'",
+        ),
+        (
+            config.objective.name == "distill" and not config.objective.distill.inner_weight,
+            ("objective.distill.inner_layers",),
+            "config.objective.distill.inner_weight = 0 matches no layers; set a weight",
         ),
         (
             config.objective.name == "grpo",

@@ -1,6 +1,6 @@
 """The stack of layers: a pattern of layers, repeated and scanned.
 
-Letters: B batch, T tokens, D model, P groups, f layers of a group.
+Letters: B batch, T tokens, D model, P groups, f layers of a group, L = P f layers.
 """
 
 from typing import Any
@@ -26,7 +26,8 @@ _REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.save_only_these_names("stream"),
 }
-_STREAM = ("batch", "seq", "embed")
+_STREAM_DIMS = ("batch", "seq", "embed")
+STREAM = "stream"  # among the figures, where it is kept
 
 Entries = dict[str, CacheEntry] | None
 
@@ -116,6 +117,7 @@ class Stack(nnx.Module):
         entries: Entries,
         key: jax.Array | None,
         is_training: bool,
+        keeps_stream: bool = False,
     ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
         """(the residual stream, the cache entries with the new tokens, figures [P, f, ...]).
 
@@ -123,6 +125,8 @@ class Stack(nnx.Module):
           entries: of the cache; None keeps nothing.
           key: typed key of this (seed, step), for routing and dropout.
           is_training: whether dropout acts.
+          keeps_stream: whether the figures have the residual stream after each layer, STREAM
+            [L, B, T, D].
         """
         definition, params_P = nnx.split(self)
 
@@ -132,9 +136,9 @@ class Stack(nnx.Module):
             group_key = None if key is None else jax.random.fold_in(key, group)
             layers = nnx.merge(definition, params.in_use(group_params, group)).layers()
             x_BTD, entries, stats = run_group(
-                layers, x_BTD, sequence, entries, group, group_key, is_training
+                layers, x_BTD, sequence, entries, group, group_key, is_training, keeps_stream
             )
-            return (constrain(x_BTD, self.mesh, _STREAM), entries), stats
+            return (constrain(x_BTD, self.mesh, _STREAM_DIMS), entries), stats
 
         if self.cfg.remat != "none":
             one_group = jax.checkpoint(
@@ -148,6 +152,8 @@ class Stack(nnx.Module):
                 device_kind(self.mesh), self.cfg.num_groups, len(pattern(self.cfg))
             ),
         )
+        if keeps_stream:
+            stats_Pf[STREAM] = stats_Pf[STREAM].reshape(-1, *x_BTD.shape)
         return x_BTD, entries, stats_Pf
 
 
@@ -159,11 +165,12 @@ def run_group(
     group: Any,
     key: jax.Array | None,
     is_training: bool,
+    keeps_stream: bool = False,
 ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
     """Runs the layers of one group, whose index is `group`; as `Stack`, with figures [f, ...] of
     the layers that have some, and a key of this (seed, step, group).
     """
-    caches, stats = {}, []
+    caches, stats, stream = {}, [], []
     for place, layer in enumerate(layers):
         shared = layer.spec.shares_kv_with
         source = f"layer_{place if shared is None else shared}"
@@ -174,9 +181,13 @@ def run_group(
             x_BTD, sequence, caches[source], layer_key, is_training
         )
         stats += [layer_stats] * bool(layer_stats)
+        stream.append(x_BTD)
     if entries is not None:
         entries = {name: cache.entry for name, cache in caches.items()}
-    return x_BTD, entries, stack_figures(stats)
+    figures = stack_figures(stats)
+    if keeps_stream:
+        figures[STREAM] = jnp.stack(stream)
+    return x_BTD, entries, figures
 
 
 def stack_figures(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -16,14 +16,14 @@ from hunyuan_jax.layers.norm import RmsNorm
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.cache import Cache, entries_of, prefix_of
 from hunyuan_jax.model.mtp import Mtp
-from hunyuan_jax.model.stack import Entries, Stack
+from hunyuan_jax.model.stack import STREAM, Entries, Stack
 from hunyuan_jax.parallel import context
 from hunyuan_jax.parallel.rules import constrain
 
 
 class Output(NamedTuple):
-    """hidden_BTD after the final norm, the cache if one was given, and router figures [P, f, ...]
-    (empty if dense).
+    """hidden_BTD after the final norm, the cache if one was given, router figures [P, f, ...]
+    (empty if dense), and the residual stream after each of L layers if it was to be kept.
 
     hidden_BTD has the tokens in the order of `parallel.context`, which is the row's on one chip.
     """
@@ -31,6 +31,7 @@ class Output(NamedTuple):
     hidden_BTD: jax.Array
     cache: Cache | None
     stats: dict[str, jax.Array]
+    stream_LBTD: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -67,6 +68,7 @@ class Transformer(nnx.Module):
         *,
         key: jax.Array | None = None,
         is_training: bool = False,
+        keeps_stream: bool = False,
     ) -> Output:
         """Runs whole sequences without a cache.
 
@@ -76,6 +78,7 @@ class Transformer(nnx.Module):
           segment_ids_BT: int32; tokens attend within their own segment only, 0 is padding.
           key: typed key of this (seed, step), for recycle routing and dropout.
           is_training: whether dropout acts; needs `key`.
+          keeps_stream: whether the output has the residual stream after each layer.
         """
         cfg = self.cfg
         if is_training and key is None and (cfg.attention_dropout or cfg.hidden_dropout):
@@ -86,8 +89,8 @@ class Transformer(nnx.Module):
             context.to_chips(x_BT, self.mesh) for x_BT in (tokens_BT, positions_BT, segment_ids_BT)
         )
         sequence = Sequence(rope.cos_sin(positions_BT, cfg), segment_ids_BT)
-        hidden_BTD, _, stats = self._run(tokens_BT, sequence, None, key, is_training)
-        return Output(hidden_BTD, None, stats)
+        hidden_BTD, _, stats = self._run(tokens_BT, sequence, None, key, is_training, keeps_stream)
+        return Output(hidden_BTD, None, stats, stats.pop(STREAM, None))
 
     def prefill(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array, cache: Cache
@@ -139,12 +142,14 @@ class Transformer(nnx.Module):
         entries: Entries,
         key: jax.Array | None = None,
         is_training: bool = False,
+        keeps_stream: bool = False,
     ) -> tuple[jax.Array, Entries, dict[str, jax.Array]]:
         if entries is not None and sequence.table_BN is None:
             context.refuse(self.mesh, "a contiguous cache")
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
-        stats, new_entries = {}, {}
+        stats, new_entries, streams = {}, {}, []
+        options = {"keeps_stream": True} if keeps_stream else {}
         for name, _ in self._main_stacks():
             # Keys of "groups" are counted from 0 on.
             own_key = key
@@ -152,9 +157,13 @@ class Transformer(nnx.Module):
                 own_key = jax.random.fold_in(key, self.cfg.num_layers)
             stack = getattr(self, name)
             x_BTD, own, stats = stack(
-                x_BTD, sequence, entries_of(entries, name), own_key, is_training
+                x_BTD, sequence, entries_of(entries, name), own_key, is_training, **options
             )
+            if keeps_stream:
+                streams.append(stats.pop(STREAM))
             new_entries |= {prefix_of(name) + place: entry for place, entry in (own or {}).items()}
+        if keeps_stream:
+            stats[STREAM] = jnp.concatenate(streams)
         return self.final_norm(x_BTD), new_entries or None, stats
 
     def _main_stacks(self) -> list[tuple[str, ModelConfig]]:

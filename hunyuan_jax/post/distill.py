@@ -3,31 +3,37 @@
 The teacher runs inside the train step on the same micro-batch.  Its parameters are constants of
 the step: they have no gradient and no optimizer state, and no checkpoint holds them.
 
-Letters: B batch, T tokens, S tokens of the same row, D and E widths of student and teacher, V
-vocabulary, k of the teacher's most probable tokens, c tokens of a chunk.
+Letters: B batch, T tokens, S tokens of the same row, L the student's layers, D and E widths of
+student and teacher, V vocabulary, k of the teacher's most probable tokens, c tokens of a chunk.
 """
 
 import dataclasses
 import functools
+import hashlib
+import io
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hunyuan_jax.config import Config, DistillConfig, LoraConfig, ModelConfig
+from hunyuan_jax.checkpoint import manifest
+from hunyuan_jax.config import Config, DistillConfig, LoraConfig, ModelConfig, to_dict
 from hunyuan_jax.data.stream import DataStream
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import write_whole
 from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.model.transformer import Transformer
+from hunyuan_jax.model.transformer import Output, Transformer
 from hunyuan_jax.parallel import context, hosts, rules
 from hunyuan_jax.parallel.xla_workarounds import MAX_LOGITS_BYTES
 from hunyuan_jax.params import abstract
-from hunyuan_jax.post import inherit
+from hunyuan_jax.params.tree import join, path_of
+from hunyuan_jax.post import inherit, masks
 from hunyuan_jax.post.sft import open_chats
 from hunyuan_jax.tokenizer import Tokenizer, load_tokenizer
 from hunyuan_jax.train.objective import BatchSpec, LossMetrics, Totals
@@ -61,6 +67,7 @@ class Distill(Pretrain):
             )
         self._program: Program | None = None
         self._stream: DataStream | None = None
+        self._masks: inherit.Units = {}
         theirs, self._tokenizer = model_at(cfg.teacher, _TEACHER)
         self._teacher = _as_teacher(theirs, model)
         if model.vocab_size != self._teacher.vocab_size:
@@ -78,6 +85,28 @@ class Distill(Pretrain):
         if self._inherits:
             path, name = self._origin
             inherit.require_fits(path, model_at(path, name)[0], model, cfg, name)
+        self._require_layers()
+
+    def _require_layers(self) -> None:
+        layers, ours = self.config.objective.distill.inner_layers, self.config.model.num_layers
+        theirs = self._teacher.num_layers
+        if layers and (len(layers) != ours or layers[-1] >= theirs):
+            raise ConfigError(
+                f"config.objective.distill.inner_layers = {layers} must name one of the teacher's "
+                f"{theirs} layers, counted from 0, for each of the student's {ours}; leave it "
+                "empty to match those that it inherits."
+            )
+
+    @property
+    def _inner_layers(self) -> np.ndarray:
+        """The teacher's layer that each of the student's is matched with, int [L]."""
+        cfg, ours = self.config.objective.distill, self.config.model
+        if cfg.inner_layers:
+            return np.array(cfg.inner_layers)
+        if self._inherits and self._origin[0] == cfg.teacher:
+            return inherit.kept_layers(self._teacher, ours, cfg, self._masks)
+        depths = np.arange(1, ours.num_layers + 1) / ours.num_layers
+        return np.maximum(np.round(depths * self._teacher.num_layers).astype(int) - 1, 0)
 
     @property
     def _inherits(self) -> bool:
@@ -118,11 +147,15 @@ class Distill(Pretrain):
     def prepare(
         self, program: Program, workdir: str, initial_params: Callable[[], dict[str, Any]]
     ) -> None:
-        """Refuses a teacher whose weights are not those that the run has begun with."""
+        """Refuses a teacher whose weights are not those that the run has begun with; learns the
+        masks that say what the student inherits, or reads those of an earlier start of the run.
+        """
         self._program = program
         with hosts.fail_together():
             if hosts.is_first():
                 self._require_same_teacher(Path(workdir, "teacher.txt"))
+        if self._inherits and self.config.objective.distill.inherit == "mask":
+            self._masks = self._stored_masks(Path(workdir, f"masks-{self._mask_key()}.npz"))
 
     def _require_same_teacher(self, file: Path) -> None:
         now, before = self._weights().fingerprint, None
@@ -144,26 +177,85 @@ class Distill(Pretrain):
         """Returns the parameters that the student inherits."""
         if not self._inherits:
             return {}
+        cfg, ours = self.config.objective.distill, self._student(mesh)
+        larger, theirs, params = self._larger(mesh)
+        importance = self._importance(larger, params) if cfg.inherit == "fisher" else None
+
+        def cut(params, importance, learned):
+            units = inherit.scores(params if importance is None else importance, theirs)
+            return inherit.inherit(params, join(units, learned), theirs, ours, cfg)
+
+        return jax.jit(cut, out_shardings=abstract.shardings(ours))(
+            params, importance, self._masks
+        )
+
+    def _student(self, mesh: Mesh) -> dict[str, Any]:
+        """The `ParamSpec`s of the student, without adapters."""
+        return abstract_model(dataclasses.replace(self.config.model, lora=LoraConfig()), mesh)[1]
+
+    def _larger(self, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+        """(the model that the student inherits from, its `ParamSpec`s, its parameters)."""
         path, name = self._origin
         opened = weights_at(path, "float32", name)
-        theirs = abstract_model(opened.cfg, mesh)[1]
-        plain = dataclasses.replace(self.config.model, lora=LoraConfig())
-        ours = abstract_model(plain, mesh)[1]
-        cfg, params = self.config.objective.distill, opened.read(abstract.shardings(theirs))
-        importance = self._importance(opened.cfg, params) if cfg.inherit == "fisher" else None
-        cut = functools.partial(inherit.inherit, theirs=theirs, ours=ours, cfg=cfg)
-        return jax.jit(
-            lambda params, importance: cut(params, importance=importance),
-            out_shardings=abstract.shardings(ours),
-        )(params, importance)
+        specs = abstract_model(opened.cfg, mesh)[1]
+        return opened.cfg, specs, opened.read(abstract.shardings(specs))
+
+    def _mask_key(self) -> str:
+        """A hash of what masks are learned from."""
+        path, name = self._origin
+        weights = [self._weights().fingerprint, weights_at(path, "float32", name).fingerprint]
+        fixed = manifest.fixed_fields(to_dict(self.config))
+        text = json.dumps([weights, fixed, self._stream.identity()], default=str)
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def _stored_masks(self, file: Path) -> inherit.Units:
+        mesh = self._program.mesh
+        theirs = abstract_model(model_at(*self._origin)[0], mesh)[1]
+        rows = masks.rows_of(theirs, self._student(mesh), self.config.objective.distill)
+        if not rows:
+            return {}
+        if not hosts.broadcast_from_first(file.is_file()):
+            learned = jax.device_get(self._learned_masks(rows))
+            if hosts.is_first():
+                data = io.BytesIO()
+                leaves = jax.tree.leaves_with_path(learned)
+                np.savez(data, **{path_of(path): leaf for path, leaf in leaves})
+                write_whole(file, data.getvalue())
+            return learned
+        with hosts.fail_together(), np.load(file) as found:
+            return jax.tree.map_with_path(lambda path, _: found[path_of(path)], rows)
+
+    def _learned_masks(self, rows: dict[str, Any]) -> inherit.Units:
+        """Learns masks over the first batches; the larger model's weights stay as they are."""
+        cfg, program, stream = self.config.objective.distill, self._program, self._stream
+        larger, specs, params = self._larger(program.mesh)
+        graph_def, fixed = self._graph_def(larger), masks.fixed(specs, cfg)
+
+        def loss(found, inputs):
+            batch, found = inputs["batch"], join(fixed, found)
+            model = nnx.merge(graph_def, masks.masked(inputs["params"], specs, found))
+            return self._token_loss(self._figures(model, batch)[2], batch, self.totals(batch))[0]
+
+        own_rows, to_devices = feed(program)
+        shared = self.read_constants(program.mesh)
+        inputs = (
+            {"params": params, "batch": to_devices(stream.batch(step, own_rows)) | shared}
+            for step in range(cfg.mask_steps)
+        )
+        key = jax.random.key(self.config.train.seed)
+        return masks.learn(loss, rows, inputs, cfg.mask_steps, key)
+
+    def _graph_def(self, larger: ModelConfig) -> nnx.GraphDef:
+        """A larger model as it runs to say which of its units matter."""
+        cfg = dataclasses.replace(_as_teacher(larger, self.config.model), remat="full")
+        return abstract_model(cfg, self._program.mesh)[0]
 
     def _importance(self, cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
         """Returns the effect of each parameter of a larger model on its loss: the root of the
         summed squares of weight times gradient, over the first batches.
         """
-        program, stream = self._program, self._stream
-        plain = dataclasses.replace(_as_teacher(cfg, self.config.model), remat="full")
-        graph_def, specs = abstract_model(plain, program.mesh)
+        program, stream, graph_def = self._program, self._stream, self._graph_def(cfg)
+        specs = abstract_model(cfg, program.mesh)[1]
 
         def loss(params, batch):
             model: Transformer = nnx.merge(graph_def, params)
@@ -201,24 +293,37 @@ class Distill(Pretrain):
         """Returns (the loss; its parts, and the share of tokens whose most probable next token is
         the teacher's).
         """
-        cfg = self.config.objective.distill
-        output, theirs_BTE, figures = self._figures(model, batch, key)
-        share_BT = batch["loss_weights"] / totals["targets"]
+        cfg, weights_BT = self.config.objective.distill, batch["loss_weights"]
+        output, theirs, figures = self._figures(model, batch, key)
+        loss, sums = self._token_loss(figures, batch, totals)
+        share_BT = weights_BT / totals["targets"]
+        hidden = output.hidden_BTD, theirs.hidden_BTD
+        if cfg.hidden_weight:
+            sums["hidden"] = (hidden_distance(*hidden, weights_BT) * share_BT).sum()
+            loss += cfg.hidden_weight * sums["hidden"]
+        if cfg.inner_weight:
+            theirs_LBTE = theirs.stream_LBTD[self._inner_layers]
+            inner_LBT = jax.vmap(hidden_distance, (0, 0, None))(
+                output.stream_LBTD, theirs_LBTE, weights_BT
+            )
+            sums["inner"] = (inner_LBT.mean(0) * share_BT).sum()
+            loss += cfg.inner_weight * sums["inner"]
+        if cfg.affinity_weight:
+            affinity_BT = affinity_distance(*hidden, batch["segment_ids"])
+            sums["affinity"] = (affinity_BT * share_BT).sum()
+            loss += cfg.affinity_weight * sums["affinity"]
+        return loss, LossMetrics(jax.lax.stop_gradient(sums), output.stats)
+
+    def _token_loss(self, figures, batch, totals):
+        """(the loss of what is said about the next token, its parts and their agreement)."""
+        weight, share_BT = self.config.objective.distill.weight, batch["loss_weights"]
+        share_BT = share_BT / totals["targets"]
         sums = {
             "next_token": (figures.cross_entropy * share_BT).sum(),
             "divergence": (figures.divergence * share_BT).sum(),
             "agreement": (figures.agrees * share_BT).sum(),
         }
-        loss = (1 - cfg.weight) * sums["next_token"] + cfg.weight * sums["divergence"]
-        if cfg.hidden_weight:
-            hidden_BT = hidden_distance(output.hidden_BTD, theirs_BTE, batch["loss_weights"])
-            sums["hidden"] = (hidden_BT * share_BT).sum()
-            loss += cfg.hidden_weight * sums["hidden"]
-        if cfg.affinity_weight:
-            affinity_BT = affinity_distance(output.hidden_BTD, theirs_BTE, batch["segment_ids"])
-            sums["affinity"] = (affinity_BT * share_BT).sum()
-            loss += cfg.affinity_weight * sums["affinity"]
-        return loss, LossMetrics(jax.lax.stop_gradient(sums), output.stats)
+        return (1 - weight) * sums["next_token"] + weight * sums["divergence"], sums
 
     def evaluate(self, model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns sums over the tokens that count, their number, and the bytes of text."""
@@ -241,15 +346,16 @@ class Distill(Pretrain):
             "validation_agreement": sums["agrees"] / sums["targets"],
         }
 
-    def _figures(self, model, batch, key=None):
-        """(the student's output, the teacher's hidden states, `Figures` of all tokens)."""
+    def _figures(self, model, batch, key=None) -> tuple[Output, Output, "Figures"]:
+        """(the student's output, the teacher's, `Figures` of all tokens)."""
+        cfg, is_training = self.config.objective.distill, key is not None
         places = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        output = model(*places, key=key, is_training=key is not None)
+        keeps = {"keeps_stream": bool(cfg.inner_weight) and is_training}
+        output = model(*places, key=key, is_training=is_training, **keeps)
         teacher: Transformer = nnx.merge(
             abstract_model(self._teacher, model.mesh)[0], batch["teacher"]
         )
-        theirs_BTE = jax.lax.stop_gradient(teacher(*places).hidden_BTD)
-        cfg = self.config.objective.distill
+        theirs = jax.lax.stop_gradient(teacher(*places, **keeps))
 
         def compared(hidden_BcD, theirs_BcE, targets_Bc):
             logits = model.logits(hidden_BcD), jax.lax.stop_gradient(teacher.logits(theirs_BcE))
@@ -257,8 +363,8 @@ class Distill(Pretrain):
 
         num_rows = -(-len(batch["tokens"]) // rules.num_shards(model.mesh, "batch"))
         num_chunks = _num_chunks(num_rows, batch["tokens"].shape[1], model.cfg.vocab_size)
-        arrays = output.hidden_BTD, theirs_BTE, batch["targets"]
-        return output, theirs_BTE, _by_chunks(compared, arrays, num_chunks)
+        arrays = output.hidden_BTD, theirs.hidden_BTD, batch["targets"]
+        return output, theirs, _by_chunks(compared, arrays, num_chunks)
 
 
 class Figures(NamedTuple):

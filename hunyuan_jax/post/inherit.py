@@ -5,10 +5,12 @@ What can be cut are whole CLA groups, K/V heads with their query heads, query he
 head, experts, columns of MLPs and experts, and entries of the residual stream.  Everything follows
 from the parameters' dims; the layers of a stack keep heads, experts and columns of their own.
 
-Which are kept is decided by the magnitude of their weights, or by what the loss loses without them
-to first order: the squares of weight times gradient, as in Fisher pruning (arXiv 1801.05787).
+Those with the highest scores are kept.  A score is the magnitude of a unit's weights; or what the
+loss loses without them to first order, the squares of weight times gradient, as in Fisher pruning
+(arXiv 1801.05787); or a mask that was learned (post/masks.py).
 
-Letters: P groups, K kv heads, G query heads of a K/V head, n entries of a dim, l leading dims.
+Letters: P groups, K kv heads, G query heads of a K/V head, E experts, F columns, D entries of the
+stream, n entries of a dim, l leading dims.
 """
 
 import dataclasses
@@ -31,9 +33,14 @@ _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_dense_layers", 
 _SIZES += ("num_kv_heads",)
 _MOE_SIZES = ("num_experts", "top_k", "intermediate_size", "num_shared_experts")
 
-_STREAM = ("embed", "wide_embed")
-_COLUMNS, _EXPERT_COLUMNS = ("ffn",), ("expert_ffn",)
-_EXPERTS, _HEADS, _KV_HEADS = ("experts", "router_experts"), ("heads",), ("kv_heads",)
+STREAM = ("embed", "wide_embed")
+_HEADS, _KV_HEADS = ("heads",), ("kv_heads",)
+# Other units of a layer: their dims, and the leading dims whose entries have units of their own.
+IN_LAYERS = {
+    "experts": (("experts", "router_experts"), 1),
+    "columns": (("ffn",), 1),
+    "expert_columns": (("expert_ffn",), 2),
+}
 
 
 def require_fits(
@@ -90,12 +97,92 @@ def require_fits(
         )
 
 
+Units = dict[str, Any]
+"""A number for each unit of a model: "stream" [D], and for each stack of layers "kv_heads" [P, K],
+which all layers of a group share, and by place "heads" [P, K, G], "experts" [P, E], "columns"
+[P, F] of its MLP and "expert_columns" [P, E, F].  Masks have "groups" [P] too, and some of the
+units only.
+"""
+
+
+def scores(importance: dict[str, Any], specs: dict[str, Any]) -> Units:
+    """Returns the score of every unit, float32; can be traced.
+
+    Args:
+      importance: of each weight, such as the weight itself: a nested dict of arrays.
+      specs: their `ParamSpec`s.
+    """
+    units = {"stream": _scores(_leaves(importance, specs), STREAM, 0)}
+    for name in stacks(specs):
+        parts = importance[name], specs[name]
+        leaves = {place: _leaves(*(part[place] for part in parts)) for place in specs[name]}
+        num_groups, num_kv = num_groups_of(specs[name]), _num_kv(specs[name])
+        units[name], kv_PK = {}, 0.0
+        for place, own in leaves.items():
+            score_PKG = _scores(own, _HEADS, 1).reshape(num_groups, num_kv, -1)
+            kv_PK += score_PKG.sum(-1) + _scores(own, _KV_HEADS, 1, 0.0)
+            found = {"heads": score_PKG} | {
+                kind: _scores(own, dims, num_leading)
+                for kind, (dims, num_leading) in IN_LAYERS.items()
+            }
+            units[name][place] = {k: score for k, score in found.items() if score is not None}
+        units[name]["kv_heads"] = kv_PK
+    return units
+
+
+def stacks(specs: dict[str, Any]) -> list[str]:
+    """The names of a model's stacks of layers; `specs`: its `ParamSpec`s."""
+    return [name for name in specs if jax.tree.leaves(specs[name])[0].dims[0] == "layers"]
+
+
+def num_groups_of(specs: dict[str, Any]) -> int:
+    """The number of CLA groups of a stack."""
+    return jax.tree.leaves(specs)[0].shape[0]
+
+
+def _num_kv(specs: dict[str, Any]) -> int:
+    return _size(specs, _KV_HEADS) or _size(specs, _HEADS)
+
+
+def kept_groups(
+    cfg: DistillConfig, num_groups: int, num_kept: int, score_P: Any = None
+) -> jax.Array | np.ndarray:
+    """Returns the CLA groups that a student keeps, ascending: those that are named, or have the
+    highest score, or are evenly spread.
+    """
+    if cfg.groups:
+        return np.array(cfg.groups)
+    if cfg.inherit == "first":
+        return np.arange(num_kept)
+    if score_P is not None:
+        return _kept(False, score_P, num_kept)
+    return np.round(np.linspace(0, num_groups - 1, num_kept)).astype(int)
+
+
+def kept_layers(
+    theirs: ModelConfig, ours: ModelConfig, cfg: DistillConfig, units: Units
+) -> np.ndarray:
+    """Returns the larger model's layer that each of the student's was, int [L], counted from 0;
+    arguments as for `require_fits` and `inherit`.
+    """
+    found, first = [], 0
+    for name, stack in theirs.stacks.items():
+        small = ours.stacks.get(name)
+        if small and not name.startswith("mtp"):
+            score_P = units.get(name, {}).get("groups")
+            groups = kept_groups(cfg, stack.num_groups, small.num_groups, score_P)
+            size = stack.cla_share_factor
+            found += [first + size * group + place for group in groups for place in range(size)]
+        first += stack.num_layers
+    return np.array(found, int)
+
+
 def inherit(
     params: dict[str, Any],
+    units: Units,
     theirs: dict[str, Any],
     ours: dict[str, Any],
     cfg: DistillConfig,
-    importance: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the student's parameters, cut out of those of a larger model; can be traced.
 
@@ -103,66 +190,50 @@ def inherit(
 
     Args:
       params: nested dict of arrays, of the larger model.
+      units: the scores of its units, as those of `scores`; those of groups may be absent.
       theirs: their `ParamSpec`s.
       ours: those of the student, for which `require_fits` has passed.
       cfg: says what is kept.
-      importance: of each weight, as `params`; None: its absolute value.
     """
-    # A weight and its importance are cut together: [..., 2].
-    importance = params if importance is None else importance
-    pairs = jax.tree.map(lambda *pair: jnp.stack(pair, axis=-1), params, importance)
     kept = functools.partial(_kept, cfg.inherit == "first")
-    stream = kept(_scores(_leaves(pairs, theirs), _STREAM, 0), _size(ours, _STREAM))
-    found = {}
-    for name, specs in ours.items():
-        part = pairs[name], theirs[name], specs
-        is_stack = any(spec.dims[0] == "layers" for spec in jax.tree.leaves(specs))
-        found[name] = _stack(*part, cfg, kept) if is_stack else part[0]
-    cut = functools.partial(_cut, dims=_STREAM, index=stream)
-    return jax.tree.map(lambda pair, spec: cut(pair, spec)[..., 0], found, ours)
+    stream = kept(units["stream"], _size(ours, STREAM))
+    found = {name: params[name] for name in ours}
+    for name in stacks(ours):
+        part = params[name], units[name], theirs[name], ours[name]
+        found[name] = _stack(*part, cfg, kept)
+    return jax.tree.map(functools.partial(_cut, dims=STREAM, index=stream), found, ours)
 
 
-def _stack(params, theirs, ours, cfg, kept):
+def _stack(params, units, theirs, ours, cfg, kept):
     """The layers of one stack; the entries of the stream are all there still."""
-    places = sorted(ours)
-    num_groups, num_ours = (jax.tree.leaves(specs)[0].shape[0] for specs in (theirs, ours))
-    if cfg.groups:
-        groups = np.array(cfg.groups)
-    elif cfg.inherit == "first":
-        groups = np.arange(num_ours)
-    else:
-        groups = np.round(np.linspace(0, num_groups - 1, num_ours)).astype(int)
-    layers = {place: jax.tree.map(lambda a: a[groups], params[place]) for place in places}
-
-    def leaves(place):
-        return _leaves(layers[place], theirs[place])
+    groups = kept_groups(cfg, num_groups_of(theirs), num_groups_of(ours), units.get("groups"))
+    layers = {place: jax.tree.map(lambda a: a[groups], params[place]) for place in ours}
 
     def cut(place, dims, index):
         layers[place] = jax.tree.map(
             functools.partial(_cut, dims=dims, index=index), layers[place], ours[place]
         )
 
-    # K/V heads: those of a group serve all of its layers.
-    num_kv, num_ours_kv = (
-        _size(specs, _KV_HEADS) or _size(specs, _HEADS) for specs in (theirs, ours)
-    )
-    by_kv = [
-        _scores(leaves(place), _HEADS, 1).reshape(len(groups), num_kv, -1) for place in places
-    ]
-    score_PK = sum(score_PKG.sum(-1) for score_PKG in by_kv)
-    score_PK += sum(_scores(leaves(place), _KV_HEADS, 1, 0.0) for place in places)
-    kv_PK = kept(score_PK, num_ours_kv)
-    for place, score_PKG in zip(places, by_kv, strict=True):
-        score_PKG = jnp.take_along_axis(score_PKG, kv_PK[..., None], axis=1)
-        query_PKG = kept(score_PKG, _size(ours, _HEADS) // num_ours_kv)
-        index_PKG = kv_PK[..., None] * by_kv[0].shape[-1] + query_PKG
+    num_kv = _num_kv(ours)
+    kv_PK = kept(units["kv_heads"][groups], num_kv)  # those of a group serve all of its layers
+    for place in ours:
+        own = {kind: score[groups] for kind, score in units[place].items()}
+        score_PKG = jnp.take_along_axis(own["heads"], kv_PK[..., None], axis=1)
+        query_PKG = kept(score_PKG, _size(ours, _HEADS) // num_kv)
+        index_PKG = kv_PK[..., None] * score_PKG.shape[-1] + query_PKG
         cut(place, _HEADS, index_PKG.reshape(len(groups), -1))
         cut(place, _KV_HEADS, kv_PK)
-    for place in places:
-        for dims, num_leading in ((_EXPERTS, 1), (_COLUMNS, 1), (_EXPERT_COLUMNS, 2)):
-            score = _scores(leaves(place), dims, num_leading)
-            if score is not None:
-                cut(place, dims, kept(score, _size(ours[place], dims)))
+        experts_PE = None
+        for kind, (dims, num_leading) in IN_LAYERS.items():
+            if kind not in own:
+                continue
+            score = own[kind]
+            if num_leading == 2:
+                score = jnp.take_along_axis(score, experts_PE[..., None], axis=1)
+            index = kept(score, _size(ours[place], dims))
+            cut(place, dims, index)
+            if kind == "experts":
+                experts_PE = index
     return layers
 
 
@@ -201,7 +272,7 @@ def _scores(
         if axis is None or axis < num_leading or spec.role in (Role.NORM, Role.BALANCE):
             continue
         others = tuple(i for i in range(num_leading, len(spec.dims)) if i != axis)
-        squares = jnp.square(array[..., 1].astype(jnp.float32)).sum(others)
+        squares = jnp.square(array.astype(jnp.float32)).sum(others)
         score = squares / jnp.maximum(squares.mean(-1, keepdims=True), 1e-30)
         total = score if total is None else total + score
     return total
@@ -215,7 +286,7 @@ def _kept(is_first: bool, score: jax.Array, size: int) -> jax.Array:
 
 
 def _cut(array: jax.Array, spec: ParamSpec, dims: tuple[str, ...], index: jax.Array) -> jax.Array:
-    """Returns the entries `index`, [*l, size], of each dim of a pair that is one of `dims`.
+    """Returns the entries `index`, [*l, size], of each dim of an array that is one of `dims`.
 
     Scales and biases of the stream and of the experts have the dim "norm", as others do that are
     never cut: one whose size differs from the student's, `spec`, is of these.
@@ -225,8 +296,11 @@ def _cut(array: jax.Array, spec: ParamSpec, dims: tuple[str, ...], index: jax.Ar
         if dim == "norm":
             dim = kind if array.shape[axis] != size else dim
         if dim in dims:
-            num_between = axis - (index.ndim - 1)
-            shape = (*index.shape[:-1], *(1,) * num_between, index.shape[-1])
-            shape += (1,) * (array.ndim - axis - 1)
-            array = jnp.take_along_axis(array, index.reshape(shape), axis=axis)
+            array = jnp.take_along_axis(array, along(index, axis, array.ndim), axis=axis)
     return array
+
+
+def along(units: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """Returns [*l, n] with dims of 1 between and behind, so that n is dim `axis` of `ndim`."""
+    shape = (*units.shape[:-1], *(1,) * (axis - units.ndim + 1), units.shape[-1])
+    return units.reshape(*shape, *(1,) * (ndim - axis - 1))

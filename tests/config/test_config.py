@@ -578,6 +578,9 @@ BROKEN = [
     ({"objective__distill__temperature": 0.0}, "distill.temperature = 0.0 must be positive"),
     ({"objective__distill__top_k": -1}, "distill.top_k = -1 must not be negative"),
     ({"objective__distill__hidden_weight": -1.0}, "hidden_weight = -1.0 must not be negative"),
+    ({"objective__distill__inner_weight": -1.0}, "inner_weight = -1.0 must not be negative"),
+    ({"objective__distill__mask_steps": 0}, "distill.mask_steps = 0 must be at least 1"),
+    ({"objective__distill__inner_layers": (1, 0)}, "inner_layers = (1, 0) must name layers from"),
     ({"objective__distill__affinity_weight": -1.0}, "affinity_weight = -1.0 must not be neg"),
     ({"objective__distill__groups": (1, 0)}, "groups = (1, 0) must name groups from 0 on in asc"),
     (

@@ -17,7 +17,7 @@ from flax import nnx
 from hunyuan_jax.config import DistillConfig, ObjectiveConfig, without_effect
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.post import distill
+from hunyuan_jax.post import distill, masks
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.tokenizer import ByteTokenizer, load_tokenizer
 from hunyuan_jax.train import loop, step
@@ -179,12 +179,13 @@ def params_of(program):
     return jax.tree.map(fill, program.specs)
 
 
-ALL = {"objective__distill__hidden_weight": 0.1, "objective__distill__affinity_weight": 0.1}
+ALL = {f"objective__distill__{name}_weight": 0.1 for name in ("hidden", "inner", "affinity")}
 
 
 def test_the_loss_is_that_of_parts_of_rows_and_without_weight_that_of_the_data(monkeypatch):
     found, sums = loss_of(config_of(teacher=DENSE, **ALL))
-    assert sums.keys() == {"next_token", "divergence", "agreement", "hidden", "affinity"}
+    parts = {"next_token", "divergence", "agreement", "hidden", "inner", "affinity"}
+    assert sums.keys() == parts
     monkeypatch.setattr(distill, "MAX_LOGITS_BYTES", 4 * 4 * 320 * 8)  # rows of 32 in 4 parts
     np.testing.assert_allclose(loss_of(config_of(teacher=DENSE, **ALL))[0], found, rtol=1e-5)
     config = config_of(teacher=DENSE)
@@ -197,6 +198,52 @@ def test_the_loss_is_that_of_parts_of_rows_and_without_weight_that_of_the_data(m
         return jax.tree.map(lambda a: a.shape, to_items(program.state))
 
     assert shapes(config) == shapes(plain)  # nothing of the teacher is trained or saved
+
+
+def test_the_layers_of_the_teacher_match_themselves_and_the_gradient_reaches_them_all():
+    """The student is the teacher, then the teacher with halved weights."""
+
+    def loss_of_layers(layers):
+        config = config_of(
+            teacher=DENSE,
+            model__num_layers=2,
+            objective__distill__inner_weight=2.0,
+            objective__distill__weight=0.0,
+            objective__distill__inner_layers=layers,
+        )
+        program, batch = program_of(config)
+        objective = program.objective
+
+        def loss(params, batch):
+            model = nnx.merge(program.graph_def, params)
+            found, metrics = objective.loss(
+                model, batch, objective.totals(batch), jax.random.key(0)
+            )
+            return found - metrics.sums["next_token"]  # which has no gradient there
+
+        return loss, batch
+
+    loss, batch = loss_of_layers(())
+    run, teacher = fast_jit(jax.value_and_grad(loss)), batch["teacher"]
+    assert abs(run(teacher, batch)[0]) < 1e-5
+    assert fast_jit(loss_of_layers((0, 0))[0])(teacher, batch) > 1e-2
+    found, grads = run(jax.tree.map(lambda a: a / 2, teacher), batch)
+    assert found > 1e-2
+    for name in ("wq_DNH", "wo_NHD"):
+        assert (np.abs(grads["groups"]["layer_0"]["attn"][name]).max((1, 2, 3)) > 0).all()
+
+
+def test_layers_are_matched_with_those_that_they_were_or_evenly(tmp_path):
+    (tmp_path / "another").symlink_to(DENSE)
+
+    def layers_of(**changes):
+        return list(build_objective(config_of(teacher=DENSE, **changes))._inner_layers)
+
+    assert layers_of() == [0]
+    assert layers_of(objective__distill__groups=(1,)) == [1]
+    assert layers_of(objective__distill__inherit="none") == [1]
+    assert layers_of(objective__distill__inherit_from=str(tmp_path / "another")) == [1]
+    assert layers_of(objective__distill__inner_layers=(1,)) == [1]
 
 
 @pytest.mark.slow  # 2 programs with two models each
@@ -228,6 +275,48 @@ def test_the_weights_that_matter_most_are_others_than_the_largest(corpus, tmp_pa
     assert np.isfinite(losses).all() and losses[0] != losses[1]
 
 
+def prepared(corpus, workdir, **changes):
+    """The objective of a run whose student has fewer columns and groups, by masks."""
+    fields = {"objective__distill__inherit": "mask", "model__intermediate_size": 24} | changes
+    config = config_of(corpus, DENSE, **fields)
+    program = build_program(config, single_device_mesh(), build_objective)
+    program.objective.open_stream(load_tokenizer(config.data.tokenizer))
+    program.objective.prepare(program, workdir, dict)
+    return program.objective
+
+
+@pytest.mark.heavy
+def test_masks_are_learned_once_for_a_run(corpus, tmp_path, monkeypatch):
+    changes = {"objective__distill__groups": (1,), "objective__distill__mask_steps": 2}
+    found = prepared(corpus, tmp_path, **changes)._masks["groups"]
+    assert found.keys() == {"layer_0"}
+    dropped, kept = found["layer_0"]["columns"]
+    assert np.ptp(dropped) == 0 < np.ptp(kept)  # those of a group that is not kept have no effect
+    (file,) = tmp_path.glob("masks-*.npz")
+
+    monkeypatch.setattr(masks, "learn", None)  # is not needed where they are stored
+    again = prepared(corpus, tmp_path, **changes)._masks
+    np.testing.assert_array_equal(again["groups"]["layer_0"]["columns"], [dropped, kept])
+    with pytest.raises(TypeError):
+        prepared(corpus, tmp_path, **changes | {"objective__distill__mask_steps": 3})
+    assert list(tmp_path.glob("masks-*.npz")) == [file]
+
+
+def test_the_units_with_the_largest_masks_are_inherited(corpus, tmp_path, monkeypatch):
+    def learn(loss, rows, batches, num_steps, key):
+        assert len(list(batches)) == num_steps == 3
+        return jax.tree.map(
+            lambda row: np.arange(np.prod(row.shape), dtype=np.float32).reshape(row.shape), rows
+        )
+
+    monkeypatch.setattr(masks, "learn", learn)
+    objective = prepared(corpus, tmp_path, objective__distill__mask_steps=3)
+    found = objective.initial_weights(single_device_mesh())["groups"]["layer_0"]["mlp"]
+    theirs = objective.read_constants(single_device_mesh())["teacher"]["groups"]["layer_0"]["mlp"]
+    np.testing.assert_array_equal(found["w_down_FD"][0], theirs["w_down_FD"][1][-24:])
+    assert list(objective._inner_layers) == [1]
+
+
 def test_chats_are_rows_too(tmp_path):
     rows = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(9)]
     path = tmp_path / "chats.jsonl"
@@ -248,6 +337,11 @@ def test_chats_are_rows_too(tmp_path):
         ({"model__hidden_size": 64}, "hidden_size = 64 is above the 32 of config.objective.dis"),
         ({"train__seq_len": 65, "model__max_position": 80}, "seq_len = 65 is above the 64 posit"),
         ({"objective__distill__inherit_from": str(DENSE)}, "of 384, the student one of .* = 320"),
+        (
+            {"objective__distill__inner_layers": (2,)},
+            r"inner_layers = \(2,\) must name one of the",
+        ),
+        ({"objective__distill__inner_layers": (0, 1)}, r"teacher's 2 layers, .* each of the stu"),
         ({"objective__distill__top_k": 385}, "top_k = 385 is above config.model.vocab_size = 384"),
     ],
 )
@@ -270,6 +364,16 @@ def test_a_recipe_of_its_own_has_a_teacher_with_its_tokenizer_and_may_inherit_no
 
 
 def test_fields_of_inheritance_that_nothing_reads_are_named():
+    for field, changes, is_idle in (
+        ("mask_steps", {}, True),
+        ("mask_steps", {"objective__distill__inherit": "mask"}, False),
+        ("inner_layers", {}, True),
+        ("inner_layers", {"objective__distill__inner_weight": 0.1}, False),
+    ):
+        value = {"mask_steps": 3, "inner_layers": (1,)}[field]
+        said = without_effect(config_of(**{f"objective__distill__{field}": value}, **changes))
+        assert any(f"config.objective.distill.{field}" in line for line in said) == is_idle
+
     fields = {"objective__distill__groups": (1,)}
     for changes, is_idle in (
         ({}, False),

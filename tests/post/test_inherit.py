@@ -1,7 +1,6 @@
 """Weight inheritance: what a student is of the larger model that it is cut out of."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,70 +8,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hunyuan_jax.config import DistillConfig, ModelConfig, MoeConfig
+from hunyuan_jax.config import DistillConfig, MoeConfig
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.layers import rope
 from hunyuan_jax.layers.protocols import Sequence
 from hunyuan_jax.model.abstract import abstract_model
 from hunyuan_jax.model.stack import run_group
-from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.parallel.mesh import single_device_mesh
-from hunyuan_jax.post.inherit import inherit, require_fits
-from support.models import fast_jit, filled
-
-LENGTH = 8
-DENSE = ModelConfig(
-    vocab_size=24,
-    hidden_size=16,
-    intermediate_size=12,
-    num_layers=6,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=4,
-    max_position=LENGTH,
-    cla_share_factor=2,
-)
-MIXTURE = dataclasses.replace(
-    DENSE, moe=MoeConfig(num_experts=4, top_k=2, num_shared_experts=1, selection_bias=True)
-)
-
-
-def mesh():
-    return single_device_mesh()
-
-
-def params_of(cfg):
-    model = filled(lambda: Transformer(cfg, mesh(), jax.random.key(0)))
-    return nnx.to_pure_dict(nnx.split(model)[1])
+from hunyuan_jax.post.inherit import inherit, kept_layers, require_fits, scores
+from support.larger import DENSE, MIXTURE, logits_of, mesh, params_of, positions, tokens
+from support.models import fast_jit
 
 
 def cut(params, theirs, ours, importance=None, **fields):
     specs = [abstract_model(cfg, mesh())[1] for cfg in (theirs, ours)]
-    run = fast_jit(lambda *trees: inherit(trees[0], *specs, DistillConfig(**fields), *trees[1:]))
-    found = run(params, *[importance] * (importance is not None))
+    run = fast_jit(
+        lambda params, importance: inherit(
+            params, scores(importance, specs[0]), *specs, DistillConfig(**fields)
+        )
+    )
+    found = run(params, params if importance is None else importance)
     jax.tree.map(lambda a, spec: a.shape == spec.shape or pytest.fail(f"{spec}"), found, specs[1])
     return found
-
-
-def tokens():
-    return jnp.arange(2 * LENGTH).reshape(2, LENGTH) % DENSE.vocab_size
-
-
-@functools.cache
-def logits_of(cfg):
-    """Jitted params -> logits of `tokens`."""
-    graph_def = abstract_model(cfg, mesh())[0]
-
-    def run(params):
-        model = nnx.merge(graph_def, params)
-        output = model(tokens(), positions(), jnp.ones_like(positions()))
-        return model.logits(output.hidden_BTD)
-
-    return fast_jit(run)
-
-
-def positions():
-    return jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
 
 
 def test_a_student_of_the_same_shape_is_the_model():
@@ -102,6 +58,8 @@ def test_a_student_of_whole_groups_runs_those_of_the_model():
         ({"groups": (1, 2)}, [1, 2]),
     ):
         found = logits_of(student)(cut(params, DENSE, student, **fields))
+        layers = [2 * group + place for group in groups for place in (0, 1)]
+        assert kept_layers(DENSE, student, DistillConfig(**fields), {}).tolist() == layers
         expected = run(params, [jnp.asarray(group) for group in groups])
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -187,6 +145,13 @@ def test_queries_of_each_head_experts_and_the_stream_are_cut_alike_everywhere():
             ours["moe"]["router_DE"], moe["router_DE"][:, stream][..., experts]
         )
         np.testing.assert_array_equal(ours["moe"]["bias_E"], moe["bias_E"][:, experts])
+
+
+def test_layers_of_several_stacks_are_counted_from_the_bottom():
+    theirs = dataclasses.replace(MIXTURE, cla_share_factor=1, num_layers=5, num_dense_layers=2)
+    ours = dataclasses.replace(theirs, num_layers=4)
+    units = {"groups": {"groups": np.array([0.1, 0.3, 0.2])}}
+    assert kept_layers(theirs, ours, DistillConfig(), units).tolist() == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
