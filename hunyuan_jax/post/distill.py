@@ -86,6 +86,7 @@ class Distill(Pretrain):
             path, name = self._origin
             inherit.require_fits(path, model_at(path, name)[0], model, cfg, name)
         self._require_layers()
+        self._inner_layers = self._matched_layers()
 
     def _require_layers(self) -> None:
         layers, ours = self.config.objective.distill.inner_layers, self.config.model.num_layers
@@ -97,8 +98,7 @@ class Distill(Pretrain):
                 "empty to match those that it inherits."
             )
 
-    @property
-    def _inner_layers(self) -> np.ndarray:
+    def _matched_layers(self) -> np.ndarray:
         """The teacher's layer that each of the student's is matched with, int [L]."""
         cfg, ours = self.config.objective.distill, self.config.model
         if cfg.inner_layers:
@@ -156,6 +156,7 @@ class Distill(Pretrain):
                 self._require_same_teacher(Path(workdir, "teacher.txt"))
         if self._inherits and self.config.objective.distill.inherit == "mask":
             self._masks = self._stored_masks(Path(workdir, f"masks-{self._mask_key()}.npz"))
+            self._inner_layers = self._matched_layers()
 
     def _require_same_teacher(self, file: Path) -> None:
         now, before = self._weights().fingerprint, None

@@ -170,7 +170,7 @@ def kept_layers(
         small = ours.stacks.get(name)
         if small and not name.startswith("mtp"):
             score_P = units.get(name, {}).get("groups")
-            groups = kept_groups(cfg, stack.num_groups, small.num_groups, score_P)
+            groups = np.asarray(kept_groups(cfg, stack.num_groups, small.num_groups, score_P))
             size = stack.cla_share_factor
             found += [first + size * group + place for group in groups for place in range(size)]
         first += stack.num_layers

@@ -96,9 +96,8 @@ def fixed(theirs: dict[str, Any], cfg: DistillConfig) -> Units:
     """Returns the masks that are not learned: 1 for the groups that `cfg` names, 0 for others."""
     if not cfg.groups:
         return {}
-    (name,) = (name for name in inherit.stacks(theirs) if not name.startswith("mtp"))
-    groups = np.arange(inherit.num_groups_of(theirs[name]))
-    return {name: {"groups": np.isin(groups, cfg.groups).astype(np.float32)}}
+    groups = np.arange(inherit.num_groups_of(theirs["groups"]))  # layers of one kind
+    return {"groups": {"groups": np.isin(groups, cfg.groups).astype(np.float32)}}
 
 
 def masked(params: dict[str, Any], specs: dict[str, Any], masks: Units) -> dict[str, Any]:

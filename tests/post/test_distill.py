@@ -143,7 +143,9 @@ def test_a_student_learns_and_keeps_its_teacher(corpus, tmp_path):
 
 @pytest.mark.slow  # two runs
 def test_a_stopped_run_continues_to_the_same_bits(corpus, tmp_path):
-    config = config_of(corpus, DENSE, model__hidden_size=24)
+    changes = {"inherit": "mask", "mask_steps": 2, "inner_weight": 0.1}
+    changes = {f"objective__distill__{name}": value for name, value in changes.items()}
+    config = config_of(corpus, DENSE, model__hidden_size=24, **changes)
     run(config, tmp_path)
     losses = runs.losses(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4")
