@@ -1,6 +1,7 @@
 """The commands `generate` and `chat`."""
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -109,9 +110,14 @@ _SAMPLING = (
 def generate(values) -> int:
     """Continues --prompt, printing as it goes."""
     start, num_tokens = time.perf_counter(), 0
-    with _values_are_settings():
+    with _values_are_settings(), contextlib.ExitStack() as stack:
         sampling = _sampling(values)
+        is_first = join()
         lm = load_lm(values)
+        engine = lm.model.engine
+        if not is_first:
+            return follow(engine)
+        stack.enter_context(leading(engine))
         pieces = lm.stream(values.prompt, sampling)
         print(values.prompt, end="", flush=True)
         for piece in pieces:
@@ -120,7 +126,7 @@ def generate(values) -> int:
     print()
     seconds, drafts = time.perf_counter() - start, ""
     if values.speculate:
-        stats = lm.model.engine.stats()
+        stats = engine.stats()
         drafts = f"; {stats.accepted_tokens} of {stats.draft_tokens} drafted tokens accepted"
     print(
         f"({num_tokens} tokens in {seconds:.1f} s with loading and compiling{drafts})",
@@ -195,13 +201,58 @@ def _sampling(values) -> Sampling:
     return sampling
 
 
+def join() -> bool:
+    """Prepares jax, and joins the processes that were started with the same command, each of which
+    then has a part of the model; whether this one is the first, which serves.
+    """
+    startup.prepare()
+    import jax
+
+    from hunyuan_jax.parallel import hosts, mesh
+
+    mesh.join_processes()
+    if jax.distributed.is_initialized():
+        # jax keeps it for a run that saves.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return hosts.is_first()
+
+
+def follow(engine: Any) -> int:
+    """Computes what process 0 does until that one ends; returns its exit status."""
+    import jax
+
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    _note(f"{name} follows process 0")
+
+    def on_signal(*_: Any) -> None:
+        _note(f"{name} ends with process 0; send signals there")
+
+    # Supervisors send them to all, and process 0 has answers to finish.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return engine.follow()
+
+
+@contextlib.contextmanager
+def leading(engine: Any) -> Iterator[None]:
+    """Lets the processes that follow end as the block does."""
+    try:
+        yield
+    except Exception as e:
+        engine.close(2 if isinstance(e, ValueError) else 1)
+        raise
+    engine.close()
+
+
 def load_lm(values) -> Any:
     """The LM that the options of MODEL name."""
     folder = startup.prepare()
     kept = f"; compiled programs are kept in {folder}" if folder else ""
-    _note(f"loading {values.checkpoint}{kept}")
     from hunyuan_jax.infer import text
+    from hunyuan_jax.parallel import hosts
 
+    say = _note if hosts.is_first() else lambda _: None
+    say(f"loading {values.checkpoint}{kept}")
     start = time.perf_counter()
     lm = text.load(
         values.checkpoint,
@@ -213,7 +264,7 @@ def load_lm(values) -> Any:
         speculate_tokens=values.speculate_tokens,
     )
     seconds = time.perf_counter() - start
-    _note(f"loaded in {seconds:.1f} s; programs are compiled next")
+    say(f"loaded in {seconds:.1f} s; programs are compiled next")
     return lm
 
 
@@ -252,8 +303,15 @@ def mesh_config(spec: str) -> MeshConfig:
 
 
 def _mesh(spec: str | None) -> Any:
-    """The mesh that --mesh names over all devices, or None."""
+    """The mesh that --mesh names over all devices, or None for one device."""
+    import jax
+
     if spec is None:
+        if (num := jax.process_count()) > 1:
+            raise ConfigError(
+                f"--mesh is not given, and {num} processes have joined; say how the model is "
+                "spread over all of their devices, such as --mesh=expert:16."
+            )
         return None
     config = mesh_config(spec)
     from hunyuan_jax.parallel.mesh import make_mesh

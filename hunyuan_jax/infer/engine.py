@@ -31,7 +31,7 @@ from hunyuan_jax.infer.scheduler import Choice, Plan, Scheduler, Shapes
 from hunyuan_jax.infer.speculate import Off, Proposer
 from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.model.count import count
-from hunyuan_jax.parallel import context, rules
+from hunyuan_jax.parallel import context, hosts, rules
 from hunyuan_jax.parallel.mesh import device_kind
 
 # Tokens that one call may draw of a row, and how long a call should last, so that a reader sees
@@ -89,6 +89,9 @@ class Engine:
             )
         of_one = -(-self.max_context // page_size)
         affordable = _affordable_pages(cfg, mesh, page_size, limits, proposer) // num_lanes
+        if hosts.spans_processes(mesh):
+            hosts.require_same(limits=dataclasses.asdict(limits))
+            affordable = hosts.least(affordable)
         num_pages = limits.num_pages or max(of_one, min(rows * of_one, affordable))
         if num_pages < of_one:
             raise ConfigError(
@@ -307,6 +310,20 @@ class Engine:
             self._call_length.took(num_rows, plan.num_steps, seconds)
         return self.scheduler.update(plan, of_chunks, of_rows)
 
+    # -- where the mesh spans several processes -------------------------------
+
+    def follow(self) -> int:
+        """In each process but the first: computes what the engine of process 0 does, until that
+        one is closed; returns the exit status that it was closed with.
+        """
+        return self.runner.follow()
+
+    def close(self, status: int = 0, *, at_once: bool = False) -> None:
+        """In process 0: lets the others end with an exit status, after what was dispatched or at
+        once.  Requests are not served afterwards.  Does nothing where there is one process.
+        """
+        self.runner.close(status, at_once)
+
     # -- for whoever wants answers only ---------------------------------------
 
     def run(self, requests: Sequence[Request]) -> Iterator[Output]:
@@ -402,9 +419,10 @@ def _affordable_pages(
     devices_of_pool = mesh.size // num_shards
     kind = device_kind(mesh)
     if kind == "cpu":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory /= len(mesh.local_devices)
     else:
-        stats = mesh.devices.flat[0].memory_stats() or {}
+        stats = mesh.local_devices[0].memory_stats() or {}
         memory = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     share = _MEMORY_SHARE.get(kind, _MEMORY_SHARE_OTHERWISE)
     return int(memory * share * devices_of_pool // num_bytes)

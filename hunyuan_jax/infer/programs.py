@@ -19,7 +19,7 @@ from hunyuan_jax.infer.scheduler import Shapes
 from hunyuan_jax.infer.speculate import Memory, Off, Proposer, Step
 from hunyuan_jax.model.cache import Cache, empty_cache
 from hunyuan_jax.model.transformer import Transformer
-from hunyuan_jax.parallel import context, rules
+from hunyuan_jax.parallel import context, hosts, rules
 
 # Tokens of a chunk whose logits exist at a time, for their log-probabilities.
 _SCORED = 32
@@ -78,8 +78,7 @@ class Sources(NamedTuple):
             self.proposer.new_entries(pages, size, self.cache_dtype),
         )
         entries = {name: entry.pinned(self.mesh) for name, entry in entries.items()}
-        num_tokens = self.num_columns * size if self.proposer.keeps_tokens else 0
-        memory = Memory(entries, jnp.zeros((rows + 1, num_tokens), jnp.int32))
+        memory = Memory(entries, jnp.zeros((rows + 1, self._num_kept), jnp.int32))
         return state._replace(drafts_LK=jnp.zeros((rows + 1, K), jnp.int32), memory=memory)
 
     def lower(self, name: str, num_lines: int, params: Any, state: Any) -> jax.stages.Lowered:
@@ -90,16 +89,13 @@ class Sources(NamedTuple):
           params: of the model and of the proposer; state: arrays, or shapes with shardings.
         """
         shardings = jax.tree.map(lambda x: x.sharding, state)
+        inputs = self.inputs(name, num_lines)
         if name == "admit":
-            V = self.cfg.vocab_size
-            row = Seen(np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
-            tokens_S = np.zeros(state.memory.tokens_LS.shape[1], np.int32)
             jitted = jax.jit(admit, donate_argnums=0, out_shardings=shardings)
-            return jitted.lower(state, np.int32(0), row, tokens_S)
-        num_pools = rules.num_shards(self.mesh, "batch")
-        width, graph_def = plan_array.width(self.num_columns), self.graph_defs[name]
+            return jitted.lower(state, *inputs)
+        graph_def = self.graph_defs[name]
         if name == "chunk":
-            width += 2 * self.shapes.piece
+            num_pools = rules.num_shards(self.mesh, "batch")
             function = functools.partial(
                 chunk, graph_def, self.proposer, self.num_columns, num_pools
             )
@@ -107,9 +103,28 @@ class Sources(NamedTuple):
             function = functools.partial(
                 decode, graph_def, self.proposer, self.num_columns, self.shapes
             )
-        jitted = jax.jit(function, donate_argnums=1, out_shardings=(shardings, None))
-        plan_BC = np.zeros((num_pools * num_lines, width), np.int32)
-        return jitted.lower(params, state, plan_BC)
+        # Process 0 reads what is drawn, so all of it must be on its own devices.
+        is_shared = hosts.spans_processes(self.mesh)
+        results = rules.sharding(self.mesh, ()) if is_shared else None
+        jitted = jax.jit(function, donate_argnums=1, out_shardings=(shardings, results))
+        return jitted.lower(params, state, *inputs)
+
+    def inputs(self, name: str, num_lines: int) -> tuple[Any, ...]:
+        """What a call of a program gets from the host, as zeros: a row of "admit", what it has
+        seen and its tokens; else the plan's array.
+        """
+        if name == "admit":
+            V = self.cfg.vocab_size
+            seen = Seen(np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
+            return np.int32(0), seen, np.zeros(self._num_kept, np.int32)
+        width = plan_array.width(self.num_columns) + 2 * self.shapes.piece * (name == "chunk")
+        num_pools = rules.num_shards(self.mesh, "batch")
+        return (np.zeros((num_pools * num_lines, width), np.int32),)
+
+    @property
+    def _num_kept(self) -> int:
+        """Tokens of a row that the proposer reads."""
+        return self.num_columns * self.shapes.page_size if self.proposer.keeps_tokens else 0
 
 
 def new_state(

@@ -3,11 +3,14 @@
 The rows of an accelerator's batch shards are pools of one lane, which one call runs.  On a CPU,
 where a batch of small experts is split over the cores, each pool is a lane with a state and a
 thread of its own.
+A mesh over several processes has a Runner in each.  That of process 0 gets the plans, and tells
+the others each program that it compiles or calls (`infer/channel.py`).
 """
 
 import collections
 import dataclasses
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from hunyuan_jax.infer import cpu_layout, plan_array, programs
+from hunyuan_jax.infer import channel, cpu_layout, plan_array, programs
 from hunyuan_jax.infer.plan_array import COLUMN
 from hunyuan_jax.infer.request import TokenLogprobs
 from hunyuan_jax.infer.sampling import Logprobs, Seen
 from hunyuan_jax.infer.scheduler import Choice, Chunk, Drawn, DrawnRows, Plan, Shapes
 from hunyuan_jax.infer.speculate import Proposer
 from hunyuan_jax.model.abstract import abstract_model
-from hunyuan_jax.parallel import rules, settings
+from hunyuan_jax.parallel import hosts, rules, settings
 from hunyuan_jax.params.abstract import row_major
 from hunyuan_jax.quant.array import is_quantized
 
@@ -109,6 +113,7 @@ class Runner:
         }
         self._programs: dict[tuple[str, int], Future] = {}
         self._lock = threading.Lock()
+        self._leader, self._follower = _connected(self._mesh)
 
     def replace_weights(self, params: dict[str, Any] | None) -> None:
         """Computes with these from the next call on; None holds none."""
@@ -184,7 +189,10 @@ class Runner:
 
     def _fill(self, name: str, num_lines: int) -> None:
         try:
-            self._programs[name, num_lines].set_result(self.compile(name, num_lines))
+            self._leader.compile(name, num_lines)
+            program = self.compile(name, num_lines)
+            self._leader.wait_compiled(name, num_lines)
+            self._programs[name, num_lines].set_result(program)
         except BaseException as e:
             self._programs.pop((name, num_lines)).set_exception(e)
 
@@ -199,6 +207,8 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> Dispatched:
         """Starts the calls of a plan; comes back at once."""
+        if self._follower is not None:
+            raise RuntimeError("this process follows process 0, which plans; call follow()")
         for choice, num_known in plan.changed:
             if choice.row >= 0:  # else it had to make room
                 self._lines.write(choice, num_known)
@@ -230,13 +240,13 @@ class Runner:
             line[self._width + size :][: len(following)] = following
             if chunk.is_last:
                 self._admit(lane, choice)
-        return _Call(lane.thread.submit(_call, program, self._params, lane, plan_BC), lines)
+        return _Call(self._submit(lane, "chunk", num_pieces, program, plan_BC), lines)
 
     def _call_rows(self, lane: Lane, plan: Plan) -> _RowCall:
         num_needed = max(len(plan.rows[pool].choices) for pool in lane.pools)
         program, num_lines = self._program("decode", num_needed)
         plan_BC = self._lines.drawing(plan, lane.pools, num_lines)
-        results = lane.thread.submit(_call, program, self._params, lane, plan_BC)
+        results = self._submit(lane, "decode", num_lines, program, plan_BC)
         return _RowCall(results, lane.pools, num_lines)
 
     def _admit(self, lane: Lane, choice: Choice) -> None:
@@ -251,12 +261,62 @@ class Runner:
         seen = Seen(is_prompt_V, np.bincount(answer, minlength=V).astype(np.int32), bias_V)
         tokens_S = np.zeros(lane.state.memory.tokens_LS.shape[1], np.int32)
         tokens_S[: len(choice.tokens)] = choice.tokens[: len(tokens_S)]
-        (program, _), row = self._program("admit"), np.int32(self._lines.row(choice))
+        (program, size), row = self._program("admit"), np.int32(self._lines.row(choice))
+        self._submit(lane, "admit", size, program, row, seen, tokens_S)
+
+    def _submit(self, lane: Lane, name: str, size: int, program: Callable, *inputs: Any) -> Future:
+        """Calls a program in the lane's thread, in every process in the same order."""
+        params = self._params
 
         def call():
-            lane.state = program(lane.state, row, seen, tokens_S)
+            self._leader.call(name, size, jax.tree.leaves(inputs))
+            return _call(name, program, params, lane, inputs)
 
-        lane.thread.submit(call)
+        return lane.thread.submit(call)
+
+    # -- several processes ----------------------------------------------------
+
+    def follow(self) -> int:
+        """Compiles and calls what process 0 does, until it stops; returns the exit status that it
+        gives.  A process that fails, or misses another one, ends at once.
+        """
+        (lane,), follower = self.lanes, self._follower
+        threads = ThreadPoolExecutor(os.cpu_count())
+        try:
+            for kind, name, size, payload in follower.messages():
+                if kind == channel.Kind.COMPILE:
+                    program = threads.submit(self._compile_and_tell, name, size)
+                    self._programs[name, size] = program
+                else:
+                    inputs, tree = jax.tree.flatten(self._sources.inputs(name, size))
+                    inputs = jax.tree.unflatten(tree, channel.from_bytes(inputs, payload))
+                    program = self._programs[name, size].result()
+                    _call(name, program, self._params, lane, inputs)
+            jax.block_until_ready(lane.state)
+        except Exception as e:
+            follower.failed(e)
+        return follower.status
+
+    def _compile_and_tell(self, name: str, num_lines: int) -> Callable:
+        try:
+            program = self.compile(name, num_lines)
+        except Exception as e:
+            self._follower.failed(e)
+            raise
+        self._follower.compiled(name, num_lines)
+        return program
+
+    def close(self, status: int, at_once: bool) -> None:
+        """Ends the processes that follow; nothing can be dispatched afterwards.
+
+        Args:
+          status: their exit status.
+          at_once: whether they leave undone what was dispatched.
+        """
+        if at_once:
+            self._leader.stop(status, at_once)
+        else:
+            self.lanes[0].thread.submit(self._leader.stop, status).result()
 
     # -- results --------------------------------------------------------------
 
@@ -267,9 +327,13 @@ class Runner:
         plan = dispatched.plan
         of_chunks = [Drawn([])] * len(plan.chunks)
         of_rows = [DrawnRows((), (), ())] * len(plan.rows)
-        found = [call.results.result() for call in dispatched.chunk_calls]
-        found_rows = [call.results.result() for call in dispatched.row_calls]
-        jax.block_until_ready((found, found_rows))
+        try:
+            found = [call.results.result() for call in dispatched.chunk_calls]
+            found_rows = [call.results.result() for call in dispatched.row_calls]
+            jax.block_until_ready((found, found_rows))
+        except Exception:
+            self._leader.wait_for_reason()
+            raise
         ready = time.perf_counter()
         for (_, lines), (results, prompt) in zip(dispatched.chunk_calls, found, strict=True):
             tokens_B = np.asarray(results.tokens_IB)[0].tolist()
@@ -289,9 +353,29 @@ class Runner:
         return of_chunks, of_rows, ready
 
 
-def _call(program: Callable, params: Any, lane: Lane, plan_BC: np.ndarray) -> Any:
-    lane.state, results = program(params, lane.state, plan_BC)
+def _call(name: str, program: Callable, params: Any, lane: Lane, inputs: Sequence[Any]) -> Any:
+    if name == "admit":
+        lane.state = program(lane.state, *inputs)
+        return None
+    lane.state, results = program(params, lane.state, *inputs)
     return results
+
+
+def _connected(mesh: Mesh) -> tuple[channel.Alone, channel.Follower | None]:
+    """(the end of process 0, or of a process without others; the end of another process)."""
+    if not hosts.spans_processes(mesh):
+        return channel.Alone(), None
+    num, leader, follower = jax.process_count(), None, None
+    with hosts.fail_together():
+        if hosts.is_first():
+            leader = channel.Leader(hosts.coordinator_host(), num)
+    address = hosts.gathered(leader.address if leader else "")[0]
+    with hosts.fail_together():
+        if leader:
+            leader.accept()
+        else:
+            follower = channel.Follower(address, jax.process_index(), num)
+    return leader or channel.Alone(), follower
 
 
 def drawn_rows(

@@ -16,6 +16,7 @@ from hunyuan_jax.infer import pretrained, score
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Request
 from hunyuan_jax.infer.settings import Sampling, read_sampling
+from hunyuan_jax.parallel import hosts
 from hunyuan_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from hunyuan_jax.weights.open import open_model
 
@@ -287,19 +288,28 @@ def load(
       tokenizer: as for `load_tokenizer`; None takes the one the run was trained with, or that of
         the model folder.
 
+    Where `mesh` spans several processes, all of them call it with the same arguments.
+
     Raises:
-      ConfigError: no model there, or no tokenizer that fits it.
+      ConfigError: no model there, or no tokenizer that fits it; another model than in process 0.
     """
-    opened = open_model(path, dtype)
-    vocabulary = load_tokenizer(tokenizer or opened.tokenizer)
-    if vocabulary.vocab_size > opened.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {vocabulary.vocab_size} ids, the model {opened.cfg.vocab_size}; "
-            "pass the one it was trained with."
-        )
-    recommended = read_sampling(opened.place)
+    with hosts.fail_together():
+        opened = open_model(path, dtype)
+        vocabulary = load_tokenizer(tokenizer or opened.tokenizer)
+        if vocabulary.vocab_size > opened.cfg.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {vocabulary.vocab_size} ids, the model "
+                f"{opened.cfg.vocab_size}; pass the one it was trained with."
+            )
+        recommended = read_sampling(opened.place)
+    if mesh is not None and hosts.spans_processes(mesh):
+        options = {"quantize": quantize, "cache_dtype": cache_dtype, "adapter": str(adapter)}
+        options |= {"mesh": dict(mesh.shape), "speculate": [speculate, speculate_tokens]}
+        model = dataclasses.asdict(opened.cfg)
+        hosts.require_same(options=options, model=model, weights=opened.fingerprint)
     limits = {"speculate": speculate, "speculate_tokens": speculate_tokens}
-    model = pretrained.load(opened, mesh, adapter, quantize, cache_dtype, **limits)
+    with hosts.fail_together():
+        model = pretrained.load(opened, mesh, adapter, quantize, cache_dtype, **limits)
     return LM(model, vocabulary, recommended)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from hunyuan_jax.errors import ConfigError
 
@@ -19,6 +19,19 @@ _MESSAGE_BYTES = 2048
 def is_first() -> bool:
     """Whether this process writes what a run writes once: config, metrics, progress."""
     return jax.process_index() == 0
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh belong to several processes."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def coordinator_host() -> str:
+    """Returns the name or address of process 0's host by which the processes have met."""
+    # Private, but the only place that has what jax has detected.
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
 
 
 def process_rows(
@@ -105,6 +118,11 @@ def broadcast_from_first(value: int) -> int:
     )
 
 
+def least(value: int) -> int:
+    """Returns the smallest of the processes' values; a barrier."""
+    return min(map(int, gathered(str(value))))
+
+
 def require_same(**values: Any) -> None:
     """Checks that JSON-serialisable values are equal on all processes.
 
@@ -131,8 +149,8 @@ def require_same(**values: Any) -> None:
             raise ConfigError(
                 f"processes {differing} see another {name} than process 0 (here: "
                 f"{str(values[name])[:200]}); all hosts must agree. "
-                "Start the same command everywhere, with the same text and a --workdir on a "
-                "filesystem that all of them share."
+                "Start the same command everywhere; the files that it reads must be the same, "
+                "and --workdir must be on a filesystem that all of them share."
             )
 
 

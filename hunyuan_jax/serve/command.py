@@ -10,7 +10,14 @@ import sys
 from hunyuan_jax import flags
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.files import LocalPath
-from hunyuan_jax.infer.command import MAX_CONTEXT, MODEL, load_lm_within
+from hunyuan_jax.infer.command import (
+    MAX_CONTEXT,
+    MODEL,
+    follow,
+    join,
+    leading,
+    load_lm_within,
+)
 
 
 @flags.command(
@@ -37,16 +44,27 @@ from hunyuan_jax.infer.command import MAX_CONTEXT, MODEL, load_lm_within
 def serve(values) -> int:
     """Serves a model over HTTP with the API of OpenAI.
 
-    SIGTERM finishes the open answers, then ends the server.
+    SIGTERM finishes the open answers, then ends the server.  On a slice of several hosts, start
+    the same command with --mesh on each: the first process answers, the others compute with it.
     """
     if importlib.util.find_spec("aiohttp") is None:
         raise ConfigError("serve needs aiohttp; pip install -e '.[serve]'.")
-    api_key = _api_key(values)
-    with contextlib.closing(_listener(values.host, values.port)) as listener:
-        return _serve(values, listener, api_key)
+    is_first = join()
+    from hunyuan_jax.parallel import hosts
+
+    with contextlib.ExitStack() as stack:
+        with hosts.fail_together():
+            if is_first:
+                api_key = _api_key(values)
+                listener = stack.enter_context(_listener(values.host, values.port))
+        served, engine = _load(values)
+        if not is_first:
+            return follow(engine)
+        stack.enter_context(leading(engine))
+        return _serve(values, served, engine, listener, api_key)
 
 
-def _serve(values, listener: socket.socket, api_key: str | None) -> int:
+def _serve(values, served, engine, listener: socket.socket, api_key: str | None) -> int:
     import asyncio
 
     from hunyuan_jax.serve.http import Server, Settings
@@ -54,7 +72,6 @@ def _serve(values, listener: socket.socket, api_key: str | None) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    served, engine = _load(values)
     say(f"sampling where a request names none: {_defaults(served)}")
     settings = Settings(
         api_key=api_key, is_local=_is_local(values.host), drain_seconds=values.drain_seconds
@@ -76,6 +93,7 @@ def _serve(values, listener: socket.socket, api_key: str | None) -> int:
     if server.is_still_busy:
         # At once: native threads that are still at work would abort the process when the
         # interpreter ends.
+        engine.close(status, at_once=True)
         os._exit(status)
     return status
 

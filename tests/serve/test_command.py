@@ -2,13 +2,10 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import urllib.request
 
 import pytest
@@ -16,57 +13,15 @@ import pytest
 from hunyuan_jax import cli
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.serve import http
-from support import paths, serving
+from support import serving
 
 TINY = ("-m", "hunyuan_jax", "serve", f"--checkpoint={serving.FOLDER}", "--port=0")
 SMALL = ("--max_rows=2", "--max_context=48")
 
 
-class Process:
-    """A server in a process of its own; `lines` are those of its standard error."""
-
-    def __init__(self, *options):
-        self.process = subprocess.Popen(
-            [sys.executable, *TINY, *SMALL, *options],
-            cwd=paths.ROOT,
-            env={**os.environ, "PYTHONPATH": str(paths.ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines = []
-        self.url = None
-
-    def wait_until_it_serves(self):
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
-            if found := re.search(r" is served on (http://\S+);", line):
-                self.url = found[1]
-                break
-        assert self.url, self.lines
-        self._reader = threading.Thread(target=self.lines.extend, args=(self.process.stderr,))
-        self._reader.start()
-        return self
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        if self.url:
-            self._reader.join(30)
-        self.process.stderr.close()
-
-    def post(self, body, **headers):
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", **headers},
-        )
-        return urllib.request.urlopen(request, timeout=60)
-
-
 @contextlib.contextmanager
 def serving_process(*options):
-    found = Process(*options)
+    found = serving.Process([sys.executable, *TINY, *SMALL, *options])
     try:
         yield found.wait_until_it_serves()
     finally:
@@ -104,7 +59,7 @@ def test_every_option_reaches_it_and_sigterm_lets_it_finish(tmp_path):
             rest = answer.read()
         assert first.startswith(b"data: ") and rest.endswith(b"data: [DONE]\n\n")
         assert b'"finish_reason": "length"' in rest
-        assert server.process.wait(60) == 0
+        assert server.wait() == 0
     assert not any("Traceback" in line for line in server.lines)
 
 

@@ -1,11 +1,13 @@
 """The recipes of docs/deploy: what can be known of them without a cluster."""
 
+import math
 import re
 
 import pytest
 import yaml
 
 from hunyuan_jax.flags import parse
+from hunyuan_jax.infer.command import mesh_config
 from hunyuan_jax.serve.command import serve
 from support import paths
 
@@ -23,27 +25,49 @@ def leader_worker_set():
 
 
 @pytest.fixture
-def pod(leader_worker_set):
-    return leader_worker_set["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+def group(leader_worker_set):
+    return leader_worker_set["spec"]["leaderWorkerTemplate"]
 
 
-def test_the_manifest_keeps_the_schema_of_kubernetes(leader_worker_set, pod):
+@pytest.fixture
+def pod(group):
+    """That of the process that answers."""
+    return group["leaderTemplate"]
+
+
+def test_the_manifest_keeps_the_schema_of_kubernetes(leader_worker_set, group):
     validate = pytest.importorskip("kubernetes_validate")
     version = validate.latest_version()
-    template = {
-        "apiVersion": "v1",
-        "kind": "PodTemplate",
-        "metadata": {"name": "a"},
-        "template": pod,
-    }
     others = [d for d in DOCUMENTS if d is not leader_worker_set]
     assert [d["kind"] for d in others] == ["Service"]
-    for document in (template, *others):
-        validate.validate(document, version, strict=True)
-    pod["spec"]["terminationGrace"] = 3
-    with pytest.raises(validate.ValidationError):
-        validate.validate(template, version, strict=True)
-    del pod["spec"]["terminationGrace"]
+    for name in ("leaderTemplate", "workerTemplate"):
+        template = {
+            "apiVersion": "v1",
+            "kind": "PodTemplate",
+            "metadata": {"name": "a"},
+            "template": group[name],
+        }
+        for document in (template, *others):
+            validate.validate(document, version, strict=True)
+        group[name]["spec"]["terminationGrace"] = 3
+        with pytest.raises(validate.ValidationError):
+            validate.validate(template, version, strict=True)
+        del group[name]["spec"]["terminationGrace"]
+
+
+def test_the_hosts_of_a_group_start_one_server(leader_worker_set, group):
+    leader, worker = (group[name]["spec"] for name in ("leaderTemplate", "workerTemplate"))
+    (answers,), (computes,) = leader["containers"], worker["containers"]
+    asked = {"ports", "startupProbe", "readinessProbe", "livenessProbe"}
+    assert computes == {name: value for name, value in answers.items() if name not in asked}
+    assert leader | {"containers": []} == worker | {"containers": []}
+    # With LeaderReady each would wait for the other.
+    assert leader_worker_set["spec"]["startupPolicy"] == "LeaderCreated"
+    values = parse.parse(serve.options, "serve", computes["args"])
+    chips = group["size"] * computes["resources"]["limits"]["google.com/tpu"]
+    topology = worker["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    sizes = mesh_config(values.mesh).axis_sizes.values()
+    assert math.prod(sizes) == math.prod(map(int, topology.split("x"))) == chips
 
 
 def test_the_set_has_the_fields_of_its_kind(leader_worker_set, pod):
@@ -53,8 +77,10 @@ def test_the_set_has_the_fields_of_its_kind(leader_worker_set, pod):
     assert spec.keys() <= SPEC
     assert spec["leaderWorkerTemplate"].keys() <= GROUP
     assert spec["leaderWorkerTemplate"]["restartPolicy"] in RESTARTS
-    service = next(d for d in DOCUMENTS if d["kind"] == "Service")
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    selector = next(d for d in DOCUMENTS if d["kind"] == "Service")["spec"]["selector"]
+    assert selector.items() <= pod["metadata"]["labels"].items()
+    worker = spec["leaderWorkerTemplate"]["workerTemplate"]
+    assert not selector.items() <= worker["metadata"]["labels"].items()
 
 
 def test_the_options_are_those_of_serve(pod):

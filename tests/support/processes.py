@@ -52,25 +52,30 @@ def write_corpus(folder):
     return folder
 
 
-@contextlib.contextmanager
-def processes(fields_of_each, workdir, script=("train.py",)):
-    """Runs `python train.py` once for each dict of config fields.
-
-    Kills the processes that are still running at the end of the block.
-    """
+def environments(num, xla_flags=XLA_FLAGS):
+    """The environment of each of so many processes that meet on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(len(fields_of_each)),
-        "XLA_FLAGS": XLA_FLAGS,
+        "JAX_NUM_PROCESSES": str(num),
+        "XLA_FLAGS": xla_flags,
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     }
+    return [env | {"JAX_PROCESS_ID": str(index)} for index in range(num)]
+
+
+@contextlib.contextmanager
+def processes(fields_of_each, workdir, script=("train.py",)):
+    """Runs `python train.py` once for each dict of config fields.
+
+    Kills the processes that are still running at the end of the block.
+    """
     started = []
     try:
-        for index, fields in enumerate(fields_of_each):
+        for env, fields in zip(environments(len(fields_of_each)), fields_of_each, strict=True):
             overrides = [f"--config.{name}={value}" for name, value in fields.items()]
             command = [
                 sys.executable,
@@ -83,7 +88,7 @@ def processes(fields_of_each, workdir, script=("train.py",)):
                 subprocess.Popen(
                     command,
                     cwd=paths.ROOT,
-                    env={**env, "JAX_PROCESS_ID": str(index)},
+                    env=env,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
+import re
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -135,6 +138,53 @@ class Running:
                 return True
             time.sleep(0.01)
         return False
+
+
+class Process:
+    """A server in a process of its own; `lines` are those of its standard error."""
+
+    def __init__(self, command, env=os.environ):
+        self.process = subprocess.Popen(
+            command,
+            cwd=paths.ROOT,
+            env={**env, "PYTHONPATH": str(paths.ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines = []
+        self.url = None
+
+    def wait_until_it_serves(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if found := re.search(r" is served on (http://\S+);", line):
+                self.url = found[1]
+                break
+        assert self.url, self.lines
+        self._reader = threading.Thread(target=self.lines.extend, args=(self.process.stderr,))
+        self._reader.start()
+        return self
+
+    def wait(self):
+        """The exit status; `lines` are then all of them."""
+        status = self.process.wait(60)
+        if self.url:
+            self._reader.join(30)
+        return status
+
+    def close(self):
+        self.process.kill()
+        self.wait()
+        self.process.stderr.close()
+
+    def post(self, body, **headers):
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", **headers},
+        )
+        return urllib.request.urlopen(request, timeout=60)
 
 
 @contextlib.contextmanager
