@@ -29,7 +29,7 @@ SIZES = ("--max_rows=4", "--max_context=48")
 MESH = "--mesh=expert:4,tensor:2"
 # Those of a request that the admit program prepares.
 PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "logit_bias": {"40": 3}}
-GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 GREEDY |= {"top_k": 0, "top_p": 1, "repetition_penalty": 1, "return_token_ids": True}
 
 pytestmark = pytest.mark.slow
@@ -105,8 +105,8 @@ def asked(server, **fields):
 
 
 def expected(lm, **fields):
-    """(ids, their log-probabilities) of a greedy answer of twelve tokens."""
-    sampling = Sampling(temperature=0, max_new_tokens=12, stop_ids=(), logprobs=0, **fields)
+    """(ids, their log-probabilities) of a greedy answer of eight tokens."""
+    sampling = Sampling(temperature=0, max_new_tokens=8, stop_ids=(), logprobs=0, **fields)
     request = Request("", tuple(lm.tokenizer.encode(PROMPT)), sampling.resolved({}))
     ids, logprobs = [], []
     for output in lm.model.engine.run([request]):
@@ -135,12 +135,12 @@ def test_two_processes_answer_as_one_and_end_together(server, alone):
     (of_prompt,) = alone.logprobs([PROMPT])
     assert scored["token_logprobs"][1:] == pytest.approx(of_prompt, abs=1e-4)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        crowd = list(threads.map(lambda i: asked(first, max_tokens=12 - i % 3), range(16)))
+        crowd = list(threads.map(lambda i: asked(first, max_tokens=8 - i % 3), range(8)))
     for i, found in enumerate(crowd):
-        assert found["choices"][0]["token_ids"] == ids[: 12 - i % 3]
+        assert found["choices"][0]["token_ids"] == ids[: 8 - i % 3]
     # Process 1 waits for process 0, which finishes an answer first.
     second.process.send_signal(signal.SIGTERM)
-    with first.post(GREEDY | {"stream": True, "max_tokens": 30}) as answer:
+    with first.post(GREEDY | {"stream": True, "max_tokens": 20}) as answer:
         begin = answer.readline()
         first.process.send_signal(signal.SIGTERM)
         assert (begin + answer.read()).endswith(b"data: [DONE]\n\n")
@@ -193,7 +193,7 @@ def test_what_stops_all_before_they_serve(folder, tmp_path):
 
 def test_generate_over_two_processes(folder, alone):
     command = [sys.executable, "-m", "hunyuan_jax", "generate", f"--checkpoint={folder}", MESH]
-    command += [f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=12"]
+    command += [f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=8"]
     both = [
         subprocess.Popen(
             command,
@@ -207,7 +207,7 @@ def test_generate_over_two_processes(folder, alone):
     ]
     (text, _), (nothing, said) = (p.communicate(timeout=processes.PATIENCE) for p in both)
     assert [process.returncode for process in both] == [0, 0]
-    completion = alone.generate(PROMPT, Sampling(temperature=0, max_new_tokens=12))
+    completion = alone.generate(PROMPT, Sampling(temperature=0, max_new_tokens=8))
     # Gloo, which only CPUs use, writes to standard output.
     text, nothing = (re.sub(r"\[Gloo\].*\n", "", out) for out in (text, nothing))
     assert text == f"{PROMPT}{completion.text}\n"
