@@ -3,11 +3,11 @@ distillation in half of the steps.
 
     python benchmarks/distillation.py FOLDER [STEPS]
 
-FOLDER/teacher is a run of configs/tiny.py of 400 steps, trained first unless it is there.  STEPS
-are those of the draft that is trained alone.  All drafts have the same shape, text, batches and
+FOLDER/teacher is a run of configs/tiny.py, trained first unless it is there.  STEPS are those of
+the draft that is trained alone.  All drafts have the same shape, text, batches and
 schedule over their own steps.  Prints the validation loss of each, and how often its greedy tokens
 are the teacher's: on held-out text, and on what the teacher itself writes after it, where a draft
-of four tokens is accepted up to the first that is not.  A run that was stopped continues.
+of four tokens is accepted up to the first that is not.  Runs that are finished are not repeated.
 """
 
 import json
@@ -26,7 +26,6 @@ from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.train.pretrain import Pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_TEACHER_STEPS = 400
 DRAFT = ("model.num_layers=2", "model.moe.num_experts=4", "model.intermediate_size=192")
 NUM_PROMPTS, PROMPT, ANSWER, NUM_DRAFTED = 32, 64, 64, 4
 
@@ -59,29 +58,24 @@ def main(folder: Path, num_steps: int = 200) -> None:
     """Trains what is missing, and prints a markdown table."""
     began = time.monotonic()
     teacher = folder / "teacher"
-    train(teacher, NUM_TEACHER_STEPS)
+    train(teacher)
     text, answers = prompts(teacher)
     print(
         "| draft | parameters | steps | validation loss | agreement on text | on the teacher's "
         f"own | of {NUM_DRAFTED} drafted |\n|---|---|---|---|---|---|---|"
     )
-    row("the teacher", teacher, NUM_TEACHER_STEPS, text, answers)
+    row("the teacher", teacher, text, answers)
     for name, steps, fields in drafts_of(teacher, num_steps):
         words = "".join(c if c.isalnum() else " " for c in name).split()
         workdir = folder / "_".join([*words, str(steps)])
-        train(workdir, steps, *DRAFT, *fields)
-        row(name, workdir, steps, text, answers)
+        fields = (f"train.num_steps={steps}", "train.eval_every=100", *DRAFT, *fields)
+        train(workdir, *fields)
+        row(name, workdir, text, answers)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def train(workdir: Path, num_steps: int, *fields: str) -> None:
+def train(workdir: Path, *fields: str) -> None:
     """Runs configs/tiny.py with these fields; ends the process if it fails."""
-    fields = (
-        f"train.num_steps={num_steps}",
-        "train.eval_every=100",
-        "checkpoint.every=100",
-        *fields,
-    )
     # Drafts whose programs are equal share them.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs")}
     subprocess.run(
@@ -107,10 +101,12 @@ def prompts(teacher: Path) -> tuple[np.ndarray, np.ndarray]:
     return text, written[:, PROMPT:]
 
 
-def row(name: str, workdir: Path, num_steps: int, text: np.ndarray, answers: np.ndarray) -> None:
+def row(name: str, workdir: Path, text: np.ndarray, answers: np.ndarray) -> None:
     """Prints the figures of one run."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    loss = [line["validation_loss"] for line in rows if "validation_loss" in line][-1]
+    num_steps, loss = [
+        (line["step"], line["validation_loss"]) for line in rows if "validation_loss" in line
+    ][-1]
     model, teacher = from_pretrained(workdir), from_pretrained(workdir.parent / "teacher")
     on_text = (greedy(model, text) == greedy(teacher, text)).mean()
     written = np.concatenate([text[:, :PROMPT], answers], axis=1)

@@ -34,8 +34,8 @@ from hunyuan_jax.post.inherit import Units, along
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _FIRST_LOGIT = 2.2  # two masks in three are 1 at first, and one in fifty is 0
 _ADAM = optax.adam(0.1, b1=0.5)
-# With this, and n in the penalty, p came within 0.03 of q in 100 steps, for rows of 2 to 256
-# units that each cost 0.01 to 0.1 of the loss.
+# Simulated with rows of 2 to 256 units that each cost up to 0.3 of the loss, p came within 0.03 of
+# q in 100 steps (docs/log.md).
 _MULTIPLIER_RATE, _BETA = 0.3, 10.0
 
 
