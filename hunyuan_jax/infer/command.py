@@ -215,8 +215,8 @@ def join() -> bool:
         # jax keeps it for a run that saves.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_count() > 1 and mesh.device_kind(mesh.single_device_mesh()) == "cpu":
-        # With programs from the cache, two processes ran independent collectives in different
-        # orders, and gloo ended one of them (jax 0.10.2).
+        # With programs from the cache Gloo ended one of two processes: their collectives had other
+        # sizes, so probably another order (jax 0.10.2).
         jax.config.update("jax_enable_compilation_cache", False)
     return hosts.is_first()
 
