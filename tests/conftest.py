@@ -50,6 +50,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="for daily work: the first case of each test, without those marked `heavy`",
     )
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="all cases of the tests marked `cases(n)`, of which n are run otherwise",
+    )
 
 
 def pytest_configure(config):
@@ -71,17 +76,30 @@ def programs_folder(config):
     return folder
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--fast"):
+    """Leaves out what --fast and `cases` leave out; a case that is named is run."""
+    if any("[" in argument for argument in config.args):
         return
-    kept, left_out, seen = [], [], set()
+    by_test = {}
     for item in items:
-        test = item.nodeid.split("[")[0]
-        is_kept = test not in seen and item.get_closest_marker("heavy") is None
-        seen.add(test)
-        (kept if is_kept else left_out).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
+        by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {item for cases in by_test.values() for item in chosen(config, cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def chosen(config, cases):
+    """The cases of a test that are run."""
+    if config.getoption("--fast"):
+        return [case for case in cases[:1] if case.get_closest_marker("heavy") is None]
+    mark = cases[0].get_closest_marker("cases")
+    if mark is None or config.getoption("--every-case"):
+        return cases
+    # Spread over all of them, the first and the last included.
+    num, last = mark.args[0], len(cases) - 1
+    places = {round(i * last / max(1, num - 1)) for i in range(num)}
+    return [cases[place] for place in sorted(places)]
 
 
 def pytest_collection_finish(session):

@@ -97,6 +97,7 @@ def test_import_loads_nothing_large():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -189,6 +190,7 @@ def test_train_then_generate_then_bench(tmp_path):
     assert 100 < figures["peak_memory_mb"] < 8000
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("platform", ["cuda", "abacus"])
 @pytest.mark.heavy
 def test_a_platform_that_is_not_there_is_one_line(platform, monkeypatch):

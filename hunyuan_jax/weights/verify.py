@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hunyuan_jax.config import ModelConfig
 from hunyuan_jax.layers import embedding, rope
@@ -171,7 +172,7 @@ class _Ours:
         )
         rows_TD = self._read("embed/embedding_VD", ())[ids_T]
         module.embedding_VD = nnx.Param(jnp.asarray(rows_TD), dims=embedding.TABLES[0])
-        return np.asarray(module(jnp.arange(len(ids_T))[None], "float32"))[0]
+        return np.asarray(_embed(*nnx.split(module), jnp.arange(len(ids_T))[None]))[0]
 
     def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
         """The layer's output; a producer's keys and values are kept for its group."""
@@ -200,9 +201,8 @@ class _Ours:
         blocks = (
             w_VD[start : start + _VOCAB_BLOCK] for start in range(0, len(w_VD), _VOCAB_BLOCK)
         )
-        tables = (nnx.Param(jnp.asarray(block), dims=embedding.TABLES[0]) for block in blocks)
         return np.concatenate(
-            [embedding.logits(table, hidden_BTD, self._mesh)[0] for table in tables], axis=-1
+            [_logits(jnp.asarray(block), hidden_BTD, self._mesh)[0] for block in blocks], axis=-1
         )
 
     def _filled(self, module: Any, prefix: str, index: tuple[int, ...]) -> Any:
@@ -227,6 +227,16 @@ class _Ours:
 
     def _read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         return chunks.read_piece(self._place, self._converted.params[path], index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph_def: Any, arrays: Any, ids_BT: jax.Array) -> jax.Array:
+    return nnx.merge(graph_def, arrays)(ids_BT, "float32")
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _logits(w_VD: jax.Array, hidden_BTD: jax.Array, mesh: Mesh) -> jax.Array:
+    return embedding.logits(nnx.Param(w_VD, dims=embedding.TABLES[0]), hidden_BTD, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

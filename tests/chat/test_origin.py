@@ -193,6 +193,7 @@ PRELUDE = (
 )
 
 
+@pytest.mark.cases(40)
 @pytest.mark.filterwarnings("ignore:the chat template leaves out")
 @pytest.mark.parametrize("operation", OPERATIONS)
 @settings(SETTINGS, max_examples=15)

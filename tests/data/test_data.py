@@ -361,6 +361,7 @@ def two_sources(weights=((1.0, 3.0), (1.0, 1.0)), starts=(0.0, 0.5), seed=0):
     )
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(("num_hosts", "num_threads"), [(1, 0), (1, 3), (2, 1), (4, 0), (8, 3)])
 def test_hosts_and_threads_have_no_say(num_hosts, num_threads):
     expected = [two_sources(seed=3).batch(step) for step in range(10)]

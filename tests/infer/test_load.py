@@ -127,6 +127,7 @@ def test_a_chat_is_the_template_and_contents_stay_text(name, request):
     assert not control & set(lm.tokenizer.encode(forged))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["moe", "dense"])
 @pytest.mark.heavy
 def test_logprobs_are_those_of_the_logits(name, request):

@@ -94,6 +94,7 @@ def test_xla_is_the_reference(name):
 
 
 # The interpreter is slow: not all cases with all configs.
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     ("name", "config_name"),
     [
@@ -117,6 +118,7 @@ def test_tpu_is_the_reference_without_races(name, config_name):
     assert not found[0][0].any()
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("name", "num_splits"),
     [
@@ -421,6 +423,7 @@ def test_the_most_scores_in_float32_fit():
     )
 
 
+@pytest.mark.cases(8)
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", [*cases.BENCH, *cases.SMALL])
 def test_lowers_for_a_gpu(name):
@@ -487,6 +490,7 @@ def _written(caches, new, group, table_Bm, slot_B):
     return caches
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("num_tokens", "slots"),

@@ -74,6 +74,7 @@ def expected(case, seed):
     return gradients_of(case, seed, device_kind="cpu", implementation="reference")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", cases.SMALL, ids=lambda case: case.name)
 def test_xla(case):
     actual = gradients_of(case, SEED, device_kind="cpu")
@@ -88,7 +89,7 @@ def test_xla(case):
     [
         pytest.param("odd", False, marks=pytest.mark.slow),
         pytest.param("many_blocks", False, marks=pytest.mark.slow),
-        ("many_blocks", True),
+        pytest.param("many_blocks", True, marks=pytest.mark.slow),
         ("dense_odd", False),
     ],
     indirect=["small_blocks"],
@@ -198,6 +199,7 @@ def test_an_empty_block_fetches_nothing_new():
     np.testing.assert_array_equal(listed.source, [2, 2, 2, 2, 2, 2, 2, 7])
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("dtype", "groups"), [("int8", 1), ("int8", 4), ("int4", 2), ("float8_e4m3fn", 1)]
 )

@@ -220,6 +220,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("size", [(1, 4096, 6400, 18304, 16), (4, 256, 256, 320, 2)], ids=str)
 def test_lowers_for_h200(operation, size):

@@ -51,6 +51,7 @@ _CASES = [
 ]
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
 def test_xla(case):
     arrays = case.arrays(np.random.default_rng())
@@ -80,6 +81,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "CONFIGS", dict.fromkeys(tpu.CONFIGS, SMALL))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
 @pytest.mark.heavy
 def test_tpu(case, small_blocks):
@@ -210,6 +212,7 @@ def test_gradient_of_the_merge_of_two_halves():
 OFFSET = cases.Case("", 2, 256, 512, 4, 2, 16, "float32", documents=3, padding=30)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 @pytest.mark.parametrize("dropout_rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_some_queries_of_a_sequence(implementation, dropout_rate, small_blocks):
@@ -241,6 +244,7 @@ def test_some_queries_of_a_sequence(implementation, dropout_rate, small_blocks):
     testing.assert_close(actual, expected, "float32")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_gradients_of_some_keys(implementation, small_blocks):
     # What ring attention does: the gradients of each part of the keys add up to the whole.
@@ -335,11 +339,17 @@ def test_seeds_of_a_shard():
     # holding all heads drops.
     case = dataclasses.replace(BY_NAME["dropout"], dtype="float32")
     q, k, v, *segments = case.arrays(np.random.default_rng())
-    seeds = dropout.head_seeds(case.settings["dropout_seed"], case.B, case.N)
-    whole = flash_attention(q, k, v, *segments, device_kind="cpu", **case.settings)
-    settings = case.settings | {"dropout_seed": seeds[:, 2:]}
-    part = flash_attention(
-        q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], *segments, device_kind="cpu", **settings
+
+    @jax.jit
+    def attention(seed, *arrays):
+        settings = case.settings | {"dropout_seed": seed}
+        return flash_attention(*arrays, device_kind="cpu", **settings)
+
+    seed = case.settings["dropout_seed"]
+    whole = attention(seed, q, k, v, *segments)
+    part = attention(
+        dropout.head_seeds(seed, case.B, case.N)[:, 2:],
+        *(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], *segments),
     )
     testing.assert_close(part, whole[:, :, 2:], "float32")
 

@@ -56,6 +56,7 @@ def as_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == BF16 else x, tree)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "case",
     [
@@ -149,6 +150,7 @@ def test_pieces_cover_the_head_dim(size):
     assert all(piece.size >= 16 and piece.size & (piece.size - 1) == 0 for piece in pieces)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "case", [*HEAD_DIMS, cases.LONG, *cases.TESTED[-3:]], ids=lambda case: case.name
 )

@@ -69,6 +69,7 @@ def test_forward(case, monkeypatch):
 HEAD_DIMS = [case for case in cases.TIMED if case.name in ("hunyuan 4k", "d128 4k")]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", [*HEAD_DIMS, cases.LONG, CASES[-1]], ids=lambda case: case.name)
 def test_lowers_for_h200(case):
     def gradients(q, k, v, query_segment, key_segment):

@@ -343,6 +343,7 @@ CHUNKS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.cases(2)
 @CHUNKS
 def test_an_empty_cache_extended_by_chunks_equals_the_whole(chunks):
     tokens_BT = random_tokens(shape=(BATCH, 20))
@@ -374,6 +375,7 @@ def alone(prompt, new_T):
     return logits(row_BT, arange_BT, np.ones_like(row_BT))[0]
 
 
+@pytest.mark.cases(2)
 @CHUNKS
 def test_rows_of_different_lengths_continue_as_each_alone(chunks):
     cache, prompts, new_BT, prompt_BTV, mask_BT = lengths_case()
@@ -431,6 +433,7 @@ def test_rows_with_lengths_are_the_same_on_a_mesh():
     )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_the_cache_has_one_entry_per_group_and_decodes_the_same(share):
     cfg = changed(cla_share_factor=share)
@@ -721,6 +724,7 @@ def test_the_padding_row_is_zero_at_first_and_gets_no_gradient_from_the_lookup()
     assert np.asarray(without_pad.embedding_VD[...])[SMALL.pad_token_id].any()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_padding_row_learns_through_a_tied_head_only(tie):
     cfg = changed(tie_embeddings=tie)

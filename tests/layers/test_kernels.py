@@ -70,7 +70,7 @@ def xla_losses():
     return losses(mesh_of(1))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_reference_trains_the_same():
     np.testing.assert_allclose(losses(mesh_of(1), kernels="reference"), xla_losses(), rtol=1e-5)
 

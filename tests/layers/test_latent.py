@@ -119,7 +119,7 @@ def test_gradient_passes_the_quantiser():
     def summed(params):
         return nnx.merge(definition, params).latents(y_BTD, cos_sin)[1].latent_BSL.sum()
 
-    gradient_DL = jax.grad(summed)(params)["w_latent_DL"][...]
+    gradient_DL = fast_jit(jax.grad(summed))(params)["w_latent_DL"][...]
     x_TL, vjp = jax.vjp(lambda w_DL: y_BTD[0] @ w_DL, module.w_latent_DL[...])
 
     def normed(x_TL):

@@ -80,6 +80,7 @@ CASES = [
 ]
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(("sizes", "vocab", "num_chunks"), CASES)
 def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, sizes, vocab, num_chunks):
     mesh = mesh_of(*sizes)
@@ -187,6 +188,7 @@ def test_huge_logits_and_bfloat16_activations_stay_finite_and_near(monkeypatch):
         assert_close(grad, expected_grad, 1e-2)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("tie", "vocab", "sizes"), [(True, 48, (2, 2, 2)), (False, 42, (1, 4, 2))]
 )

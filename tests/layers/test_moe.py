@@ -135,6 +135,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.heavy
 @pytest.mark.parametrize(("way", "k", "sizes", "columns"), MESHES)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(way, k, sizes, columns):
@@ -310,6 +311,7 @@ def compiled_dispatch(mesh, way, num_slots):
     return fast_jit(value_and_gradients)
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("way", ["recycle", "drop", "dropless"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1), (1, 8, 1)])
@@ -637,6 +639,7 @@ def bytes_kept(remat):
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.heavy
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_number(remat):

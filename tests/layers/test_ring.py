@@ -55,6 +55,7 @@ def results(attend):
     return fast_jit(run)(q_k_v)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("form", "num_chips", "dropout_rate"),
     [

@@ -140,6 +140,7 @@ def routed(case, dispatch):
 # Conservation and capacity
 
 
+@pytest.mark.cases(2)
 @random_cases()
 @pytest.mark.heavy
 def test_slots_are_packed_unique_and_within_capacity(case, dispatch):

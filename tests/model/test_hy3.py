@@ -184,6 +184,7 @@ def _logits_and_loss(cfg, params, ids_BS, labels_BS):
     ).mean()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dispatch", ["drop", "recycle"])
 def test_a_roomy_capacity_equals_dropless(dispatch):
     golden, model = read("hy3_hub_bf16")

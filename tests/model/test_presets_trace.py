@@ -67,6 +67,7 @@ def traced_train_step(cfg, mesh, batch_size):
     return state, *jax.eval_shape(make_train_step(program), state, abstract_batch(program))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("name", "dispatch"),
     [
@@ -206,6 +207,7 @@ PODS = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "pod",
     [

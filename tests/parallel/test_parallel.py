@@ -356,6 +356,7 @@ def in_use(gather, mesh, logical, w, out_logical):
     return np.asarray(value), np.asarray(pullback(2 * value)[0])
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("logical", "shape"), STORED)
 def test_a_parameter_in_use_is_the_stored_one_and_its_gradient_comes_back(sizes, logical, shape):
@@ -371,6 +372,7 @@ def test_a_parameter_in_use_is_the_stored_one_and_its_gradient_comes_back(sizes,
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
     ("logical", "num_in"),
@@ -403,6 +405,7 @@ def test_a_dim_in_tiles_is_filled_up_with_zeros_where_that_takes_little(num_colu
     np.testing.assert_allclose(gradient, 2 * w, rtol=1e-5)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(("num_columns", "filled"), [(8, 8), (250, 256), (256, 256), (384, 384)])
 def test_columns_beside_gathered_rows_have_an_even_number_of_tiles(num_columns, filled):
     """If that adds under 1/32: 250 columns become 256; 384, three tiles of 128, stay."""

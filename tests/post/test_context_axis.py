@@ -71,6 +71,7 @@ def gradients(config, mesh):
     return jax.tree.map(np.asarray, compute(params, batch, jax.random.key(0)))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "objective",
     [

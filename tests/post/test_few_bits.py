@@ -92,6 +92,7 @@ def gradients(config, params, batch, mesh):
     return grads, float(loss)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.heavy
 def test_the_loss_is_that_of_adapters_over_the_same_numbers(num_shards):

@@ -68,6 +68,7 @@ def rows_for(dense):
     return np.random.default_rng(1).normal(size=(9, dense.shape[1])).astype(np.float32)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("method", codes.METHODS)
 @pytest.mark.parametrize("place", range(len(PARAMS)))
 def test_products_on_a_mesh_and_on_one_device(method, place):

@@ -216,6 +216,7 @@ def test_figures_are_those_of_the_recorded_assignments():
     )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("sizes", "parts", "remat"),
     [

@@ -44,6 +44,7 @@ def begin(running, body, path=PATH):
     return connection
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("stream", [False, True])
 def test_1_a_client_that_leaves_during_its_prefill_ends_it(slow, stream):
     body = ENDLESS | {"prompt": list(range(5, 245)), "stream": stream}

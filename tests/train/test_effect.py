@@ -114,6 +114,7 @@ CASES = [
 ]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(("before", "after", "idle"), CASES)
 def test_a_setting_that_changes_nothing_is_named(before, after, idle):
     named = {line.split()[0].removeprefix("config.") for line in without_effect(after)}

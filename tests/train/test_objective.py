@@ -123,6 +123,7 @@ def measured(num_micro_batches, sizes):
     return grads, loss, metrics.sums["accuracy"]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("num_micro_batches", "sizes"), [(2, (1, 1, 1)), (2, (2, 1, 1))])
 def test_pairs_are_the_same_in_micro_batches_and_on_a_mesh(num_micro_batches, sizes):
     whole, split = measured(1, (1, 1, 1)), measured(num_micro_batches, sizes)

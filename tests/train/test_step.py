@@ -346,6 +346,7 @@ def test_what_is_not_finite_is_never_accepted(loss, norm):
 # A state in another dtype
 
 
+@pytest.mark.cases(2)
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("mode", "other"),

@@ -584,6 +584,7 @@ def as_bin(folder: Path, target: Path, num_shards: int, *, with_tied_head: bool)
         )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize(("case", "num_shards"), [("a52b_tiny", 3), ("bf16", 1), ("bf16", 2)])
 @pytest.mark.heavy

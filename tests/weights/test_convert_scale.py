@@ -84,6 +84,7 @@ def test_all_tensors_of_a52b_at_reduced_width(tmp_path):
     ).read_bytes()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", ["a52b_tiny", "bf16", "topk_nocla", "dense_bias"])
 def test_golden_folders_come_back_and_orbax_restores_them(case, tmp_path, monkeypatch):
     monkeypatch.setattr(
@@ -306,6 +307,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_the_weights_are_found_by_both_comparisons(fault, source, tmp_path):
     stream.import_model(source, tmp_path / "ours")

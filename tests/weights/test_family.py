@@ -406,6 +406,7 @@ def test_bad_generation_config_is_refused(tmp_path):
 # convert_torch.py
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "case", ["moe_top1", "dense_bias_untied", "hub_moe_bf16", "moe_alpha_tied_lists"]
 )
@@ -428,6 +429,7 @@ def test_folders_go_through_the_converter(case, tmp_path):
     assert from_pretrained(tmp_path / "other").config.dtype == "bfloat16"
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("case", "field", "value"),
     [

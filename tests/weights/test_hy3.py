@@ -145,6 +145,7 @@ def test_folders_go_through_the_converter(case, tmp_path):
     assert converted.config.num_mtp_layers == (case == "hy3_hub_bf16")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("what", ["router.gate.weight", "expert_bias", "q_norm", "shared_mlp.up"])
 def test_a_changed_tensor_is_found(what, tmp_path):
     source = shutil.copytree(goldens.folder_of("hy3_hub_bf16"), tmp_path / "source")

@@ -72,6 +72,7 @@ def write_as(folder, tensors, kind, **hf):
     return folder
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("storage", ["fused", "fp8"])
 @pytest.mark.heavy

@@ -62,6 +62,7 @@ def save(workdir, config):
     return state.params
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "fp8_lm"])
 def test_parameters_are_read_onto_a_mesh_without_the_optimizer(tmp_path, state_dtype, rank):

@@ -243,6 +243,7 @@ def test_a_method_of_quantization_is_named(single, good, tmp_path, field, value,
     assert message in line and f"if its weights are plain numbers, delete {field}" in line
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "value", [None, {}, {"quant_method": "bitsandbytes", "_load_in_4bit": False,
                          "_load_in_8bit": False}]
@@ -290,6 +291,7 @@ def test_codes_of_a_bin_are_refused_in_the_same_words(single, good, tmp_path):
     assert set(answers(single, good / "ours", tmp_path).values()) == {""}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("is_stated", [True, False])
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
 def test_fp8_is_multiplied_by_its_scale_by_all_readers(single, good, tmp_path, name, is_stated):
@@ -343,6 +345,7 @@ def test_fp8_without_a_scale_is_refused(single, good, tmp_path):
     assert f"are missing: {QUERY}_scale" in refusal(single, good, tmp_path)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("stored", [np.float16, np.float32])
 def test_more_precision_than_promised_is_rounded_by_all_readers(good, tmp_path, stored, capsys):
     source = write_source(tmp_path / "source", 1, num_hidden_layers=2, torch_dtype="bfloat16")
@@ -427,6 +430,7 @@ def test_a_byte_order_mark_is_no_hindrance(source, good, tmp_path):
 # the dtype
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("stated", ["absent", None, "auto", "torch.bfloat16", "bfloat16"])
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 def test_no_dtype_is_that_of_the_files(tmp_path, good, stated, field):
