@@ -1,4 +1,4 @@
-"""`pytest --fast` runs the first case of every test but the heavy ones."""
+"""Which cases `pytest`, `pytest --fast` and `pytest --every-case` run."""
 
 import subprocess
 import sys
@@ -23,3 +23,17 @@ def test_fast_keeps_the_first_case_of_each_test_that_is_not_heavy():
     heavy = [name for name in first if "test_killed_in_a_save" in name]
     assert len(heavy) == 1 and len(first) < len(everything)
     assert [name.split("[")[0] for name in fast] == [name for name in first if name not in heavy]
+
+
+@pytest.mark.heavy
+def test_some_cases_are_spread_over_all_and_every_case_or_a_named_one_is_run():
+    # 18 cases in the file, of which it marks 7 to be run.
+    name = "test_each_token_comes_back_from_its_experts_with_its_weight"
+    file = "tests/layers/test_moe.py"
+    some, every = (
+        [case for case in collected(*options, file) if name in case]
+        for options in ((), ("--every-case",))
+    )
+    assert (len(some), len(every)) == (7, 18)
+    assert [every.index(case) for case in some] == [0, 3, 6, 8, 11, 14, 17]
+    assert every[1] not in some and collected(every[1]) == [every[1]]

@@ -1,6 +1,7 @@
 """Sampling settings of `generate` and `chat`: an option, else the model folder, else a default."""
 
 import json
+import types
 import warnings
 
 import numpy as np
@@ -42,6 +43,8 @@ def used(monkeypatch, tmp_path):
         given = []
 
         class Model:
+            model = types.SimpleNamespace(engine=types.SimpleNamespace(close=lambda: None))
+
             def stream(self, prompt, sampling):
                 given.append(sampling)
                 return iter(())
