@@ -149,6 +149,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT, self.cfg.dtype)
         x_BTD = constrain(x_BTD, self.mesh, ("batch", "seq", "embed"))
         stats, new_entries, streams = {}, {}, []
+        # Of the kinds of stacks only `Stack` can; the others run without training.
         options = {"keeps_stream": True} if keeps_stream else {}
         for name, _ in self._main_stacks():
             # Keys of "groups" are counted from 0 on.

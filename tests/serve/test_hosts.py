@@ -1,6 +1,7 @@
 """One server over two processes on loopback, with four CPU devices each."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import shutil
@@ -193,20 +194,17 @@ def test_what_stops_all_before_they_serve(folder, tmp_path):
 def test_generate_over_two_processes(folder, alone):
     command = [sys.executable, "-m", "hunyuan_jax", "generate", f"--checkpoint={folder}", MESH]
     command += [f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=8"]
-    both = [
-        subprocess.Popen(
-            command,
-            cwd=paths.ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for env in processes.environments(2, FLAGS)
-    ]
-    (text, _), (nothing, said) = (p.communicate(timeout=processes.PATIENCE) for p in both)
-    assert [process.returncode for process in both] == [0, 0]
+    run = functools.partial(
+        subprocess.run, command, cwd=paths.ROOT, capture_output=True, text=True
+    )
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        both = [
+            threads.submit(run, env=env, timeout=processes.PATIENCE, check=True)
+            for env in processes.environments(2, FLAGS)
+        ]
+        first, second = (process.result() for process in both)
     completion = alone.generate(PROMPT, Sampling(temperature=0, max_new_tokens=8))
     # Gloo, which only CPUs use, writes to standard output too.
-    assert PROMPT in text and text.endswith(f"{completion.text}\n")
-    assert PROMPT not in nothing and said == "process 1 of 2 follows process 0\n"
+    assert PROMPT in first.stdout and first.stdout.endswith(f"{completion.text}\n")
+    assert PROMPT not in second.stdout
+    assert second.stderr == "process 1 of 2 follows process 0\n"
