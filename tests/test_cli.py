@@ -147,24 +147,24 @@ def test_an_unknown_command_is_one_line():
     assert "commands are import, export, verify" in error_of("convert_torch.py", "exprt")
 
 
+SMALL = (
+    "--config.model.num_layers=1",
+    "--config.model.cla_share_factor=1",
+    "--config.model.hidden_size=32",
+    "--config.model.intermediate_size=32",
+    "--config.model.moe.num_experts=2",
+    "--config.model.remat=none",
+    "--config.train.batch_size=2",
+)
+
+
 @pytest.mark.heavy
-def test_train_then_generate_then_bench(tmp_path):
+def test_train_then_generate(tmp_path):
     """The README's path, shortened: train, look at the workdir, generate from it."""
     workdir = tmp_path / "run"
-    small = (
-        "--config.model.num_layers=1",
-        "--config.model.cla_share_factor=1",
-        "--config.model.hidden_size=32",
-        "--config.model.intermediate_size=32",
-        "--config.model.moe.num_experts=2",
-        "--config.model.remat=none",
-        "--config.train.batch_size=2",
-        "--config.train.num_steps=2",
-        "--config.train.eval_batches=1",
-    )
-    result = run(
-        "train.py", TINY, *small, "--config.schedule.warmup_steps=1", f"--workdir={workdir}"
-    )
+    steps = ("num_steps=2", "eval_batches=1", "seq_len=64")
+    short = (*(f"--config.train.{step}" for step in steps), "--config.schedule.warmup_steps=1")
+    result = run("train.py", TINY, *SMALL, *short, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert "step 2/2  loss" in result.stderr
     assert "validation loss" in result.stderr
@@ -182,7 +182,10 @@ def test_train_then_generate_then_bench(tmp_path):
     assert result.stdout.startswith("def ")
     assert "(8 tokens in " in result.stderr
 
-    result = run("-m", "hunyuan_jax", "bench", TINY, *small[:7], "--num_steps=1", "--json")
+
+@pytest.mark.slow
+def test_bench():
+    result = run("-m", "hunyuan_jax", "bench", TINY, *SMALL, "--num_steps=1", "--json")
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["tokens_per_second"] == pytest.approx(figures["steps_per_second"] * 2 * 256)
     assert figures["prefill_tokens_per_second"] > 0

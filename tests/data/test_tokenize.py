@@ -455,7 +455,7 @@ def whole(big_rows):
     return contents(big_rows.parent / "whole")
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_killed_and_continued_gives_identical_shards(big_rows, whole, tmp_path):
     arguments = (
         "tokenize",

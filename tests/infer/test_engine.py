@@ -454,7 +454,7 @@ def test_rows_to_be_drawn_are_compiled_beside_their_prompts(
     assert len(asked) == 1 + (max_new > 1)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_request_is_served_while_programs_are_compiled_behind(model, engine, monkeypatch):
     """Pieces and rows beyond the sizes that are there, with the same tokens."""
     behind = model.new_engine(LIMITS)

@@ -75,7 +75,7 @@ def test_the_reference_trains_the_same():
     np.testing.assert_allclose(losses(mesh_of(1), kernels="reference"), xla_losses(), rtol=1e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_tpu_kernels_train_the_same(monkeypatch):
     # Interpreted: without a TPU, what is chosen for one has to be asked for.
     options = {"device_kind": "TPU v5", "implementation": "pallas_tpu", "interpret": True}

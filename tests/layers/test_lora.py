@@ -337,7 +337,7 @@ def test_experts_with_adapters_generate_what_the_merged_experts_do(adapted_exper
     np.testing.assert_array_equal(tokens, expected)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_same_on_every_mesh(adapted):
     cfg, params = adapted
     runs = []

@@ -121,7 +121,7 @@ def test_the_report_shows_rewards_and_completions(finished, tmp_path):
     assert text.count("<h3>") == 4
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_that_breaks_off_within_a_rollout_continues_bit_equal(finished, tmp_path):
     """The checkpoint of step 1 holds the answers of step 2."""
     workdir, config = finished

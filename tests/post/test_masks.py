@@ -101,6 +101,7 @@ def test_experts_and_the_stream_are_multiplied_where_they_write():
     )
 
 
+@pytest.mark.slow
 def test_useless_units_go_first_and_the_share_is_the_students():
     cfg = dataclasses.replace(DENSE, num_layers=2, cla_share_factor=1)
     student = dataclasses.replace(cfg, num_layers=1, num_heads=4, num_kv_heads=2)

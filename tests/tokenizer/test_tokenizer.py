@@ -309,6 +309,7 @@ def test_surrogate_pairs_are_encoded_as_the_characters_they_stand_for(tokenizer)
         assert tokenizer.encode(text) == tokenizer.encode(joined)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("parse_special", [False, True])
 def test_blank_runs_that_abort_the_regex_engine_are_encoded(tiny, parse_special):
     blanks = [

@@ -98,10 +98,10 @@ def damage(workdir, kind):
 
 
 # -----------------------------------------------------------------------------
-# cheap, in every CI run
+# the least of it
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_killed_in_a_save_and_started_again_as_if_nothing_had_happened(corpus, tmp_path):
     short = {"train.num_steps": 8, "data.validation_fraction": 0.0}
     run(corpus, tmp_path / "whole", **short)

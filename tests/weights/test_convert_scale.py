@@ -171,7 +171,7 @@ def test_a_file_system_without_sizes_is_refused(source, monkeypatch):
         stream.import_model("memory://web", "memory://ours")
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """0.53 GB of weights where the program, which itself takes 0.5 GB of address space, has 0.8;
     the largest tensor has 5 MB.

@@ -122,7 +122,7 @@ print("grown by", status("VmHWM") - before)
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
 def test_memory_grows_by_the_parameters_and_not_by_the_moments(tmp_path):
     """0.11 GB of parameters; the state with both moments has 0.33 GB."""
