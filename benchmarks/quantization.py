@@ -1,15 +1,19 @@
 """What few bits cost: a model whose projections are quantised in several ways, against itself.
 
-    python benchmarks/quantization.py MODEL TEXT... [--tokens=2048] [--table=methods|range]
+    python benchmarks/quantization.py MODEL TEXT... [--tokens=2048] [--row=512]
+        [--table=methods|range|all]
     python benchmarks/quantization.py MODEL --table=speed
 
-methods: one line a way, with the bytes of an entry, of each text (its first tokens, in rows of
-512) the perplexity and the Kullback-Leibler divergence from the model in float32, in nats a token,
-the relative error of the weights and the share of outliers: counterparts of EasyQuant's tables 1,
-2, 4 and 7 (arXiv 2403.02775).
+methods: one line a way, with the bytes of an entry, of each text (its first tokens, in rows) the
+perplexity and the Kullback-Leibler divergence from the model in float32, in nats a token, the
+relative error of the weights and the share of outliers: counterparts of EasyQuant's tables 1, 2, 4
+and 7 (arXiv 2403.02775).
 range: by step of its optimisation the range, and the perplexity with outliers clipped to it and
 with exact ones: tables 5 and 9.
 speed: tokens a second of a prompt of 64 tokens and 64 greedy ones, end to end.
+all: of what `--quantize` takes the bytes, perplexity, divergence and speed, as the engine computes
+them, and with libtpu the static cycles of a token's products on each chip (no attention, nothing
+is run): thousands, by the compiler.
 Figures: docs/results/quantization.md.
 """
 
@@ -24,11 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import hunyuan_jax
+from hunyuan_jax.plan import hlo, hlo_text, topology
 from hunyuan_jax.quant import codes, easyquant
+from hunyuan_jax.quant.array import Outliers, QuantArray, product
 from hunyuan_jax.weights import few_bits, names, reference
 from hunyuan_jax.weights.open import open_model
+from pallas_kernels import tpu_compiler
 
-_ROW = 512
 _NO_OUTLIERS = float("inf")
 _CALIBRATION = "hunyuan_jax/weights/quantized.py"  # text for GPTQ
 
@@ -123,20 +129,20 @@ def hessians(opened, ids):
 class Trial:
     """A model and rows of text, and what its matrices are replaced by."""
 
-    def __init__(self, folder, texts, num_tokens):
+    def __init__(self, folder, texts, num_tokens, row):
         lm, self.opened = hunyuan_jax.load(folder, dtype="float32"), open_model(folder, "float32")
         self.folder, self.model, self.numbers = folder, lm.model, lm.model.params
-        self.rows = [self._ids(lm, text, num_tokens) for text in texts]
-        self.calibration = self._ids(lm, _CALIBRATION, 2048)
+        self.rows = [self._ids(lm, text, num_tokens, row) for text in texts]
+        self.calibration = self._ids(lm, _CALIBRATION, 2048, row)
         self._truth = [[self._logprobs(row) for row in rows] for rows in self.rows]
 
     @staticmethod
-    def _ids(lm, path, num_tokens):
+    def _ids(lm, path, num_tokens, row):
         ids = lm.tokenizer.encode(pathlib.Path(path).read_text("utf-8"))[:num_tokens]
-        return np.array(ids[: len(ids) // _ROW * _ROW]).reshape(-1, _ROW)
+        return np.array(ids[: len(ids) // row * row]).reshape(-1, row)
 
     def _logprobs(self, row):
-        logits_TV = np.array(self.model.logits(row[None])[0, :-1])
+        logits_TV = np.array(self.model.logits(row[None])[0, :-1], np.float32)
         logits_TV -= logits_TV.max(-1, keepdims=True)
         logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
         return logits_TV
@@ -261,15 +267,86 @@ def show_range(trial):
 
 def show_speed(folder):
     """Prints tokens a second."""
-    prompt = list(range(1000, 1064))
     for method in (None, "int8", "int8+head", "w8a8", "fp8", "int4", "easyquant"):
-        lm = hunyuan_jax.load(folder, dtype="float32", quantize=method)
-        seconds = []
-        for _ in range(3):
-            start = time.monotonic()
-            lm.model.generate([prompt], max_new_tokens=64, eos_token_id=())
-            seconds.append(time.monotonic() - start)
-        print(f"{method or 'float32':10s} {64 / min(seconds[1:]):6.1f} tokens/s", flush=True)
+        model = hunyuan_jax.load(folder, dtype="float32", quantize=method).model
+        print(f"{method or 'float32':10s} {speed(model):6.1f} tokens/s", flush=True)
+
+
+def speed(model):
+    """Tokens a second."""
+    prompt = [i % (model.config.vocab_size - 1) for i in range(1000, 1064)]
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        model.generate([prompt], max_new_tokens=64, eos_token_id=())
+        seconds.append(time.monotonic() - start)
+    return 64 / min(seconds[1:])
+
+
+def show_all(trial):
+    """Prints the table of what `--quantize` takes."""
+    chips = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
+    chips = chips if topology.has_compiler() else ()
+    print("| method | bytes |" + " perplexity | KL |" * len(trial.rows), end="")
+    print(" tokens/s |" + "".join(f" {chip.partition(':')[0]} |" for chip in chips))
+    print("|---" * (3 + 2 * len(trial.rows) + len(chips)) + "|")
+    for method in ("float32", "bfloat16", "int8", "fp8", "int4", "easyquant", "w8a8"):
+        is_number = method in ("float32", "bfloat16")
+        dtype, quantize = (method, None) if is_number else ("float32", method)
+        trial.model = hunyuan_jax.load(trial.folder, dtype=dtype, quantize=quantize).model
+        figures = "".join(f" {ppl:.3f} | {kl:.4f} |" for ppl, kl in trial.measure())
+        size = {"float32": 4.0, "bfloat16": 2.0}.get(method) or stored_bytes(trial.opened, method)
+        print(f"| {method} | {size:.3f} |{figures} {speed(trial.model):.1f} |", end="", flush=True)
+        for chip in chips:
+            cycles = "" if method == "float32" else step_cycles(trial.opened.cfg, chip, method)
+            print(f" {cycles} |", end="", flush=True)
+        print()
+
+
+def stored_bytes(opened, method):
+    """Bytes of an entry of the projections and experts in a file."""
+    method, group = {"w8a8": "int8"}.get(method, method), few_bits.group_of(opened.cfg)
+    entries = [entry for entry in names.entries(opened.cfg) if few_bits.is_quantizable(entry)]
+    found = [codes.quantize(e.name, opened.tensor(e), method, group) for e in entries]
+    return sum(each.num_bytes for each in found) / sum(each.values.size for each in found)
+
+
+def step_cycles(cfg, chip, method):
+    """Thousands of static cycles of the products of one token."""
+    sharding = jax.sharding.SingleDeviceSharding(topology.topology_devices(chip)[0])
+    total, shapes = 0, collections.Counter()
+    for entry in names.entries(cfg):
+        is_head = entry.path == "lm_head/w_VD" or (
+            entry.role == few_bits.Role.EMBEDDING and cfg.tie_embeddings
+        )
+        if is_head or few_bits.is_quantizable(entry):
+            share = cfg.moe.top_k / cfg.moe.num_experts if ".experts." in entry.name else 1
+            shapes[entry.shape, is_head] += share
+
+    def abstract(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    for (shape, is_head), times in shapes.items():
+        num_out, num_in = shape
+        way = "bfloat16" if is_head else method
+        w, multiply = abstract((num_in, num_out), jnp.bfloat16), lambda x, w: x @ w
+        if way != "bfloat16":
+            dtype = {"int8": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}.get(way, "int4")
+            groups = num_in // few_bits.group_of(cfg) if way == "int4" else 1
+            values, scale = (
+                abstract((num_in, num_out), dtype),
+                abstract((groups, num_out), "float32"),
+            )
+            outliers, size = None, int(0.007 * num_in * num_out)
+            if way == "easyquant":
+                outliers = Outliers(abstract((1, size), "int32"), abstract((1, size), "bfloat16"))
+            w = QuantArray(values, scale, outliers, rounds_inputs=way == "w8a8")
+            multiply = product
+        with tpu_compiler.without_cache():
+            rows = abstract((2, num_in), jnp.bfloat16)  # one row is multiplied as two
+            text = jax.jit(multiply).lower(rows, w).compile().as_text()
+        total += times * hlo.analyse(hlo_text.parse(text), {}).cycles
+    return round(total / 1000)
 
 
 def main():
@@ -278,13 +355,15 @@ def main():
     parser.add_argument("model")
     parser.add_argument("texts", nargs="*")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--table", choices=("methods", "range", "speed"), default="methods")
+    parser.add_argument("--row", type=int, default=512)
+    parser.add_argument("--table", choices=("methods", "range", "all", "speed"), default="methods")
     options = parser.parse_args()
     if options.table == "speed":
         show_speed(options.model)
         return
-    trial = Trial(options.model, options.texts, options.tokens)
-    {"methods": show_methods, "range": show_range}[options.table](trial)
+    trial = Trial(options.model, options.texts, options.tokens, options.row)
+    shown = {"methods": show_methods, "range": show_range, "all": show_all}
+    shown[options.table](trial)
 
 
 if __name__ == "__main__":
