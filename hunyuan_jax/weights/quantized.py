@@ -102,11 +102,12 @@ def _scheme(field: str, about: Any) -> Scheme:
 def _gptq_scheme(where: str, about: dict[str, Any]) -> Scheme:
     bits, group = about.get("bits"), about.get("group_size", -1)
     form = about.get("checkpoint_format") or "gptq"
-    if bits != 4 or type(group) is not int or form not in ("gptq", "gptq_v2"):
+    is_group = type(group) is int and (group == -1 or group > 0)
+    if bits != 4 or not is_group or form not in ("gptq", "gptq_v2"):
         raise ConfigError(
             f"{where}: GPTQ with bits = {bits!r}, group_size = {group!r}, checkpoint_format = "
-            f"{form!r}; four bits in 'gptq' or 'gptq_v2' are read. Load the model that it was "
-            "made from."
+            f"{form!r}; four bits in 'gptq' or 'gptq_v2' are read, in groups of so many inputs or "
+            "-1 for all. Load the model that it was made from."
         )
     return Scheme("gptq", group=group if group > 0 else None, zero_offset=int(form == "gptq"))
 
@@ -273,6 +274,12 @@ def codes_of(
     if values_OI.ndim != 2:
         return None
     num_out, num_in = values_OI.shape
+    stated = arrays.get("shape")
+    if stated is not None and stated.tolist() != [num_out, num_in]:
+        raise ConfigError(
+            f"{where}: {names['shape']} holds {stated.tolist()}, but {main} has codes of a weight "
+            f"{values_OI.shape}. The file is damaged; copy or quantise it again."
+        )
     scale = _checked_scale(where, names["scale"], arrays["scale"])
     if scale.size == 1:
         scale_OG = np.full((num_out, 1), scale.reshape(()), np.float32)
@@ -295,10 +302,13 @@ def codes_of(
         return Codes(values_OI, scale_OG, bits)
     position, value = arrays["position"], arrays["value"]
     is_bad = position.shape != value.shape or position.ndim != 1
-    if is_bad or (position < 0).any() or (position >= values_OI.size).any():
+    is_bad = is_bad or (position < 0).any() or (position >= values_OI.size).any()
+    is_bad = is_bad or (np.diff(position) <= 0).any()
+    if is_bad or not np.isfinite(value.astype(np.float32)).all():
         raise ConfigError(
             f"{where}: {names['position']} {position.shape} with {names['value']} {value.shape} "
-            f"are not outliers of a weight {values_OI.shape}."
+            f"are not outliers of a weight {values_OI.shape}: positions in it that rise, and "
+            "finite numbers. The file is damaged; copy or quantise it again."
         )
     return Codes(values_OI, scale_OG, bits, position, value)
 

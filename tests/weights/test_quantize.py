@@ -320,11 +320,44 @@ def test_damage_is_named(source, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def edited_raw(folder, name, edit):
+    """Edits a tensor in place in the files of a folder."""
+    for path in folder.glob("*.safetensors"):
+        raw = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        about = json.loads(raw[8:start]).get(name)
+        if about is not None:
+            dtype = {"I32": np.int32, "I64": np.int64, "BF16": np.uint16}[about["dtype"]]
+            begin, end = (start + offset for offset in about["data_offsets"])
+            edit(np.frombuffer(memoryview(raw)[begin:end], dtype))
+            path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight_shape", 63, r"q_proj.weight_shape holds \[63, 64\], but .*weight_packed has"),
+        ("outlier_position", -1, "q_proj.outlier_position .* are not outliers of a weight"),
+        ("outlier_position", 4095, "q_proj.outlier_position .* positions in it that rise"),
+        ("outlier_value", 0x7FC0, "q_proj.outlier_value .* finite numbers. The file is damaged"),
+    ],
+)
+def test_damage_of_our_own_files_is_named(folders, tmp_path, name, value, message):
+    shutil.copytree(folders / "easyquant", tmp_path / "model")
+    edited_raw(tmp_path / "model", QUERY + name, lambda array: array.__setitem__(0, value))
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_pretrained(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
 def test_another_group_size_than_stated(source, folders, tmp_path):
     folder, _ = as_gptq(source, tmp_path / "gptq")
     about = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     edit_config(folder, quantization_config=about)
     with pytest.raises(ConfigError, match="_proj.scales .* 2 groups; .*group_size = 64"):
+        from_pretrained(folder)
+    edit_config(folder, quantization_config=about | {"group_size": 0})
+    with pytest.raises(ConfigError, match="group_size = 0, .* -1 for all"):
         from_pretrained(folder)
     shutil.copytree(folders / "int4", tmp_path / "int4")
     config = json.loads((tmp_path / "int4/config.json").read_text())
