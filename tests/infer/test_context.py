@@ -87,7 +87,7 @@ def test_drafts_are_refused():
 
 
 @pytest.mark.slow  # docs/results/long_context.md has the last run
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
 def test_8192_tokens_over_eight_devices_are_those_of_one(cache_dtype):
     shared = prompt(8000)
     prompts = [shared + prompt(n, n) for n in (10, 100)] + [shared[:5000], prompt(130, 3)]

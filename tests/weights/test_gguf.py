@@ -7,14 +7,17 @@ import hashlib
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 import hunyuan_jax
-from hunyuan_jax import flags, from_pretrained
+from hunyuan_jax import cli, flags, from_pretrained
 from hunyuan_jax.errors import ConfigError
 from hunyuan_jax.gguf import blocks, container
+from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.settings import read_sampling
+from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.storage import Place
 from hunyuan_jax.tokenizer import load_tokenizer
 from hunyuan_jax.weights import gguf_model, names, stream, verify
@@ -170,6 +173,28 @@ def test_few_bits_are_imported_verified_exported_and_computed_with(folders, file
     lm = hunyuan_jax.load(file)
     np.testing.assert_array_equal(lm.model.logits(ids), expected)
     assert lm.chat_ids([{"role": "user", "content": "Hello"}])
+
+
+def test_serve_takes_a_file_in_few_bits(folders, files, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def new_engine(model, limits):
+        raise Loaded(model)
+
+    monkeypatch.setattr(Pretrained, "new_engine", new_engine)
+    options = ["--quantize=int8", "--port=0", "--max_rows=1", "--max_context=32"]
+    with pytest.raises(Loaded) as caught:
+        cli.run(["serve", f"--checkpoint={files['llama']}", *options])
+    (model,) = caught.value.args
+    expected = from_pretrained(folders / "llama", quantize="int8")
+    quantized = [
+        jax.tree.leaves(of.params["groups"], is_leaf=is_quantized) for of in (model, expected)
+    ]
+    for leaf, other in zip(*quantized, strict=True):
+        assert is_quantized(leaf) == is_quantized(other)
+        jax.tree.map(np.testing.assert_array_equal, leaf, other)
+    assert sum(map(is_quantized, quantized[0])) == 7  # q, k, v, o, gate, up, down
 
 
 def edited(file, output, edit=None, fields=None, tensors=None):
