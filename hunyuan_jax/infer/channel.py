@@ -50,17 +50,18 @@ _TOGETHER = "the processes of an engine end together; start the same command eve
 class Kind(enum.IntEnum):
     """What a message says.
 
-    To the others: COMPILE a program; CALL it with the arrays that follow; STOP after all that,
-    with exit status `size`; STOP_NOW, with a text that says why, or none.  To process 0: COMPILED;
-    FAILED, with a text.
+    To the others: COMPILE a program; CALL it with the arrays that follow; PAUSE after all that,
+    until more comes; STOP after all that, with exit status `size`; STOP_NOW, with a text that says
+    why, or none.  To process 0: COMPILED; FAILED, with a text.
     """
 
     COMPILE = 1
     CALL = 2
-    STOP = 3
-    STOP_NOW = 4
-    COMPILED = 5
-    FAILED = 6
+    PAUSE = 3
+    STOP = 4
+    STOP_NOW = 5
+    COMPILED = 6
+    FAILED = 7
 
 
 class Message(NamedTuple):
@@ -160,6 +161,9 @@ class Alone:
     def call(self, name: str, size: int, arrays: Sequence[Any]) -> None:
         """Nobody else calls."""
 
+    def pause(self) -> None:
+        """Nobody else does something else."""
+
     def stop(self, status: int, at_once: bool = False) -> None:
         """Nobody else ends."""
 
@@ -197,7 +201,7 @@ class Leader(Alone):
         self._others: dict[int, _Connection] = {}
         self._news = threading.Condition()
         self._num_compiled: collections.Counter[tuple[str, int]] = collections.Counter()
-        self._loss, self._is_ending = "", False
+        self._loss, self._is_ending, self._is_paused = "", False, False
 
     def accept(self, seconds: float = _MEETING_SECONDS) -> None:
         """Waits until all others have connected.
@@ -242,6 +246,12 @@ class Leader(Alone):
         """Has the others call a program that all have compiled."""
         self._send(Message(Kind.CALL, name, size, to_bytes(arrays)))
 
+    def pause(self) -> None:
+        """Lets the others leave `Follower.messages` after all calls.  Until the next message a
+        process may end unnoticed.
+        """
+        self._send(Message(Kind.PAUSE))
+
     def stop(self, status: int, at_once: bool = False) -> None:
         """Has the others end with an exit status: after all calls, or at once."""
         self._is_ending = True
@@ -253,6 +263,7 @@ class Leader(Alone):
             self._news.wait_for(lambda: self._loss, _REASON_SECONDS)
 
     def _send(self, message: Message) -> None:
+        self._is_paused = message.kind == Kind.PAUSE
         for process, connection in self._others.items():
             try:
                 connection.send(message)
@@ -275,7 +286,8 @@ class Leader(Alone):
                 try:
                     message = connection.receive()
                 except (OSError, ValueError):
-                    self._lose(process, "is gone")
+                    if not self._is_paused:  # else the next message will not reach it
+                        self._lose(process, "is gone")
                     return
                 if message.kind == Kind.FAILED:
                     self._lose(process, f"has failed: {message.payload.decode(errors='replace')}")
@@ -331,9 +343,11 @@ class Follower:
         self.status = 0
 
     def messages(self) -> Iterator[Message]:
-        """Yields the programs to compile and to call, until process 0 stops."""
+        """Yields the programs to compile and to call, until process 0 pauses or stops.  After a
+        pause it can be called again.
+        """
         threading.Thread(target=self._listen, daemon=True).start()
-        while (message := self._queue.get()).kind != Kind.STOP:
+        while (message := self._queue.get()).kind not in (Kind.PAUSE, Kind.STOP):
             yield message
         self.status = message.size
 
@@ -354,7 +368,8 @@ class Follower:
             self._connection.send(message)
 
     def _listen(self) -> None:
-        with contextlib.closing(self._connection):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._connection.close)
             while True:
                 try:
                     message = self._connection.receive()
@@ -364,8 +379,10 @@ class Follower:
                 if message.kind == Kind.STOP_NOW:
                     self._end(message.payload.decode(), message.size)
                     return
+                if message.kind == Kind.PAUSE:
+                    stack.pop_all()
                 self._queue.put(message)
-                if message.kind == Kind.STOP:
+                if message.kind in (Kind.PAUSE, Kind.STOP):
                     return
 
 

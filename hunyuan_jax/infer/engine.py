@@ -314,9 +314,27 @@ class Engine:
 
     def follow(self) -> int:
         """In each process but the first: computes what the engine of process 0 does, until that
-        one is closed; returns the exit status that it was closed with.
+        one is paused or closed; returns the exit status that it was closed with.
         """
         return self.runner.follow()
+
+    def pause(self) -> None:
+        """In process 0: lets the others return from `follow`, after what was dispatched.  They
+        have to call it again before more is served.  Does nothing where there is one process.
+        """
+        self.runner.pause()
+
+    def run_together(self, requests: Sequence[Request]) -> list[Output]:
+        """As `run`, called by all processes at the same time: in process 0 the outputs, none in
+        the others, which follow it.
+        """
+        if self.runner.follows:
+            self.follow()
+            return []
+        try:
+            return list(self.run(requests))
+        finally:
+            self.pause()
 
     def close(self, status: int = 0, *, at_once: bool = False) -> None:
         """In process 0: lets the others end with an exit status, after what was dispatched or at

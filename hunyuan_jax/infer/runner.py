@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +86,7 @@ class Runner:
         model = nnx.merge(graph_def, params)
         self._mesh, self._cfg = model.mesh, model.cfg
         self._proposer = proposer
+        self._programs: dict[tuple[str, int], Future] = {}
         self.replace_weights(params)
         defs = {"chunk": graph_def, "decode": graph_def}
         if cpu_layout.suits(self._cfg, self._mesh):
@@ -111,12 +112,14 @@ class Runner:
             "chunk": shapes.num_pieces,
             "decode": (*([] if is_invariant else buckets), shapes.rows),
         }
-        self._programs: dict[tuple[str, int], Future] = {}
         self._lock = threading.Lock()
         self._leader, self._follower = _connected(self._mesh)
 
     def replace_weights(self, params: dict[str, Any] | None) -> None:
-        """Computes with these from the next call on; None holds none."""
+        """Computes with these from the next call on; None holds none.  Waits for programs that
+        are being compiled.
+        """
+        wait(list(self._programs.values()))
         specs = abstract_model(self._cfg, self._mesh)[1]
         if params is None:
             pass
@@ -207,7 +210,7 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> Dispatched:
         """Starts the calls of a plan; comes back at once."""
-        if self._follower is not None:
+        if self.follows:
             raise RuntimeError("this process follows process 0, which plans; call follow()")
         for choice, num_known in plan.changed:
             if choice.row >= 0:  # else it had to make room
@@ -276,9 +279,14 @@ class Runner:
 
     # -- several processes ----------------------------------------------------
 
+    @property
+    def follows(self) -> bool:
+        """Whether process 0, which is another one, plans for this one."""
+        return self._follower is not None
+
     def follow(self) -> int:
-        """Compiles and calls what process 0 does, until it stops; returns the exit status that it
-        gives.  A process that fails, or misses another one, ends at once.
+        """Compiles and calls what process 0 does, until it pauses or stops; returns the exit
+        status that it gives.  A process that fails, or misses another one, ends at once.
         """
         (lane,), follower = self.lanes, self._follower
         threads = ThreadPoolExecutor(os.cpu_count())
@@ -305,6 +313,14 @@ class Runner:
             raise
         self._follower.compiled(name, num_lines)
         return program
+
+    def pause(self) -> None:
+        """Lets the processes that follow do something else, after what was dispatched; comes back
+        when it is done here.
+        """
+        lane = self.lanes[0]
+        lane.thread.submit(self._leader.pause).result()
+        jax.block_until_ready(lane.state)
 
     def close(self, status: int, at_once: bool) -> None:
         """Ends the processes that follow; nothing can be dispatched afterwards.

@@ -118,6 +118,19 @@ def broadcast_from_first(value: int) -> int:
     )
 
 
+def bytes_from_first(data: bytes, num_bytes: int) -> bytes:
+    """Returns process 0's data on every process; a barrier.
+
+    Args:
+      data: of the other processes are not read.
+      num_bytes: in process 0's data, known to all.
+    """
+    if jax.process_count() == 1:
+        return data
+    found = np.frombuffer(data, np.uint8) if is_first() else np.zeros(num_bytes, np.uint8)
+    return multihost_utils.broadcast_one_to_all(found).tobytes()
+
+
 def least(value: int) -> int:
     """Returns the smallest of the processes' values; a barrier."""
     return min(map(int, gathered(str(value))))

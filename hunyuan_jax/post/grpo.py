@@ -25,7 +25,7 @@ from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.objective import BatchSpec, Field, LossMetrics, Totals
 from hunyuan_jax.train.pretrain import Pretrain
 from hunyuan_jax.train.state import Program
-from hunyuan_jax.train.step import make_outputs_step, place_batch
+from hunyuan_jax.train.step import feed, make_outputs_step
 
 _MAX_KL = 10.0  # of a token (Hunyuan-TurboS, arXiv 2505.15431)
 
@@ -92,15 +92,17 @@ class Grpo(Pretrain):
         self, program: Program, workdir: str, initial_params: Callable[[], dict[str, Any]]
     ) -> None:
         """Gives the rollouts a model to roll out, and the reference if the loss asks for one."""
-        self._reference = None
-        if self.config.objective.grpo.beta:
-            params, outputs = initial_params(), make_outputs_step(program, _log_probs)
+        if not self.config.objective.grpo.beta:
+            self._rollouts.start(program, workdir, lambda batch: batch)
+            return
+        params, outputs = initial_params(), make_outputs_step(program, _log_probs)
+        rows, to_devices = feed(program)
 
-            def reference(batch):
-                return np.asarray(outputs(params, place_batch(program, batch))[0])
+        def with_reference(batch):
+            log_probs_BT = np.asarray(outputs(params, to_devices(batch))[0])
+            return batch | {"reference_logprobs": log_probs_BT[rows]}
 
-            self._reference = reference
-        self._rollouts.start(program, workdir)
+        self._rollouts.start(program, workdir, with_reference)
 
     def _batch(
         self, step: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
@@ -122,9 +124,8 @@ class Grpo(Pretrain):
             "reward_std": std_B,
             "rewards": np.nan_to_num(rewards_BR),
         }
-        if self._reference:
+        if cfg.beta:
             batch["reference_logprobs"] = np.zeros((len(rows), T), np.float32)
-            batch["reference_logprobs"] = self._reference(batch)
         rollouts.keep(step, prompts[0], texts_PG[0], reward_B[: cfg.num_generations])
         return batch
 

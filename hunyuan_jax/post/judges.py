@@ -46,6 +46,9 @@ class Judge(Protocol):
     def start(self, mesh: Mesh, seq_len: int) -> None:
         """Takes the run's mesh and its tokens a row, once, before answers are judged."""
 
+    def assist(self) -> None:
+        """Takes part while process 0 judges; the other processes call it."""
+
     def __call__(self, prompts: Sequence[Prompt], texts_PG: Sequence[Sequence[str]]) -> np.ndarray:
         """Returns scores, float32 [B, R]; NaN where there is none.
 
@@ -69,6 +72,9 @@ class _Functions:
     def start(self, mesh: Mesh, seq_len: int) -> None:
         """Needs nothing."""
 
+    def assist(self) -> None:
+        """Process 0 judges alone."""
+
     def __call__(self, prompts, texts_PG):
         return rewards_of(self._rewards, self._cfg, prompts, texts_PG)
 
@@ -86,7 +92,17 @@ class _Model:
         limits = Limits(max_context=max_context, max_queue=sys.maxsize)
         self._engine = load(self._opened, mesh).new_engine(limits)
 
+    def assist(self) -> None:
+        """Computes this process's part of the model."""
+        self._engine.follow()
+
     def __call__(self, prompts, texts_PG):
+        try:
+            return self._scores(prompts, texts_PG)
+        finally:
+            self._engine.pause()
+
+    def _scores(self, prompts, texts_PG):
         verdicts = [self._tokenizer.encode(verdict) for verdict in VERDICTS]
         rows, starts, names, long = [], [], [], []
         for prompt, texts in zip(prompts, texts_PG, strict=True):
@@ -141,6 +157,9 @@ class _Endpoint:
 
     def start(self, mesh: Mesh, seq_len: int) -> None:
         """Needs nothing."""
+
+    def assist(self) -> None:
+        """Process 0 judges alone."""
 
     def __call__(self, prompts, texts_PG):
         faults = []

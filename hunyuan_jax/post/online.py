@@ -20,6 +20,7 @@ from hunyuan_jax.post.rewards import total_rewards
 from hunyuan_jax.post.rollout import Completion, PromptStream, Rollouts, example_of
 from hunyuan_jax.tokenizer import Tokenizer
 from hunyuan_jax.train.state import Program
+from hunyuan_jax.train.step import feed
 
 # Fields of a batch, float32 [B], 0 in other rows: 1 where a pair was to be written; 1 where the
 # answers gave none; mean score of the answers; score of the best less that of the worst; mean
@@ -47,7 +48,13 @@ class OnlinePairs:
         prompts = Prompts(data, train.seed, max_tokens, tokenizer)
         self._prompts = PromptStream(prompts, round(cfg.share * train.batch_size), 1)
         self.batches = Rollouts(
-            config, cfg, self._prompts, tokenizer, self._batch, of_average=cfg.from_average
+            config,
+            cfg,
+            self._prompts,
+            tokenizer,
+            self._batch,
+            of_average=cfg.from_average,
+            assist=self._judge.assist,
         )
 
     def start(
@@ -58,11 +65,12 @@ class OnlinePairs:
     ) -> None:
         """Takes the model whose weights are followed.
 
-        reference_of: returns the reference's log-probabilities of a batch, float32 [B, T].
+        reference_of: returns the reference's log-probabilities of a batch, float32 [B, T], of
+          which this process has its part.
         """
-        self._reference_of = reference_of
+        self._reference_of, self._rows = reference_of, feed(program)[0]
         self._judge.start(program.mesh, self._config.train.seq_len)
-        self.batches.start(program, workdir)
+        self.batches.start(program, workdir, self._with_reference)
 
     def _batch(
         self, step: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
@@ -95,10 +103,13 @@ class OnlinePairs:
             zeros = np.zeros(len(offline["tokens"]), np.float32)
             offline |= dict.fromkeys(FIGURES, zeros)
             batch = {name: np.concatenate([offline[name], batch[name]]) for name in batch}
-        return self._with_reference(batch)
+        return batch
 
     def _with_reference(self, batch: Batch) -> Batch:
-        return batch | {"reference": self._reference_of(batch)} if self._reference_of else batch
+        """This process's rows of a batch, with those of the reference."""
+        if not self._reference_of:
+            return batch
+        return batch | {"reference": self._reference_of(batch)[self._rows]}
 
     # --- DataStream
 
@@ -115,13 +126,15 @@ class OnlinePairs:
             return []
         num_empty = self._prompts.num_prompts
         empty = stack_pairs([[]] * num_empty, self._config.train.seq_len, self._pad_id, 1)
-        zeros = np.zeros(self._config.train.batch_size, np.float32)
-        return [
-            self._with_reference(
-                {name: np.concatenate([batch[name], empty[name]]) for name in batch}
-                | dict.fromkeys(FIGURES, zeros)
-            )
+        zeros = dict.fromkeys(FIGURES, np.zeros(self._config.train.batch_size, np.float32))
+        whole = [
+            {name: np.concatenate([batch[name], empty[name]]) for name in batch} | zeros
             for batch in self._offline.validation(num_batches)
+        ]
+        kept = slice(None) if rows is None else rows
+        return [
+            self._with_reference({name: array[kept] for name, array in batch.items()})
+            for batch in whole
         ]
 
     def rows_before(self, step: int) -> dict[str, int]:

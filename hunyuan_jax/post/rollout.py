@@ -3,6 +3,8 @@
 The engine holds the arrays of the train state, or for adapters and other dtypes a copy in the
 dtype of the model; a step replaces them and forgets the cached prompts.  It draws one completion
 alike whatever else it draws, so a run that continues draws what it would have drawn.
+Of several processes the first plans what is drawn and judges it; the others compute their part,
+and get their rows of the batch.
 
 Letters: G completions of a group.
 """
@@ -21,18 +23,21 @@ from hunyuan_jax.config import Config, RolloutConfig
 from hunyuan_jax.data.examples import Example, text_of
 from hunyuan_jax.data.prompts import Prompt, Prompts
 from hunyuan_jax.data.stream import Batch
-from hunyuan_jax.errors import ConfigError
+from hunyuan_jax.infer import channel
 from hunyuan_jax.infer.engine import Engine
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import Limits, Request
 from hunyuan_jax.infer.settings import Sampling
 from hunyuan_jax.layers import lora
 from hunyuan_jax.model.abstract import abstract_model
+from hunyuan_jax.parallel import hosts
 from hunyuan_jax.params import abstract
 from hunyuan_jax.quant.scaled import is_scaled, load_params
 from hunyuan_jax.runlog import metrics
 from hunyuan_jax.tokenizer import Tokenizer
+from hunyuan_jax.train.objective import BatchSpec
 from hunyuan_jax.train.state import Program, TrainState, used_params
+from hunyuan_jax.train.step import feed
 
 _MAX_ROWS = 64  # that the engine computes at the same time
 
@@ -55,8 +60,13 @@ def example_of(prompt: Prompt, *completions: Completion) -> Example:
     return Example(prompt.name, tuple(texts))
 
 
-# (0-based step, its prompts, the completions of each) -> the batch of that step.
+# (0-based step, its prompts, the completions of each) -> the batch of that step.  Process 0 calls
+# it.
 MakeBatch = Callable[[int, Sequence[Prompt], Sequence[Sequence[Completion]]], Batch]
+
+
+def _nothing() -> None:
+    """For what process 0 does alone."""
 
 
 class Rollouts:
@@ -75,25 +85,23 @@ class Rollouts:
         make_batch: MakeBatch,
         *,
         of_average: bool = False,
+        assist: Callable[[], None] = _nothing,
     ):
-        """of_average: whether the moving average of the weights writes.
-
-        Raises:
-          ConfigError: the run has several processes.
+        """of_average: whether the moving average of the weights writes; assist: what the other
+        processes do while process 0 makes a batch.
         """
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"config.{cfg.section}: completions are written in one process so far; this run "
-                f"has {jax.process_count()}."
-            )
         self._config, self._cfg, self._prompts = config, cfg, prompts
         self._tokenizer, self._make_batch, self._of_average = tokenizer, make_batch, of_average
+        self._assist = assist
         self._next_step = 0
         self._unused: list[list[list[Completion]]] = []  # of each step, of each prompt
 
-    def start(self, program: Program, workdir: str) -> None:
-        """Takes the model whose weights `follow` shows."""
-        self._program = program
+    def start(self, program: Program, workdir: str, complete: Callable[[Batch], Batch]) -> None:
+        """Takes the model whose weights `follow` shows.
+
+        complete: returns this process's rows of a batch with what the mesh computes of them.
+        """
+        self._program, self._complete, self._rows = program, complete, feed(program)[0]
         self._samples = Path(workdir, metrics.COMPLETIONS)
         self._rollout_engine: Engine | None = None
         cfg, _ = lora.merge(program.config.model, {})
@@ -121,10 +129,16 @@ class Rollouts:
     def __next__(self) -> Batch:
         if not self._unused:
             self._unused = self._roll_out()
-        groups = self._unused.pop(0)
-        batch = self._make_batch(self._next_step, self._prompts.of_step(self._next_step), groups)
+        groups, batch = self._unused.pop(0), {}
+        with hosts.fail_together():
+            if hosts.is_first():
+                prompts = self._prompts.of_step(self._next_step)
+                batch = self._make_batch(self._next_step, prompts, groups)
+            else:
+                self._assist()
+        batch = _from_first(batch, self._program.objective.batch_spec)
         self._next_step += 1
-        return batch
+        return self._complete({name: array[self._rows] for name, array in batch.items()})
 
     def get_state(self) -> dict[str, Any]:
         """Returns the next step and the completions that wait for it; survives JSON."""
@@ -144,7 +158,9 @@ class Rollouts:
     # --- Rolling out
 
     def _roll_out(self) -> list[list[list[Completion]]]:
-        """Completions for steps_per_rollout steps from the next one on."""
+        """Completions for steps_per_rollout steps from the next one on; in processes but the first
+        they are empty.
+        """
         steps = range(self._next_step, self._next_step + self._cfg.steps_per_rollout)
         prompts = [(step, p) for step in steps for p in self._prompts.of_step(step)]
         stop_ids = self._stop_ids()
@@ -169,7 +185,9 @@ class Rollouts:
         logprobs = [[[] for _ in range(request.n)] for request in requests]
         is_cut = [[False] * request.n for request in requests]
         engine = self._engine()
-        for output in engine.run(requests):
+        with hosts.fail_together():
+            outputs = engine.run_together(requests)
+        for output in outputs:
             place, choice = int(output.id), output.choice
             ids[place][choice] += output.tokens
             logprobs[place][choice] += [entry.logprob for entry in output.logprobs or ()]
@@ -274,6 +292,14 @@ class PromptStream:
     def __str__(self) -> str:
         """The line of the log."""
         return str(self._prompts)
+
+
+def _from_first(batch: Batch, spec: BatchSpec) -> Batch:
+    """Process 0's batch, in all processes."""
+    like = [np.empty(field.shape, field.dtype) for field in spec.values()]
+    data = channel.to_bytes([batch[name] for name in spec]) if batch else b""
+    data = hosts.bytes_from_first(data, sum(array.nbytes for array in like))
+    return dict(zip(spec, channel.from_bytes(like, data), strict=True))
 
 
 def _seed(run_seed: int, step: int, place: int) -> int:

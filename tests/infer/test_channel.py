@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +98,22 @@ def test_messages_arrive_in_order_and_whole():
             channel.from_bytes(arrays, messages[3].payload)
         assert follower.status == 3
     assert ends.is_empty()
+
+
+def test_others_may_end_in_a_pause_but_are_missed_after_it():
+    ends, ends_of_other = Ends(), Ends()
+    leader = channel.Leader(HERE, 2, ends)
+    follower = channel.Follower(leader.address, 1, 2, ends_of_other)
+    leader.accept()
+    for size in (1, 2):
+        leader.call("decode", size, [])
+        leader.pause()
+        assert [message.size for message in follower.messages()] == [size]
+    follower._connection.close()
+    time.sleep(0.1)  # process 0 has seen it by now
+    assert ends.is_empty() and ends_of_other.is_empty()
+    leader.call("decode", 3, [])
+    assert ends.get()[0].startswith("error: process 1 of 2 is gone; ")
 
 
 def test_strangers_are_turned_away():
