@@ -86,6 +86,15 @@ def train_step_options(device: jax.Device | None) -> dict[str, str]:
     return known_options(device, options) if options else {}
 
 
+def without_sparse_cores(device: jax.Device | None) -> dict[str, str]:
+    """Returns options that undo those of `train_step_options` for the SparseCores: a program that
+    compiles faster, and waits for its weights and gradients.
+    """
+    return {
+        name: "false" for name in train_step_options(device) if name in _WEIGHTS_BY_SPARSE_CORE
+    }
+
+
 def known_options(device: jax.Device, options: Mapping[str, str]) -> dict[str, str]:
     """Returns those of `options` that the compiler of a device knows; warns about each other."""
     known = dict(options)

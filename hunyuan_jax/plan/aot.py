@@ -79,7 +79,8 @@ class Report:
     mfu: model_flops at the peak / estimated_seconds, an upper bound.
     compute_seconds: as estimated_seconds, with the kernels and lookups of rows at their static
       cycles.
-    exposed_seconds: in which compute waits for collectives.
+    exposed_seconds: in which compute waits for collectives; this and the next three are None if
+      the step was compiled fast.
     all_in_seconds: compute_seconds + exposed_seconds.
     all_in_share_of_ideal: ideal_seconds / all_in_seconds.
     slow_links_seconds: all_in_seconds with links of SLOW_LINKS of the bandwidth.
@@ -100,10 +101,10 @@ class Report:
     share_of_ideal: float
     mfu: float
     compute_seconds: float
-    exposed_seconds: float
-    all_in_seconds: float
-    all_in_share_of_ideal: float
-    slow_links_seconds: float
+    exposed_seconds: float | None
+    all_in_seconds: float | None
+    all_in_share_of_ideal: float | None
+    slow_links_seconds: float | None
     clock_hz: float
     peak_flops: float
     hlo: hlo.HloReport
@@ -118,13 +119,16 @@ class Report:
         return self.items.peak / self.memory.peak - 1
 
     @property
-    def all_in_mfu(self) -> float:
+    def all_in_mfu(self) -> float | None:
         """model_flops at the peak / all_in_seconds: of long rows, most FLOPs are attention's."""
+        if self.all_in_seconds is None:
+            return None
         return self.mfu * self.estimated_seconds / self.all_in_seconds
 
 
-def compile_step(config: Config, devices: list) -> CompiledStep:
-    """Compiles the step that train.py would run on `devices`.
+def compile_step(config: Config, devices: list, is_fast: bool = False) -> CompiledStep:
+    """Compiles the step that train.py would run on `devices`; if is_fast, with weights and
+    gradients sent by the TensorCores instead of the SparseCores, whose programs take long.
 
     Raises:
       ConfigError: the mesh or the rules table refuse the config.
@@ -137,7 +141,9 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
     )
     try:
         with tpu_compiler.without_cache():
-            compiled = lowered.compile()
+            compiled = lowered.compile(
+                tpu_compiler.without_sparse_cores(devices[0]) if is_fast else None
+            )
     except jax.errors.JaxRuntimeError as e:
         overflow = parse_overflow(str(e))
         if overflow is None:
@@ -147,8 +153,9 @@ def compile_step(config: Config, devices: list) -> CompiledStep:
     return CompiledStep(compiled, time.perf_counter() - start, peak_kib * 1024)
 
 
-def report(config: Config, topology_name: str) -> Report:
-    """Compiles the step for `config.mesh.num_slices` slices of this name and reports on it.
+def report(config: Config, topology_name: str, is_fast: bool = False) -> Report:
+    """Compiles the step for `config.mesh.num_slices` slices of this name and reports on it; see
+    `compile_step` for is_fast.
 
     Raises:
       ConfigError, HbmOverflowError: see `topology_devices` and `compile_step`.
@@ -156,7 +163,7 @@ def report(config: Config, topology_name: str) -> Report:
     chip = topology.chip_of(topology_name)
     devices = topology.topology_devices(topology_name, config.mesh.num_slices)
     items = memory.estimate(config, len(devices))
-    step = compile_step(config, devices)
+    step = compile_step(config, devices, is_fast)
     mesh = memory.mesh_sizes(config, len(devices))
     module = hlo_text.parse(step.compiled.as_text())
     at_full, at_slow = (
@@ -169,7 +176,7 @@ def report(config: Config, topology_name: str) -> Report:
         )
         for share in (1.0, SLOW_LINKS)
     )
-    read = hlo.analyse(module, mesh, at_full.collectives)
+    read = hlo.analyse(module, mesh, {} if is_fast else at_full.collectives)
     stats = step.compiled.memory_analysis()
     device_memory = DeviceMemory(
         arguments=stats.argument_size_in_bytes,
@@ -198,10 +205,10 @@ def report(config: Config, topology_name: str) -> Report:
         share_of_ideal=ideal / estimated,
         mfu=counts.flops_per_token * tokens / peak_flops / estimated,
         compute_seconds=at_full.compute,
-        exposed_seconds=at_full.seconds - at_full.compute,
-        all_in_seconds=at_full.seconds,
-        all_in_share_of_ideal=ideal / at_full.seconds,
-        slow_links_seconds=at_slow.seconds,
+        exposed_seconds=None if is_fast else at_full.seconds - at_full.compute,
+        all_in_seconds=None if is_fast else at_full.seconds,
+        all_in_share_of_ideal=None if is_fast else ideal / at_full.seconds,
+        slow_links_seconds=None if is_fast else at_slow.seconds,
         clock_hz=chip.clock_hz,
         peak_flops=chip.peak_flops,
         hlo=read,

@@ -53,6 +53,12 @@ _OPTIONS = (
         False,
     ),
     flags.Option("generation", str, "--fit: this TPU generation only."),
+    flags.Option(
+        "fast",
+        bool,
+        "Compile without the SparseCores: memory and compute, but no all-in time.",
+        False,
+    ),
     flags.Option("html", LocalPath, "Also write a page with the timeline of the step."),
     flags.Option(
         "serve", bool, "Compile the server's programs instead: what fits, and bounds.", False
@@ -82,6 +88,12 @@ def plan(values) -> int:
             if values.fit
             else "--topology is missing, such as --topology=v5p:4x8x8."
         )
+    for option in ("search", "fit", "html"):
+        if values.fast and getattr(values, option):
+            raise ConfigError(
+                f"--fast leaves out the all-in time and some memory, which --{option} needs; "
+                "leave one of them out."
+            )
     if values.html and (values.search or values.fit):
         raise ConfigError("--html draws one step; leave out --search and --fit.")
     from hunyuan_jax.plan import aot, page, search, show, topology
@@ -104,7 +116,7 @@ def plan(values) -> int:
         if batch:
             num_devices = topology.num_devices(values.topology, config.mesh.num_slices)
             config = search.with_batch(config, num_devices, batch)
-        report = aot.report(config, values.topology)
+        report = aot.report(config, values.topology, values.fast)
         if values.html:
             page.write(report, values.html)
         if values.json:
@@ -120,7 +132,7 @@ def plan(values) -> int:
 
 
 def _serve(values) -> int:
-    for option in ("search", "html", "batch_per_chip", "compile_top"):
+    for option in ("search", "html", "fast", "batch_per_chip", "compile_top"):
         if getattr(values, option):
             raise ConfigError(f"--{option} is about training; leave it or --serve out.")
     if (values.topology is None) != values.fit:

@@ -71,6 +71,12 @@ def print_report(report: Report) -> None:
         _assumptions_table(report),
     ):
         console.print(table)
+    if report.all_in_seconds is None:
+        console.print(
+            "--fast: weights and gradients are sent by the TensorCores. Left out: how long "
+            "compute waits for collectives, and the memory of weights that arrive ahead.",
+            highlight=False,
+        )
     console.print(
         f"Times are from {_CAVEAT}. Compiled in {report.compile_seconds:.0f} s with "
         f"{report.host_bytes / _GIB:.1f} GiB on this host.",
@@ -187,7 +193,8 @@ def _time_table(report: Report) -> Table:
         (f"all-in, +- {aot.ALL_IN_ERROR:.0%}", report.all_in_seconds),
         (f"all-in with {aot.SLOW_LINKS:.0%} of the links' bandwidth", report.slow_links_seconds),
     ):
-        table.add_row(name, "", "", f"{1e3 * seconds:,.1f}")
+        if seconds is not None:
+            table.add_row(name, "", "", f"{1e3 * seconds:,.1f}")
     table.add_section()
     table.add_row(
         "ideal: 6 x active parameters x tokens at the peak",
@@ -201,20 +208,23 @@ def _time_table(report: Report) -> Table:
         "",
         f"{report.share_of_ideal:.1%}",
     )
-    table.add_row("share of ideal, all-in", "", "", f"{report.all_in_share_of_ideal:.1%}")
-    table.add_row(
-        f"share of ideal, all-in with {aot.SLOW_LINKS:.0%} of the links' bandwidth",
-        "",
-        "",
-        f"{report.ideal_seconds / report.slow_links_seconds:.1%}",
-    )
+    if report.all_in_seconds is not None:
+        table.add_row("share of ideal, all-in", "", "", f"{report.all_in_share_of_ideal:.1%}")
+        table.add_row(
+            f"share of ideal, all-in with {aot.SLOW_LINKS:.0%} of the links' bandwidth",
+            "",
+            "",
+            f"{report.ideal_seconds / report.slow_links_seconds:.1%}",
+        )
     table.add_row(
         f"implied MFU ({report.model_flops:.4g} FLOPs, attention included)",
         "",
         "",
         f"{report.mfu:.1%}",
     )
-    table.add_row("implied MFU, all-in", "", "", f"{report.all_in_mfu:.1%}", end_section=True)
+    if report.all_in_seconds is not None:
+        table.add_row("implied MFU, all-in", "", "", f"{report.all_in_mfu:.1%}")
+    table.add_section()
     if report.hlo.num_unknown_cycles:
         table.add_row(
             "ops of unknown cost",
@@ -285,8 +295,10 @@ def _collectives_table(report: Report) -> Table:
             str(item.times),
             _gib(item.total_bytes),
             item.region,
-            f"{1e3 * item.busy:,.1f}",
-            f"{1e3 * item.exposed:,.1f}",
+            *(
+                "" if report.all_in_seconds is None else f"{1e3 * seconds:,.1f}"
+                for seconds in (item.busy, item.exposed)
+            ),
         )
     return table
 

@@ -735,6 +735,7 @@ def test_missing_libtpu_is_named(monkeypatch, plan):
         (("--topology=v5p:2x2x1", "--generation=v5p"), "--generation acts with --fit only"),
         (("--topology=v5p:2x2x1", "--compile_top=1"), "--compile_top acts with --search only"),
         (("--fit", "--generation=v9"), "v5p"),
+        (("--topology=v5p:2x2x1", "--fast", "--search"), "--fast leaves out"),
         (("--topology=v5q:2x2x1",), "v5p:2x2x1"),
     ],
 )
@@ -811,7 +812,7 @@ def compiled(monkeypatch):
     """
     seen = []
 
-    def report(cfg, name):
+    def report(cfg, name, is_fast=False):
         num_devices = topology.num_devices(name)
         items = memory.estimate(cfg, num_devices)
         seen.append((name, cfg))
@@ -835,10 +836,7 @@ def compiled(monkeypatch):
             share,
             share,
             1.0,
-            0.5,
-            1 / share,
-            share,
-            2 / share,
+            *([None] * 4 if is_fast else [0.5, 1 / share, share, 2 / share]),
             1e9,
             1e14,
             empty,
@@ -950,6 +948,11 @@ def test_the_command_passes_its_options_on(compiled, capsys, plan):
         == "v5p:2x2x1"
     )
     assert compiled[-1][1].train.batch_size == 16
+    report = json.loads(run("--topology=v5p:2x2x1", "--fast", "--json"))
+    assert (report["all_in_seconds"], report["all_in_mfu"]) == (None, None)
+    printed = run("--topology=v5p:2x2x1", "--fast")
+    assert "Left out: how long compute waits" in " ".join(printed.split())
+    assert "share of ideal, all-in" not in printed
 
 
 # --- with the compiler

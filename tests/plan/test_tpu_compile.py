@@ -5,9 +5,12 @@ libtpu.
 import dataclasses
 import importlib.util
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hunyuan_jax import presets
 from hunyuan_jax.config import (
@@ -18,6 +21,7 @@ from hunyuan_jax.config import (
     SparkConfig,
     TrainConfig,
 )
+from hunyuan_jax.parallel.mesh import make_mesh
 from hunyuan_jax.plan import aot, hlo, hlo_text, topology
 from pallas_kernels import tpu_compiler
 
@@ -104,6 +108,34 @@ def test_the_compiler_knows_the_options_of_every_generation(name):
     device = topology.topology_devices(name)[0]
     expected = tpu_compiler.TRAIN_STEP_OPTIONS[name.split(":")[0]]
     assert tpu_compiler.train_step_options(device) == expected  # a warning is an error
+
+
+def test_a_fast_compilation_leaves_the_sparse_cores_out(monkeypatch):
+    devices = topology.topology_devices("v5p:2x2x1")
+    mesh = make_mesh(MeshConfig(data=4), devices)
+    rows = jax.ShapeDtypeStruct(
+        (1024, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+
+    def make_train_step(program):
+        """A step that gathers weights, and nothing else."""
+        step = jax.shard_map(
+            lambda w: jax.lax.all_gather(w, "data", tiled=True),
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        options = tpu_compiler.train_step_options(devices[0])
+        return jax.jit(lambda state, batch: step(state), compiler_options=options)
+
+    monkeypatch.setattr(aot.step_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(aot.step_lib, "abstract_batch", lambda program: None)
+    monkeypatch.setattr(aot, "build_program", lambda *args: types.SimpleNamespace(state=rows))
+    config = Config(presets.tiny(), mesh=MeshConfig(data=4))
+    for is_fast in (False, True):
+        text = aot.compile_step(config, devices, is_fast).compiled.as_text()
+        assert ('execution_thread="sparsecore"' in text) != is_fast
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out_and_named():
