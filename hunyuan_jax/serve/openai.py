@@ -166,7 +166,14 @@ def chat_ids(served: Served, options: SimpleNamespace) -> list[int]:
                 "add it.",
                 param="continue_final_message",
             )
-        tail = served.tokenizer.encode(messages.pop()["content"])
+        begun = messages.pop()
+        if begun.get("reasoning_content"):
+            raise Refused(
+                "continue_final_message continues the content of a message, which comes after its "
+                "reasoning_content; write the reasoning into the content, in the template's tags.",
+                param="messages",
+            )
+        tail = served.tokenizer.encode(begun["content"])
     elif ends_with_assistant and not variables.get("add_generation_prompt"):
         raise Refused(
             "messages end with an assistant's message, which leaves nothing to answer; add a "
