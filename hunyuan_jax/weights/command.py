@@ -73,7 +73,7 @@ def export(values) -> int:
         run = Run(Place(values.checkpoint, "--checkpoint"))
         model_cfg, params = run.read_adapters()
         peft.write_adapter(values.output, model_cfg, params, run.config.train.init_from)
-        if warning := peft.peft_warning(model_cfg):
+        for warning in peft.warnings(model_cfg):
             print(warning, file=sys.stderr)
         return 0
     from hunyuan_jax.weights.open import export_model

@@ -116,23 +116,31 @@ def write_adapter(
     )
 
 
-def peft_warning(cfg: ModelConfig) -> str | None:
-    """What to tell a user whose adapter PEFT 0.21 on transformers 5 does not serve, or is not
-    known to serve, as we do; else None.
+def warnings(cfg: ModelConfig) -> list[str]:
+    """What to tell a user whose adapter alone may not give the log-probabilities of the run: it
+    was learned beside a base in few bits; or PEFT 0.21 on transformers 5 does not serve it, or is
+    not known to serve it, as we do.
     """
+    found = []
+    if cfg.lora.quantize != "none":
+        found.append(
+            f"warning: this adapter was learned beside a base in {cfg.lora.quantize}; over the "
+            "base's own numbers it gives other log-probabilities than the run. For those, export "
+            "the merged model (without --adapter)."
+        )
     experts = {"expert_gate", "expert_up"} & set(cfg.lora.targets)
     shared = {"gate", "up", "down"} & set(cfg.lora.targets) if cfg.is_moe else set()
     wrong = [
         *sorted(shared),
         *(sorted(experts) if "expert_down" not in cfg.lora.targets or len(experts) == 1 else []),
     ]
-    if not wrong:
-        return None
-    return (
-        f"warning: with adapters of {', '.join(wrong)} in a mixture of experts, PEFT on "
-        "transformers 5 may compute other logits than this "
-        "model, or fail; for use there, export the merged model (without --adapter)."
-    )
+    if wrong:
+        found.append(
+            f"warning: with adapters of {', '.join(wrong)} in a mixture of experts, PEFT on "
+            "transformers 5 may compute other logits than this "
+            "model, or fail; for use there, export the merged model (without --adapter)."
+        )
+    return found
 
 
 def read_adapter(

@@ -478,8 +478,15 @@ def test_what_peft_would_compute_otherwise_is_said(targets, is_moe, named):
     cfg = small(
         lora=dataclasses.replace(LORA, targets=targets), **({"moe": MOE} if is_moe else {})
     )
-    warning = peft_io.peft_warning(cfg)
-    assert warning is None if named is None else f"adapters of {named} in a mixture" in warning
+    said = peft_io.warnings(cfg)
+    assert len(said) == (named is not None)
+    assert named is None or f"adapters of {named} in a mixture" in said[0]
+
+
+def test_what_belongs_to_a_base_in_few_bits_is_said():
+    cfg = small(lora=dataclasses.replace(LORA, quantize="int4"), remat="full")
+    (said,) = peft_io.warnings(cfg)
+    assert "beside a base in int4" in said and "(without --adapter)" in said
 
 
 def test_adapters_survive_the_peft_format(adapted, written):

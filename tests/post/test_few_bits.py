@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import Config, LoraConfig, ModelConfig, ScheduleConfig, TrainConfig
@@ -17,11 +18,13 @@ from hunyuan_jax.params.tree import join, split
 from hunyuan_jax.post.build import build_objective
 from hunyuan_jax.quant.array import is_quantized
 from hunyuan_jax.quant.scaled import load_params
+from hunyuan_jax.storage import Place
 from hunyuan_jax.train import loop, step
 from hunyuan_jax.train.start import read_weights
 from hunyuan_jax.train.state import build_program, init_state
 from hunyuan_jax.weights import few_bits, names
-from hunyuan_jax.weights.open import open_model
+from hunyuan_jax.weights.open import export_model, open_model
+from hunyuan_jax.weights.run import Run
 from support import folders, recipes, runs
 from support.models import assert_close, fast_jit, mesh_of
 
@@ -120,6 +123,26 @@ def test_the_loss_is_that_of_adapters_over_the_same_numbers(num_shards):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), grads, expected)
 
 
+def log_probs(logits):
+    return np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
+
+
+def own_log_probs(workdir, ids_BS):
+    """Those of the run's program: adapters beside codes."""
+    run, mesh = Run(Place(workdir)), single_device_mesh()
+    program = build_program(run.config, mesh, build_objective)
+    params = run._restore(run._target(run.config.model, mesh))
+    assert any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
+
+    positions_BS = np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
+
+    def of(params):
+        model = nnx.merge(program.graph_def, step._weights(program, params, step._taps(program)))
+        return model.logits(model(ids_BS, positions_BS, np.ones_like(ids_BS)).hidden_BTD)
+
+    return log_probs(fast_jit(of)(params))
+
+
 @pytest.mark.slow
 def test_a_run_is_stopped_continues_and_is_read(source, tmp_path, capsys):
     def run(workdir, **changes):
@@ -142,3 +165,8 @@ def test_a_run_is_stopped_continues_and_is_read(source, tmp_path, capsys):
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found, base)
     assert moved["embed"]["embedding_VD"] == 0
     assert 0 < max(jax.tree.leaves(moved)) < 0.1
+
+    ids_BS = np.random.default_rng(0).integers(1, 200, (2, 12), np.int32)
+    export_model(str(tmp_path / "whole"), str(tmp_path / "folder"))
+    exported = log_probs(from_pretrained(tmp_path / "folder").logits(ids_BS))
+    np.testing.assert_allclose(exported, own_log_probs(tmp_path / "whole", ids_BS), atol=1e-4)
