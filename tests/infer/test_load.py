@@ -5,7 +5,6 @@ what it answers to mistakes.
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
