@@ -10,7 +10,8 @@ Long documents are those of 128K tokens and more; the rest is said in configs/a5
     python -m hunyuan_jax plan --config=configs/a52b_256k.py --topology=v5p:8x8x8
 
 Hardware: 512 TPU chips of the v5p class.
-Time and memory: docs/results/long_context.md has the TPU compiler's estimates.
+Time and memory: `plan` has the TPU compiler's estimates; docs/results/long_context.md has the
+memory by line item.
 Expected loss: not known.  Compiled for TPU, never run.
 """
 
