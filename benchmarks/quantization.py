@@ -24,6 +24,7 @@ Figures: docs/results/quantization.md.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -45,7 +46,7 @@ from hunyuan_jax.model.cache import empty_cache
 from hunyuan_jax.plan import hlo, hlo_text, topology
 from hunyuan_jax.quant import codes, easyquant
 from hunyuan_jax.quant.array import Outliers, QuantArray, product
-from hunyuan_jax.weights import few_bits, names, reference, write
+from hunyuan_jax.weights import few_bits, hf_config, names, reference
 from hunyuan_jax.weights.open import open_model
 from hunyuan_jax.weights.quantize import quantize_model
 from pallas_kernels import tpu_compiler
@@ -127,10 +128,18 @@ class _Recorded:
         return x_TI @ self._w_OI.T
 
 
+def official_config(opened):
+    """config.json as weights/reference.py reads it."""
+    if opened.layout is not None:
+        return json.loads(opened.layout.texts["config.json"])
+    # A run may have heads of a width that the official format cannot state.
+    cfg = dataclasses.replace(opened.cfg, head_dim=opened.cfg.hidden_size // opened.cfg.num_heads)
+    return hf_config.to_hf(cfg) | {"head_dim": opened.cfg.head_dim}
+
+
 def hessians(opened, ids):
     """Name of a matrix -> sums of products of its inputs [I, I] over a text."""
-    layout = opened.layout or write.new_layout(opened.cfg)
-    hf = json.loads(layout.texts["config.json"])
+    hf = official_config(opened)
     entries = {entry.name: entry for entry in opened.entries}
     total = {
         name: np.zeros((entry.shape[1],) * 2, np.float32)
