@@ -317,7 +317,7 @@ def _multiply(
     padding = ((0, 0), (0, -num_rows % _GRANULE), (0, 0))
     x_eCI, tiles_eCO = jnp.pad(x_eCI, padding), [jnp.pad(tile, padding) for tile in tiles_eCO]
     C = x_eCI.shape[1]
-    blocks = _fit(
+    blocks = fit_blocks(
         config_of(device_kind),
         C,
         K,
@@ -540,7 +540,7 @@ def _add_row_sums(ref, sums_R1, block_offset: Callable | None, group, num_granul
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Sizes of `Config` cut down to one problem and to the vector memory."""
 
     group_rows: int
@@ -551,9 +551,12 @@ class _Blocks:
     vmem_bytes: int
 
 
-def _fit(
+def fit_blocks(
     cfg: Config, C: int, K: int, N: int, itemsize: int, num_weights: int, num_tiles: int
-) -> _Blocks:
+) -> Blocks:
+    """Returns the block sizes of a product [C, K] x [K, N] with num_weights weights and num_tiles
+    further arrays [C, N], inputs or outputs.
+    """
     size = int(K > 8192)
     group = min(cfg.group_rows, C)
     rows, cols = max(min(cfg.block_rows[size], C) // group * group, group), cfg.block_cols[size]
@@ -578,7 +581,7 @@ def _fit(
             cols //= 2
         else:
             group = rows = max(group // 2 // _GRANULE * _GRANULE, _GRANULE)
-    return _Blocks(
+    return Blocks(
         group,
         rows,
         min(cols, N),
