@@ -8,7 +8,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from hunyuan_jax import from_pretrained
 from hunyuan_jax.config import Config, LoraConfig, ModelConfig, ScheduleConfig, TrainConfig
@@ -136,11 +135,11 @@ def own_log_probs(workdir, ids_BS):
 
     positions_BS = np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int32), ids_BS.shape)
 
-    def of(params):
-        model = nnx.merge(program.graph_def, step._weights(program, params, step._taps(program)))
+    def logits(model, _):
         return model.logits(model(ids_BS, positions_BS, np.ones_like(ids_BS)).hidden_BTD)
 
-    return log_probs(fast_jit(of)(params))
+    batch = step.place_batch(program, program.objective.random_batch())
+    return log_probs(step.make_outputs_step(program, logits)(params, batch)[0][: len(ids_BS)])
 
 
 @pytest.mark.slow
