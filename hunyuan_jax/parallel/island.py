@@ -128,19 +128,6 @@ def gather_padded(
     """
     if is_quantized(w):
         return _gather_quantized(w, logical)
-    return gather_param(_in_tiles(w, logical, tiled), logical, dtype)
-
-
-def gather_columns(w: jax.Array, logical: Sequence[str], dtype: Any, tiled: str) -> jax.Array:
-    """The first half of `gather_padded`: the dim `tiled` is whole, rows stay as they are stored.
-
-    Not for quantised parameters.
-    """
-    w = xla_workarounds.cast_where_used(_in_tiles(w, logical, tiled), dtype)
-    return gather_stored(w, tiled, list(logical).index(tiled))
-
-
-def _in_tiles(w: jax.Array, logical: Sequence[str], tiled: str) -> jax.Array:
     dim = list(logical).index(tiled)
     if num_stored_shards(tiled) > 1:
         lanes = _LANES
@@ -149,10 +136,10 @@ def _in_tiles(w: jax.Array, logical: Sequence[str], tiled: str) -> jax.Array:
     else:
         lanes = 1
     missing = -w.shape[dim] % lanes
-    if not 0 < missing * 32 <= w.shape[dim]:
-        return w
-    pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
-    return xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
+    if 0 < missing * 32 <= w.shape[dim]:
+        pad = [(0, missing if i == dim else 0) for i in range(w.ndim)]
+        w = xla_workarounds.keep_padding_separate(jnp.pad(w, pad))
+    return gather_param(w, logical, dtype)
 
 
 def _gather_quantized(w: QuantArray, logical: Sequence[str]) -> QuantArray:

@@ -71,20 +71,6 @@ def keep_padding_separate(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
-@jax.custom_vjp
-def wait_for(x: Any, others: Any) -> tuple[Any, Any]:
-    """(x, others); what is computed from x begins when the others are there.  Gradients do not
-    wait for each other.
-
-    libtpu 0.0.50 begins an exchange of tokens before a gather of a few columns, which then waits
-    for the links of the same axis: 3.9 of 55 s of Hy3's step on v5p:4x8x8 (docs/log.md).
-    """
-    return jax.lax.optimization_barrier((x, others))
-
-
-wait_for.defvjp(lambda x, others: (wait_for(x, others), None), lambda _, gradients: gradients)
-
-
 def one_expert_as_matrix(w_eIO: jax.Array) -> jax.Array:
     """[I, O] of the only expert of a shard; the caller restores the dim after gathering.
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from hunyuan_jax import presets
 from hunyuan_jax.config import Config, MeshConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.parallel import island, rules, xla_workarounds
+from hunyuan_jax.parallel import island, rules
 from hunyuan_jax.parallel.mesh import AXES, make_mesh, resolve_sizes, single_device_mesh
 from hunyuan_jax.train.state import abstract_model
 from support.models import fast_jit, mesh_of
@@ -420,36 +420,3 @@ def test_columns_beside_gathered_rows_have_an_even_number_of_tiles(num_columns, 
     # Where no rows are gathered nothing is filled up.
     value, _ = in_use(gather, mesh_of(1, 2, 1), logical, w, ("row", "row"))
     np.testing.assert_array_equal(value, w)
-
-
-def test_gradients_do_not_wait_for_each_other():
-    x, w = jnp.arange(3.0), {"w": jnp.arange(2.0)}
-    assert "optimization_barrier" in str(jax.make_jaxpr(xla_workarounds.wait_for)(x, w))
-    values, backward = jax.vjp(xla_workarounds.wait_for, x, w)
-    jax.tree.map(np.testing.assert_array_equal, values, (x, w))
-    gradients = (2 * x, {"w": 3 * w["w"]})
-    jax.tree.map(np.testing.assert_array_equal, backward(gradients), gradients)
-    assert "optimization_barrier" not in str(jax.make_jaxpr(backward)(gradients))
-
-
-@pytest.mark.parametrize("num_columns", [500, 8])
-def test_columns_gathered_ahead_are_those_of_the_whole(num_columns):
-    """500 columns are filled up to whole tiles, 8 are not."""
-    w = np.random.default_rng(0).normal(size=(4, num_columns)).astype(np.float32)
-    options = {"dtype": jnp.float32, "tiled": "ffn"}
-
-    def in_two_steps(w):
-        columns = island.gather_columns(w, ("embed", "ffn"), **options)
-        return island.gather_param(columns, ("embed", "expert_ffn"), jnp.float32)
-
-    def at_once(w):
-        return island.gather_padded(w, ("embed", "ffn"), **options)
-
-    for ours, expected in zip(
-        *(
-            in_use(gather, mesh_of(2, 2, 1), ("embed", "ffn"), w, ("row", "row"))
-            for gather in (in_two_steps, at_once)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, expected)

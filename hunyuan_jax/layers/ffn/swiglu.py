@@ -64,20 +64,6 @@ class Mlp(nnx.Module):
         return figures
 
 
-def gather_columns(
-    weights: dict[str, Any], dims: dict[str, tuple[str, ...]], dtype: Any
-) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """The parameters of `Mlp` with whole columns, and their dims, for `serve`; rows are gathered
-    there.  Quantised parameters stay as they are.  Runs inside an island.
-    """
-    weights, dims = dict(weights), dict(dims)
-    for name, w in weights.items():
-        if "ffn" in dims[name] and not is_quantized(w):
-            weights[name] = island.gather_columns(w, dims[name], dtype, tiled="ffn")
-            dims[name] = tuple("expert_ffn" if dim == "ffn" else dim for dim in dims[name])
-    return weights, dims
-
-
 def serve(
     weights: dict[str, jax.Array],
     dims: dict[str, tuple[str, ...]],

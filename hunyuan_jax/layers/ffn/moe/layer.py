@@ -250,15 +250,10 @@ def route_and_serve(
     bias_E = weights["router"].get("bias_E")
     choice, assignment = route(logits_gTE, is_valid_gT, cfg, key_g, bias_E)
 
-    if "shared" in weights:
-        shared = mlp.gather_columns(weights["shared"], dims["shared"], x_BTD.dtype)
-        if island.num_stored_shards("ffn") > 1:  # columns travel on the links of the exchanges
-            x_gTD, columns = xla_workarounds.wait_for(x_gTD, shared[0])
-            shared = columns, shared[1]
     y_BTD = serve(weights["experts"], x_gTD, assignment).reshape(B, T, D)
     if "shared" in weights:
         # It needs only weights of other shards, so it can overlap with both exchanges of tokens.
-        y_BTD = y_BTD + mlp.serve(*shared, x_BTD, kernels, lora_cfg)
+        y_BTD = y_BTD + mlp.serve(weights["shared"], dims["shared"], x_BTD, kernels, lora_cfg)
     # Each tensor shard holds the sum over its own slice of F.
     y_BTD = island.reduce_sum(y_BTD, "expert_ffn")
     stats_g = jax.vmap(routing.health)(choice, assignment, is_valid_gT)
