@@ -77,8 +77,8 @@ class Stage:
 
 STAGES = (
     Stage("pretrain", 256, 1.0, 2500, 16, 5e-3),
-    Stage("extend_1k", 1024, 4.0, 120, 4, 1e-3),
-    Stage("extend_4k", 4096, 16.0, 60, 2, 1e-3),
+    Stage("extend_1k", 1024, 4.0, 250, 4, 2e-3),
+    Stage("extend_4k", 4096, 16.0, 150, 2, 2e-3),
 )
 
 
