@@ -26,8 +26,8 @@ _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-12
 _MAX_BINS = 1024
 # Rows that are worked on at a time: they stay in cache.
 _BLOCK_BYTES = 1 << 19
-# Rows whose ranges are searched for at a time: XLA:CPU spreads more of them over threads, at a
-# higher cost.
+# Rows whose ranges are searched for at a time.  They divide the usual widths; the CPU time of 256
+# was higher.
 _ROWS = 192
 
 
