@@ -36,9 +36,11 @@ from hunyuan_jax.quant.array import QuantArray
 # Elements of an expert's matrix up to which a batch is generated in slices: 512 x 1024 gains, 1024
 # x 2048 loses (docs/generation.md).
 _SMALL_EXPERT = 1 << 19
-# Tokens of a tile of `run_experts_one_by_one`: 85 us an expert of 256 x 512 on 2 CPU cores,
-# against 56 for one token and 124 for eight.
-_TILE = 4
+# Tokens of a tile of `run_experts_one_by_one` for few tokens and for more.  With AVX-512 an expert
+# of 256 x 512 took 56 us for one token, 85 for four and 124 for eight; without it four and eight
+# take the same time.
+_TILE, _LARGER_TILE = 4, 8
+_FEW = 16
 _MANY = 32
 
 
@@ -253,7 +255,9 @@ def _add_expert(
         return add(1, 0, y_MD)
 
     def several(y_MD):
-        tile = math.gcd(_TILE, M)  # whole tiles: a slice beyond the end would take rows twice
+        tile = math.gcd(
+            _TILE if M <= _FEW else _LARGER_TILE, M
+        )  # whole tiles: a slice beyond the end would take rows twice
         return jax.lax.fori_loop(0, -(-count // tile), functools.partial(add, tile), y_MD)
 
     if is_invariant:

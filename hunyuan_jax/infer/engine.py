@@ -39,11 +39,13 @@ from hunyuan_jax.parallel.mesh import device_kind
 _MAX_STEPS = 32
 _CALL_SECONDS = 0.05
 # Tokens of a page, and of a piece of a prompt.
-_CPU_SIZES = (64, 64)
+_CPU_SIZES = (64, 32)
 _SIZES = (128, 256)
-# Pieces of prompts in a call.
-_NUM_PIECES = (1, 2, 4, 16)
-# On a CPU a call of more than 4 pieces has at most so many operations, about half a second, so
+# Pieces of prompts in a call, and of how many it takes the time beside its own: but on a CPU a few
+# cost what reading the weights costs.
+_CPU_NUM_PIECES, _CPU_OVERHEAD = (1, 3, 8, 16), 1
+_NUM_PIECES, _OVERHEAD = (1, 2, 4, 16), 8
+# On a CPU a call of more than 8 pieces has at most so many operations, about half a second, so
 # that rows that draw meanwhile don't stand still.
 _CPU_CALL_FLOPS = 5e10
 # Programs that any request can be served with, and threads that compile others behind them: a CPU
@@ -58,7 +60,8 @@ _MEMORY_SHARE_OTHERWISE = 0.4
 class Engine:
     """Serves requests with one model.  Which calls are for which threads: infer/request.py.
 
-    scheduler, runner: who plans steps, and who runs them.
+    scheduler, runner: who plans steps, and who runs them; plans_ahead: whether a step is started
+    before the last one has come back.
     """
 
     def __init__(
@@ -125,6 +128,8 @@ class Engine:
         self._compilations = _Compilations()
         self._warming: list[Future] = []
         self._vocab_size, self._num_drafts = cfg.vocab_size, proposer.num_tokens
+        # A call of one CPU takes far longer than its plan, which then has the newest prompts.
+        self.plans_ahead = mesh.size > 1 or device_kind(mesh) != "cpu"
         self._call_length = CallLength()
         self.scheduler.max_steps = self._call_length.max_steps
 
@@ -248,7 +253,9 @@ class Engine:
         self.runner.replace_weights(params)
 
     def step(self) -> list[Output]:
-        """Starts the next step, then waits for the one before; what that one has brought."""
+        """Starts the next step, then waits for the one before, or for the next one itself where
+        none is planned ahead; what the awaited one has brought.
+        """
         begin = time.thread_time()
         self._compilations.thread = threading.get_ident()
         self._clock.num_steps += 1
@@ -262,7 +269,7 @@ class Engine:
             start, dispatched = time.perf_counter(), self.runner.dispatch(plan)
             results = self._reader.submit(self.runner.read, dispatched)
             self._under_way.append((plan, start, results))
-        if len(self._under_way) > (plan is not None):
+        if len(self._under_way) > (self.plans_ahead and plan is not None):
             outputs += self._take_out(*self._under_way.popleft())
         if not self._under_way:
             self.scheduler.settle()
@@ -387,9 +394,12 @@ def shapes_of(cfg: Any, mesh: Any, limits: Limits, num_pools: int) -> Shapes:
     if (num_chips := context.num_chips(mesh)) > 1:
         page_size *= num_chips
         chunk_size = page_size  # so that a chip computes the tokens that it keeps
-    piece = -(-chunk_size // page_size) * page_size
+    piece = chunk_size
+    if limits.invariant or page_size % piece:
+        piece = -(-chunk_size // page_size) * page_size
     num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
-    return Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)
+    shapes = Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)
+    return shapes._replace(overhead=_CPU_OVERHEAD if device_kind(mesh) == "cpu" else _OVERHEAD)
 
 
 def _check(request: Request, vocab_size: int) -> None:
@@ -420,7 +430,7 @@ def _num_pieces(cfg: Any, mesh: Any, piece: int) -> tuple[int, ...]:
     if device_kind(mesh) != "cpu":
         return _NUM_PIECES
     most = _CPU_CALL_FLOPS // (2 * count(cfg).active * piece)
-    return tuple(num for num in _NUM_PIECES if num <= max(4, most))
+    return tuple(num for num in _CPU_NUM_PIECES if num <= max(8, most))
 
 
 def _affordable_pages(

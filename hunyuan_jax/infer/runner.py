@@ -203,7 +203,7 @@ class Runner:
     def compile(self, name: str, num_lines: int) -> Callable:
         """Traces and compiles a program for num_lines lines of each pool of a lane."""
         lowered = self._sources.lower(name, num_lines, self._params, self.lanes[0].state)
-        options = cpu_layout.compiler_options(len(self.lanes)) if name == "decode" else {}
+        options = cpu_layout.compiler_options(len(self.lanes))
         return lowered.compile(compiler_options=options)
 
     # -- calls ----------------------------------------------------------------

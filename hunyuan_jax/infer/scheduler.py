@@ -20,8 +20,9 @@ from hunyuan_jax.infer.request import FinishReason, Output, Request, TokenLogpro
 class Shapes(NamedTuple):
     """What one call of the device takes.
 
-    page_size: tokens of a page; piece: tokens of a piece of a prompt, whole pages; num_pieces: how
-    many pieces of one pool a call may have, in ascending order from 1; rows: of each pool that
+    page_size: tokens of a page; piece: tokens of a piece of a prompt, whole pages or a part of
+    one; num_pieces: how many pieces of one pool a call may have, in ascending order from 1;
+    overhead: of how many pieces a call takes the time beside its own; rows: of each pool that
     draw; max_steps: steps of one call, in each of which a row draws 1 to step_tokens tokens.
     """
 
@@ -31,6 +32,7 @@ class Shapes(NamedTuple):
     rows: int
     max_steps: int
     step_tokens: int = 1
+    overhead: int = 1
 
 
 class Choice:
@@ -274,8 +276,8 @@ class Scheduler:
         return chunks
 
     def _num_pieces(self) -> int:
-        """Pieces of each pool in the next call: if padding up to the next number that a call takes
-        were more than half, the next lower one.
+        """Pieces of each pool in the next call: of the numbers that a call takes, the one by which
+        most are computed in a time.
         """
         num_left, most = [0] * len(self.pools), self.num_pieces[-1]
         for choice in self._reading:
@@ -289,7 +291,12 @@ class Scheduler:
             pool = min(range(len(num_left)), key=lambda pool: (num_left[pool], -num_known[pool]))
             num_computed = num_known[pool] * self._shapes.page_size
             num_left[pool] += self._pieces_left(choice, num_computed)
-        return max(num for num in self.num_pieces if num == 1 or num < 2 * max(num_left))
+        overhead = self._shapes.overhead
+
+        def speed(num: int) -> float:
+            return sum(min(num, left) for left in num_left) / (num + overhead)
+
+        return max(reversed(self.num_pieces), key=speed)
 
     def _pieces_left(self, choice: Choice, num_computed: int) -> int:
         return -(-(choice.num_needed - num_computed) // self._shapes.piece)

@@ -124,13 +124,21 @@ REQUESTS = st.lists(
 
 
 @settings(max_examples=150)
-@given(REQUESTS, st.integers(1, 2), st.integers(8, 20), st.booleans(), st.sampled_from([1, 1, 3]))
+@given(
+    REQUESTS,
+    st.integers(1, 2),
+    st.integers(8, 20),
+    st.booleans(),
+    st.sampled_from([1, 1, 3]),
+    st.sampled_from([2, 4]),
+)
 def test_every_trace_gives_the_tokens_of_each_request_alone(
-    trace, num_pools, num_pages, is_invariant, step_tokens
+    trace, num_pools, num_pages, is_invariant, step_tokens, piece
 ):
     texts = [[(i * (text + 2)) % 7 for i in range(20)] for text in range(3)]
     pools = [Pages(num_pages) for _ in range(num_pools)]
-    shapes = (INVARIANT if is_invariant else SHAPES)._replace(step_tokens=step_tokens)
+    shapes = INVARIANT if is_invariant else SHAPES._replace(piece=piece)
+    shapes = shapes._replace(step_tokens=step_tokens)
     scheduler = Scheduler(pools, shapes, is_invariant)
     device = Device(num_pools, step_tokens)
     choices, answers, reasons, under_way = [], {}, {}, collections.deque()
@@ -277,7 +285,9 @@ def test_a_call_has_as_many_steps_as_its_rows_may():
     ("num_tokens", "num_chunks"), [(4, [1]), (8, [2]), (12, [3]), (16, [3, 1]), (28, [3, 3, 1])]
 )
 @pytest.mark.parametrize("num_pools", [1, 2])
-def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chunks, num_pools):
+def test_a_call_takes_the_number_of_pieces_that_is_computed_fastest(
+    num_tokens, num_chunks, num_pools
+):
     """One prompt is in one pool."""
     _, scheduler, device = scheduled(num_pools=num_pools)
     scheduler.add(request(range(num_tokens)))
@@ -287,6 +297,15 @@ def test_a_call_takes_as_many_pieces_as_need_little_padding(num_tokens, num_chun
         found += [len(plan.chunks)] * bool(plan.chunks)
         scheduler.update(plan, *device.run(plan))
     assert found == num_chunks
+
+
+@pytest.mark.parametrize(("overhead", "num_chunks"), [(1, 2), (8, 5)])
+def test_a_call_that_costs_much_itself_takes_more_pieces(overhead, num_chunks):
+    """Five pieces are left; calls take one, two, or eight, of which three would be padding."""
+    shapes = SHAPES._replace(num_pieces=(1, 2, 8), overhead=overhead)
+    _, scheduler, _ = scheduled(shapes=shapes)
+    scheduler.add(request(range(20)))
+    assert len(scheduler.plan().chunks) == num_chunks
 
 
 def test_known_pages_of_waiting_prompts_are_no_pieces_to_come():
