@@ -91,8 +91,10 @@ class Runner:
         defs = {"chunk": graph_def, "decode": graph_def}
         if cpu_layout.suits(self._cfg, self._mesh):
             # The piece of an invariant call has it for itself.
-            defs["chunk"] = cpu_layout.graph_def(self._cfg, self._mesh)
-            defs["decode"] = cpu_layout.graph_def(self._cfg, self._mesh, is_invariant)
+            drawing = cpu_layout.InvariantStack if is_invariant else cpu_layout.UnrolledStack
+            stacks = {"chunk": cpu_layout.PromptStack, "decode": drawing}
+            for name, stack in stacks.items():
+                defs[name] = cpu_layout.graph_def(self._cfg, self._mesh, stack)
         self._shapes = shapes
         shards = rules.num_shards(self._mesh, "batch")
         num_columns = -(-max_context // shapes.page_size)

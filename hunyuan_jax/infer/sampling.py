@@ -103,16 +103,11 @@ def truncated(logits_BV: jax.Array, rows: RowSettings) -> jax.Array:
     is_sorted_B = (k_B <= _SORTED) & (k_B < V)
     top_BK = jax.lax.top_k(x_BV, min(_SORTED, V))[0]
     needs_search_B = ~is_sorted_B & ((k_B < V) | (rows.top_p < 1)) & (rows.temperature > 0)
+    limit_B = jnp.where(is_sorted_B, _limit_of_sorted(x_BV, top_BK, k_B, rows), -jnp.inf)
     limit_B = jax.lax.cond(
         needs_search_B.any(),
-        lambda: jnp.where(
-            is_sorted_B,
-            _limit_of_sorted(x_BV, top_BK, k_B, rows),
-            _searched_limit(x_BV, k_B, rows),
-        ),
-        lambda: jnp.where(
-            is_sorted_B, _limit_of_sorted(x_BV, top_BK, k_B, rows), jnp.float32(-jnp.inf)
-        ),
+        lambda: jnp.where(is_sorted_B, limit_B, _searched_limit(x_BV, k_B, rows)),
+        lambda: limit_B,
     )
     # The most likely token stays, however small top_p is; log 0 is off.
     limit_B = jnp.minimum(limit_B, top_BK[:, 0])

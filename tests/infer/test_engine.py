@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hunyuan_jax import Sampling, presets, startup
 from hunyuan_jax.config import MoeConfig
 from hunyuan_jax.errors import ConfigError
-from hunyuan_jax.infer import programs, score
+from hunyuan_jax.infer import cpu_layout, programs, score
 from hunyuan_jax.infer.engine import CallLength, shapes_of
 from hunyuan_jax.infer.pretrained import Pretrained
 from hunyuan_jax.infer.request import ContextTooLong, Limits, QueueFull, Request
@@ -479,6 +479,20 @@ def test_rows_in_slices_are_compiled_for_one_core_without_avx512(
     for name in ("chunk", "decode"):
         runner.compile(name, 1)
     assert [bool(options) for options in seen.values()] == [is_changed] * 2
+
+
+def test_prompts_go_through_experts_in_tiles(model, monkeypatch):
+    """However few their tokens are: the other way takes half as long again to compile."""
+
+    def used(*_):
+        raise RuntimeError("one by one")
+
+    monkeypatch.setattr(cpu_layout, "run_experts_one_by_one", used)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: None)
+    runner = model.new_engine(LIMITS).runner
+    runner.compile("chunk", 5)  # a number that no test has traced
+    with pytest.raises(RuntimeError, match="one by one"):
+        runner.compile("decode", 5)
 
 
 @pytest.mark.parametrize(
