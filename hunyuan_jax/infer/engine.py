@@ -43,7 +43,7 @@ _CPU_SIZES = (64, 32)
 _SIZES = (128, 256)
 # Pieces of prompts in a call, and of how many it takes the time beside its own: but on a CPU a few
 # cost what reading the weights costs.
-_CPU_NUM_PIECES, _CPU_OVERHEAD = (1, 3, 8, 16), 1
+_CPU_NUM_PIECES, _CPU_OVERHEAD = (1, 2, 3, 8, 16), 1
 _NUM_PIECES, _OVERHEAD = (1, 2, 4, 16), 8
 # On a CPU a call of more than 8 pieces has at most so many operations, about half a second, so
 # that rows that draw meanwhile don't stand still.
