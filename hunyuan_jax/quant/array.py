@@ -15,6 +15,7 @@ import jax.numpy as jnp
 # A CPU multiplies up to so many rows one by one: XLA:CPU converts the codes inside a product of a
 # matrix with one row, and before any other product (docs/quantization.md).
 _FEW_ROWS = 8
+_SUMS_ROWS = jax.version.__version_info__ >= (0, 11)
 # Entries of a piece of a matrix that a CPU makes numbers at a time for more rows, so that they
 # stay in cache; and pieces at most, each of which is compiled.
 _PIECE, _MAX_PIECES = 1 << 18, 16
@@ -191,11 +192,21 @@ def _for_xla_cpu(w, x_MI):
 
 
 def _row_product(x_1I, w):
-    """[1, O] of one row, for XLA:CPU, which fuses what makes the matrix into this product."""
-    if w.scale.shape[1] == 1:
-        return (x_1I @ w.values.astype(x_1I.dtype).T) * w.scale[:, 0].astype(x_1I.dtype)
-    dense = w.values.astype(x_1I.dtype) * _per_entry(w.scale, w.values.shape).astype(x_1I.dtype)
-    return x_1I @ dense.T
+    """[1, O] of one row, for XLA:CPU, which fuses what makes the matrix into this product: since
+    jax 0.11 only into one that is written as a sum (59 us for 576 x 1536 in int8 with jax 0.10.2;
+    with 0.12.0.1 570 us, and 117 as a sum).
+    """
+    if w.scale.shape[1] > 1:
+        dense = w.values.astype(x_1I.dtype) * _per_entry(w.scale, w.values.shape).astype(
+            x_1I.dtype
+        )
+        return x_1I @ dense.T
+    if _SUMS_ROWS:
+        terms_OI = w.values.astype(jnp.float32) * x_1I.astype(jnp.float32)
+        y_1O = terms_OI.sum(1)[None].astype(x_1I.dtype)
+    else:
+        y_1O = x_1I @ w.values.astype(x_1I.dtype).T
+    return y_1O * w.scale[:, 0].astype(x_1I.dtype)
 
 
 def _piece_product(x_MI, w):
