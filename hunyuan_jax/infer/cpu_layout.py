@@ -274,9 +274,8 @@ def _add_expert(
         return add(1, 0, y_MD)
 
     def several(y_MD):
-        tile = math.gcd(
-            _TILE if M <= _FEW else _LARGER_TILE, M
-        )  # whole tiles: a slice beyond the end would take rows twice
+        # Whole tiles: a slice beyond the end would take rows twice.
+        tile = math.gcd(_TILE if M <= _FEW else _LARGER_TILE, M)
         return jax.lax.fori_loop(0, -(-count // tile), functools.partial(add, tile), y_MD)
 
     if is_invariant:

@@ -394,12 +394,12 @@ def shapes_of(cfg: Any, mesh: Any, limits: Limits, num_pools: int) -> Shapes:
     if (num_chips := context.num_chips(mesh)) > 1:
         page_size *= num_chips
         chunk_size = page_size  # so that a chip computes the tokens that it keeps
-    piece = chunk_size
-    if limits.invariant or page_size % piece:
+    piece, is_cpu = chunk_size, device_kind(mesh) == "cpu"
+    if not is_cpu or limits.invariant or page_size % piece:
         piece = -(-chunk_size // page_size) * page_size
     num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
     shapes = Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)
-    return shapes._replace(overhead=_CPU_OVERHEAD if device_kind(mesh) == "cpu" else _OVERHEAD)
+    return shapes._replace(overhead=_CPU_OVERHEAD if is_cpu else _OVERHEAD)
 
 
 def _check(request: Request, vocab_size: int) -> None:

@@ -54,9 +54,9 @@ class Limits:
     page_size: int | None = None
     """Tokens of a page that a chip holds; None takes the device's default."""
     chunk_size: int | None = None
-    """Tokens of a piece of a prompt, rounded up to whole pages unless a page is several of them or
-    the engine is not invariant; None takes the device's default.  Where rows are on several chips
-    a piece is a page."""
+    """Tokens of a piece of a prompt, rounded up to whole pages; on a CPU it may be a part of a
+    page, but not with `invariant`.  None takes the device's default.  Where rows are on several
+    chips a piece is a page."""
     cache_dtype: str | None = None
     """One of CACHE_DTYPES for keys and values, with a scale for each token and head; None takes
     that of the loaded model, else the model's own dtype."""
