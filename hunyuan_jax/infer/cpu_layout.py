@@ -36,9 +36,9 @@ from hunyuan_jax.quant.array import QuantArray
 # Elements of an expert's matrix up to which a batch is generated in slices: 512 x 1024 gains, 1024
 # x 2048 loses (docs/generation.md).
 _SMALL_EXPERT = 1 << 19
-# Tokens of a tile of `run_experts_one_by_one` for few tokens and for more.  With AVX-512 an expert
-# of 256 x 512 took 56 us for one token, 85 for four and 124 for eight; without it four and eight
-# take the same time.
+# Tokens of a tile of `run_experts_one_by_one`, for up to _FEW tokens and for more.  With AVX-512
+# an expert of 256 x 512 took 56 us for one token, 85 for four and 124 for eight; without it four
+# and eight take the same time.
 _TILE, _LARGER_TILE = 4, 8
 _FEW = 16
 _MANY = 32
@@ -50,15 +50,6 @@ def suits(cfg: ModelConfig, mesh: Mesh) -> bool:
         target.startswith("expert_") for target in cfg.lora.targets
     )
     return mesh.size == 1 and device_kind(mesh) == "cpu" and not has_adapted_experts
-
-
-def graph_def(cfg: ModelConfig, mesh: Mesh, stack: type | None = None) -> nnx.GraphDef:
-    """The model whose parameters are those of `unstacked`; stack: its kind, None for
-    `UnrolledStack`.
-    """
-    stack = stack or UnrolledStack
-    model = nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0), stack))
-    return nnx.split(model)[0]
 
 
 def unstacked(cfg: ModelConfig, tree: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +155,14 @@ class PromptStack(UnrolledStack):
     def ffn() -> dict[type, type]:
         """See `UnrolledStack`."""
         return FFN | {Moe: PromptMoe}
+
+
+def graph_def(
+    cfg: ModelConfig, mesh: Mesh, stack: type[UnrolledStack] = UnrolledStack
+) -> nnx.GraphDef:
+    """The model whose parameters are those of `unstacked`, with one of the stacks above."""
+    model = nnx.eval_shape(lambda: Transformer(cfg, mesh, jax.random.key(0), stack))
+    return nnx.split(model)[0]
 
 
 class UnrolledExperts(nnx.Module):

@@ -41,8 +41,8 @@ _CALL_SECONDS = 0.05
 # Tokens of a page, and of a piece of a prompt.
 _CPU_SIZES = (64, 32)
 _SIZES = (128, 256)
-# Pieces of prompts in a call, and of how many it takes the time beside its own: but on a CPU a few
-# cost what reading the weights costs.
+# Pieces of prompts in a call, and what the call itself costs, in pieces.  A TPU or GPU needs
+# longer to read the weights than to compute a few pieces.
 _CPU_NUM_PIECES, _CPU_OVERHEAD = (1, 2, 3, 8, 16), 1
 _NUM_PIECES, _OVERHEAD = (1, 2, 4, 16), 8
 # On a CPU a call of more than 8 pieces has at most so many operations, about half a second, so
@@ -398,8 +398,8 @@ def shapes_of(cfg: Any, mesh: Any, limits: Limits, num_pools: int) -> Shapes:
     if not is_cpu or limits.invariant or page_size % piece:
         piece = -(-chunk_size // page_size) * page_size
     num_pieces = (1,) if limits.invariant else _num_pieces(cfg, mesh, piece)
-    shapes = Shapes(page_size, piece, num_pieces, -(-limits.max_rows // num_pools), _MAX_STEPS)
-    return shapes._replace(overhead=_CPU_OVERHEAD if is_cpu else _OVERHEAD)
+    rows, overhead = -(-limits.max_rows // num_pools), _CPU_OVERHEAD if is_cpu else _OVERHEAD
+    return Shapes(page_size, piece, num_pieces, rows, _MAX_STEPS, overhead=overhead)
 
 
 def _check(request: Request, vocab_size: int) -> None:

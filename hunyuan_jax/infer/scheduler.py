@@ -22,8 +22,8 @@ class Shapes(NamedTuple):
 
     page_size: tokens of a page; piece: tokens of a piece of a prompt, whole pages or a part of
     one; num_pieces: how many pieces of one pool a call may have, in ascending order from 1;
-    overhead: of how many pieces a call takes the time beside its own; rows: of each pool that
-    draw; max_steps: steps of one call, in each of which a row draws 1 to step_tokens tokens.
+    overhead: what a call itself costs, in pieces; rows: of each pool that draw; max_steps: steps
+    of one call, in each of which a row draws 1 to step_tokens tokens.
     """
 
     page_size: int
@@ -276,8 +276,8 @@ class Scheduler:
         return chunks
 
     def _num_pieces(self) -> int:
-        """Pieces of each pool in the next call: of the numbers that a call takes, the one by which
-        most are computed in a time.
+        """Pieces of each pool in the next call: of the numbers that a call takes, the one that
+        computes most pieces a second; of equals the larger.
         """
         num_left, most = [0] * len(self.pools), self.num_pieces[-1]
         for choice in self._reading:
